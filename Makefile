@@ -1,0 +1,65 @@
+# make demo     train small networks with torch.nn and with fastnorm, then time the layers; QUICK=1: a shorter one
+# make test     the whole test suite; ARGS='-k groupnorm' is passed on to pytest
+# make bench    the full benchmark table; ARGS='--filter GroupNorm' is passed on to benchmarks/bench.py
+# make lint     formatting, lint and types          make format   puts formatting right
+# make build    the extension alone                 make clean    removes what was built, keeps .venv
+#
+# Each makes .venv where there is none, installs requirements-dev.txt and torch into it, and builds what has changed.
+#
+#   TORCH=2.11.0   another torch (any from 2.10)    PYTHON=python3.12   the Python to make .venv with
+#   VENV=folder    another environment              MAX_JOBS=4          compilations at a time
+
+TORCH ?= 2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+READY := $(VENV)/.torch-$(TORCH)
+BUILT := $(VENV)/.built
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: demo test bench build lint format clean
+
+demo: $(BUILT)
+	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
+
+test: $(BUILT)
+	$(PY) -m pytest tests $(ARGS)
+
+bench: $(BUILT)
+	$(PY) benchmarks/bench.py $(ARGS)
+
+build: $(BUILT)
+
+lint: $(READY)
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(VENV)/bin/clang-format -i $(NATIVE)
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf build dist fastnorm.egg-info fastnorm/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(BUILT)
+
+# The first line compiles where one can watch, the second makes `import fastnorm` find this checkout.
+$(BUILT): $(READY) $(NATIVE) setup.py pyproject.toml
+	$(PY) setup.py --quiet build_ext --inplace
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# One call of pip, so that torch stays the one named. The stamp is torch's: naming another version installs that one.
+$(READY): requirements-dev.txt | $(PY)
+	rm -f $(VENV)/.torch-*
+	$(PY) -m pip install --disable-pip-version-check --quiet torch==$(TORCH) -r requirements-dev.txt
+	touch $@
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'fastnorm: $(PYTHON) is not Python 3.10 or newer: name one, as in `make PYTHON=python3.12`.' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

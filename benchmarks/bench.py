@@ -1,0 +1,181 @@
+"""Time fastnorm against torch.nn, torch.compile of torch.nn, and a plain copy of the same tensor.
+
+    python benchmarks/bench.py --quick                      # a row of each kind, half a minute
+    python benchmarks/bench.py --json out.json --plot out.png
+    python benchmarks/bench.py --filter 'GroupNorm.*bfloat16' --compile
+
+All contestants of a row take turns in one process (timing.py); the numbers are medians. Every op
+here is bound by memory, so next to torch.nn there is one absolute measure: the time that copying the
+least bytes takes (the floor), as a share of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from contestants import DTYPES, MODES, Arena, Row, cases, quick_table, table
+from machine import cache_bytes, describe
+from results import Result
+from tables import make_console, print_results, print_summary
+from timing import keep_memory, race
+
+SHARE = {"forward": 1, "step": 2, "eval": 1}  # of a row's time, by mode
+QUICK_BUDGET_S, FULL_BUDGET_S = 28.0, 900.0
+# Cores busy elsewhere: threads wait for each other, so one that is late by a time slice delays all.
+NOISY_CORES = 0.2
+LEAST_WEIGHT = 4 << 20  # bytes: small rows need time too, for their repeats
+
+
+def measure(
+    rows: Sequence[Row],
+    budget_s: float,
+    device: str = "cpu",
+    modes: tuple[str, ...] = MODES,
+    with_compile: bool = False,
+    tick: Callable[[Row], None] = lambda row: None,
+) -> list[Result]:
+    """Time every row in about `budget_s` seconds, not counting what compiling takes."""
+    cache = cache_bytes(device)
+    deadline = time.perf_counter() + budget_s
+    weights = [max(row.nbytes, LEAST_WEIGHT) for row in rows]
+    results = []
+    for i, row in enumerate(rows):
+        tick(row)
+        arena = Arena(row, device)
+        row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
+        disagreement, times = arena.disagreement(), {}
+        for mode in modes:
+            start = time.perf_counter()
+            calls = arena.calls(mode, with_compile)
+            if with_compile:
+                calls["compile"]()
+                deadline += time.perf_counter() - start
+            part = row_budget * SHARE[mode] / sum(SHARE[m] for m in modes)
+            times[mode] = race(calls, part, "cpu" if row.layer.label == "tiny" else device)
+        results.append(Result(row, times, disagreement, row.nbytes > cache))
+        if with_compile:
+            torch._dynamo.reset()
+    return results
+
+
+def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object) -> list[Result]:
+    """`measure` with a progress bar on stderr."""
+    counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("measuring"), *counts, TextColumn("[dim]{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task, started = progress.add_task("", total=len(rows)), False
+
+        def tick(row: Row) -> None:
+            nonlocal started
+            progress.update(task, advance=int(started), description=row.name)
+            started = True
+
+        return measure(rows, *arguments, **options, tick=tick)  # type: ignore[arg-type, misc]
+
+
+def as_json(results: list[Result], options: dict[str, object], device: str) -> dict[str, object]:
+    """The whole run: machine, versions, commit, date, options and all rows."""
+    return describe(device) | {"options": options, "rows": [r.to_json() for r in results]}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a row of each kind, in about half a minute")
+    add(
+        "--filter",
+        default="",
+        metavar="REGEX",
+        help="only rows whose name has it, e.g. 'GroupNorm.*bfloat16'",
+    )
+    add("--dtype", choices=cases.DTYPES, action="append", help="default: float32, bfloat16")
+    add("--layout", choices=cases.LAYOUTS, action="append", help="default: both")
+    add("--epilogue", choices=cases.EPILOGUES, action="append", help="default: all three")
+    add("--mode", choices=MODES, action="append", help="default: all; step is forward + backward")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, help="default: torch's")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile of torch.nn runs too (it takes its time)",
+    )
+    add("--budget", type=float, metavar="SECONDS",
+        help=f"in all; default {FULL_BUDGET_S:.0f}, quick {QUICK_BUDGET_S:.0f}")  # fmt: skip
+    add("--malloc", choices=("keep", "system"), default="keep",
+        help="keep: freed memory stays with the process (see timing.py); system: as malloc comes")  # fmt: skip
+    add("--json", type=Path, metavar="PATH", help="save everything measured")
+    add("--plot", type=Path, metavar="PATH", help="save a picture")
+    add("--list", action="store_true", help="print the names of the rows and stop")
+    return parser.parse_args(arguments)
+
+
+def chosen_rows(args: argparse.Namespace) -> list[Row]:
+    rows = list(quick_table(args.filter)) if args.quick else list(
+        table(
+            args.filter,
+            tuple(args.dtype or DTYPES),
+            tuple(args.layout or cases.LAYOUTS),
+            tuple(args.epilogue or cases.EPILOGUES),
+        )
+    )  # fmt: skip
+    if not rows:
+        sys.exit(f"no row matches --filter {args.filter!r}; --list prints them all")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    rows = chosen_rows(args)
+    if args.list:
+        print("\n".join(row.name for row in rows))
+        return
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no GPU here")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    kept = args.malloc == "keep" and args.device == "cpu" and keep_memory()
+    modes = tuple(args.mode or MODES)
+    budget = args.budget or (QUICK_BUDGET_S if args.quick else FULL_BUDGET_S)
+
+    console = make_console()
+    about = describe(args.device)
+    machine, versions = about["machine"], about["versions"]
+    assert isinstance(machine, dict) and isinstance(versions, dict)
+    host = f"{machine['cpu']}, {machine['threads']} threads, {machine['fastnorm_capability']}"
+    where = machine.get("gpu") or host
+    console.print(
+        f"[bold]fastnorm {versions['fastnorm']}[/] ({about['commit']}) on {where}; torch "
+        f"{versions['torch']} ({machine['torch_capability']}); "
+        f"freed memory {'kept' if kept else 'as malloc does'}"
+    )
+    if args.device == "cpu" and machine["busy_cores"] > NOISY_CORES:
+        console.print(
+            f"[yellow]Other processes keep {machine['busy_cores']} of {machine['cores']} cores busy, "
+            "do not trust the times below."
+        )
+    results = measure_with_bar(rows, budget, args.device, modes, args.compile)
+    print_results(console, results, modes)
+    print_summary(console, results, modes)
+    if args.json:
+        options = {"budget_s": budget, "quick": args.quick, "modes": modes, "memory_kept": kept}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(as_json(results, options, args.device), indent=1) + "\n")
+    if args.plot:
+        from figures import save_figure
+
+        save_figure(results, args.plot, f"{where}, torch {versions['torch']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a measurement must say about where it was taken: processor, versions, commit, date."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CACHE_BYTES = 32 << 20  # a server's share of L3, where the system does not say
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cpu_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_bytes(device: str = "cpu") -> int:
+    """Size of the last cache before memory: L3 of the processor, L2 of the GPU."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    sizes = [0]
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = index.read_text().strip()
+        except OSError:
+            continue
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1)
+        sizes.append(int(text.rstrip("KM")) * unit)
+    return max(sizes) or DEFAULT_CACHE_BYTES
+
+
+def busy_cores(seconds: float = 0.25) -> float:
+    """How many cores other processes keep busy while this one sleeps; 0.0 if the system is silent."""
+
+    def ticks() -> tuple[int, int]:
+        user, nice, system, idle, wait, *_ = map(int, Path("/proc/stat").read_text().split()[1:8])
+        return user + nice + system, idle + wait
+
+    try:
+        busy, idle = ticks()
+        time.sleep(seconds)
+        busy, idle = (after - before for after, before in zip(ticks(), (busy, idle), strict=True))
+    except (OSError, ValueError):
+        return 0.0
+    return round((os.cpu_count() or 1) * busy / max(busy + idle, 1), 2)
+
+
+def commit() -> str:
+    """The commit of this checkout, with '+' when files differ from it, or 'unknown'."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe(device: str) -> dict[str, object]:
+    """Machine, versions, commit and date, ready for JSON."""
+    import fastnorm
+
+    machine: dict[str, object] = {
+        "cpu": cpu_model(),
+        "cores": cpu_cores(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cache_bytes": cache_bytes(device),
+        "busy_cores": busy_cores(),
+        "fastnorm_capability": fastnorm_capability(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(0)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastnorm": str(getattr(fastnorm, "__version__", "unknown")),
+    }
+    return {
+        "machine": machine,
+        "versions": versions,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def fastnorm_capability() -> str:
+    """The instruction set that fastnorm's CPU kernels use."""
+    try:
+        from fastnorm import _C
+    except ImportError:
+        return "none"
+    return str(_C.cpu_capability())

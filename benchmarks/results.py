@@ -1,0 +1,147 @@
+"""What was measured and what it means: against torch.nn, against a copy, and the lines to reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+
+from contestants import MODES, Row, passes
+from timing import Timing
+
+# The lines to reach: times torch.nn, for all tensors; and times the copies that move the least
+# bytes, for tensors that no cache holds. Reported, never enforced: a busy machine fails no build.
+SPEEDUP_GOAL, SPEEDUP_LINE = 3.0, 1.1
+COPIES_LINE = {"forward": 1.3, "step": 1.5}
+CLONE_PASSES = 2  # a copy reads and writes
+
+
+@dataclass(frozen=True)
+class Result:
+    """The timings of one row: mode -> contestant -> seconds."""
+
+    row: Row
+    times: dict[str, dict[str, Timing]]
+    disagreement: float = 0.0  # see Arena.disagreement
+    above_cache: bool = False
+
+    def seconds(self, mode: str, contestant: str = "fastnorm") -> float:
+        return self.times[mode][contestant].median
+
+    def speedup(self, mode: str, contestant: str = "torch") -> float:
+        """How many times longer the other contestant takes."""
+        return self.seconds(mode, contestant) / self.seconds(mode)
+
+    def floor(self, mode: str) -> float:
+        """Seconds that moving the least bytes takes at the bandwidth of the copy."""
+        fewest = passes(mode, self.row.activation, self.row.residual)
+        return self.seconds(mode, "clone") * fewest / CLONE_PASSES
+
+    def copies(self, mode: str) -> float:
+        """Our time in units of the floor: 1.0 is as fast as copying the same bytes."""
+        return self.seconds(mode) / self.floor(mode)
+
+    def share(self, mode: str) -> float:
+        """The share of the copy's bandwidth that we reach, counting the bytes that must move."""
+        return self.floor(mode) / self.seconds(mode)
+
+    @property
+    def is_tiny(self) -> bool:
+        """A row that measures the host time of a call; its floor means nothing."""
+        return self.row.layer.label == "tiny"
+
+    def to_json(self) -> dict[str, object]:
+        row, measured = self.row, {}
+        for mode, times in self.times.items():
+            measured[mode] = {
+                "us": {name: {k: _us(v) for k, v in asdict(t).items()} for name, t in times.items()},
+                "times_torch": round(self.speedup(mode), 3),
+                "copies": round(self.copies(mode), 3),
+                "floor_share": round(self.share(mode), 3),
+            }
+        return {
+            "model": row.layer.label,
+            "norm": row.layer.norm,
+            "shape": list(row.layer.shape),
+            "dtype": row.dtype,
+            "layout": row.layout,
+            "epilogue": row.fused,
+            "bytes": row.nbytes,
+            "above_cache": self.above_cache,
+            "disagreement_eps": round(self.disagreement, 2),
+            "modes": measured,
+        }
+
+
+def _us(value: float) -> float:
+    """Seconds as microseconds; a count of rounds stays as it is."""
+    return value if isinstance(value, int) else round(value * 1e6, 3)
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """NaN when there are no values."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+@dataclass
+class Line:
+    """One line to reach: how many rows it is about, and which miss it, the furthest first."""
+
+    what: str
+    rows: int = 0
+    misses: list[tuple[str, str]] = field(default_factory=list)  # (row and mode, by how much)
+
+
+def _line(
+    what: str,
+    results: Iterable[Result],
+    modes: Iterable[str],
+    value: Callable[[Result, str], float],
+    limit: Callable[[str], float],
+    more_is_better: bool,
+) -> Line:
+    line, missed = Line(what), []
+    for result in results:
+        for mode in modes:
+            line.rows += 1
+            got, wanted = value(result, mode), limit(mode)
+            badness = wanted / got if more_is_better else got / wanted
+            if badness > 1:
+                missed.append((badness, (f"{result.row.name}, {mode}", f"{got:.2f}")))
+    line.misses = [miss for _, miss in sorted(missed, reverse=True)]
+    return line
+
+
+def summary_lines(results: list[Result], modes: tuple[str, ...] = MODES) -> list[Line]:
+    """How the results stand to the lines of the issue."""
+    big = [r for r in results if r.above_cache]
+    tiny = [r for r in results if r.is_tiny]
+    shapes = [r for r in results if not r.is_tiny]
+    timed = tuple(m for m in COPIES_LINE if m in modes)
+    lines = [
+        _line(f"at least {SPEEDUP_LINE} x torch.nn", shapes, modes, Result.speedup, lambda _: SPEEDUP_LINE, True),
+        *(
+            _line(
+                f"{mode} within {COPIES_LINE[mode]} x the corresponding copies (above cache size)",
+                big, (mode,), Result.copies, COPIES_LINE.__getitem__, False,
+            )
+            for mode in timed
+        ),
+        _line("a tiny call within torch.nn's host time", tiny, timed, Result.speedup, lambda _: 1.0, True),
+    ]  # fmt: skip
+    return [line for line in lines if line.rows]
+
+
+def means(results: list[Result], mode: str) -> dict[str, float]:
+    """Geometric means of `mode` over the rows that are not tiny."""
+    shapes = [r for r in results if not r.is_tiny]
+    found = {
+        "times_torch": geometric_mean(r.speedup(mode) for r in shapes),
+        "copies": geometric_mean(r.copies(mode) for r in shapes),
+        "copies_above_cache": geometric_mean(r.copies(mode) for r in shapes if r.above_cache),
+    }
+    compiled = [r for r in shapes if "compile" in r.times[mode]]
+    if compiled:
+        found["times_compile"] = geometric_mean(r.speedup(mode, "compile") for r in compiled)
+    return found

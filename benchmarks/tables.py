@@ -1,0 +1,143 @@
+"""The results as text: one table with a section per shape, and the summary."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from contestants import MODES
+from results import COPIES_LINE, SPEEDUP_GOAL, SPEEDUP_LINE, Result, means, summary_lines
+
+HEADINGS = {"forward": "forward", "step": "forward + backward", "eval": "eval"}
+PLAIN_WIDTH = 140  # of a file or a pipe
+LABEL = 26
+WIDTHS = {"us": 9, "torch": 7, "compile": 9, "copies": 7, "floor": 6}  # of the columns of one mode
+SHOWN_MISSES = 12
+WRONG_EPSILONS = 64  # ours and torch.nn's roundings differ by a few; more than this is an error
+
+Cell = tuple[str, str]  # text and style
+
+
+def make_console() -> Console:
+    """A console as wide as the terminal; plain and wide when the output is not a terminal."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH, highlight=False, color_system=None)
+
+
+def microseconds(seconds: float) -> str:
+    us = seconds * 1e6
+    return f"{us:.1f}" if us < 100 else f"{us:,.0f}".replace(",", " ")
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+
+
+def _against(ratio: float) -> Cell:
+    """Speed against another contestant: green from the line upwards, red when slower."""
+    good = "bold green" if ratio >= SPEEDUP_GOAL else "green"
+    return times(ratio), good if ratio >= SPEEDUP_LINE else "yellow" if ratio >= 1 else "red"
+
+
+def _cell(result: Result, mode: str, column: str) -> Cell:
+    if column == "us":
+        return microseconds(result.seconds(mode)), ""
+    if column in ("torch", "compile"):
+        return _against(result.speedup(mode, column)) if column in result.times[mode] else ("-", "dim")
+    if result.is_tiny:
+        return "-", "dim"  # a call's host time has nothing to do with bytes
+    good = result.copies(mode) <= COPIES_LINE.get(mode, COPIES_LINE["forward"])
+    text = f"{result.copies(mode):.2f}" if column == "copies" else f"{result.share(mode):.0%}"
+    return text, "green" if good else "yellow" if result.share(mode) >= 0.5 else "red"
+
+
+def _layout(results: Sequence[Result], width: int, modes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The modes and columns that fit into `width`: first go the copies (they are 1 / floor), then
+    the last modes.
+    """
+    columns = list(WIDTHS)
+    if not any("compile" in r.times[m] for r in results for m in modes):
+        columns.remove("compile")
+    shown = list(modes)
+
+    def needed() -> int:
+        return LABEL + len(shown) * (sum(WIDTHS[c] for c in columns) + 2)
+
+    if needed() > width:
+        columns.remove("copies")
+    while needed() > width and len(shown) > 1:
+        shown.pop()
+    return shown, columns
+
+
+def make_table(results: Sequence[Result], width: int, modes: Sequence[str] = MODES) -> Text:
+    """One line per row, one group of columns per mode; `print_results` says what the columns mean."""
+    modes, columns = _layout(results, width, modes)
+    block = sum(WIDTHS[c] for c in columns)
+    lines = [
+        Text(" " * LABEL + "".join(f"  {HEADINGS[m]:>{block}}" for m in modes), "bold"),
+        Text(
+            " " * LABEL + len(modes) * ("  " + "".join(f"{c:>{WIDTHS[c]}}" for c in columns)),
+            "bold",
+        ),
+        Text("─" * (LABEL + len(modes) * (block + 2)), "dim"),
+    ]
+    for title, group in itertools.groupby(results, key=lambda r: r.row.title):
+        lines.append(Text(title, "bold cyan"))
+        for result in group:
+            line = Text(f"  {result.row.variant}".ljust(LABEL))
+            for mode in modes:
+                line.append("  ")
+                for column in columns:
+                    text, style = _cell(result, mode, column)
+                    line.append(f"{text:>{WIDTHS[column]}}", style)
+            lines.append(line)
+    return Text("\n").join(lines)
+
+
+def print_results(console: Console, results: Sequence[Result], modes: Sequence[str] = MODES) -> None:
+    """The table, and what its columns mean."""
+    console.print(make_table(results, console.width, modes), no_wrap=True, crop=False)
+    _, columns = _layout(results, console.width, modes)
+    meaning = {
+        "us": "fastnorm's microseconds",
+        "torch": "how many times longer torch.nn takes",
+        "compile": "likewise torch.compile of torch.nn",
+        "copies": "our time, where copying the least bytes that must move takes 1",
+        "floor": "that copy's share of our time",
+    }
+    console.print("; ".join(f"{c}: {meaning[c]}" for c in columns) + ".", style="dim")
+
+
+def print_summary(console: Console, results: list[Result], modes: tuple[str, ...] = MODES) -> None:
+    """Geometric means, then each line to reach with the rows that miss it."""
+    console.print("\n[bold]Geometric means[/]")
+    for mode in modes:
+        mean = means(results, mode)
+        if math.isnan(mean["times_torch"]):
+            continue
+        text = f"  {HEADINGS[mode]:<19} {times(mean['times_torch']):>6} torch.nn"
+        if "times_compile" in mean:
+            text += f", {times(mean['times_compile'])} torch.compile"
+        text += f"; {mean['copies']:.2f} copies"
+        if not math.isnan(mean["copies_above_cache"]):
+            text += f", {mean['copies_above_cache']:.2f} above cache size"
+        console.print(text)
+    console.print("[bold]Lines to reach[/] [dim](reported, never enforced)[/]")
+    for line in summary_lines(results, modes):
+        met = f"{line.rows - len(line.misses)} of {line.rows}"
+        console.print(f"  [{'yellow' if line.misses else 'green'}]{met:>10}[/]  {escape(line.what)}")
+        for name, value in line.misses[:SHOWN_MISSES]:
+            console.print(f"  [yellow]{value:>10}[/]    {escape(name)}", style="dim")
+        if len(line.misses) > SHOWN_MISSES:
+            console.print(f"              and {len(line.misses) - SHOWN_MISSES} more", style="dim")
+    for result in results:
+        if not result.disagreement <= WRONG_EPSILONS:
+            console.print(
+                f"[bold red]Differs from torch.nn[/] by {result.disagreement:.0f} epsilons: {escape(result.row.name)}"
+            )

@@ -1,0 +1,377 @@
+// What happens to one group of packs: normalize and activate (forward), or the gradient through the activation and dx
+// (backward). Rows and columns, every norm and every layout go through these few functions; they differ in where the
+// coefficients of an element come from.
+#pragma once
+
+#include <type_traits>
+
+#include "../accum.h"
+#include "../activation.h"
+#include "vec_math.h"
+
+namespace fastnorm::FASTNORM_CPU_CAPABILITY {
+
+template <class A>
+constexpr int64_t kLanes = Pack<A>::kLanes;
+
+// ---- coefficients: xhat = (x - mean) * rstd, z = (x - mean) * scale + bias, scale = rstd * weight ----
+
+template <class A>
+struct Affine {
+  Pack<A> mean, rstd, scale, bias;
+};
+
+// One channel: the same for every element of a run.
+template <class A>
+struct SharedCoefs {
+  Affine<A> all;
+  SharedCoefs(A mean, A rstd, A weight, A bias)
+      : all{Pack<A>(mean), Pack<A>(rstd), Pack<A>(rstd * weight), Pack<A>(bias)} {}
+  FASTNORM_INLINE Affine<A> at(int64_t) const { return all; }
+};
+
+// Channels side by side: arrays, readable a pack past their end.
+template <class A>
+struct ChannelCoefs {
+  const A *mean, *rstd, *scale, *bias;
+  FASTNORM_INLINE Affine<A> at(int64_t i) const {
+    return {load(mean + i), load(rstd + i), load(scale + i), load(bias + i)};
+  }
+};
+
+// One set, a weight per element (LayerNorm).
+template <class A>
+struct ElementCoefs {
+  Pack<A> mean, rstd;
+  const A *weight, *bias;
+  ElementCoefs(A mean, A rstd, const A* weight, const A* bias) : mean(mean), rstd(rstd), weight(weight), bias(bias) {}
+  FASTNORM_INLINE Affine<A> at(int64_t i) const { return {mean, rstd, rstd * load(weight + i), load(bias + i)}; }
+};
+
+// dx = scale * d - (offset + xhat * slope): what the statistics' dependence on x takes away.
+template <class A>
+struct SharedTerms {
+  Pack<A> offset, slope;  // rstd * mean(w d), rstd * mean(w d xhat)
+  FASTNORM_INLINE Pack<A> dx(int64_t, const Affine<A>& c, Pack<A> d, Pack<A> xhat) const {
+    return c.scale * d - fma(xhat, slope, offset);
+  }
+};
+template <class A>
+struct ChannelTerms {
+  const A *offset, *slope;
+  FASTNORM_INLINE Pack<A> dx(int64_t i, const Affine<A>& c, Pack<A> d, Pack<A> xhat) const {
+    return c.scale * d - fma(xhat, load(slope + i), load(offset + i));
+  }
+};
+template <class A>
+struct FrozenTerms {
+  FASTNORM_INLINE Pack<A> dx(int64_t, const Affine<A>& c, Pack<A> d, Pack<A>) const { return c.scale * d; }
+};
+
+// ---- access: which lanes of a group of packs exist ----
+
+// All of them.
+struct Whole {
+  static constexpr bool kPartial = false;
+  template <class T>
+  FASTNORM_INLINE Pack<Accum<T>> get(const T* p, int) const {
+    return load(p);
+  }
+  template <class T>
+  FASTNORM_INLINE void put(T* p, Pack<Accum<T>> v, int) const {
+    store(p, v);
+  }
+};
+// Of the last pack only the first n lanes, 0 < n <= kLanes.
+template <int kLast>
+struct Tail {
+  static constexpr bool kPartial = true;
+  int64_t n;
+  template <class T>
+  FASTNORM_INLINE Pack<Accum<T>> get(const T* p, int pack) const {
+    return pack == kLast ? load_first(p, n) : load(p);
+  }
+  template <class T>
+  FASTNORM_INLINE void put(T* p, Pack<Accum<T>> v, int pack) const {
+    if (pack == kLast) {
+      store_first(p, v, n);
+    } else {
+      store(p, v);
+    }
+  }
+  // v with the lanes that do not exist set to zero.
+  template <class A>
+  FASTNORM_INLINE Pack<A> keep(Pack<A> v, int pack) const {
+    return pack == kLast ? select(first_lanes<A>(n), v, Pack<A>(0)) : v;
+  }
+};
+
+// Of every pack only the first n lanes: packs one below the other at a tile's edge.
+struct Edge {
+  static constexpr bool kPartial = true;
+  int64_t n;
+  template <class T>
+  FASTNORM_INLINE Pack<Accum<T>> get(const T* p, int) const {
+    return load_first(p, n);
+  }
+};
+
+// Calls f.template packs<P>(i, access) over n elements: fours of packs, then what remains as one group.
+template <class A, class F>
+FASTNORM_INLINE void for_packs(int64_t n, const F& f) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) f.template packs<4>(i, Whole{});
+  const int64_t rest = n - i;
+  if (rest > 3 * L) {
+    f.template packs<4>(i, Tail<3>{rest - 3 * L});
+  } else if (rest > 2 * L) {
+    f.template packs<3>(i, Tail<2>{rest - 2 * L});
+  } else if (rest > L) {
+    f.template packs<2>(i, Tail<1>{rest - L});
+  } else if (rest > 0) {
+    f.template packs<1>(i, Tail<0>{rest});
+  }
+}
+
+// ---- activation of P packs: the branch is taken once for all of them ----
+
+template <class A>
+struct Epilogue {
+  Activation activation;
+  Pack<A> param;
+};
+
+// Calls f(std::integral_constant<Activation, a>{}) for an activation that is more than a comparison.
+template <class F>
+FASTNORM_INLINE void dispatch_smooth(Activation a, F&& f) {
+  switch (a) {
+    case Activation::kSilu: return f(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh: return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kHardswish: return f(std::integral_constant<Activation, Activation::kHardswish>{});
+    case Activation::kSigmoid: return f(std::integral_constant<Activation, Activation::kSigmoid>{});
+    default: return f(std::integral_constant<Activation, Activation::kTanh>{});
+  }
+}
+
+// Out of line: one copy of the long polynomials serves every kernel.
+template <int P, class A>
+__attribute__((noinline)) void smooth_value(Activation activation, Pack<A> (&z)[P]) {
+  dispatch_smooth(activation, [&](auto kind) {
+    for (int p = 0; p < P; ++p) z[p] = activate<kind.value>(z[p], Pack<A>(0));
+  });
+}
+template <int P, class A>
+__attribute__((noinline)) void smooth_slope(Activation activation, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
+  dispatch_smooth(activation, [&](auto kind) {
+    for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<kind.value>(z[p], Pack<A>(0));
+  });
+}
+
+template <int P, class A>
+FASTNORM_INLINE void activate_packs(const Epilogue<A>& e, Pack<A> (&z)[P]) {
+  switch (e.activation) {
+    case Activation::kNone: return;
+    case Activation::kRelu:
+      for (int p = 0; p < P; ++p) z[p] = activate<Activation::kRelu>(z[p], e.param);
+      return;
+    case Activation::kLeakyRelu:
+      for (int p = 0; p < P; ++p) z[p] = activate<Activation::kLeakyRelu>(z[p], e.param);
+      return;
+    default:
+      Pack<A> copy[P];  // so that z itself may stay in registers
+      for (int p = 0; p < P; ++p) copy[p] = z[p];
+      smooth_value(e.activation, copy);
+      for (int p = 0; p < P; ++p) z[p] = copy[p];
+  }
+}
+
+// d *= act'(z).
+template <int P, class A>
+FASTNORM_INLINE void multiply_slopes(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
+  switch (e.activation) {
+    case Activation::kNone: return;
+    case Activation::kRelu:
+      for (int p = 0; p < P; ++p) d[p] = select(z[p] <= Pack<A>(0), Pack<A>(0), d[p]);
+      return;
+    case Activation::kLeakyRelu:
+      for (int p = 0; p < P; ++p) d[p] = select(z[p] > Pack<A>(0), d[p], d[p] * e.param);
+      return;
+    default:
+      Pack<A> z_copy[P], d_copy[P];
+      for (int p = 0; p < P; ++p) z_copy[p] = z[p], d_copy[p] = d[p];
+      smooth_slope(e.activation, z_copy, d_copy);
+      for (int p = 0; p < P; ++p) d[p] = d_copy[p];
+  }
+}
+
+// Which side of a two-sided activation z lies on: 1 where the derivative is 1.
+template <class A>
+FASTNORM_INLINE Mask<A> upper_side(Activation activation, Pack<A> z) {
+  return activation == Activation::kRelu ? !(z <= Pack<A>(0)) : z > Pack<A>(0);
+}
+
+// ---- forward over a stretch of contiguous elements ----
+
+template <class T>
+struct ForwardStretch {
+  const T* x;
+  const T* residual;
+  T* y;
+  uint8_t* mask;
+};
+
+template <class T, class Coefs>
+struct ForwardPacks {
+  using A = Accum<T>;
+  const ForwardStretch<T>& s;
+  const Coefs& coefs;
+  const Epilogue<A>& epilogue;
+
+  template <int P, class Access>
+  FASTNORM_INLINE void packs(int64_t i, Access access) const {
+    constexpr int64_t L = kLanes<A>;
+    Pack<A> z[P];
+    for (int p = 0; p < P; ++p) {
+      const Affine<A> c = coefs.at(i + p * L);
+      z[p] = fma(access.get(s.x + i + p * L, p) - c.mean, c.scale, c.bias);
+    }
+    if (s.residual) {
+      for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + p * L, p);
+    }
+    if (s.mask) {
+      for (int p = 0; p < P; ++p)
+        store_mask(s.mask + (i / L + p) * kMaskBytes<A>, upper_side(epilogue.activation, z[p]));
+    }
+    activate_packs(epilogue, z);
+    for (int p = 0; p < P; ++p) access.put(s.y + i + p * L, z[p], p);
+  }
+};
+
+template <class T, class Coefs>
+FASTNORM_INLINE void forward_stretch(const ForwardStretch<T>& s, int64_t n, const Coefs& coefs,
+                                     const Epilogue<Accum<T>>& epilogue) {
+  for_packs<Accum<T>>(n, ForwardPacks<T, Coefs>{s, coefs, epilogue});
+}
+
+// ---- backward ----
+
+template <class T>
+struct BackwardStretch {
+  const T* dy;
+  const T* x;
+  const T* residual;
+  const uint8_t* mask;
+  T* dx;
+  T* dresidual;
+};
+
+// Where pack p of a group lies: next to each other, or one below the other in neighbouring positions.
+template <class A>
+struct Along {
+  FASTNORM_INLINE int64_t element(int p) const { return p * kLanes<A>; }
+  FASTNORM_INLINE int64_t coef(int p) const { return p * kLanes<A>; }
+  FASTNORM_INLINE int64_t mask(int p) const { return p * kMaskBytes<A>; }
+};
+template <class A>
+struct Down {
+  int64_t stride, mask_stride;
+  FASTNORM_INLINE int64_t element(int p) const { return p * stride; }
+  FASTNORM_INLINE int64_t coef(int) const { return 0; }
+  FASTNORM_INLINE int64_t mask(int p) const { return p * mask_stride; }
+};
+
+// d = dy * act'(z) and xhat of P packs at element i.
+template <int P, class T, class Coefs, class Access, class Place, class A = Accum<T>>
+FASTNORM_INLINE void load_grad(const BackwardStretch<T>& s, int64_t i, const Coefs& coefs, const Epilogue<A>& e,
+                               Access access, Place place, Pack<A> (&d)[P], Pack<A> (&xhat)[P]) {
+  Pack<A> z[P];
+  for (int p = 0; p < P; ++p) {
+    const Affine<A> c = coefs.at(i + place.coef(p));
+    const Pack<A> centered = access.get(s.x + i + place.element(p), p) - c.mean;
+    xhat[p] = centered * c.rstd;
+    z[p] = fma(centered, c.scale, c.bias);
+    d[p] = access.get(s.dy + i + place.element(p), p);
+  }
+  if (e.activation == Activation::kNone) return;
+  if (s.mask) {
+    const Pack<A> lower = e.activation == Activation::kRelu ? Pack<A>(0) : e.param;
+    for (int p = 0; p < P; ++p) {
+      const Mask<A> upper = load_mask<A>(s.mask + i / kLanes<A> * kMaskBytes<A> + place.mask(p));
+      d[p] = select(upper, d[p], e.activation == Activation::kRelu ? lower : d[p] * lower);
+    }
+    return;
+  }
+  if (s.residual) {
+    for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + place.element(p), p);
+  }
+  multiply_slopes(e, z, d);
+}
+
+// Sum of P packs, as a tree.
+template <int P, class A>
+FASTNORM_INLINE Pack<A> tree_sum(const Pack<A> (&v)[P]) {
+  if constexpr (P == 1) return v[0];
+  if constexpr (P == 2) return v[0] + v[1];
+  if constexpr (P == 3) return (v[0] + v[1]) + v[2];
+  if constexpr (P == 4) return (v[0] + v[1]) + (v[2] + v[3]);
+}
+template <int P, class A>
+FASTNORM_INLINE Pack<A> tree_dot(const Pack<A> (&a)[P], const Pack<A> (&b)[P]) {
+  if constexpr (P == 1) return a[0] * b[0];
+  if constexpr (P == 2) return fma(a[0], b[0], a[1] * b[1]);
+  if constexpr (P == 3) return fma(a[0], b[0], a[1] * b[1]) + a[2] * b[2];
+  if constexpr (P == 4) return fma(a[0], b[0], a[1] * b[1]) + fma(a[2], b[2], a[3] * b[3]);
+}
+
+// sums += d, d * xhat over a stretch of one channel. Four packs are added in A, then widened.
+template <class T>
+struct SharedGradSums {
+  using A = Accum<T>;
+  const BackwardStretch<T>& s;
+  const SharedCoefs<A>& coefs;
+  const Epilogue<A>& epilogue;
+  GradSums<PackD>& sums;
+
+  template <int P, class Access>
+  FASTNORM_INLINE void packs(int64_t i, Access access) const {
+    Pack<A> d[P], xhat[P];
+    load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, xhat);
+    sums.d = sums.d + widen_halves(tree_sum(d));
+    sums.d_xhat = sums.d_xhat + widen_halves(tree_dot(d, xhat));
+  }
+};
+
+// dx and dresidual over a stretch.
+template <class T, class Coefs, class Terms>
+struct BackwardPacks {
+  using A = Accum<T>;
+  const BackwardStretch<T>& s;
+  const Coefs& coefs;
+  const Terms& terms;
+  const Epilogue<A>& epilogue;
+
+  template <int P, class Access>
+  FASTNORM_INLINE void packs(int64_t i, Access access) const {
+    constexpr int64_t L = kLanes<A>;
+    Pack<A> d[P], xhat[P];
+    load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, xhat);
+    if (s.dresidual) {
+      for (int p = 0; p < P; ++p) access.put(s.dresidual + i + p * L, d[p], p);
+    }
+    if (s.dx) {
+      for (int p = 0; p < P; ++p) {
+        access.put(s.dx + i + p * L, terms.dx(i + p * L, coefs.at(i + p * L), d[p], xhat[p]), p);
+      }
+    }
+  }
+};
+
+template <class T, class Coefs, class Terms>
+FASTNORM_INLINE void backward_stretch(const BackwardStretch<T>& s, int64_t n, const Coefs& coefs, const Terms& terms,
+                                      const Epilogue<Accum<T>>& epilogue) {
+  for_packs<Accum<T>>(n, BackwardPacks<T, Coefs, Terms>{s, coefs, terms, epilogue});
+}
+
+}  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

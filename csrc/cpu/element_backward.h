@@ -1,0 +1,117 @@
+// Backward where every element of a set has its own weight: layer norm, and group norm of (N, C).
+//
+// What     per set the means of w d and w d xhat, then dx as in rows_backward.h; dweight and dbias are sums over sets.
+// Who      a task -> a chunk of samples, with its own row of partial dweight and dbias; folded in order at the end.
+// Traffic  dy and x once from memory while a set fits the cache, dx once, the partials.
+// Numerics dweight and dbias: kFlushSets sets in A, then in double. The number of chunks depends on the sizes alone.
+#pragma once
+
+#include "task.h"
+
+namespace fastnorm::FASTNORM_CPU_CAPABILITY {
+
+template <class T>
+class ElementBackward : Call<T, BackwardArgs> {
+  using Base = Call<T, BackwardArgs>;
+  using A = Accum<T>;
+  using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
+  static constexpr int64_t L = kLanes<A>;
+  static constexpr int64_t kFlushSamples = 32;
+  // Partial rows cost memory traffic of their own: at least this many samples share one, and 64 rows feed any machine.
+  static constexpr int64_t kMinSamples = 64, kMaxChunks = 64;
+
+  const T* dy_ = static_cast<const T*>(args.dy);
+  const T* x_ = static_cast<const T*>(args.x);
+  const T* residual_ = static_cast<const T*>(args.residual);
+  T* dx_ = static_cast<T*>(args.dx);
+  T* dresidual_ = static_cast<T*>(args.dresidual);
+  const int64_t mask_row_ = mask_row_bytes(g.D(), args.dtype);
+  const bool params_ = args.dweight || args.dbias;
+  const int64_t chunks_ = std::clamp<int64_t>(g.N / (params_ ? kMinSamples : 1), std::min<int64_t>(g.N, 2), kMaxChunks);
+
+  // Means of w d and w d xhat over a set, and the set's share of dweight and dbias.
+  struct SumPacks {
+    const BackwardStretch<T>& s;
+    const ElementCoefs<A>& coefs;
+    const Epilogue<A>& epilogue;
+    A *dweight, *dbias;  // or null
+    GradSums<PackD>& sums;
+
+    template <int P, class Access>
+    FASTNORM_INLINE void packs(int64_t i, Access access) const {
+      Pack<A> d[P], xhat[P], wd[P];
+      load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, xhat);
+      for (int p = 0; p < P; ++p) {
+        const int64_t at = i + p * L;
+        wd[p] = d[p] * load(coefs.weight + at);
+        if constexpr (Access::kPartial) wd[p] = access.keep(wd[p], p);
+        if (dweight) {
+          store(dweight + at, fma(d[p], xhat[p], load(dweight + at)));
+          store(dbias + at, load(dbias + at) + d[p]);
+        }
+      }
+      sums.d = sums.d + widen_halves(tree_sum(wd));
+      sums.d_xhat = sums.d_xhat + widen_halves(tree_dot(wd, xhat));
+    }
+  };
+
+ public:
+  using Base::Base;
+
+  void run() {
+    Buffer<double> partials(params_ ? 2 * chunks_ * g.C : 0);
+    for_each_task(args.parallel, chunks_, [&](int64_t t) {
+      run_chunk(g.N * t / chunks_, g.N * (t + 1) / chunks_, partials + (params_ ? 2 * t * g.C : 0));
+    });
+    if (!params_) return;
+    for_each_task(args.parallel, div_up(g.C, kBlock), [&](int64_t t) {
+      for (int64_t c = t * kBlock; c < std::min((t + 1) * kBlock, g.C); ++c) {
+        GradSums<double> total{partials[c], partials[g.C + c]};
+        for (int64_t k = 1; k < chunks_; ++k) total.merge({partials[2 * k * g.C + c], partials[(2 * k + 1) * g.C + c]});
+        if (args.dbias) args.dbias[c] = total.d;
+        if (args.dweight) args.dweight[c] = total.d_xhat;
+      }
+    });
+  }
+
+ private:
+  void run_chunk(int64_t begin, int64_t end, double* partial) const {
+    const int64_t pitch = div_up(g.C, L) * L + L;
+    Buffer<A> sums(params_ ? 2 * pitch : 0);
+    if (params_) {
+      std::fill_n(partial, 2 * g.C, 0.0);
+      std::fill_n(static_cast<A*>(sums), 2 * pitch, A(0));
+    }
+    A *dbias = params_ ? static_cast<A*>(sums) : nullptr, *dweight = params_ ? sums + pitch : nullptr;
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t group = 0; group < g.G; ++group) run_set(n * g.G + group, dweight, dbias);
+      if (params_ && ((n - begin + 1) % kFlushSamples == 0 || n + 1 == end)) {
+        for (int64_t c = 0; c < g.C; ++c) {
+          partial[c] += dbias[c];
+          partial[g.C + c] += dweight[c];
+        }
+        std::fill_n(static_cast<A*>(sums), 2 * pitch, A(0));
+      }
+    }
+  }
+
+  void run_set(int64_t set, A* dweight, A* dbias) const {
+    const int64_t at = set * g.D(), c = first_channel(g, set);
+    const BackwardStretch<T> s{dy_ + at,
+                               x_ + at,
+                               residual_ ? residual_ + at : nullptr,
+                               args.mask ? args.mask + set * mask_row_ : nullptr,
+                               dx_ ? dx_ + at : nullptr,
+                               dresidual_ ? dresidual_ + at : nullptr};
+    const ElementCoefs<A> coefs = Base::element_coefs(set);
+    GradSums<PackD> lanes{PackD(0), PackD(0)};
+    for_packs<A>(g.D(),
+                 SumPacks{s, coefs, epilogue, dweight ? dweight + c : nullptr, dbias ? dbias + c : nullptr, lanes});
+    if (!dx_ && !dresidual_) return;
+    const double scale = stats.rstd[set] / static_cast<double>(g.D());
+    const SharedTerms<A> terms{Pack<A>(sum_lanes(lanes.d) * scale), Pack<A>(sum_lanes(lanes.d_xhat) * scale)};
+    backward_stretch(s, g.D(), coefs, terms, epilogue);
+  }
+};
+
+}  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

@@ -1,0 +1,81 @@
+// Forward with given statistics (evaluation): nothing to reduce, so one walk through memory in its own order.
+//
+// Traffic  x and residual once, y once.
+#pragma once
+
+#include "task.h"
+
+namespace fastnorm::FASTNORM_CPU_CAPABILITY {
+
+template <class T>
+class FrozenForward : Call<T, ForwardArgs> {
+  using Base = Call<T, ForwardArgs>;
+  using A = Accum<T>;
+  using Base::args, Base::g, Base::stats, Base::epilogue;
+  static constexpr int64_t kTaskElements = kBlock * kChunkBlocks;
+
+  const T* x_ = static_cast<const T*>(args.x);
+  const T* residual_ = static_cast<const T*>(args.residual);
+  T* y_ = static_cast<T*>(args.y);
+  const int64_t mask_row_ = mask_row_bytes(mask_run(g), args.dtype);
+
+ public:
+  using Base::Base;
+
+  void run() {
+    const int64_t C = g.C;
+    Buffer<A> var(C);
+    read_params<A>(args.running_mean, C, A(0), stats.mean);
+    read_params<A>(args.running_var, C, A(0), var);
+    for (int64_t c = 0; c < C; ++c) {
+      stats.var[c] = var[c];
+      stats.rstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[c]) + args.eps));
+    }
+    if (g.traversal() == Traversal::kColumns) {
+      columns();
+    } else {
+      rows();
+    }
+  }
+
+ private:
+  void columns() const {
+    const ChannelArrays<A> arrays(g.C);
+    const ChannelCoefs<A> coefs = arrays.fill(*this, 0, 0, g.C);
+    const int64_t positions = g.positions(), per_task = std::max<int64_t>(1, kTaskElements / g.C);
+    for_each_task(args.parallel, div_up(positions, per_task), [&](int64_t t) {
+      const int64_t end = std::min((t + 1) * per_task, positions);
+      for (int64_t p = t * per_task; p < end; ++p) forward_stretch(stretch(p, 0), g.C, coefs, epilogue);
+    });
+  }
+
+  // A task -> several runs, or a piece of one.
+  void rows() const {
+    const int64_t runs = g.N * g.C, pieces = div_up(g.S, kTaskElements);
+    const int64_t per_task = std::max<int64_t>(1, kTaskElements / g.S);
+    if (pieces > 1) {
+      for_each_task(args.parallel, runs * pieces, [&](int64_t t) {
+        const int64_t offset = t % pieces * kTaskElements;
+        apply(t / pieces, offset, std::min(kTaskElements, g.S - offset));
+      });
+      return;
+    }
+    for_each_task(args.parallel, div_up(runs, per_task), [&](int64_t t) {
+      const int64_t end = std::min((t + 1) * per_task, runs);
+      for (int64_t run = t * per_task; run < end; ++run) apply(run, 0, g.S);
+    });
+  }
+
+  void apply(int64_t run, int64_t offset, int64_t length) const {
+    const int64_t c = run % g.C;
+    forward_stretch(stretch(run, offset), length, Base::shared_coefs(c, c), epilogue);
+  }
+
+  ForwardStretch<T> stretch(int64_t run, int64_t offset) const {
+    const int64_t at = run * mask_run(g) + offset;
+    uint8_t* mask = args.mask ? args.mask + run * mask_row_ + offset / 8 : nullptr;
+    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask};
+  }
+};
+
+}  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

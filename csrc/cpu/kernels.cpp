@@ -1,0 +1,43 @@
+// The kernels of one instruction set: compiled once for each, under the name FASTNORM_CPU_CAPABILITY.
+#include "columns_backward.h"
+#include "columns_forward.h"
+#include "element_backward.h"
+#include "frozen_forward.h"
+#include "rows_backward.h"
+#include "rows_forward.h"
+
+#define FASTNORM_STRING_(s) #s
+#define FASTNORM_STRING(s) FASTNORM_STRING_(s)
+
+namespace fastnorm::FASTNORM_CPU_CAPABILITY {
+
+static void forward(const ForwardArgs& args) {
+  dispatch(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (args.running_mean.data != nullptr) {
+      FrozenForward<T>(args).run();
+    } else if (args.geometry.traversal() == Traversal::kColumns) {
+      ColumnsForward<T>(args).run();
+    } else {
+      RowsForward<T>(args).run();
+    }
+  });
+}
+
+static void backward(const BackwardArgs& args) {
+  dispatch(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (args.geometry.traversal() == Traversal::kColumns) {
+      ColumnsBackward<T>(args).run();
+    } else if (args.geometry.per_element()) {
+      ElementBackward<T>(args).run();
+    } else {
+      RowsBackward<T>(args).run();
+    }
+  });
+}
+
+extern const cpu::Kernels kernels;
+const cpu::Kernels kernels{FASTNORM_STRING(FASTNORM_CPU_CAPABILITY), forward, backward};
+
+}  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

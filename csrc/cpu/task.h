@@ -1,0 +1,189 @@
+// What every walk needs around the arithmetic: scratch memory, the parallel loop, parameters as arrays of A, the cut of
+// a set into blocks and chunks.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "../accum.h"
+#include "../kernels.h"
+#include "element.h"
+
+namespace fastnorm::FASTNORM_CPU_CAPABILITY {
+
+// Uninitialised memory, aligned to a pack and readable one pack past its end.
+template <class E>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) {
+    const int64_t bytes = (n * sizeof(E) + 2 * kPackBytes - 1) / kPackBytes * kPackBytes;
+    data_ = static_cast<E*>(std::aligned_alloc(kPackBytes, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator E*() const { return data_; }
+
+ private:
+  E* data_;
+};
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class F>
+void for_each_task(const Parallel& parallel, int64_t tasks, F&& f) {
+  if (parallel.threads <= 1 || tasks <= 1) {
+    for (int64_t t = 0; t < tasks; ++t) f(t);
+    return;
+  }
+  parallel.run(tasks, [](void* context, int64_t t) { (*static_cast<std::remove_reference_t<F>*>(context))(t); }, &f);
+}
+
+// Parameters of any type as an array of A; `absent` where there are none.
+template <class A>
+void read_params(const Params& params, int64_t n, A absent, A* out) {
+  if (params.data == nullptr) {
+    std::fill_n(out, n, absent);
+    return;
+  }
+  dispatch(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* p = static_cast<const T*>(params.data);
+    if constexpr (std::is_same_v<Accum<T>, A>) {
+      constexpr int64_t L = kLanes<A>;
+      for (int64_t i = 0; i + L <= n; i += L) store(out + i, load(p + i));
+      if (n % L) store_first(out + n / L * L, load_first(p + n / L * L, n % L), n % L);
+    } else {
+      for (int64_t i = 0; i < n; ++i) {  // float64 with other parameters does not occur in one call of the ops
+        alignas(kPackBytes) Accum<T> lane[kLanes<Accum<T>>];
+        store(lane, load_first(p + i, 1));
+        out[i] = static_cast<A>(lane[0]);
+      }
+    }
+  });
+}
+
+// The three rows of the stats tensor.
+template <class A>
+struct Stats {
+  A *mean, *rstd, *var;
+  Stats(void* base, int64_t sets) : mean(static_cast<A*>(base)), rstd(mean + sets), var(rstd + sets) {}
+
+  void finish(int64_t set, const Moments<double>& m, double count, double eps) const {
+    const double variance = m.m2 / count;
+    mean[set] = static_cast<A>(m.mean);
+    var[set] = static_cast<A>(variance);
+    rstd[set] = static_cast<A>(1 / std::sqrt(variance + eps));
+  }
+};
+
+// What forward and backward both read.
+template <class T, class Args>
+struct Call {
+  using A = Accum<T>;
+  const Args& args;
+  const Geometry g;
+  const Buffer<A> weight, bias;  // [C]
+  const Stats<A> stats;
+  const Epilogue<A> epilogue;
+
+  explicit Call(const Args& call_args)
+      : args(call_args),
+        g(args.geometry),
+        weight(g.C),
+        bias(g.C),
+        stats(const_cast<void*>(args.stats), args_sets(args)),
+        epilogue{args.activation, Pack<A>(args.activation_param)} {
+    read_params<A>(args.weight, g.C, A(1), weight);
+    read_params<A>(args.bias, g.C, A(0), bias);
+  }
+  static int64_t args_sets(const Args& args) { return args.geometry.sets(); }
+
+  SharedCoefs<A> shared_coefs(int64_t set, int64_t channel) const {
+    return {stats.mean[set], stats.rstd[set], weight[channel], bias[channel]};
+  }
+  ElementCoefs<A> element_coefs(int64_t set) const {
+    const int64_t c = first_channel(g, set);
+    return {stats.mean[set], stats.rstd[set], weight + c, bias + c};
+  }
+};
+
+// Coefficients of the channels [first, first + width) of sample n as arrays.
+template <class A>
+struct ChannelArrays {
+  Buffer<A> storage;
+  int64_t pitch;
+  explicit ChannelArrays(int64_t width) : storage(4 * (width + 2 * kLanes<A>)), pitch(width + kLanes<A>) {
+    pitch = div_up(pitch, kLanes<A>) * kLanes<A>;
+  }
+  A* row(int k) const { return storage + k * pitch; }
+
+  template <class T, class Args>
+  ChannelCoefs<A> fill(const Call<T, Args>& call, int64_t n, int64_t first, int64_t width) const {
+    const Geometry& g = call.g;
+    const int64_t D = g.kind == Kind::kBatch ? 1 : g.D();
+    const int64_t base = g.kind == Kind::kBatch ? 0 : n * g.G;
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t c = first + i, set = base + c / D;
+      row(0)[i] = call.stats.mean[set];
+      row(1)[i] = call.stats.rstd[set];
+      row(2)[i] = call.stats.rstd[set] * call.weight[c];
+      row(3)[i] = call.bias[c];
+    }
+    for (int k = 0; k < 4; ++k) std::fill_n(row(k) + width, kLanes<A>, A(0));
+    return {row(0), row(1), row(2), row(3)};
+  }
+};
+
+// ---- prefetch ----
+
+// Runs shorter than this end before the processor's own prefetcher has caught on (it wants a page or so of one stream).
+constexpr int64_t kShortRunBytes = 2048;
+
+// Asks for all runs of a set that will be worked on next. kWrite: for memory that will be written.
+template <bool kWrite, class T>
+FASTNORM_INLINE void prefetch_runs(const T* base, const Runs& runs) {
+  if (base == nullptr || runs.length * static_cast<int64_t>(sizeof(T)) > kShortRunBytes) return;
+  for (int64_t r = 0; r < runs.count; ++r) {
+    const char* run = reinterpret_cast<const char*>(base + r * runs.stride);
+    for (int64_t byte = 0; byte < runs.length * static_cast<int64_t>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(run + byte, kWrite, 2);
+    }
+  }
+}
+
+// ---- blocks ----
+
+// `runs` runs from first_run on; of each, the elements [offset, offset + length).
+struct Block {
+  int64_t first_run, runs, offset, length;
+  int64_t size() const { return runs * length; }
+};
+
+// Runs cut into blocks of about kBlock elements: pieces of a long run, or several short ones.
+class Blocks {
+ public:
+  explicit Blocks(const Runs& runs)
+      : runs_(runs),
+        per_run_(std::max<int64_t>(1, div_up(runs.length, kBlock))),
+        runs_per_block_(per_run_ > 1 ? 1 : std::max<int64_t>(1, kBlock / std::max<int64_t>(1, runs.length))) {}
+  int64_t count() const { return per_run_ > 1 ? runs_.count * per_run_ : div_up(runs_.count, runs_per_block_); }
+  int64_t chunks() const { return div_up(count(), kChunkBlocks); }
+  Block operator[](int64_t b) const {
+    if (per_run_ > 1) {
+      const int64_t offset = b % per_run_ * kBlock;
+      return {b / per_run_, 1, offset, std::min(kBlock, runs_.length - offset)};
+    }
+    const int64_t first = b * runs_per_block_;
+    return {first, std::min(runs_per_block_, runs_.count - first), 0, runs_.length};
+  }
+
+ private:
+  Runs runs_;
+  int64_t per_run_, runs_per_block_;
+};
+
+}  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

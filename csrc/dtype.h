@@ -1,0 +1,55 @@
+// Storage types: how elements lie in memory. Arithmetic happens in Accum<T>: float, or double for double.
+#pragma once
+
+#include <cstdint>
+
+namespace fastnorm {
+
+enum class DType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccumOf {
+  using type = float;
+};
+template <>
+struct AccumOf<double> {
+  using type = double;
+};
+template <class T>
+using Accum = typename AccumOf<T>::type;
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+constexpr const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return "float32";
+    case DType::kFloat64: return "float64";
+    case DType::kBFloat16: return "bfloat16";
+    default: return "float16";
+  }
+}
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// Calls f(Tag<T>{}) for the storage type T that dtype names.
+template <class F>
+decltype(auto) dispatch(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(Tag<double>{});
+    case DType::kBFloat16: return f(Tag<BFloat16>{});
+    case DType::kFloat16: return f(Tag<Float16>{});
+    default: return f(Tag<float>{});
+  }
+}
+
+}  // namespace fastnorm

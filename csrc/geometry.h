@@ -1,0 +1,79 @@
+// What a norm reduces over, from sizes and layout alone. Every input is seen as (N, C, S):
+//
+//   set   the elements that share statistics
+//   cell  set ∩ channel: the elements that share statistics and weight
+//   run   a stretch of contiguous elements of one cell (planar) or of one position (channels last)
+//
+//   norm, layout      sets   elements of a set
+//   batch, planar     C      N runs of S, C*S apart
+//   batch, last       C      N*S positions, C apart
+//   group, planar     N*G    D*S contiguous: D cells of S
+//   group, last       N*G    S positions of D channels, C apart
+//   layer             N      C contiguous (group with G = 1, S = 1)
+//   instance                 group with G = C
+#pragma once
+
+#include <cstdint>
+
+namespace fastnorm {
+
+enum class Kind : int { kBatch = 0, kGroup = 1, kLayer = 2 };
+
+// How the kernels walk: a team owns a set and walks its runs (rows), or takes a tile of neighbouring channels and
+// keeps one accumulator per lane (columns).
+enum class Traversal : int { kRows = 0, kColumns = 1 };
+
+struct Geometry {
+  Kind kind;
+  int64_t N, C, S;
+  int64_t G;  // groups per sample; C for batch norm, whose sets are channels
+  bool channels_last;
+
+  int64_t D() const { return C / G; }
+  int64_t numel() const { return N * C * S; }
+  int64_t sets() const { return kind == Kind::kBatch ? C : N * G; }
+  int64_t set_size() const { return kind == Kind::kBatch ? N * S : D() * S; }
+
+  // One value per channel and sample: the weight changes with every element of a run.
+  bool per_element() const { return kind != Kind::kBatch && S == 1; }
+  Traversal traversal() const {
+    if (kind == Kind::kBatch) return channels_last || S == 1 ? Traversal::kColumns : Traversal::kRows;
+    return channels_last && S > 1 ? Traversal::kColumns : Traversal::kRows;
+  }
+
+  // Columns: `outer` independent stacks of `positions` rows of C channels.
+  int64_t outer() const { return kind == Kind::kBatch ? 1 : N; }
+  int64_t positions() const { return kind == Kind::kBatch ? N * S : S; }
+
+  bool operator==(const Geometry& o) const {
+    return kind == o.kind && N == o.N && C == o.C && S == o.S && G == o.G && channels_last == o.channels_last;
+  }
+};
+
+// Runs of one set or of one cell: `count` stretches of `length` elements, `stride` apart.
+struct Runs {
+  int64_t count, length, stride;
+};
+
+// The runs that statistics are taken over (rows only), and where the first begins.
+inline Runs stat_runs(const Geometry& g) {
+  if (g.kind == Kind::kBatch) return {g.N, g.S, g.C * g.S};
+  return {1, g.D() * g.S, 0};
+}
+
+// The same elements split so that a run has one weight: a cell of a group is a run. (Not when per_element.)
+inline Runs weight_runs(const Geometry& g) {
+  if (g.kind == Kind::kBatch || g.per_element()) return stat_runs(g);
+  return {g.D(), g.S, g.S};
+}
+
+inline int64_t set_base(const Geometry& g, int64_t set) {
+  return g.kind == Kind::kBatch ? set * g.S : set * g.D() * g.S;
+}
+
+// The channel of a set's first element.
+inline int64_t first_channel(const Geometry& g, int64_t set) {
+  return g.kind == Kind::kBatch ? set : set % g.G * g.D();
+}
+
+}  // namespace fastnorm

@@ -1,0 +1,60 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace fastnorm {
+
+namespace {
+
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A task is worth this many elements: below, handing it out costs more than it does (about 1 us a task).
+constexpr int64_t kTaskElements = 32768;
+
+CpuPlan plan_rows(const Geometry& g, CpuPlan plan, const CpuInfo& cpu) {
+  plan.sets_per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, g.set_size()));
+  const int64_t chunks = g.set_size() / (kBlock * kChunkBlocks);
+  plan.split = cpu.threads > 1 && g.sets() < 4 * cpu.threads && chunks > 1;
+  return plan;
+}
+
+CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, const CpuInfo& cpu) {
+  const int64_t D = g.kind == Kind::kBatch ? 1 : g.D();
+  // A tile holds whole groups and whole bytes of the mask.
+  const int64_t unit = std::lcm(D, int64_t(16));
+  const int64_t channel_bytes = std::max<int64_t>(1, g.positions() * size_of(dtype) * streams);
+  const int64_t fitting = cpu.l2_bytes / 2 / channel_bytes / unit * unit;
+  plan.tile = std::min(g.C, std::clamp<int64_t>(fitting, unit, div_up(512, unit) * unit));
+  const int64_t tasks = g.outer() * div_up(g.C, plan.tile);
+  plan.split = fitting < unit || (cpu.threads > 1 && tasks < 2 * cpu.threads);
+  if (plan.split) plan.tile = std::min(g.C, div_up(512, unit) * unit);
+  plan.block_positions = std::clamp<int64_t>(2 * kBlock / plan.tile / 4 * 4, 16, 64);
+  plan.chunk_positions =
+      div_up(std::max<int64_t>(1, kBlock * kChunkBlocks / g.C), plan.block_positions) * plan.block_positions;
+  return plan;
+}
+
+}  // namespace
+
+CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, const CpuInfo& cpu) {
+  const CpuPlan plan{g.traversal(), false, 1, g.C, 16, g.positions()};
+  return g.traversal() == Traversal::kRows ? plan_rows(g, plan, cpu) : plan_columns(g, dtype, streams, plan, cpu);
+}
+
+std::string to_string(const Geometry& g) {
+  const char* kind = g.kind == Kind::kBatch ? "batch" : g.kind == Kind::kGroup ? "group" : "layer";
+  return std::string(kind) + "(N=" + std::to_string(g.N) + ", C=" + std::to_string(g.C) + ", S=" + std::to_string(g.S) +
+         ", G=" + std::to_string(g.G) + (g.channels_last ? ", channels_last" : ", planar") +
+         "): " + std::to_string(g.sets()) + " sets of " + std::to_string(g.set_size());
+}
+
+std::string to_string(const CpuPlan& p) {
+  const std::string split = p.split ? ", split" : "";
+  if (p.traversal == Traversal::kRows)
+    return "rows" + split + ", " + std::to_string(p.sets_per_task) + " sets per task";
+  return "columns" + split + ", tile " + std::to_string(p.tile) + ", blocks of " + std::to_string(p.block_positions) +
+         " positions, chunks of " + std::to_string(p.chunk_positions);
+}
+
+}  // namespace fastnorm

@@ -1,0 +1,46 @@
+// How a call is cut into tasks: a pure function of geometry, type and the machine's facts, so that it can be printed,
+// compared and tested. Sums are folded in an order that depends on the geometry and on the tile width alone, never
+// on the number of threads: the same bits on any.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "dtype.h"
+#include "geometry.h"
+
+namespace fastnorm {
+
+struct CpuInfo {
+  int64_t l2_bytes;
+  int threads;
+};
+
+// Elements reduced in one go while they sit in the L1 cache (16 KB of float32): their own mean first, then the squares.
+constexpr int64_t kBlock = 4096;
+// Blocks folded into one partial; the smallest piece of a set that another thread may take.
+constexpr int64_t kChunkBlocks = 16;
+
+struct CpuPlan {
+  Traversal traversal;
+  // A split call reduces, folds and applies in three parallel steps over chunks; otherwise one task does all three
+  // for its sets while they are in its cache.
+  bool split;
+  int64_t sets_per_task;    // rows, not split
+  int64_t tile;             // columns: channels of a tile
+  int64_t block_positions;  // columns: positions of a block
+  int64_t chunk_positions;  // columns: positions of a chunk
+
+  bool operator==(const CpuPlan& o) const {
+    return traversal == o.traversal && split == o.split && sets_per_task == o.sets_per_task && tile == o.tile &&
+           block_positions == o.block_positions && chunk_positions == o.chunk_positions;
+  }
+};
+
+// `streams`: tensors that a set's second pass reads again (1 forward, 2 backward).
+CpuPlan plan_cpu(const Geometry& geometry, DType dtype, int streams, const CpuInfo& cpu);
+
+std::string to_string(const Geometry& geometry);
+std::string to_string(const CpuPlan& plan);
+
+}  // namespace fastnorm

@@ -1,0 +1,202 @@
+"""The operators of `torch.ops.fastnorm`: their handles, their constants, what they take, and their fake kernels.
+
+| operator                | what                                                                       |
+|-------------------------|----------------------------------------------------------------------------|
+| `norm_forward`          | y = act((x - mean) * rstd * weight + bias + residual), stats, mask          |
+| `norm_backward`         | dx, dweight, dbias, dresidual                                              |
+| `update_running_stats_` | moves running_mean, running_var and num_batches_tracked, in place          |
+| `moments`               | per-channel mean and biased variance                                       |
+
+`stats` is [3, sets]: mean, rstd, biased variance. `mask` is opaque: one bit an element, for backward.
+The C++ side holds the schemas and checks every argument before it writes anything.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C as _C  # registers the operators
+
+KIND_BATCH = 0
+KIND_GROUP = 1
+KIND_LAYER = 2
+
+#: Names of activations and their numbers in the operators (`Activation` in csrc/activation.h).
+ACTIVATIONS: dict[str | None, int] = {
+    None: 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "silu": 3,
+    "gelu": 4,
+    "gelu_tanh": 5,
+    "hardswish": 6,
+    "sigmoid": 7,
+    "tanh": 8,
+}
+RELU = ACTIVATIONS["relu"]
+LEAKY_RELU = ACTIVATIONS["leaky_relu"]
+
+#: Input dtype -> the dtypes its weight, bias and statistics may have.
+PARAMETER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32,),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+}
+
+norm_forward = torch.ops.fastnorm.norm_forward.default
+norm_backward = torch.ops.fastnorm.norm_backward.default
+update_running_stats_ = torch.ops.fastnorm.update_running_stats_.default
+moments = torch.ops.fastnorm.moments.default
+
+
+class Unserved(RuntimeError):
+    """The kernels do not serve this call; the text says why. Caught inside fastnorm, never seen by users."""
+
+
+def activation_code(name: str | None) -> int:
+    """The operators' number of an activation; ValueError if there is none of that name."""
+    try:
+        return ACTIVATIONS[name]
+    except KeyError:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation must be one of {known}, but got {name!r}") from None
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics: float64 for float64 x, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def why_refused(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    kind: int,
+    groups: int,
+) -> str | None:
+    """Why `norm_forward` would refuse these arguments (None: it takes them). From sizes and dtypes alone.
+
+    Eager calls never come here: they let the operator itself decide. Tracing has to know beforehand.
+    """
+    allowed = PARAMETER_DTYPES.get(x.dtype)
+    if allowed is None:
+        return f"x has dtype {x.dtype}, expected float64, float32, bfloat16 or float16"
+    if x.device.type not in ("cpu", "meta"):
+        return f"x is on {x.device}, expected cpu"
+    if x.layout is not torch.strided or x.is_nested:
+        return "x is sparse or nested, expected a strided tensor"
+    if kind == KIND_LAYER:
+        if not 1 <= groups <= x.dim():
+            return f"normalized_shape has {groups} dimensions, expected 1 to {x.dim()}"
+        expected = x.shape[x.dim() - groups :]
+    else:
+        if x.dim() < 2:
+            return f"x has {x.dim()} dimensions, expected at least 2"
+        if kind == KIND_GROUP and (groups < 1 or x.shape[1] % groups != 0):
+            return f"x has {x.shape[1]} channels, expected a multiple of {groups} groups"
+        expected = x.shape[1:2]
+    if (mean is None) != (var is None):
+        return "got one of mean and var, expected both or neither"
+    dtype = None
+    for name, parameter in (("weight", weight), ("bias", bias), ("mean", mean), ("var", var)):
+        if parameter is None:
+            continue
+        if parameter.shape != expected:
+            return f"{name} has shape {tuple(parameter.shape)}, expected {tuple(expected)}"
+        if parameter.device != x.device:
+            return f"{name} is on {parameter.device}, expected {x.device}"
+        if parameter.dtype not in allowed or dtype not in (None, parameter.dtype):
+            return f"{name} has dtype {parameter.dtype}, which does not go with the other arguments"
+        dtype = parameter.dtype
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        return f"residual is {residual.dtype} {tuple(residual.shape)}, expected {x.dtype} {tuple(x.shape)}"
+    return None
+
+
+def _empty_like(x: Tensor, kind: int) -> Tensor:
+    """Uninitialized, with the layout the kernels give an output of input x."""
+    layout = torch.contiguous_format
+    if kind != KIND_LAYER and not x.is_contiguous():
+        for candidate, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+            if x.dim() == dims and x.is_contiguous(memory_format=candidate):
+                layout = candidate
+    return torch.empty_like(x, memory_format=layout)
+
+
+def _set_count(x: Tensor, kind: int, groups: int) -> int:
+    if kind == KIND_BATCH:
+        return x.shape[1]
+    return x.shape[0] * groups if kind == KIND_GROUP else math.prod(x.shape[: x.dim() - groups])
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    kind: int,
+    groups: int,
+    eps: float,
+    activation: int,
+    activation_param: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    refusal = why_refused(x, weight, bias, residual, mean, var, kind, groups)
+    if refusal is not None:
+        raise RuntimeError(refusal)
+    stats = x.new_empty(3, _set_count(x, kind, groups), dtype=accumulation_dtype(x))
+    masked = save_mask and residual is not None and activation in (RELU, LEAKY_RELU)
+    mask = x.new_empty((x.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
+    return _empty_like(x, kind), stats, mask
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stats: Tensor,
+    mask: Tensor,
+    kind: int,
+    groups: int,
+    frozen: bool,
+    activation: int,
+    activation_param: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameter_gradient(parameter: Tensor | None) -> Tensor:
+        wanted = needs[1] and parameter is not None
+        return torch.empty_like(parameter) if wanted else x.new_empty(0)  # type: ignore[arg-type]
+
+    return (
+        _empty_like(x, kind) if needs[0] else x.new_empty(0),
+        parameter_gradient(weight),
+        parameter_gradient(bias),
+        _empty_like(x, kind) if needs[2] and activation else x.new_empty(0),
+    )
+
+
+def _fake_update(*args: Any) -> None:
+    return None
+
+
+def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    shape, dtype = (x.shape[1],), accumulation_dtype(x)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+torch.library.register_fake("fastnorm::norm_forward", _fake_forward)
+torch.library.register_fake("fastnorm::norm_backward", _fake_backward)
+torch.library.register_fake("fastnorm::update_running_stats_", _fake_update)
+torch.library.register_fake("fastnorm::moments", _fake_moments)

@@ -1,0 +1,273 @@
+"""What the tests compare: the inputs of a case, torch.nn and fastnorm run on them, and the truth in float64.
+
+The truth is written here from the definitions, and shares no code with fastnorm or with torch's norms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastnorm
+from cases import Case, make_data, to_layout
+
+SLOPE = 0.2  # of leaky_relu in every test
+ACTIVATION_FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    "relu": F.relu,
+    "leaky_relu": lambda z: F.leaky_relu(z, SLOPE),
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+@dataclasses.dataclass
+class Inputs:
+    x: Tensor
+    residual: Tensor | None
+    grad: Tensor  # of the output
+
+
+def make_inputs(case: Case, device: torch.device, data: str = "normal", seed: int = 0) -> Inputs:
+    def tensor(kind: str, seed: int) -> Tensor:
+        t = make_data(kind, case.layer.shape, case.dtype, seed)
+        return to_layout(t, case.layout).to(device)
+
+    return Inputs(
+        x=tensor(data, seed),
+        residual=tensor("normal", seed + 1) if case.residual else None,
+        grad=tensor("normal", seed + 2),
+    )
+
+
+def build(case: Case, namespace: ModuleType, device: torch.device, seed: int = 3) -> torch.nn.Module:
+    """The layer with random parameters and running statistics, the same for every namespace."""
+    extra = {}
+    if namespace is fastnorm:
+        extra = {"activation": case.activation, "activation_param": SLOPE}
+    module = case.layer.build(namespace, dtype=case.param_dtype, **extra)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            if t.is_floating_point():
+                value = torch.randn(t.shape, generator=generator)
+                if name in ("weight", "running_var"):
+                    value = 0.5 + value.abs()
+                t.copy_(value)
+    return module.to(device).train(case.mode == "train")
+
+
+def call(case: Case, module: torch.nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """act(norm(x) + residual): by torch's operators around a torch.nn module, fused by fastnorm's."""
+    if type(module).__module__.startswith("fastnorm"):
+        return module(x) if residual is None else module(x, residual)
+    y = module(x)
+    return ACTIVATION_FUNCTIONS[case.activation](y if residual is None else y + residual)
+
+
+def run(case: Case, module: torch.nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs, gradients (except in eval mode) and running statistics of one call."""
+    wants_grad = case.mode != "eval"
+    x = inputs.x.detach().requires_grad_(wants_grad)
+    residual = inputs.residual
+    if residual is not None:
+        residual = residual.detach().requires_grad_(wants_grad)
+    with torch.set_grad_enabled(wants_grad):
+        y = call(case, module, x, residual)
+    results = {"y": y.detach()}
+    if wants_grad:
+        leaves = {"dx": x, **{f"d{name}": p for name, p in module.named_parameters()}}
+        if residual is not None:
+            leaves["dresidual"] = residual
+        gradients = torch.autograd.grad(y, list(leaves.values()), inputs.grad)
+        results |= dict(zip(leaves, gradients, strict=True))
+    results |= {name: b.clone() for name, b in module.named_buffers()}
+    return results
+
+
+def as_sets(x: Tensor, case: Case, module: torch.nn.Module) -> Tensor:
+    """x as [sets, elements]: a row holds the elements that share statistics."""
+    norm = case.layer.norm
+    if norm.startswith("BatchNorm"):
+        return x.transpose(0, 1).reshape(x.shape[1], -1)
+    if norm == "LayerNorm":
+        shape = module.normalized_shape
+        return x.reshape(x.shape[: x.dim() - len(shape)].numel(), -1)
+    return x.reshape(x.shape[0] * case.layer.groups, -1)
+
+
+def from_sets(sets: Tensor, like: Tensor, case: Case) -> Tensor:
+    if case.layer.norm.startswith("BatchNorm"):
+        return sets.reshape(like.shape[1], like.shape[0], *like.shape[2:]).transpose(0, 1)
+    return sets.reshape(like.shape)
+
+
+def add_batch(t: Tensor | None, case: Case) -> Tensor | None:
+    """InstanceNorm takes samples without a batch dimension too."""
+    norm, dims = case.layer.norm, len(case.layer.shape)
+    unbatched = norm.startswith("InstanceNorm") and dims == int(norm[-2]) + 1
+    return t.unsqueeze(0) if unbatched and t is not None else t
+
+
+@dataclasses.dataclass
+class Truth:
+    """values: as `run` names them, float64.  scales: the size of the terms whose sum a value is, so that
+    scale x epsilon is the error that rounding the inputs and terms of the formula cannot avoid."""
+
+    values: dict[str, Tensor]
+    scales: dict[str, float]
+
+
+def truth(case: Case, module: torch.nn.Module, inputs: Inputs) -> Truth:
+    """One call in float64. The module must be as it was before the call."""
+    wants_grad = case.mode != "eval"
+    shape = inputs.x.shape
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().double().requires_grad_(wants_grad)
+
+    x, residual = leaf(add_batch(inputs.x, case)), leaf(add_batch(inputs.residual, case))
+    assert x is not None
+    parameters = {name: leaf(p) for name, p in module.named_parameters()}
+    sets = as_sets(x, case, module)
+    tracks = module._buffers.get("running_mean") is not None
+    if tracks and case.mode != "train":
+        repeats = sets.shape[0] // module.running_mean.numel()
+        mean = module.running_mean.double().repeat(repeats)[:, None]
+        var = module.running_var.double().repeat(repeats)[:, None]
+    else:
+        mean = sets.mean(1, keepdim=True)
+        var = (sets - mean).square().mean(1, keepdim=True)
+    rstd = (var + module.eps).rsqrt()
+    xhat = from_sets((sets - mean) * rstd, x, case)
+    rstd_of_x = from_sets(rstd.expand_as(sets), x, case).detach()
+    mean_of_x = from_sets(mean.expand_as(sets), x, case).detach()
+
+    def per_channel(p: Tensor | None, default: float) -> Tensor:
+        if p is None:
+            return torch.tensor(default, dtype=torch.float64, device=x.device)
+        return p if case.layer.norm == "LayerNorm" else p.view(-1, *[1] * (x.dim() - 2))
+
+    weight = per_channel(parameters.get("weight"), 1.0)
+    z = xhat * weight + per_channel(parameters.get("bias"), 0.0)
+    if residual is not None:
+        z = z + residual
+    y = ACTIVATION_FUNCTIONS[case.activation](z)
+    values = {"y": y.detach().view(shape)}
+    scales = {"y": largest(y) + largest(mean_of_x * rstd_of_x * weight.detach())}
+    if wants_grad:
+        grad = add_batch(inputs.grad, case)
+        assert grad is not None
+        leaves = {"dx": x, **{f"d{name}": p for name, p in parameters.items()}}
+        if residual is not None:
+            leaves["dresidual"] = residual
+        dz, *gradients = torch.autograd.grad(y, [z, *leaves.values()], grad.double())
+        values |= dict(zip(leaves, gradients, strict=True))
+        values["dx"] = values["dx"].view(shape)
+        scales["dx"] = largest(dz * rstd_of_x * weight.detach())
+        for name, terms in (("weight", dz * xhat.detach()), ("bias", dz)):
+            if name in parameters:
+                scales[f"d{name}"] = largest(sum_to(terms.abs(), parameters[name], case))
+        if residual is not None:
+            values["dresidual"] = values["dresidual"].view(shape)
+            scales["dresidual"] = largest(dz)
+    if tracks:
+        values |= running_statistics(case, module, sets.detach(), mean, var)
+        scales |= {"running_mean": largest(x), "running_var": largest(values["running_var"])}
+    return Truth(values, scales)
+
+
+def largest(t: Tensor) -> float:
+    return float(t.detach().abs().max()) if t.numel() else 0.0
+
+
+def sum_to(terms: Tensor, parameter: Tensor, case: Case) -> Tensor:
+    """terms summed as the gradient of the parameter sums them."""
+    if case.layer.norm == "LayerNorm":
+        return terms.reshape(-1, *parameter.shape).sum(0)
+    return terms.transpose(0, 1).reshape(parameter.numel(), -1).sum(1)
+
+
+def running_statistics(
+    case: Case, module: torch.nn.Module, sets: Tensor, mean: Tensor, var: Tensor
+) -> dict[str, Tensor]:
+    old_mean, old_var = module.running_mean.double(), module.running_var.double()
+    batches = int(module.num_batches_tracked)
+    count = sets.shape[1]
+    counts_batches = case.layer.norm.startswith("BatchNorm") and case.mode == "train"
+    if case.mode == "train" and sets.numel() > 0:
+        momentum = module.momentum
+        if momentum is None:  # a cumulative average; torch's InstanceNorm does not move
+            momentum = 1.0 / (batches + 1) if counts_batches else 0.0
+        new_mean = mean.detach().view(-1, old_mean.numel()).mean(0)
+        new_var = (var.detach() * count / (count - 1)).view(-1, old_var.numel()).mean(0)
+        old_mean = (1 - momentum) * old_mean + momentum * new_mean
+        old_var = (1 - momentum) * old_var + momentum * new_var
+    tracked = torch.tensor(batches + int(counts_batches), device=old_mean.device)
+    return {"running_mean": old_mean, "running_var": old_var, "num_batches_tracked": tracked}
+
+
+@dataclasses.dataclass
+class Error:
+    """Errors of one quantity against the truth, in epsilons of its dtype times its scale."""
+
+    name: str
+    ours: float
+    native: float
+    where: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.ours:.3g} epsilons at {self.where}, torch.nn {self.native:.3g}"
+
+
+def measure(name: str, ours: Tensor, native: Tensor, exact: Tensor, scale: float) -> Error:
+    """Largest difference from the truth, over epsilon x scale. A NaN or Inf out of place is infinite."""
+    assert ours.dtype == native.dtype, f"{name} has dtype {ours.dtype}, torch.nn {native.dtype}"
+    assert ours.shape == native.shape == exact.shape, (
+        f"{name} has shape {ours.shape}, torch.nn {native.shape}, truth {exact.shape}"
+    )
+    if ours.numel() == 0:
+        return Error(name, 0.0, 0.0, ())
+    if not ours.is_floating_point():
+        return Error(name, *(largest((t - exact).double()) for t in (ours, native)), ())
+    unit = torch.finfo(ours.dtype).eps * max(scale, 1e-300)
+    rounding = torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps / unit
+
+    def errors(t: Tensor) -> Tensor:
+        difference = ((t.double() - exact).abs() / unit - rounding).clamp_min(0)
+        return torch.where(torch.isfinite(t), difference, torch.inf)
+
+    ours_errors = errors(ours)
+    worst = int(ours_errors.argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ours.shape))
+    return Error(name, float(ours_errors.max()), largest(errors(native)), where)
+
+
+def compare(case: Case, device: torch.device, data: str = "normal", plain: bool = False) -> list[Error]:
+    """Runs fastnorm, torch.nn and the truth on the same inputs; one Error for each quantity.
+
+    plain: the scale of a quantity is its own largest value, not that of its terms.
+    """
+    inputs = make_inputs(case, device, data)
+    exact = truth(case, build(case, torch.nn, device), inputs)
+    ours = run(case, build(case, fastnorm, device), inputs)
+    native = run(case, build(case, torch.nn, device), inputs)
+    assert ours.keys() == native.keys() == exact.values.keys()
+    return [
+        measure(name, ours[name], native[name], value, scale=scale_of(name, exact, plain=plain))
+        for name, value in exact.values.items()
+    ]
+
+
+def scale_of(name: str, exact: Truth, plain: bool) -> float:
+    own = largest(exact.values[name].double())
+    return own if plain else max(own, exact.scales.get(name, 0.0))

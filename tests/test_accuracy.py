@@ -1,0 +1,28 @@
+"""The numerics contract: no quantity is further from float64 than torch.nn's plus one ulp, on unkind data too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import DATA, PRECISIONS, Case, Layer
+from numerics import compare
+
+# Large enough that sums are long, small enough that torch.nn in float64 is quick.
+SIZES = (
+    Layer("sums of 3136", "BatchNorm2d", (4, 24, 28, 28), (24,)),
+    Layer("sums of 7840", "GroupNorm", (2, 40, 28, 28), (4, 40)),
+    Layer("sums of 784", "InstanceNorm2d", (2, 24, 28, 28), (24,), (("affine", True),)),
+    Layer("sums of 768", "LayerNorm", (50, 768), (768,)),
+)
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("precision", PRECISIONS, ids="-".join)
+@pytest.mark.parametrize("layer", SIZES, ids=lambda layer: layer.norm)
+def test_error_is_at_most_torchs(layer: Layer, precision: tuple[str, str], data: str, device: torch.device) -> None:
+    for layout in layer.layouts:
+        case = Case(layer, layout, precision)
+        errors = compare(case, device, data, plain=True)
+        too_large = [f"{layout} {error}" for error in errors if not error.ours <= error.native + 1]
+        assert not too_large

@@ -1,0 +1,302 @@
+"""setup.py: what it says when something is missing, how it builds. `python -m fastnorm`: the report, the self-test."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import fastnorm
+import fastnorm.__main__ as report
+from fastnorm import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_setup() -> ModuleType:
+    """setup.py as a module: nothing runs but its definitions."""
+    spec = importlib.util.spec_from_file_location("fastnorm_setup", ROOT / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setup = load_setup()
+HERE = setup.Torch(torch.__version__, Path(torch.__path__[0]), True)
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+
+
+def fake_torch(folder: Path, code: str) -> dict[str, str]:
+    """An environment in which `import torch` runs `code`."""
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(code)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+OLD_TORCH = "__version__ = '2.9.1'\ndef compiled_with_cxx11_abi(): return True\n"
+BROKEN_TORCH = "raise OSError('libcudart.so.13: cannot open shared object file')\n"
+
+
+# What is missing is said in one sentence.
+
+
+def sentence_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(SystemExit) as stop:
+        call(*args, **kwargs)
+    assert isinstance(stop.value.code, str)  # Python prints it, and exits with status 1
+    return stop.value.code
+
+
+def assert_sentence(text: str, *parts: str) -> None:
+    assert re.fullmatch(r"fastnorm: [^\n]+\.", text)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("check", "argument", "parts"),
+    [
+        ("check_platform", "win32", ["Linux and macOS", "WSL 2"]),
+        ("check_python", (3, 9), ["Python 3.9 is too old", "3.10 or newer"]),
+        ("check_torch_version", "2.9.1+cpu", ["torch 2.9.1+cpu is too old", "pip install --upgrade 'torch>=2.10'"]),
+        ("check_cuda_mode", {"FASTNORM_CUDA": "1"}, ["no CUDA kernels yet", "FASTNORM_CUDA=0"]),
+        ("check_cuda_mode", {"FASTNORM_CUDA": "check"}, ["no CUDA kernels yet"]),
+        ("check_cuda_mode", {"FASTNORM_CUDA": "yes"}, ["none of auto, 0, 1 and check"]),
+        ("max_jobs", {"MAX_JOBS": "many"}, ["MAX_JOBS=many", "1 or more"]),
+        ("max_jobs", {"MAX_JOBS": "0"}, ["MAX_JOBS=0"]),
+        ("find_compiler", {"CXX": "/no/such/g++ -v"}, ["/no/such/g++ -v named by CXX", "apt-get install g++"]),
+        ("find_compiler", {"CXX": "false"}, ["does not run"]),
+        ("find_python_headers", "/no/such/folder", ["no Python.h in /no/such/folder", "python3-dev"]),
+    ],
+)
+def test_unsuitable(check: str, argument: object, parts: list[str]) -> None:
+    assert_sentence(sentence_of(getattr(setup, check), argument), *parts)
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "3.0.0a0+git1234", "main"])
+def test_suitable(system: str, version: str) -> None:
+    setup.check_platform(system)
+    setup.check_torch_version(version)
+    for mode in ({}, {"FASTNORM_CUDA": ""}, {"FASTNORM_CUDA": "auto"}, {"FASTNORM_CUDA": "0"}):
+        setup.check_cuda_mode(mode)
+    assert setup.max_jobs({"MAX_JOBS": "3"}) == 3
+    assert setup.max_jobs({}) >= 1
+
+
+def test_no_torch() -> None:
+    text = sentence_of(setup.find_torch, [sys.executable, "-I", "-S"])
+    assert_sentence(text, "no", "pip install torch numpy ninja pybind11 setuptools", "--no-build-isolation .")
+
+
+def test_old_torch(tmp_path: Path) -> None:
+    assert_sentence(sentence_of(setup.find_torch, env=fake_torch(tmp_path, OLD_TORCH)), "torch 2.9.1 is too old")
+
+
+def test_broken_torch(tmp_path: Path) -> None:
+    text = sentence_of(setup.find_torch, env=fake_torch(tmp_path, BROKEN_TORCH))
+    assert_sentence(text, "cannot be imported (OSError: libcudart.so.13")
+
+
+def test_torch_hidden_by_isolation(tmp_path: Path) -> None:
+    # As pip isolates a build: a sitecustomize, found by PYTHONPATH, takes the environment's packages away.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]"
+    )
+    assert setup.find_torch(env={**os.environ, "PYTHONPATH": str(tmp_path)}).root == HERE.root
+
+
+def test_no_ninja(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    assert setup.find_ninja() == [sys.executable, "-m", "ninja"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert_sentence(sentence_of(setup.find_ninja), "ninja is missing", "pip install ninja")
+
+
+def test_no_pybind11(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert setup.find_pybind11(HERE) == HERE.root / "include"
+    without = HERE._replace(root=tmp_path)
+    assert_sentence(sentence_of(setup.find_pybind11, without), "pybind11 is missing", "pip install pybind11")
+
+
+@pytest.mark.parametrize("command", [["build_ext"], ["dist_info"]], ids=" ".join)
+@pytest.mark.parametrize("missing", ["compiler", "torch", "cuda"])
+def test_no_traceback(command: list[str], missing: str, tmp_path: Path) -> None:
+    """Both of the commands by which pip comes here end with the sentence alone."""
+    env = {"compiler": {"CXX": "no-such-compiler"}, "cuda": {"FASTNORM_CUDA": "1"}}.get(missing, {})
+    if missing == "torch":
+        env["PYTHONPATH"] = fake_torch(tmp_path, OLD_TORCH)["PYTHONPATH"]
+    place = ["--build-lib", tmp_path] if command == ["build_ext"] else ["--output-dir", tmp_path]
+    result = run("setup.py", "--quiet", *command, *place, **env)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    assert_sentence(result.stderr.strip().splitlines()[-1])
+
+
+# How it builds.
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """Sources in the places setup.py knows, in a folder whose name has to be quoted."""
+    sources = {
+        "plan.cpp": '#include "plan.h"\nint plan() { return kPlan; }\n',
+        "plan.h": "constexpr int kPlan = 1;\n",
+        "cpu/dispatch.cpp": "int dispatch() { return 2; }\n",
+        "cpu/kernels.cpp": "namespace FASTNORM_CPU_CAPABILITY { int run() { return 3; } }\n",
+        "torch/ops.cpp": "int ops() { return 4; }\n",
+        "torch/module.cpp": "const char* version() { return FASTNORM_VERSION FASTNORM_COMPILER; }\n",
+    }
+    csrc = tmp_path / "a folder: $x" / "csrc"
+    for name, text in sources.items():
+        (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+        (csrc / name).write_text(text)
+    return csrc
+
+
+def make_tools(capabilities: dict[str, list[str]]) -> Any:
+    compiler = setup.find_compiler()
+    return setup.Tools(HERE, compiler, capabilities, setup.find_ninja(), Path("/pybind11"), Path("/python"), 2)
+
+
+CAPABILITIES = {"baseline": [], **setup.X86_CAPABILITIES}
+
+
+def test_objects(toy: Path) -> None:
+    objects = setup.plan_objects(toy, make_tools(CAPABILITIES), "1.2.3")
+    names = [o.path for o in objects]
+    assert sorted(names[:4]) == ["cpu_dispatch.o", "plan.o", "torch_module.o", "torch_ops.o"]
+    assert names[4:] == ["cpu_kernels.baseline.o", "cpu_kernels.avx2.o", "cpu_kernels.avx512.o"]
+    flags = {o.path: o.flags for o in objects}
+    for name in names:
+        assert any(flag.startswith("-mavx") for flag in flags[name]) == ("avx" in name)
+        assert ("-ffp-contract=off" in flags[name]) == ("kernels" in name)
+        assert (f"-isystem{HERE.root / 'include'}" in flags[name]) == (name == "torch_ops.o")
+        assert ("-isystem/pybind11" in flags[name]) == (name == "torch_module.o")
+    assert "-DFASTNORM_CPU_CAPABILITY=avx512" in flags["cpu_kernels.avx512.o"]
+    assert {"-DFASTNORM_HAVE_AVX2", "-DFASTNORM_HAVE_AVX512"} <= set(flags["cpu_dispatch.o"])
+
+
+def test_objects_of_other_processors(toy: Path) -> None:
+    objects = setup.plan_objects(toy, make_tools({"baseline": []}), "1.2.3")
+    assert [o.path for o in objects if "kernels" in o.path] == ["cpu_kernels.baseline.o"]
+    assert not any(flag.startswith(("-DFASTNORM_HAVE", "-mavx")) for o in objects for flag in o.flags)
+
+
+def test_capabilities(tmp_path: Path) -> None:
+    """An instruction set that the compiler does not know is left out."""
+    compiler = setup.find_compiler()
+    assert list(setup.find_capabilities(compiler, "aarch64")) == ["baseline"]
+    old = tmp_path / "old-compiler"
+    old.write_text('#!/bin/sh\ncase "$*" in *avx512*) exit 1;; esac\n')
+    old.chmod(0o755)
+    assert list(setup.find_capabilities(compiler._replace(command=[str(old)]), "x86_64")) == ["baseline", "avx2"]
+
+
+def test_incremental_build(toy: Path, tmp_path: Path) -> None:
+    tools = make_tools({"baseline": []})
+    objects = setup.plan_objects(toy, tools, 'a "quoted" $version')
+    build = toy.parent
+    rules = setup.ninja_file("toy.so", objects, tools.compiler.command, ["-shared"])
+    (build / "build.ninja").write_text(rules)
+
+    def compiled() -> list[str]:
+        done = subprocess.run([*tools.ninja, "-C", str(build)], capture_output=True, text=True, check=True)
+        return sorted(re.findall(r"\] (?:compile|link) (.*)", done.stdout))
+
+    assert len(compiled()) == len(objects) + 1
+    assert compiled() == []
+    (toy / "plan.h").write_text("constexpr int kPlan = 5;\n")
+    assert compiled() == ["plan.o", "toy.so"]
+    assert b'a "quoted" $version' in (build / "toy.so").read_bytes()
+
+
+def test_source_distribution(tmp_path: Path) -> None:
+    done = run("setup.py", "--quiet", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    needed = [p for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".cpp")]
+    needed += [*ROOT.glob("fastnorm/*.py"), *ROOT.glob("tests/*.py")]
+    assert {str(p.relative_to(ROOT)) for p in needed} <= names
+    assert {"fastnorm/py.typed", "fastnorm/_C.pyi", "LICENSE", "README.md", "setup.py", "pyproject.toml"} <= names
+    assert not any(name.endswith((".so", ".pyc")) for name in names)
+
+
+# What is written in several places is the same in all.
+
+
+def test_version() -> None:
+    version = fastnorm.__version__
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    assert _C.build_info()["version"] == version
+
+
+def test_continuous_integration_installs_as_readme_says() -> None:
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    for command in re.findall(r"^(?:pip install|python -m fastnorm)[^`\n]*$", readme, re.MULTILINE):
+        assert command in script
+
+
+# python -m fastnorm
+
+
+def test_report(tmp_path: Path) -> None:
+    done = run("-m", "fastnorm", cwd=tmp_path, PYTHONPATH=str(ROOT), FASTNORM_CPU="baseline")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in (
+        fastnorm.__version__,
+        torch.__version__,
+        "baseline in use of",
+        "FASTNORM_CPU=baseline",
+        "no CUDA kernels",
+    ):
+        assert part in done.stdout
+    assert done.stdout.endswith("Self-test: all agree.\n")
+    assert done.stderr == ""
+
+
+def test_report_of_wrong_values(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(report.LIMITS, torch.float16, 0.0)
+    assert report.main() == 1
+    printed = capsys.readouterr().out
+    assert "FAIL LayerNorm 21x70 float16: differs" in printed
+    assert "float32: differs" not in printed
+
+
+def test_report_of_another_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(
+        _C, "build_info", lambda: {"compiler": "g++", "torch": "2.10.0", "cpu_capabilities": "baseline"}
+    )
+    assert report.main() == 1
+    assert f"WARNING: fastnorm was built for torch 2.10.0, and {torch.__version__} runs" in capsys.readouterr().out
+
+
+def test_report_of_kernels_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastnorm, "explain", lambda *args: "torch: why not")
+    assert report.run_trial(next(report.trials()), torch.float32).why == "torch: why not"
+
+
+def test_unknown_kernels() -> None:
+    done = run("-c", "import fastnorm", FASTNORM_CPU="sse9")
+    assert done.returncode != 0
+    assert "FASTNORM_CPU=sse9" in done.stderr
+    assert "baseline" in done.stderr.strip().splitlines()[-1]
