@@ -19,7 +19,7 @@ READY := $(VENV)/.torch-$(TORCH)
 BUILT := $(VENV)/.built
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test bench build lint format clean
+.PHONY: demo test bench build lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
@@ -32,10 +32,13 @@ bench: $(BUILT)
 
 build: $(BUILT)
 
-lint: $(READY)
+lint: lint-cpp lint-python lint-types
+lint-cpp: $(READY)
 	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+lint-python: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+lint-types: $(READY)
 	$(PY) -m mypy
 
 format: $(READY)

@@ -193,11 +193,12 @@ def find_capabilities(compiler: Compiler, machine: str = platform.machine()) -> 
 
 
 def find_ninja() -> list[str]:
+    # This Python's own first: versions of ninja do not read each other's logs, and compile it all again.
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
     on_path = shutil.which("ninja")
     if on_path:
         return [on_path]
-    if importlib.util.find_spec("ninja"):
-        return [sys.executable, "-m", "ninja"]
     stop(f"ninja is missing: run `pip install ninja`, then {INSTALL}.")
 
 
@@ -292,12 +293,9 @@ def ninja_file(library: str, objects: Sequence[Object], cxx: list[str], link: li
         f"  command = {command(cxx)} $in {command(link)} -o $out",
         "  description = link $out",
     ]
-    # The longest compilations start first: the kernels, widest instruction set foremost.
-    for o in reversed(objects):
-        lines += [
-            f"build {name(o.path)}: compile {name(o.source)}",
-            f"  flags = {command(o.flags)}",
-        ]
+    # The longest compilations start first: the kernels.
+    for o in sorted(objects, key=lambda o: "kernels" not in o.path):
+        lines += [f"build {name(o.path)}: compile {name(o.source)}", f"  flags = {command(o.flags)}"]
     lines.append(f"build {name(library)}: link {' '.join(name(o.path) for o in objects)}")
     return "\n".join(lines) + "\n"
 

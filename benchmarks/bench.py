@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from contestants import DTYPES, MODES, Arena, Row, cases, quick_table, table
-from machine import cache_bytes, describe
+from machine import busy_cores, cache_bytes, cpu_cores, describe
 from results import Result
 from tables import make_console, print_results, print_summary
 from timing import keep_memory, race
@@ -73,15 +73,23 @@ def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object)
     """`measure` with a progress bar on stderr."""
     counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     columns = (TextColumn("measuring"), *counts, TextColumn("[dim]{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    # No refreshing in the background: its thread would take time from the timed ones.
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
         task, started = progress.add_task("", total=len(rows)), False
 
         def tick(row: Row) -> None:
             nonlocal started
-            progress.update(task, advance=int(started), description=row.name)
+            progress.update(task, advance=int(started), description=row.name, refresh=True)
             started = True
 
         return measure(rows, *arguments, **options, tick=tick)  # type: ignore[arg-type, misc]
+
+
+def warn_when_busy(console: Console, device: str) -> None:
+    """Say so when other processes disturb what is about to be timed."""
+    busy = busy_cores() if device == "cpu" else 0.0
+    if busy > NOISY_CORES:
+        console.print(f"[yellow]Other processes keep {busy} of {cpu_cores()} cores busy: do not trust the times below.")
 
 
 def as_json(results: list[Result], options: dict[str, object], device: str) -> dict[str, object]:
@@ -159,11 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{versions['torch']} ({machine['torch_capability']}); "
         f"freed memory {'kept' if kept else 'as malloc does'}"
     )
-    if args.device == "cpu" and machine["busy_cores"] > NOISY_CORES:
-        console.print(
-            f"[yellow]Other processes keep {machine['busy_cores']} of {machine['cores']} cores busy, "
-            "do not trust the times below."
-        )
+    warn_when_busy(console, args.device)
     results = measure_with_bar(rows, budget, args.device, modes, args.compile)
     print_results(console, results, modes)
     print_summary(console, results, modes)

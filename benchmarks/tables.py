@@ -35,7 +35,7 @@ def microseconds(seconds: float) -> str:
 
 
 def times(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+    return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}x"
 
 
 def _against(ratio: float) -> Cell:

@@ -1,6 +1,6 @@
 // How a call is cut into tasks: a pure function of geometry, type and the machine's facts, so that it can be printed,
-// compared and tested. Sums are folded in an order that depends on the geometry and on the tile width alone, never
-// on the number of threads: the same bits on any.
+// compared and tested. Blocks and chunks, and with them the order in which sums are folded, depend on the geometry
+// alone; threads and cache only decide which task does what: the same bits for any number of threads.
 #pragma once
 
 #include <cstdint>

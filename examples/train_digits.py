@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -33,19 +32,17 @@ import fastnorm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import bench
-from figures import draw_panels, plt, style
-from machine import cpu_model, fastnorm_capability
-from results import Result
-from tables import make_console, print_results
+from demo_figure import save_picture
 
-if TYPE_CHECKING:
-    from matplotlib.figure import SubFigure
+import bench
+from machine import cpu_model, fastnorm_capability
+from tables import make_console, print_results
 
 BATCH_SIZE = 64
 HELD_OUT = 360  # of 1797 images
 MAX_LR = 0.05
 EPOCHS, QUICK_EPOCHS = 12, 4
+NETWORK_S, QUICK_NETWORK_S = 50.0, 12.0  # at most, about, to train one network: a slow machine has fewer epochs
 TABLE_S, QUICK_TABLE_S = 28.0, 10.0  # for the table of layers
 IMAGE_SIZE = 16  # the digits are 8 x 8; enlarged, so that a layer has some work
 
@@ -88,7 +85,8 @@ class FusedBottleneck(Bottleneck):
         return self.bn3(self.conv3(out), self.shortcut(x))
 
 
-def make_resnet(block: type[Bottleneck], fused: bool) -> nn.Module:
+def make_resnet(fused: bool) -> nn.Module:
+    block = FusedBottleneck if fused else Bottleneck
     stem = [fastnorm.BatchNorm2d(32, activation="relu")] if fused else [nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
     blocks = [block(32, 64, 1), block(64, 64, 1), block(64, 128, 2), block(128, 128, 1)]
     return nn.Sequential(
@@ -128,7 +126,8 @@ class FusedResBlock(ResBlock):
         return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
 
-def make_groupnorm_net(block: type[ResBlock], fused: bool) -> nn.Module:
+def make_groupnorm_net(fused: bool) -> nn.Module:
+    block = FusedResBlock if fused else ResBlock
     last = [fastnorm.GroupNorm(8, 48, activation="silu")] if fused else [nn.GroupNorm(8, 48), nn.SiLU()]
     return nn.Sequential(
         nn.Conv2d(1, 24, 3, padding=1),
@@ -206,23 +205,20 @@ def nudged(model: nn.Module) -> nn.Module:
     return model
 
 
-def make_variant(name: str, model: nn.Module, steps: int) -> Variant:
-    optimizer = torch.optim.SGD(model.parameters(), lr=MAX_LR, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAX_LR, total_steps=steps)
-    return Variant(name, model, optimizer, schedule)
-
-
-def make_variants(
-    make: Callable[..., nn.Module], block: type, fused_block: type, device: str, steps: int
-) -> list[Variant]:
-    """torch.nn, converted and fused, with equal weights."""
+def make_models(make: Callable[[bool], nn.Module], device: str) -> dict[str, nn.Module]:
+    """The network in each of its variants, with equal weights."""
     torch.manual_seed(0)
-    plain = make(block, fused=False).to(device)
+    plain = make(False).to(device)
     converted = fastnorm.convert(copy.deepcopy(plain))  # the one line
-    fused = make(fused_block, fused=True).to(device)
+    fused = make(True).to(device)
     fused.load_state_dict(plain.state_dict())  # the same names: checkpoints go both ways
-    models = {"torch.nn": plain, "converted": converted, "fused": fused, "nudged": nudged(plain)}
-    return [make_variant(name, model, steps) for name, model in models.items()]
+    return {"torch.nn": plain, "converted": converted, "fused": fused, "nudged": nudged(plain)}
+
+
+def make_variant(name: str, model: nn.Module, steps: int) -> Variant:
+    """A model with its optimizer and a learning rate that rises and falls over `steps`."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=MAX_LR, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    return Variant(name, model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, MAX_LR, total_steps=steps))
 
 
 def train_epoch(variant: Variant, data: Data, epoch: int) -> None:
@@ -247,18 +243,29 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return float((model(x).argmax(1) == y).float().mean())
 
 
-def train(title: str, variants: list[Variant], data: Data, epochs: int) -> None:
-    """Train all variants for `epochs`, with a progress bar."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
-               TimeElapsedColumn(), TextColumn("{task.fields[status]}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+def epochs_within(seconds: float, models: dict[str, nn.Module], data: Data, most: int) -> int:
+    """How many epochs of all models fit into `seconds`, judged by one epoch of a copy of the first; 2 to `most`."""
+    trial = make_variant("trial", copy.deepcopy(models["torch.nn"]), data.steps_per_epoch)
+    train_epoch(trial, data, epoch=0)
+    return max(2, min(most, int(seconds / trial.seconds / len(models))))
+
+
+def train(title: str, models: dict[str, nn.Module], data: Data, epochs: int) -> list[Variant]:
+    """Train all models for `epochs`, with a progress bar."""
+    variants = [make_variant(name, model, epochs * data.steps_per_epoch) for name, model in models.items()]
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
+    status = (TimeElapsedColumn(), TextColumn("[dim]{task.fields[status]}"))
+    # No refreshing in the background: its thread would take time from the timed ones.
+    with Progress(*columns, *status, console=Console(stderr=True), auto_refresh=False) as progress:
         task = progress.add_task(title, total=epochs * len(variants), status="")
         for epoch in range(epochs):
             for variant in variants if epoch % 2 else reversed(variants):
                 train_epoch(variant, data, epoch)
-                progress.update(task, advance=1, status=f"[dim]{variant.name}: loss {variant.losses[-1]:.4f}")
+                text = f"{variant.name}: loss {variant.losses[-1]:.4f}"
+                progress.update(task, advance=1, status=text, refresh=True)
     for variant in variants:
         variant.accuracy = accuracy(variant.model, data.test_x, data.test_y)
+    return variants
 
 
 # Showing it.
@@ -296,81 +303,31 @@ def print_training(console: Console, networks: dict[str, list[Variant]]) -> None
     console.print("nudged: torch.nn with every weight changed in its last bit, for comparison", style="dim")
 
 
-LOOKS: dict[str, dict[str, Any]] = {
-    "torch.nn": {"color": "#b8b8b8", "lw": 5, "alpha": 0.7},
-    "converted": {"color": "#e8964c", "lw": 2, "ls": "--"},
-    "fused": {"color": "#1f4e8c", "lw": 1},
-    "nudged": {"color": "#b8b8b8"},
-}
-
-
-def draw_training(figure: SubFigure, networks: dict[str, list[Variant]]) -> None:
-    """Loss curves, below them their differences from torch.nn's, and the seconds per epoch."""
-    grid = figure.add_gridspec(2, 3, height_ratios=(2, 1), width_ratios=(1, 1, 0.8))
-    bars = figure.add_subplot(grid[:, 2], title="seconds per epoch")
-    for place, (title, variants) in enumerate(networks.items()):
-        curves = figure.add_subplot(grid[0, place], title=f"{title}: training loss", yscale="log")
-        differences = figure.add_subplot(grid[1, place], sharex=curves, yscale="log", xlabel="step")
-        differences.set_title("difference from torch.nn", size=9, weight="normal")
-        for i, variant in enumerate(variants):
-            reference, look = variants[0], LOOKS[variant.name]
-            if variant is not reference:
-                visible = [max(difference, 1e-8) for difference in variant.loss_difference(reference)]
-                differences.plot(visible, label=variant.name, **look | {"lw": 1.2})
-            if variant.name == "nudged":
-                continue
-            curves.plot(variant.losses, label=variant.name, **look)
-            bar = bars.bar(place + (i - 1) * 0.27, variant.seconds, 0.25, color=look["color"])
-            speed = "" if variant is reference else f"\n{reference.seconds / variant.seconds:.2f}x"
-            bars.bar_label(bar, [f"{variant.seconds:.2f}{speed}"], size=8, padding=2)
-        for axes in (curves, differences):
-            axes.legend(frameon=False, fontsize=8)
-        curves.tick_params(labelbottom=False)
-        curves.yaxis.set_major_formatter("{x:g}")
-        curves.yaxis.set_minor_formatter("")
-        for axes in (curves, differences):
-            axes.grid(alpha=0.25)
-    bars.set_xticks(range(len(networks)), list(networks))
-    bars.margins(y=0.12)
-
-
-def save_picture(path: Path, networks: dict[str, list[Variant]], results: list[Result], where: str) -> None:
-    """The training above, the layers of large models below."""
-    style()
-    figure = plt.figure(figsize=(13, 10), layout="constrained")
-    figure.suptitle(where, x=0.01, ha="left", size=9, color="#444444")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.1), hspace=0.03)
-    draw_training(top, networks)
-    draw_panels(bottom, results, ("forward", "step"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer epochs, and a shorter table of layers")
-    parser.add_argument("--epochs", type=int, help=f"default {EPOCHS}, quick {QUICK_EPOCHS}")
+    parser.add_argument("--epochs", type=int, help=f"default {EPOCHS}, quick {QUICK_EPOCHS}; fewer when slow")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU when there is one")
     parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="for demo.png; default: here")
     args = parser.parse_args(arguments)
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()}, {torch.get_num_threads()} threads"
-    where = f"fastnorm {fastnorm.__version__} ({fastnorm_capability()} kernels), torch {torch.__version__}, on {where}"
+    cpu = f"{cpu_model()}, {torch.get_num_threads()} threads, {fastnorm_capability()}"
+    machine = torch.cuda.get_device_name() if device == "cuda" else cpu
+    where = f"fastnorm {fastnorm.__version__}, torch {torch.__version__}, device {device}: {machine}"
     console = make_console()
-    console.print(f"[bold]{where}[/] [dim](device: {device})")
+    console.print(where, style="bold")
+    bench.warn_when_busy(console, device)
 
     data = load_data(device)
-    epochs = args.epochs or (QUICK_EPOCHS if args.quick else EPOCHS)
-    steps = epochs * data.steps_per_epoch
-    networks = {
-        "ResNet": make_variants(make_resnet, Bottleneck, FusedBottleneck, device, steps),
-        "GroupNorm + SiLU": make_variants(make_groupnorm_net, ResBlock, FusedResBlock, device, steps),
-    }
-    console.print(f"Training on {len(data.train_x)} handwritten digits, from equal weights, on equal batches.\n")
-    for title, variants in networks.items():
-        train(title, variants, data, epochs)
+    console.print(f"{len(data.train_x)} handwritten digits; all start from the same weights and see the same batches.")
+    networks = {}
+    for title, make in {"ResNet": make_resnet, "GroupNorm + SiLU": make_groupnorm_net}.items():
+        models = make_models(make, device)
+        console.print(f"{title}: {str(fastnorm.report(models['fused'])).splitlines()[-1]}")
+        most, seconds = (QUICK_EPOCHS, QUICK_NETWORK_S) if args.quick else (EPOCHS, NETWORK_S)
+        epochs = args.epochs or epochs_within(seconds, models, data, most)
+        networks[title] = train(title, models, data, epochs)
     console.print()
     print_training(console, networks)
 

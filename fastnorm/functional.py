@@ -30,8 +30,8 @@ from .ops import KIND_BATCH, KIND_GROUP, KIND_LAYER, Unserved, activation_code
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "moments"]
 
-#: What a `serve_*` function raises for a call that torch has to answer. (IndexError: an input of too few dimensions.)
-REFUSALS = (RuntimeError, IndexError)
+#: What a `serve_*` function raises for a call that torch has to answer; not ValueError, which is torch's own check.
+REFUSALS = (RuntimeError, LookupError, TypeError, AttributeError)
 
 _logger = logging.getLogger("fastnorm")
 
@@ -157,7 +157,7 @@ def layer_norm(
         require_plain(input)
         if not isinstance(normalized_shape, (tuple, list)):
             raise Unserved(f"normalized_shape is a {type(normalized_shape).__name__}")
-        shape = tuple(normalized_shape)
+        shape = torch.Size(normalized_shape)  # TypeError for anything but integers
         return serve_layer_norm(input, shape, weight, bias, eps, residual, code, activation_param)
     except REFUSALS as refusal:
         log_refusal("layer_norm", refusal)
@@ -195,30 +195,29 @@ def serve_batch_norm(
     eps: float,
     residual: Tensor | None,
     activation: int,
-    activation_param: float,
+    param: float,
 ) -> Tensor:
     """Batch norm by the kernels. Training moves every statistic it is given; momentum None: cumulative average."""
-    _require_usable(running_mean, running_var, weight, bias)
-    if not training:
-        if running_mean is None:
-            raise Unserved("there are no running statistics")
-        if eps < 0 or x.numel() == 0:
-            raise Unserved(f"eps is {eps}" if eps < 0 else "x is empty")
-        return apply_norm(
-            x, weight, bias, residual, running_mean, running_var, None,
-            KIND_BATCH, 0, eps, activation, activation_param,
-        )  # fmt: skip
-    numel = x.numel()
-    channels = x.size(1)
-    if numel <= channels or eps <= 0:
-        raise Unserved(f"eps is {eps}" if eps <= 0 else "x has less than two values per channel")
-    running = None
-    if running_mean is not None or num_batches_tracked is not None:
-        running = (running_mean, running_var, num_batches_tracked, numel // channels, momentum)
-    return apply_norm(
-        x, weight, bias, residual, None, None, running,
-        KIND_BATCH, 0, eps, activation, activation_param,
-    )  # fmt: skip
+    mean = var = running = None
+    if training:
+        numel = x.numel()
+        channels = x.size(1)
+        if numel <= channels or eps <= 0.0:
+            raise Unserved(f"eps is {eps}" if eps <= 0.0 else "x has less than two values per channel")
+        if running_mean is not None or running_var is not None:
+            _check_running(x, running_mean, running_var, bias if weight is None else weight)
+            running = (running_mean, running_var, num_batches_tracked, numel // channels, momentum)
+        elif num_batches_tracked is not None:
+            running = (None, None, num_batches_tracked, 0, 0.0)
+    else:
+        mean, var = running_mean, running_var
+        if mean is None or var is None:
+            raise Unserved("evaluation needs running_mean and running_var")
+        if mean.requires_grad or var.requires_grad:
+            raise Unserved("running statistics require grad")
+        if eps < 0.0 or x.numel() == 0:
+            raise Unserved(f"eps is {eps}" if eps < 0.0 else "x is empty")
+    return apply_norm(x, weight, bias, residual, mean, var, running, KIND_BATCH, 0, eps, activation, param)
 
 
 def serve_instance_norm(
@@ -232,27 +231,25 @@ def serve_instance_norm(
     eps: float,
     residual: Tensor | None,
     activation: int,
-    activation_param: float,
+    param: float,
 ) -> Tensor:
-    """Instance norm by the kernels: group norm with one channel a group; with fixed statistics, batch norm."""
+    """Instance norm by the kernels: group norm of one channel a group; by running statistics, batch norm."""
     if not use_input_stats:
         return serve_batch_norm(
-            x, running_mean, running_var, None, weight, bias, False, momentum, eps,
-            residual, activation, activation_param,
-        )  # fmt: skip
-    _require_usable(running_mean, running_var, weight, bias)
+            x, running_mean, running_var, None, weight, bias, False, momentum, eps, residual, activation, param
+        )
     numel = x.numel()
     channels = x.size(1)
     sets = x.size(0) * channels
     if numel <= sets:
         raise Unserved("x has less than two spatial elements")
     running = None
-    if running_mean is not None:
+    if running_mean is not None or running_var is not None:
+        _check_running(x, running_mean, running_var, bias if weight is None else weight)
         running = (running_mean, running_var, None, numel // sets, momentum)
     return apply_norm(
-        x, weight, bias, residual, None, None, running,
-        KIND_GROUP, channels, eps, activation, activation_param,
-    )  # fmt: skip
+        x, weight, bias, residual, None, None, running, KIND_GROUP, channels, eps, activation, param
+    )
 
 
 def serve_group_norm(
@@ -263,15 +260,12 @@ def serve_group_norm(
     eps: float,
     residual: Tensor | None,
     activation: int,
-    activation_param: float,
+    param: float,
 ) -> Tensor:
     """Group norm by the kernels."""
-    if x.numel() <= groups:  # torch counts the whole batch, not a group
+    if x.numel() <= groups:  # torch counts the values of the whole batch
         raise Unserved("x has less than two values per group")
-    return apply_norm(
-        x, weight, bias, residual, None, None, None,
-        KIND_GROUP, groups, eps, activation, activation_param,
-    )  # fmt: skip
+    return apply_norm(x, weight, bias, residual, None, None, None, KIND_GROUP, groups, eps, activation, param)
 
 
 def serve_layer_norm(
@@ -282,31 +276,27 @@ def serve_layer_norm(
     eps: float,
     residual: Tensor | None,
     activation: int,
-    activation_param: float,
+    param: float,
 ) -> Tensor:
     """Layer norm by the kernels."""
     dims = len(normalized_shape)
     if x.shape[-dims:] != normalized_shape or dims == 0 or x.numel() == 0:
-        raise Unserved("x is empty or does not end in normalized_shape")
-    return apply_norm(
-        x, weight, bias, residual, None, None, None,
-        KIND_LAYER, dims, eps, activation, activation_param,
-    )  # fmt: skip
+        raise Unserved(f"x is empty or does not end in {normalized_shape}")
+    return apply_norm(x, weight, bias, residual, None, None, None, KIND_LAYER, dims, eps, activation, param)
 
 
-def _require_usable(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+def _check_running(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, parameter: Tensor | None
 ) -> None:
-    """Torch's rules for running statistics that no operator sees: one takes them, another the parameters."""
+    """torch's rules for statistics that are to move. The operator that moves them sees neither x nor parameters."""
     if running_mean is None or running_var is None:
-        if running_mean is not running_var:
-            raise Unserved("one of running_mean and running_var is None")
-        return
+        raise Unserved("one of running_mean and running_var is None")
     if running_mean.requires_grad or running_var.requires_grad:
         raise Unserved("running statistics require grad")
-    parameter = bias if weight is None else weight
-    if parameter is not None and parameter.dtype is not running_mean.dtype:
-        raise Unserved("parameters and running statistics differ in dtype")
+    if not x.size(1) == running_mean.numel() == running_var.numel():
+        raise Unserved("running statistics are of another size than x has channels")
+    dtype = running_mean.dtype
+    if dtype is not running_var.dtype or dtype not in ops.PARAMETER_DTYPES.get(x.dtype, ()):
+        raise Unserved("running statistics are of a dtype that does not go with x")
+    if parameter is not None and parameter.dtype is not dtype:
+        raise Unserved("running statistics are of another dtype than weight and bias")

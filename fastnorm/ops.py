@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from . import _C as _C  # registers the operators
 
@@ -121,14 +122,28 @@ def why_refused(
     return None
 
 
+def _memory_format(x: Tensor, kind: int) -> torch.memory_format:
+    """The layout the kernels walk x in, and give their outputs."""
+    return torch.contiguous_format if kind == KIND_LAYER else suggest_memory_format(x)
+
+
 def _empty_like(x: Tensor, kind: int) -> Tensor:
-    """Uninitialized, with the layout the kernels give an output of input x."""
-    layout = torch.contiguous_format
-    if kind != KIND_LAYER and not x.is_contiguous():
-        for candidate, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-            if x.dim() == dims and x.is_contiguous(memory_format=candidate):
-                layout = candidate
-    return torch.empty_like(x, memory_format=layout)
+    return torch.empty_like(x, memory_format=_memory_format(x, kind))
+
+
+def _mask_bytes(x: Tensor, kind: int, groups: int) -> int:
+    """`mask_bytes` of csrc/kernels.h: a bit an element, every run beginning at a whole pack."""
+    if kind == KIND_LAYER:
+        run = math.prod(x.shape[x.dim() - groups :])
+    else:
+        channels, spatial = x.shape[1], math.prod(x.shape[2:])
+        last = _memory_format(x, kind) is not torch.contiguous_format
+        if spatial == 1:
+            run = channels if kind == KIND_BATCH else channels // groups
+        else:
+            run = channels if last and channels > 1 else spatial
+    lanes = 8 if x.dtype == torch.float64 else 16
+    return x.numel() // run * ((run + lanes - 1) // lanes * lanes // 8)
 
 
 def _set_count(x: Tensor, kind: int, groups: int) -> int:
@@ -153,10 +168,10 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     refusal = why_refused(x, weight, bias, residual, mean, var, kind, groups)
     if refusal is not None:
-        raise RuntimeError(refusal)
+        raise RuntimeError(f"fastnorm: {refusal}")
     stats = x.new_empty(3, _set_count(x, kind, groups), dtype=accumulation_dtype(x))
     masked = save_mask and residual is not None and activation in (RELU, LEAKY_RELU)
-    mask = x.new_empty((x.numel() + 7) // 8 if masked else 0, dtype=torch.uint8)
+    mask = x.new_empty(_mask_bytes(x, kind, groups) if masked else 0, dtype=torch.uint8)
     return _empty_like(x, kind), stats, mask
 
 

@@ -34,13 +34,21 @@ _ACTIVATE_BACKWARD: dict[str | None, Callable[[Tensor, Tensor, float], Tensor]] 
     None: lambda dy, z, param: dy,
     "relu": lambda dy, z, param: aten.threshold_backward(dy, z, 0),
     "leaky_relu": lambda dy, z, param: aten.leaky_relu_backward(dy, z, param, False),
-    "silu": lambda dy, z, param: aten.silu_backward(dy, z),
+    "silu": lambda dy, z, param: dy * _silu_slope(z),
     "gelu": lambda dy, z, param: aten.gelu_backward(dy, z),
     "gelu_tanh": lambda dy, z, param: aten.gelu_backward(dy, z, approximate="tanh"),
     "hardswish": lambda dy, z, param: aten.hardswish_backward(dy, z),
     "sigmoid": lambda dy, z, param: aten.sigmoid_backward(dy, torch.sigmoid(z)),
     "tanh": lambda dy, z, param: aten.tanh_backward(dy, torch.tanh(z)),
 }
+
+
+def _silu_slope(z: Tensor) -> Tensor:
+    """aten.silu_backward has no derivative of its own."""
+    sigmoid = torch.sigmoid(z)
+    return sigmoid * (1 + z * (1 - sigmoid))
+
+
 _NAMES = {code: name for name, code in ACTIVATIONS.items()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +151,8 @@ def truth(case: Case, module: torch.nn.Module, inputs: Inputs) -> Truth:
     rstd = (var + module.eps).rsqrt()
     xhat = from_sets((sets - mean) * rstd, x, case)
     rstd_of_x = from_sets(rstd.expand_as(sets), x, case).detach()
-    mean_of_x = from_sets(mean.expand_as(sets), x, case).detach()
+    # What rounding the mean does to xhat, in epsilons: large when a set is nearly constant.
+    shift = from_sets((mean.abs() * rstd).expand_as(sets), x, case).detach()
 
     def per_channel(p: Tensor | None, default: float) -> Tensor:
         if p is None:
@@ -163,7 +165,7 @@ def truth(case: Case, module: torch.nn.Module, inputs: Inputs) -> Truth:
         z = z + residual
     y = ACTIVATION_FUNCTIONS[case.activation](z)
     values = {"y": y.detach().view(shape)}
-    scales = {"y": largest(y) + largest(mean_of_x * rstd_of_x * weight.detach())}
+    scales = {"y": largest(y) + largest(shift * weight.detach())}
     if wants_grad:
         grad = add_batch(inputs.grad, case)
         assert grad is not None
@@ -173,10 +175,10 @@ def truth(case: Case, module: torch.nn.Module, inputs: Inputs) -> Truth:
         dz, *gradients = torch.autograd.grad(y, [z, *leaves.values()], grad.double())
         values |= dict(zip(leaves, gradients, strict=True))
         values["dx"] = values["dx"].view(shape)
-        scales["dx"] = largest(dz * rstd_of_x * weight.detach())
-        for name, terms in (("weight", dz * xhat.detach()), ("bias", dz)):
+        scales["dx"] = largest(dz * rstd_of_x * weight.detach() * (1 + shift))
+        for name, factor in (("weight", xhat.detach().abs() + shift), ("bias", torch.ones_like(x))):
             if name in parameters:
-                scales[f"d{name}"] = largest(sum_to(terms.abs(), parameters[name], case))
+                scales[f"d{name}"] = largest(sum_to(dz.abs() * factor, parameters[name], case))
         if residual is not None:
             values["dresidual"] = values["dresidual"].view(shape)
             scales["dresidual"] = largest(dz)
@@ -214,6 +216,32 @@ def running_statistics(
         old_var = (1 - momentum) * old_var + momentum * new_var
     tracked = torch.tensor(batches + int(counts_batches), device=old_mean.device)
     return {"running_mean": old_mean, "running_var": old_var, "num_batches_tracked": tracked}
+
+
+def assert_alike(actual: Any, expected: Any, exact: Any = None, what: str = "") -> None:
+    """Tensors, or sequences and dicts of them, that agree as two correct implementations of a norm do: within 32
+    epsilons of the largest value, or as far as `expected` itself is from `exact`, the same computed in float64.
+    Where a set is constant both multiply rounding errors by 1 / sqrt(eps)."""
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected), what
+        actual, expected = list(actual.values()), list(expected.values())
+        exact = None if exact is None else list(exact.values())
+    if isinstance(expected, (list, tuple)):
+        exact = exact or [None] * len(expected)
+        for i, (a, b, c) in enumerate(zip(actual, expected, exact, strict=True)):
+            assert_alike(a, b, c, f"{what}[{i}]")
+    elif isinstance(expected, Tensor) and expected.is_floating_point():
+        assert actual.dtype == expected.dtype, what
+        eps = torch.finfo(expected.dtype).eps
+        allowed = 32 * eps * largest(expected.detach()[expected.isfinite()].double())
+        allowed += 1000 * min(eps, torch.finfo(torch.float32).eps)
+        if exact is not None:
+            error = expected.double() - exact.double()
+            allowed += largest(error[error.isfinite()])
+            actual, expected = actual.double(), exact.double()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=allowed, equal_nan=True, msg=lambda m: f"{what}: {m}")
+    else:
+        torch.testing.assert_close(actual, expected, msg=lambda m: f"{what}: {m}")
 
 
 @dataclasses.dataclass

@@ -8,6 +8,8 @@ import torch
 from cases import DATA, PRECISIONS, Case, Layer
 from numerics import compare
 
+# Two correct roundings of a mean of 1e6 to float32 differ in their last digits, and both errors are large.
+NOISE = 1.02
 # Large enough that sums are long, small enough that torch.nn in float64 is quick.
 SIZES = (
     Layer("sums of 3136", "BatchNorm2d", (4, 24, 28, 28), (24,)),
@@ -24,5 +26,5 @@ def test_error_is_at_most_torchs(layer: Layer, precision: tuple[str, str], data:
     for layout in layer.layouts:
         case = Case(layer, layout, precision)
         errors = compare(case, device, data, plain=True)
-        too_large = [f"{layout} {error}" for error in errors if not error.ours <= error.native + 1]
+        too_large = [f"{layout} {error}" for error in errors if not error.ours <= NOISE * error.native + 1]
         assert not too_large

@@ -73,11 +73,10 @@ def dense_inputs(dtype: torch.dtype) -> Tensor:
     return torch.cat([steps, exponents, -exponents]).to(dtype)
 
 
-def ulps(got: Tensor, truth: Tensor) -> Tensor:
-    """|got - truth| in units in the last place of truth; below the normal range, of the smallest normal."""
-    info = torch.finfo(got.dtype)
-    exponent = truth.abs().clamp_min(info.tiny).frexp().exponent - 1
-    unit = torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent)
+def errors_in_ulps(got: Tensor, truth: Tensor, smallest: float) -> Tensor:
+    """|got - truth| in units in the last place of truth, or of `smallest` where truth is smaller."""
+    eps = torch.finfo(got.dtype).eps
+    unit = torch.ldexp(torch.full_like(truth, eps), truth.abs().clamp_min(smallest).frexp().exponent - 1)
     return torch.where(got.double() == truth, 0.0, (got.double() - truth).abs() / unit)
 
 
@@ -97,12 +96,15 @@ def test_as_accurate_as_torch(name: str, dtype: torch.dtype, device: torch.devic
     for what, truth, ours, native in zip(
         ("value", "slope"), exact(x.double(), name), ours_both, native_both, strict=True
     ):
-        worst = worst_per_binade(ulps(ours, truth), x)
-        allowed = worst_per_binade(ulps(native, truth), x) + SLACK
+        # Slopes pass through zero by cancellation, and matter as factors of the order of one.
+        smallest = torch.finfo(dtype).tiny if what == "value" else 1.0
+        worst = worst_per_binade(errors_in_ulps(ours, truth, smallest), x)
+        torchs = worst_per_binade(errors_in_ulps(native, truth, smallest), x)
+        slack = 4.0 if dtype == torch.float64 else SLACK  # in float64 the truth is rounded too
         bad = [
-            f"{what} near {'-' if i < 16 else '+'}2^{i % 16 - 9}: {worst[i]:.2f} ulp, torch {allowed[i] - SLACK:.2f}"
+            f"{what} near {'-' if i < 16 else '+'}2^{i % 16 - 9}: {worst[i]:.2f} ulp, torch {torchs[i]:.2f}"
             for i in range(32)
-            if not worst[i] <= allowed[i]
+            if not worst[i] <= torchs[i] + slack
         ]
         assert not bad
 

@@ -20,6 +20,7 @@ ops = torch.ops.fastnorm
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -107,6 +108,8 @@ def test_fake_strides_are_the_real_ones(layer: Layer) -> None:
         variants.append(base.contiguous(memory_format=torch.channels_last))
         variants.append(base[..., :1])
         variants.append(base.contiguous(memory_format=torch.channels_last)[..., :1])
+        # Channels last, though view_as gives the batch of one a stride of C.
+        variants.append(variants[3][:1].clone().view_as(base[:1]))
     for x in variants:
         args = forward_args(layer, x=x, residual=None, activation=0)
         if layer.norm == "LayerNorm":
@@ -204,13 +207,13 @@ def test_a_whole_model_compiles_without_a_break(device: torch.device) -> None:
 
 @pytest.mark.parametrize("layer", TYPICAL, ids=lambda layer: layer.norm)
 def test_exports(layer: Layer, device: torch.device) -> None:
-    """torch.export keeps one operator of ours and gives the same values, at another batch size too."""
+    """The exported program gives the same values at another batch size, and needs nothing but torch."""
     module = build(Case(layer, activation="silu", mode="eval"), fastnorm, device)
     x = torch.randn(layer.shape, device=device)
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(module, (x,), dynamic_shapes=({0: batch}, None)[:1])
     targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    assert any(t.startswith("fastnorm.norm_forward") for t in targets)
+    assert targets and all(t.startswith("aten.") for t in targets)
     for n in (layer.shape[0], layer.shape[0] + 3):
         x = torch.randn(n, *layer.shape[1:], device=device)
         torch.testing.assert_close(exported.module()(x), module(x))

@@ -97,8 +97,8 @@ def test_gradients(norm: Norm, activation: str | None, residual: bool, layout: s
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 def test_any_subset_of_gradients(norm: Norm, needs: tuple[bool, ...], device: torch.device) -> None:
     """Whichever inputs want a gradient, it is the one they get when all do."""
-    args = make_args(norm, True, "planar", device)
-    for activation in ("relu", "silu", None):
+    for activation, layout in itertools.product(("relu", "silu", None), ("planar", "channels_last")):
+        args = make_args(norm, True, layout if len(norm.shape) == 4 else "planar", device)
         call = function(norm, activation)
         grad = torch.randn(norm.shape, dtype=torch.float64, device=device)
         expected = torch.autograd.grad(call(*args), args, grad)

@@ -122,9 +122,10 @@ def test_torch_hidden_by_isolation(tmp_path: Path) -> None:
 
 
 def test_no_ninja(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
-    assert setup.find_ninja() == [sys.executable, "-m", "ninja"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert setup.find_ninja() == ["/usr/bin/ninja"]
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
     assert_sentence(sentence_of(setup.find_ninja), "ninja is missing", "pip install ninja")
 
 

@@ -64,7 +64,11 @@ BAD_FORWARD: dict[str, dict[str, Any]] = {
     "weight too long": {"weight": torch.rand(7)},
     "weight of wrong dims": {"weight": torch.rand(6, 1)},
     "weight of another dtype": {"weight": torch.rand(6).double()},
-    "weight and bias differ in dtype": {"weight": torch.rand(6).bfloat16()},
+    "weight and bias differ in dtype": {
+        **{n: torch.randn(2, 6, 4, 3).bfloat16() for n in ("x", "residual")},
+        "weight": torch.rand(6).bfloat16(),
+    },
+    "weight too narrow for x": {"weight": torch.rand(6).bfloat16(), "bias": None},
     "bias too short": {"bias": torch.rand(5)},
     "bias of another dtype": {"bias": torch.rand(6).half()},
     "residual of another shape": {"residual": torch.randn(2, 6, 3, 4)},
@@ -171,8 +175,6 @@ BAD_UPDATE: dict[str, dict[str, Any]] = {
     "var too long": {"running_var": torch.rand(7)},
     "mean of wrong dims": {"running_mean": torch.rand(6, 1)},
     "mean of integers": {"running_mean": torch.ones(6, dtype=torch.int64)},
-    "var without mean": {"running_mean": None},
-    "mean without var": {"running_var": None},
     "stats of four sets": {"stats": good_stats(4)},
     "stats not a multiple": {"stats": good_stats(9)},
     "stats of two rows": {"stats": good_stats()[:2]},
@@ -250,13 +252,15 @@ def test_update_of_strided_buffers() -> None:
     assert torch.equal(storage[:, 1], column)
 
 
-def test_update_bumps_versions() -> None:
-    """So that autograd notices a saved buffer that has changed."""
-    args = update_args()
-    buffers = [args[n] for n in ("running_mean", "running_var", "num_batches_tracked")]
-    before = [b._version for b in buffers]
-    ops.update_running_stats_(**args)
-    assert all(b._version > v for b, v in zip(buffers, before, strict=True))
+def test_update_of_one_buffer() -> None:
+    """Each of the three is optional."""
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        args = update_args()
+        whole = {k: v.clone() if isinstance(v, Tensor) else v for k, v in args.items()}
+        alone = {k: None if "running" in k or "tracked" in k else v for k, v in args.items()}
+        ops.update_running_stats_(**whole)
+        ops.update_running_stats_(**alone | {name: args[name]})
+        assert torch.equal(args[name], whole[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

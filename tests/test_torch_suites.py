@@ -15,6 +15,7 @@ from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
 import fastnorm
 from fastnorm import functional
+from numerics import assert_alike
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CLASSES = {info.module_cls: info for info in module_db if info.module_cls.__name__ in fastnorm.__all__}
@@ -23,7 +24,7 @@ OPERATORS = {
     for info in op_db
     if info.name.removeprefix("nn.functional.") in functional.__all__ and not info.variant_test_name
 }
-# Second derivatives of the first samples only, and of large ones along random directions.
+# Second derivatives of the first samples only; large ones are checked along random directions.
 MAX_GRADGRADCHECKS = 10
 LARGE = 40
 
@@ -59,20 +60,23 @@ def module_outcome(
     dtype: torch.dtype,
     training: bool,
     device: torch.device,
+    exact: bool = False,
 ) -> list[Any]:
-    """Output, gradients and state after two calls."""
+    """Output, gradients and state after two calls. exact: computed in float64, from the same values."""
     constructor, forward = module_input.constructor_input, module_input.forward_input
     torch.manual_seed(0)
     module = cls(*constructor.args, **constructor.kwargs, dtype=dtype, device=device)
     for parameter in module.parameters():
         torch.nn.init.uniform_(parameter, 0.5, 1.5)
     module.train(training)
+    working_dtype = torch.float64 if exact else dtype
+    module.to(working_dtype)
     results: list[Any] = []
     for _ in range(2):
-        args = [a.detach().clone().requires_grad_() for a in forward.args]
+        args = [a.detach().to(working_dtype, copy=True).requires_grad_() for a in forward.args]
         y = module(*args, **forward.kwargs)
         leaves = [*args, *module.parameters()]
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(y)
         results += [y.detach(), *torch.autograd.grad(y, leaves, grad)]
     return [*results, *module.state_dict().values()]
 
@@ -83,8 +87,10 @@ def test_module_samples(info: ModuleInfo, dtype: torch.dtype, training: bool, de
     samples = info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=False, training=training)
     assert samples
     for sample in samples:
-        results = [module_outcome(cls, sample, dtype, training, device) for cls in (ours, info.module_cls)]
-        torch.testing.assert_close(*results, msg=lambda m, s=sample: f"{s.desc}: {m}")
+        actual = module_outcome(ours, sample, dtype, training, device)
+        expected = module_outcome(info.module_cls, sample, dtype, training, device)
+        exact = module_outcome(info.module_cls, sample, dtype, training, device, exact=True)
+        assert_alike(actual, expected, exact, sample.desc)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_module_errors(info: ModuleInfo, training: bool, device: torch.device) -
             with pytest.raises(sample.error_type, match=sample.error_regex):
                 raise outcomes[0][0](outcomes[0][1])
         if isinstance(outcomes[0], Tensor):
-            torch.testing.assert_close(*outcomes, equal_nan=True)
+            assert_alike(*outcomes)
         else:
             assert outcomes[0] == outcomes[1]
 
@@ -126,11 +132,13 @@ def call(function: Callable[..., Tensor], sample: SampleInput) -> Tensor:
     return function(sample.input, *sample.args, **sample.kwargs)
 
 
-def copied(sample: SampleInput) -> SampleInput:
-    """A sample with leaves and buffers of its own."""
+def copied(sample: SampleInput, dtype: torch.dtype) -> SampleInput:
+    """A sample with leaves and buffers of its own, in another dtype."""
 
     def copy(a: Any) -> Any:
-        return a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        if not isinstance(a, Tensor):
+            return a
+        return a.detach().to(dtype, copy=True).requires_grad_(a.requires_grad)
 
     return SampleInput(
         copy(sample.input),
@@ -144,14 +152,15 @@ def tensors_of(sample: SampleInput) -> list[Tensor]:
     return [t for t in every if isinstance(t, Tensor)]
 
 
-def function_outcome(function: Callable[..., Tensor], sample: SampleInput) -> list[Tensor]:
-    """Output, gradients and the tensors afterwards, for running statistics."""
-    sample = copied(sample)
+def function_outcome(function: Callable[..., Tensor], sample: SampleInput, exact: bool = False) -> list[Tensor | None]:
+    """Output, gradients, and the arguments afterwards, for running statistics."""
+    dtype = sample.input.dtype
+    sample = copied(sample, torch.float64 if exact else dtype)
     y = call(function, sample)
     leaves = [t for t in tensors_of(sample) if t.requires_grad]
     gradients: tuple[Tensor | None, ...] = ()
     if y.requires_grad:
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(y)
         gradients = torch.autograd.grad(y, leaves, grad, allow_unused=True)
     return [y.detach(), *gradients, *(t.detach() for t in tensors_of(sample))]
 
@@ -172,7 +181,7 @@ def test_function_samples(name: str, dtype: torch.dtype, grad: bool, device: tor
     for sample in samples:
         expected = function_outcome(native, sample)
         actual = function_outcome(ours, sample)
-        torch.testing.assert_close(actual, expected, equal_nan=True, msg=lambda m, s=sample: f"{s}: {m}")
+        assert_alike(actual, expected, function_outcome(native, sample, exact=True), str(sample))
 
 
 # torch lists errors for group_norm only; those of the others are in test_modules.py and test_functional.py.
@@ -213,9 +222,9 @@ def test_function_derivatives(name: str, device: torch.device) -> None:
             continue
 
         f = differentiable(function, sample, leaves)
-        assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
+        large = sample.input.numel() > LARGE
+        assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True, fast_mode=large)
         if checked < MAX_GRADGRADCHECKS:
-            large = sample.input.numel() > LARGE
             assert torch.autograd.gradgradcheck(f, leaves, fast_mode=large)
         checked += 1
     assert checked > 3

@@ -1,6 +1,6 @@
 // Backward of columns_forward.h.
 //
-// What     sums of d and d xhat per channel (reduce), their weighted means per set (fold), then dx (apply).
+// What     sums of d and d (x - mean) per channel (reduce), their weighted means per set (fold), then dx (apply).
 // Who      a task -> a tile of channels over all positions, or (plan.split) a chunk of positions in each of two passes.
 // Traffic  dy and x once from memory while a tile fits the cache (twice otherwise), dx once; a bit per element or the
 //          residual when an activation follows a residual add.
@@ -12,7 +12,8 @@
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 struct TileSums {
-  double *d, *d_xhat;
+  double *d, *d_centered;
+  TileSums from(int64_t i) const { return {d + i, d_centered + i}; }
 };
 
 template <class T>
@@ -35,70 +36,81 @@ class ColumnsBackward : Call<T, BackwardArgs> {
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
   const bool sums_ = !args.frozen || args.dweight || args.dbias;
   const bool applies_ = args.dx || args.dresidual;
+  const Arrays<A, 2> terms_{outer_ * g.C};  // mean(w d) and mean(w d xhat) of a channel's set, times rstd
 
   // Adds P neighbouring positions of one pack of channels.
   template <int P, class Access>
   FASTNORM_INLINE void add(const BackwardStretch<T>& s, int64_t i, const ChannelCoefs<A>& coefs, Access access,
-                           A* sum_d, A* sum_d_xhat) const {
-    Pack<A> d[P], xhat[P];
-    load_grad(s, i, coefs, epilogue, access, Down<A>{g.C, mask_row_}, d, xhat);
+                           A* sum_d, A* sum_d_centered) const {
+    Pack<A> d[P], centered[P];
+    load_grad(s, i, coefs, epilogue, access, Down<A>{g.C, mask_row_}, d, centered);
     store(sum_d + i, load(sum_d + i) + tree_sum(d));
-    store(sum_d_xhat + i, load(sum_d_xhat + i) + tree_dot(d, xhat));
+    store(sum_d_centered + i, load(sum_d_centered + i) + tree_dot(d, centered));
   }
 
  public:
   using Base::Base;
 
   void run() {
-    Buffer<double> d(outer_ * g.C), d_xhat(outer_ * g.C);
+    const ChannelArrays<A> coefs(g);
+    coefs.fill_all(*this);
+    const Arrays<double, 2> sums(outer_ * g.C);
+    const TileSums all{sums[0], sums[1]};
     if (args.plan.split) {
-      if (sums_) reduce_split(d, d_xhat);
+      if (sums_) reduce_split(coefs, all);
+      for (int64_t n = 0; n < outer_ && !args.frozen; ++n) fold(n, 0, g.C, all);
       if (applies_) {
         for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-          const int64_t back = outer_ * chunks_ - 1 - t, n = back / chunks_;  // what reduce read last is in cache
-          apply(n, 0, g.C, back % chunks_ * chunk_, chunk_end(back % chunks_), {d + n * g.C, d_xhat + n * g.C});
+          const int64_t back = outer_ * chunks_ - 1 - t, chunk = back % chunks_;  // what reduce read last is in cache
+          apply(coefs, back / chunks_, 0, g.C, chunk * chunk_, chunk_end(chunk));
         });
       }
     } else {
-      for_each_task(args.parallel, outer_ * tiles_, [&](int64_t t) {
-        const int64_t n = t / tiles_, first = t % tiles_ * tile_, channels = width(t % tiles_);
-        const TileSums sums{d + n * g.C + first, d_xhat + n * g.C + first};
+      for_each_tile([&](int64_t n, int64_t first, int64_t channels) {
         if (sums_) {
-          Buffer<double> chunk_d(channels), chunk_d_xhat(channels);
+          const Arrays<double, 2> chunk(channels);
           for (int64_t k = 0; k < chunks_; ++k) {
-            reduce(n, k, first, channels, {chunk_d, chunk_d_xhat});
-            merge(k == 0, channels, {chunk_d, chunk_d_xhat}, sums);
+            reduce(coefs, n, k, first, channels, {chunk[0], chunk[1]});
+            merge(k == 0, channels, {chunk[0], chunk[1]}, all.from(n * g.C + first));
           }
         }
-        if (applies_) apply(n, first, channels, 0, positions_, sums);
+        if (!args.frozen) fold(n, first, channels, all);
+        if (applies_) apply(coefs, n, first, channels, 0, positions_);
       });
     }
-    if (sums_) sum_over_samples(d, d_xhat);
+    if (sums_) sum_over_samples(all);
   }
 
  private:
+  template <class F>
+  void for_each_tile(F&& f) const {
+    for_each_task(args.parallel, outer_ * tiles_,
+                  [&](int64_t t) { f(t / tiles_, t % tiles_ * tile_, width(t % tiles_)); });
+  }
   int64_t width(int64_t tile) const { return std::min(tile_, g.C - tile * tile_); }
   int64_t chunk_end(int64_t chunk) const { return std::min((chunk + 1) * chunk_, positions_); }
 
   static void merge(bool first, int64_t channels, TileSums from, TileSums into) {
     for (int64_t i = 0; i < channels; ++i) {
       into.d[i] = first ? from.d[i] : into.d[i] + from.d[i];
-      into.d_xhat[i] = first ? from.d_xhat[i] : into.d_xhat[i] + from.d_xhat[i];
+      into.d_centered[i] = first ? from.d_centered[i] : into.d_centered[i] + from.d_centered[i];
     }
   }
 
-  void reduce_split(double* d, double* d_xhat) const {
-    Buffer<double> partial_d(outer_ * chunks_ * g.C), partial_d_xhat(outer_ * chunks_ * g.C);
+  void reduce_split(const ChannelArrays<A>& coefs, TileSums all) const {
+    const Arrays<double, 2> partials(outer_ * chunks_ * g.C);
+    const TileSums partial{partials[0], partials[1]};
     for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
       for (int64_t tile = 0; tile < tiles_; ++tile) {
-        const int64_t first = tile * tile_, at = t * g.C + first;
-        reduce(t / chunks_, t % chunks_, first, width(tile), {partial_d + at, partial_d_xhat + at});
+        const int64_t first = tile * tile_;
+        reduce(coefs, t / chunks_, t % chunks_, first, width(tile), partial.from(t * g.C + first));
       }
     });
-    for (int64_t t = 0; t < outer_ * chunks_; ++t) {
-      const int64_t into = t / chunks_ * g.C;
-      merge(t % chunks_ == 0, g.C, {partial_d + t * g.C, partial_d_xhat + t * g.C}, {d + into, d_xhat + into});
-    }
+    for_each_tile([&](int64_t n, int64_t first, int64_t channels) {
+      for (int64_t k = 0; k < chunks_; ++k) {
+        merge(k == 0, channels, partial.from((n * chunks_ + k) * g.C + first), all.from(n * g.C + first));
+      }
+    });
   }
 
   BackwardStretch<T> stretch(int64_t n, int64_t position, int64_t first) const {
@@ -111,73 +123,75 @@ class ColumnsBackward : Call<T, BackwardArgs> {
             dresidual_ ? dresidual_ + at : nullptr};
   }
 
-  void reduce(int64_t n, int64_t chunk, int64_t first, int64_t channels, TileSums out) const {
-    const ChannelArrays<A> arrays(channels);
-    const ChannelCoefs<A> coefs = arrays.fill(*this, n, first, channels);
-    const int64_t pitch = div_up(channels, L) * L;
-    Buffer<A> scratch(2 * pitch);
-    A *sum_d = scratch, *sum_d_xhat = scratch + pitch;
+  void reduce(const ChannelArrays<A>& arrays, int64_t n, int64_t chunk, int64_t first, int64_t channels,
+              TileSums out) const {
+    const ChannelCoefs<A> coefs = arrays.at(n, first);
+    const Arrays<A, 2> scratch(channels);
+    A *const sum_d = scratch[0], *const sum_d_centered = scratch[1];
     std::fill_n(out.d, channels, 0.0);
-    std::fill_n(out.d_xhat, channels, 0.0);
+    std::fill_n(out.d_centered, channels, 0.0);
     const int64_t end = chunk_end(chunk);
     for (int64_t p = chunk * chunk_; p < end; p += args.plan.block_positions) {
       const int64_t block_end = std::min(p + args.plan.block_positions, end);
-      std::fill_n(sum_d, 2 * pitch, A(0));
+      std::fill_n(sum_d, sum_d_centered - sum_d + channels, A(0));
       int64_t q = p;
-      for (; q + 4 <= block_end; q += 4) add_row<4>(stretch(n, q, first), channels, coefs, sum_d, sum_d_xhat);
-      for (; q < block_end; ++q) add_row<1>(stretch(n, q, first), channels, coefs, sum_d, sum_d_xhat);
+      for (; q + 4 <= block_end; q += 4) add_row<4>(stretch(n, q, first), channels, coefs, sum_d, sum_d_centered);
+      for (; q < block_end; ++q) add_row<1>(stretch(n, q, first), channels, coefs, sum_d, sum_d_centered);
       for (int64_t i = 0; i < channels; ++i) {
         out.d[i] += sum_d[i];
-        out.d_xhat[i] += sum_d_xhat[i];
+        out.d_centered[i] += sum_d_centered[i];
       }
     }
   }
 
   template <int P>
   FASTNORM_INLINE void add_row(const BackwardStretch<T>& s, int64_t channels, const ChannelCoefs<A>& coefs, A* sum_d,
-                               A* sum_d_xhat) const {
+                               A* sum_d_centered) const {
     int64_t i = 0;
-    for (; i + L <= channels; i += L) add<P>(s, i, coefs, Whole{}, sum_d, sum_d_xhat);
-    if (i < channels) add<P>(s, i, coefs, Edge{channels - i}, sum_d, sum_d_xhat);
+    for (; i + L <= channels; i += L) add<P>(s, i, coefs, Whole{}, sum_d, sum_d_centered);
+    if (i < channels) add<P>(s, i, coefs, Edge{channels - i}, sum_d, sum_d_centered);
   }
 
-  // Positions [begin, end) of a tile, backwards; `sums` are those of its channels over all positions.
-  void apply(int64_t n, int64_t first, int64_t channels, int64_t begin, int64_t end, TileSums sums) const {
-    const ChannelArrays<A> arrays(channels);
-    const ChannelCoefs<A> coefs = arrays.fill(*this, n, first, channels);
-    Buffer<A> offset(channels), slope(channels);
-    if (!args.frozen) fold(n, first, channels, sums, offset, slope);
-    for (int64_t p = end - 1; p >= begin; --p) {
+  // Positions [begin, end) of a tile.
+  void apply(const ChannelArrays<A>& arrays, int64_t n, int64_t first, int64_t channels, int64_t begin,
+             int64_t end) const {
+    const ChannelCoefs<A> coefs = arrays.at(n, first);
+    const ChannelTerms<A> terms{terms_[0] + n * g.C + first, terms_[1] + n * g.C + first};
+    for (int64_t p = begin; p < end; ++p) {
       const BackwardStretch<T> s = stretch(n, p, first);
       if (args.frozen) {
         backward_stretch(s, channels, coefs, FrozenTerms<A>{}, epilogue);
       } else {
-        backward_stretch(s, channels, coefs, ChannelTerms<A>{offset, slope}, epilogue);
+        backward_stretch(s, channels, coefs, terms, epilogue);
       }
     }
   }
 
-  void fold(int64_t n, int64_t first, int64_t channels, TileSums sums, A* offset, A* slope) const {
-    for (int64_t s = 0; s < channels; s += D_) {
-      double d = 0, d_xhat = 0;
-      for (int64_t i = s; i < s + D_; ++i) {
-        const double w = weight[first + i];
-        d += w * sums.d[i];
-        d_xhat += w * sums.d_xhat[i];
+  // Sums per channel into the terms of their sets.
+  void fold(int64_t n, int64_t first, int64_t channels, TileSums all) const {
+    const int64_t at = n * g.C + first;
+    for (int64_t i = 0; i < channels; i += D_) {
+      double d = 0, d_centered = 0;
+      for (int64_t c = i; c < i + D_; ++c) {
+        const double w = weight[first + c];
+        d += w * all.d[at + c];
+        d_centered += w * all.d_centered[at + c];
       }
-      const int64_t set = batch_ ? first + s : n * g.G + (first + s) / D_;
-      const double scale = stats.rstd[set] / static_cast<double>(g.set_size());
-      std::fill_n(offset + s, D_, static_cast<A>(d * scale));
-      std::fill_n(slope + s, D_, static_cast<A>(d_xhat * scale));
+      const double rstd = stats.rstd[(at + i) / D_], scale = rstd / static_cast<double>(g.set_size());
+      std::fill_n(terms_[0] + at + i, D_, static_cast<A>(d * scale));
+      std::fill_n(terms_[1] + at + i, D_, static_cast<A>(d_centered * rstd * scale));
     }
   }
 
-  void sum_over_samples(const double* d, const double* d_xhat) const {
+  void sum_over_samples(TileSums all) const {
     for (int64_t c = 0; c < g.C; ++c) {
-      GradSums<double> total{d[c], d_xhat[c]};
-      for (int64_t n = 1; n < outer_; ++n) total.merge({d[n * g.C + c], d_xhat[n * g.C + c]});
-      if (args.dbias) args.dbias[c] = total.d;
-      if (args.dweight) args.dweight[c] = total.d_xhat;
+      double d = 0, d_xhat = 0;
+      for (int64_t i = c; i < outer_ * g.C; i += g.C) {
+        d += all.d[i];
+        d_xhat += all.d_centered[i] * stats.rstd[i / D_];
+      }
+      if (args.dbias) args.dbias[c] = d;
+      if (args.dweight) args.dweight[c] = d_xhat;
     }
   }
 };

@@ -14,9 +14,32 @@
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-// Side-by-side moments of a tile of channels, as plain arrays.
+// Side-by-side moments of a tile of channels, as plain arrays; means relative to each channel's origin.
 struct TileMoments {
   double *mean, *m2;
+
+  void clear(int64_t channels) const {
+    std::fill_n(mean, channels, 0.0);
+    std::fill_n(m2, channels, 0.0);
+  }
+
+  // Takes in other_count values per channel to the count it has; `other(i, moments)` gives lanes i to i + 7.
+  template <class F>
+  FASTNORM_INLINE void merge(int64_t channels, double count, double other_count, F&& other) const {
+    int64_t i = 0;
+    for (; i + PackD::kLanes <= channels; i += PackD::kLanes) {
+      Moments<PackD> total{load(mean + i), load(m2 + i)};
+      total.merge(other(i), count, other_count);
+      store(mean + i, total.mean);
+      store(m2 + i, total.m2);
+    }
+    if (i == channels) return;
+    const int64_t rest = channels - i;
+    Moments<PackD> total{load_first(mean + i, rest), load_first(m2 + i, rest)};
+    total.merge(other(i), count, other_count);
+    store_first(mean + i, total.mean, rest);
+    store_first(m2 + i, total.m2, rest);
+  }
 };
 
 // One block: `positions` rows of `width` channels, `stride` apart. Merges into `total` of total_count positions.
@@ -29,16 +52,16 @@ class ColumnBlock {
   A *mean_, *delta_, *square_;  // [width]
 
  public:
-  ColumnBlock(const T* x, int64_t positions, int64_t width, int64_t stride, A* scratch, int64_t pitch)
+  ColumnBlock(const T* x, int64_t positions, int64_t width, int64_t stride, const Arrays<A, 3>& scratch)
       : x_(x),
         positions_(positions),
         width_(width),
         stride_(stride),
-        mean_(scratch),
-        delta_(scratch + pitch),
-        square_(scratch + 2 * pitch) {}
+        mean_(scratch[0]),
+        delta_(scratch[1]),
+        square_(scratch[2]) {}
 
-  void merge_into(TileMoments total, double total_count) const {
+  void merge_into(TileMoments total, double total_count, const double* origin) const {
     int64_t p = 0;
     for (; p + 4 <= positions_; p += 4) for_columns([&](int64_t i, auto access) { sum<4>(p, i, access); });
     for (; p < positions_; ++p) for_columns([&](int64_t i, auto access) { sum<1>(p, i, access); });
@@ -47,14 +70,12 @@ class ColumnBlock {
     for (p = 0; p + 4 <= positions_; p += 4) for_columns([&](int64_t i, auto access) { deviate<4>(p, i, access); });
     for (; p < positions_; ++p) for_columns([&](int64_t i, auto access) { deviate<1>(p, i, access); });
     const double count = static_cast<double>(positions_);
-    for (int64_t i = 0; i < width_; ++i) {
-      const double shift = delta_[i];
-      Moments<double> moments{total.mean[i], total.m2[i]};
-      const double m2 = square_[i] - shift * shift / count;
-      moments.merge({mean_[i] + shift / count, m2 < 0 ? 0 : m2}, total_count, count);
-      total.mean[i] = moments.mean;
-      total.m2[i] = moments.m2;
-    }
+    total.merge(width_, total_count, count, [&](int64_t i) {
+      const PackD shift = load_wide(delta_ + i);
+      const PackD mean = (load_wide(mean_ + i) - load(origin + i)) + shift * PackD(1 / count);
+      const PackD m2 = load_wide(square_ + i) - shift * shift * PackD(1 / count);
+      return Moments<PackD>{mean, select(m2 <= PackD(0), PackD(0), m2)};
+    });
   }
 
  private:
@@ -102,90 +123,102 @@ class ColumnsForward : Call<T, ForwardArgs> {
   using Base::Base;
 
   void run() {
+    const ChannelArrays<A> coefs(g);
     if (args.plan.split) {
-      Buffer<double> mean(outer_ * chunks_ * g.C), m2(outer_ * chunks_ * g.C);
+      const Arrays<double, 2> partials(outer_ * chunks_ * g.C);
       for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
         for (int64_t tile = 0; tile < tiles_; ++tile) {
-          const int64_t first = tile * tile_;
-          reduce(t / chunks_, t % chunks_, first, width(tile), {mean + t * g.C + first, m2 + t * g.C + first});
+          const int64_t first = tile * tile_, at = t * g.C + first;
+          reduce(t / chunks_, t % chunks_, first, width(tile), {partials[0] + at, partials[1] + at});
         }
       });
-      for (int64_t n = 0; n < outer_; ++n) {
-        fold(n, 0, g.C, [&](int64_t chunk) {
-          const int64_t at = (n * chunks_ + chunk) * g.C;
-          return TileMoments{mean + at, m2 + at};
+      for_each_tile([&](int64_t n, int64_t first, int64_t channels) {
+        fold(n, first, channels, [&](int64_t chunk) {
+          const int64_t at = (n * chunks_ + chunk) * g.C + first;
+          return TileMoments{partials[0] + at, partials[1] + at};
         });
-      }
+        coefs.fill(*this, n, first, channels);
+      });
       for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-        const int64_t back = outer_ * chunks_ - 1 - t;  // what reduce read last is still in cache
-        apply(back / chunks_, 0, g.C, back % chunks_ * chunk_, chunk_end(back % chunks_));
+        const int64_t back = outer_ * chunks_ - 1 - t, chunk = back % chunks_;  // what reduce read last is in cache
+        apply(coefs, back / chunks_, 0, g.C, chunk * chunk_, chunk_end(chunk));
       });
       return;
     }
-    for_each_task(args.parallel, outer_ * tiles_, [&](int64_t t) {
-      const int64_t n = t / tiles_, first = t % tiles_ * tile_, channels = width(t % tiles_);
-      Buffer<double> mean(channels), m2(channels);
+    for_each_tile([&](int64_t n, int64_t first, int64_t channels) {
+      const Arrays<double, 2> partial(channels);
       fold(n, first, channels, [&](int64_t chunk) {
-        reduce(n, chunk, first, channels, {mean, m2});
-        return TileMoments{mean, m2};
+        reduce(n, chunk, first, channels, {partial[0], partial[1]});
+        return TileMoments{partial[0], partial[1]};
       });
-      apply(n, first, channels, 0, positions_);
+      coefs.fill(*this, n, first, channels);
+      apply(coefs, n, first, channels, 0, positions_);
     });
   }
 
  private:
+  template <class F>
+  void for_each_tile(F&& f) const {
+    for_each_task(args.parallel, outer_ * tiles_,
+                  [&](int64_t t) { f(t / tiles_, t % tiles_ * tile_, width(t % tiles_)); });
+  }
   int64_t width(int64_t tile) const { return std::min(tile_, g.C - tile * tile_); }
   int64_t chunk_end(int64_t chunk) const { return std::min((chunk + 1) * chunk_, positions_); }
   double chunk_count(int64_t chunk) const { return static_cast<double>(chunk_end(chunk) - chunk * chunk_); }
-  const T* row(const T* base, int64_t n, int64_t position) const { return base + (n * positions_ + position) * g.C; }
+
+  void read_origins(int64_t n, int64_t first, int64_t channels, double* origin) const {
+    const T* row = x_ + n * positions_ * g.C + first;
+    for (int64_t i = 0; i < channels; ++i) origin[i] = origin_of(row + i);
+  }
 
   void reduce(int64_t n, int64_t chunk, int64_t first, int64_t channels, TileMoments out) const {
-    const int64_t pitch = div_up(channels, kLanes<A>) * kLanes<A>;
-    Buffer<A> scratch(3 * pitch);
-    std::fill_n(out.mean, channels, 0.0);
-    std::fill_n(out.m2, channels, 0.0);
+    const Arrays<A, 3> scratch(channels);
+    const Buffer<double> origin(channels);
+    read_origins(n, first, channels, origin);
+    out.clear(channels);
     const int64_t begin = chunk * chunk_, end = chunk_end(chunk);
     for (int64_t p = begin; p < end; p += args.plan.block_positions) {
       const int64_t rows = std::min(args.plan.block_positions, end - p);
-      ColumnBlock<T>(row(x_, n, p) + first, rows, channels, g.C, scratch, pitch)
-          .merge_into(out, static_cast<double>(p - begin));
+      const T* block = x_ + (n * positions_ + p) * g.C + first;
+      ColumnBlock<T>(block, rows, channels, g.C, scratch).merge_into(out, static_cast<double>(p - begin), origin);
     }
   }
 
   // Chunks into channels, channels into sets, sets into the stats tensor.
   template <class F>
   void fold(int64_t n, int64_t first, int64_t channels, F&& partial) const {
-    Buffer<double> mean(channels), m2(channels);
+    const Arrays<double, 2> arrays(channels);
+    const TileMoments total{arrays[0], arrays[1]};
+    total.clear(channels);
     double count = 0;
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const TileMoments other = partial(chunk);
-      for (int64_t i = 0; i < channels; ++i) {
-        Moments<double> moments{chunk == 0 ? 0 : mean[i], chunk == 0 ? 0 : m2[i]};
-        moments.merge({other.mean[i], other.m2[i]}, count, chunk_count(chunk));
-        mean[i] = moments.mean;
-        m2[i] = moments.m2;
-      }
+      total.merge(channels, count, chunk_count(chunk),
+                  [&](int64_t i) { return Moments<PackD>{load(other.mean + i), load(other.m2 + i)}; });
       count += chunk_count(chunk);
     }
+    const Buffer<double> origin(channels);
+    read_origins(n, first, channels, origin);
     const int64_t D = g.kind == Kind::kBatch ? 1 : g.D();
-    const int64_t first_set = g.kind == Kind::kBatch ? first : n * g.G + first / D;
-    for (int64_t s = 0; s < channels / D; ++s) {
-      Moments<double> set{mean[s * D], m2[s * D]};
-      for (int64_t i = 1; i < D; ++i) {
-        set.merge({mean[s * D + i], m2[s * D + i]}, count * static_cast<double>(i), count);
+    for (int64_t i = 0; i < channels; i += D) {
+      Moments<double> set{total.mean[i], total.m2[i]};
+      for (int64_t c = 1; c < D; ++c) {
+        const double mean = (origin[i + c] - origin[i]) + total.mean[i + c];
+        set.merge({mean, total.m2[i + c]}, count * static_cast<double>(c), count);
       }
-      stats.finish(first_set + s, set, count * static_cast<double>(D), args.eps);
+      set.mean += origin[i];
+      stats.finish((n * g.C + first + i) / D, set, count * static_cast<double>(D), args.eps);
     }
   }
 
-  // Positions [begin, end) of a tile, backwards.
-  void apply(int64_t n, int64_t first, int64_t channels, int64_t begin, int64_t end) const {
+  // Positions [begin, end) of a tile.
+  void apply(const ChannelArrays<A>& arrays, int64_t n, int64_t first, int64_t channels, int64_t begin,
+             int64_t end) const {
     if (!y_) return;  // only the statistics are wanted
-    const ChannelArrays<A> arrays(channels);
-    const ChannelCoefs<A> coefs = arrays.fill(*this, n, first, channels);
-    for (int64_t p = end - 1; p >= begin; --p) {
-      const int64_t at = (n * positions_ + p) * g.C + first;
-      uint8_t* mask = args.mask ? args.mask + (n * positions_ + p) * mask_row_ + first / 8 : nullptr;
+    const ChannelCoefs<A> coefs = arrays.at(n, first);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t row = n * positions_ + p, at = row * g.C + first;
+      uint8_t* mask = args.mask ? args.mask + row * mask_row_ + first / 8 : nullptr;
       forward_stretch<T>({x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask}, channels, coefs, epilogue);
     }
   }

@@ -3,7 +3,8 @@
 // What     per set the means of w d and w d xhat, then dx as in rows_backward.h; dweight and dbias are sums over sets.
 // Who      a task -> a chunk of samples, with its own row of partial dweight and dbias; folded in order at the end.
 // Traffic  dy and x once from memory while a set fits the cache, dx once, the partials.
-// Numerics dweight and dbias: kFlushSets sets in A, then in double. The number of chunks depends on the sizes alone.
+// Numerics dweight and dbias: kFlushSamples samples in A, then in double. The number of chunks depends on the sizes
+// alone.
 #pragma once
 
 #include "task.h"
@@ -39,19 +40,18 @@ class ElementBackward : Call<T, BackwardArgs> {
 
     template <int P, class Access>
     FASTNORM_INLINE void packs(int64_t i, Access access) const {
-      Pack<A> d[P], xhat[P], wd[P];
-      load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, xhat);
+      Pack<A> d[P], centered[P], wd[P];
+      load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, centered);
       for (int p = 0; p < P; ++p) {
         const int64_t at = i + p * L;
-        wd[p] = d[p] * load(coefs.weight + at);
-        if constexpr (Access::kPartial) wd[p] = access.keep(wd[p], p);
+        wd[p] = access.keep(d[p] * load(coefs.weight + at), p);
         if (dweight) {
-          store(dweight + at, fma(d[p], xhat[p], load(dweight + at)));
+          store(dweight + at, fma(d[p], centered[p] * coefs.rstd, load(dweight + at)));
           store(dbias + at, load(dbias + at) + d[p]);
         }
       }
       sums.d = sums.d + widen_halves(tree_sum(wd));
-      sums.d_xhat = sums.d_xhat + widen_halves(tree_dot(wd, xhat));
+      sums.d_centered = sums.d_centered + widen_halves(tree_dot(wd, centered));
     }
   };
 
@@ -66,10 +66,13 @@ class ElementBackward : Call<T, BackwardArgs> {
     if (!params_) return;
     for_each_task(args.parallel, div_up(g.C, kBlock), [&](int64_t t) {
       for (int64_t c = t * kBlock; c < std::min((t + 1) * kBlock, g.C); ++c) {
-        GradSums<double> total{partials[c], partials[g.C + c]};
-        for (int64_t k = 1; k < chunks_; ++k) total.merge({partials[2 * k * g.C + c], partials[(2 * k + 1) * g.C + c]});
-        if (args.dbias) args.dbias[c] = total.d;
-        if (args.dweight) args.dweight[c] = total.d_xhat;
+        double dbias = 0, dweight = 0;
+        for (int64_t k = 0; k < chunks_; ++k) {
+          dbias += partials[2 * k * g.C + c];
+          dweight += partials[(2 * k + 1) * g.C + c];
+        }
+        if (args.dbias) args.dbias[c] = dbias;
+        if (args.dweight) args.dweight[c] = dweight;
       }
     });
   }
@@ -83,34 +86,51 @@ class ElementBackward : Call<T, BackwardArgs> {
       std::fill_n(static_cast<A*>(sums), 2 * pitch, A(0));
     }
     A *dbias = params_ ? static_cast<A*>(sums) : nullptr, *dweight = params_ ? sums + pitch : nullptr;
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t group = 0; group < g.G; ++group) run_set(n * g.G + group, dweight, dbias);
-      if (params_ && ((n - begin + 1) % kFlushSamples == 0 || n + 1 == end)) {
-        for (int64_t c = 0; c < g.C; ++c) {
-          partial[c] += dbias[c];
-          partial[g.C + c] += dweight[c];
-        }
-        std::fill_n(static_cast<A*>(sums), 2 * pitch, A(0));
+    const int64_t flush = params_ ? kFlushSamples : end - begin;
+    for (int64_t first = begin; first < end; first += flush) {
+      const int64_t last = std::min(first + flush, end);
+      run_sets(first * g.G, last * g.G, dweight, dbias);
+      if (!params_) continue;
+      for (int64_t c = 0; c < g.C; ++c) {
+        partial[c] += dbias[c];
+        partial[g.C + c] += dweight[c];
+      }
+      std::fill_n(static_cast<A*>(sums), 2 * pitch, A(0));
+    }
+  }
+
+  void run_sets(int64_t begin, int64_t end, A* dweight, A* dbias) const {
+    const int64_t batch = sets_per_batch(2 * g.D());
+    SharedTerms<A> terms[kMaxBatch];
+    for (int64_t first = begin; first < end; first += batch) {
+      const int64_t last = std::min(first + batch, end);
+      for (int64_t set = first; set < last; ++set) terms[set - first] = reduce(set, dweight, dbias);
+      if (!dx_ && !dresidual_) continue;
+      for (int64_t set = first; set < last; ++set) {
+        backward_stretch(stretch(set), g.D(), Base::element_coefs(set), terms[set - first], epilogue);
       }
     }
   }
 
-  void run_set(int64_t set, A* dweight, A* dbias) const {
-    const int64_t at = set * g.D(), c = first_channel(g, set);
-    const BackwardStretch<T> s{dy_ + at,
-                               x_ + at,
-                               residual_ ? residual_ + at : nullptr,
-                               args.mask ? args.mask + set * mask_row_ : nullptr,
-                               dx_ ? dx_ + at : nullptr,
-                               dresidual_ ? dresidual_ + at : nullptr};
+  SharedTerms<A> reduce(int64_t set, A* dweight, A* dbias) const {
+    const int64_t c = first_channel(g, set);
+    const BackwardStretch<T> s = stretch(set);
     const ElementCoefs<A> coefs = Base::element_coefs(set);
     GradSums<PackD> lanes{PackD(0), PackD(0)};
     for_packs<A>(g.D(),
                  SumPacks{s, coefs, epilogue, dweight ? dweight + c : nullptr, dbias ? dbias + c : nullptr, lanes});
-    if (!dx_ && !dresidual_) return;
-    const double scale = stats.rstd[set] / static_cast<double>(g.D());
-    const SharedTerms<A> terms{Pack<A>(sum_lanes(lanes.d) * scale), Pack<A>(sum_lanes(lanes.d_xhat) * scale)};
-    backward_stretch(s, g.D(), coefs, terms, epilogue);
+    const double rstd = stats.rstd[set], scale = rstd / static_cast<double>(g.D());
+    return {Pack<A>(sum_lanes(lanes.d) * scale), Pack<A>(sum_lanes(lanes.d_centered) * rstd * scale)};
+  }
+
+  BackwardStretch<T> stretch(int64_t set) const {
+    const int64_t at = set * g.D();
+    return {dy_ + at,
+            x_ + at,
+            residual_ ? residual_ + at : nullptr,
+            args.mask ? args.mask + set * mask_row_ : nullptr,
+            dx_ ? dx_ + at : nullptr,
+            dresidual_ ? dresidual_ + at : nullptr};
   }
 };
 

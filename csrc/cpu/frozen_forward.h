@@ -40,8 +40,9 @@ class FrozenForward : Call<T, ForwardArgs> {
 
  private:
   void columns() const {
-    const ChannelArrays<A> arrays(g.C);
-    const ChannelCoefs<A> coefs = arrays.fill(*this, 0, 0, g.C);
+    const ChannelArrays<A> arrays(g);
+    arrays.fill_all(*this);
+    const ChannelCoefs<A> coefs = arrays.at(0, 0);
     const int64_t positions = g.positions(), per_task = std::max<int64_t>(1, kTaskElements / g.C);
     for_each_task(args.parallel, div_up(positions, per_task), [&](int64_t t) {
       const int64_t end = std::min((t + 1) * per_task, positions);

@@ -1,6 +1,6 @@
 // Backward of rows_forward.h.
 //
-// What     sums of d and d xhat per cell (reduce), their weighted means per set (fold), then
+// What     sums of d and d (x - mean) per cell (reduce), their weighted means per set (fold), then
 //          dx = rstd * (w d - mean(w d) - xhat mean(w d xhat)) (apply); dweight and dbias are the cells' sums.
 // Who      a task -> whole sets; when there are few (plan.split) a task -> a chunk of a cell in each of two passes.
 // Traffic  dy and x once from memory while a set fits the cache (twice otherwise), dx once; a bit per element or the
@@ -110,21 +110,25 @@ class RowsBackward : Call<T, BackwardArgs> {
       const Block k = blocks_[b];
       for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
         const BackwardStretch<T> s = stretch(cell, r, k.offset);
-        for_packs<A>(k.length, SharedGradSums<T>{s, c, epilogue, lanes});
+        if (batch_) {
+          for_packs<A>(k.length, SharedGradSums<T, true>{s, c, epilogue, lanes});
+        } else {
+          for_packs<A>(k.length, SharedGradSums<T, false>{s, c, epilogue, lanes});
+        }
       }
     }
-    return {sum_lanes(lanes.d), sum_lanes(lanes.d_xhat)};
+    return {sum_lanes(lanes.d), sum_lanes(lanes.d_centered)};
   }
 
   SharedTerms<A> fold(int64_t set, const Sums* sums) const {
-    double d = 0, d_xhat = 0;
+    double d = 0, d_centered = 0;
     for (int64_t cell = set * cells_per_set_; cell < (set + 1) * cells_per_set_; ++cell) {
       const double w = weight[channel(cell)];
       d += w * sums[cell].d;
-      d_xhat += w * sums[cell].d_xhat;
+      d_centered += w * sums[cell].d_centered;
     }
-    const double scale = stats.rstd[set] / static_cast<double>(g.set_size());
-    return {Pack<A>(d * scale), Pack<A>(d_xhat * scale)};
+    const double rstd = stats.rstd[set], scale = rstd / static_cast<double>(g.set_size());
+    return {Pack<A>(d * scale), Pack<A>(d_centered * rstd * scale)};
   }
 
   void apply(int64_t cell, int64_t first, int64_t end, const SharedTerms<A>& terms) const {
@@ -144,10 +148,13 @@ class RowsBackward : Call<T, BackwardArgs> {
 
   void sum_over_samples(const Sums* sums) const {
     for (int64_t c = 0; c < g.C; ++c) {
-      Sums total = sums[c];
-      for (int64_t cell = c + g.C; cell < cells_; cell += g.C) total.merge(sums[cell]);
-      if (args.dbias) args.dbias[c] = total.d;
-      if (args.dweight) args.dweight[c] = total.d_xhat;
+      double d = 0, d_xhat = 0;
+      for (int64_t cell = c; cell < cells_; cell += g.C) {
+        d += sums[cell].d;
+        d_xhat += sums[cell].d_centered * stats.rstd[cell / cells_per_set_];
+      }
+      if (args.dbias) args.dbias[c] = d;
+      if (args.dweight) args.dweight[c] = d_xhat;
     }
   }
 };

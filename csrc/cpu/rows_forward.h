@@ -35,8 +35,7 @@ struct DeviationPacks {
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     for (int p = 0; p < P; ++p) {
-      Pack<A> d = access.get(x + i + p * kLanes<A>, p) - mean;
-      if constexpr (Access::kPartial) d = access.keep(d, p);
+      const Pack<A> d = access.keep(access.get(x + i + p * kLanes<A>, p) - mean, p);
       delta[p] = delta[p] + d;
       square[p] = fma(d, d, square[p]);
     }
@@ -48,8 +47,9 @@ FASTNORM_INLINE void set_zero(Pack<A> (&v)[4]) {
   for (auto& pack : v) pack = Pack<A>(0);
 }
 
+// The mean is relative to origin.
 template <class T>
-Moments<double> block_moments(const T* first, int64_t runs, int64_t length, int64_t stride) {
+Moments<double> block_moments(const T* first, int64_t runs, int64_t length, int64_t stride, double origin) {
   using A = Accum<T>;
   const double count = static_cast<double>(runs * length);
   Pack<A> sum[4];
@@ -66,7 +66,7 @@ Moments<double> block_moments(const T* first, int64_t runs, int64_t length, int6
   }
   const double shift = sum_lanes(tree_sum(delta));
   const double m2 = sum_lanes(tree_sum(square)) - shift * shift / count;
-  return {mean + shift / count, std::max(m2, 0.0)};
+  return {(mean - origin) + shift / count, std::max(m2, 0.0)};
 }
 
 template <class T>
@@ -107,13 +107,14 @@ class RowsForward : Call<T, ForwardArgs> {
       });
       return;
     }
-    const int64_t per_task = args.plan.sets_per_task;
+    const int64_t per_task = args.plan.sets_per_task, batch = sets_per_batch(g.set_size());
     for_each_task(args.parallel, div_up(g.sets(), per_task), [&](int64_t t) {
       const int64_t end = std::min((t + 1) * per_task, g.sets());
-      for (int64_t set = t * per_task; set < end; ++set) {
-        if (set + 1 < end) prefetch(set + 1);
-        fold(set, [&](int64_t k) { return reduce(set, k); });
-        apply(set, 0, weight_blocks_.count());
+      for (int64_t first = t * per_task; first < end; first += batch) {
+        const int64_t last = std::min(first + batch, end);
+        for (int64_t set = last; set < std::min(last + batch, end); ++set) prefetch(set);
+        for (int64_t set = first; set < last; ++set) fold(set, [&](int64_t k) { return reduce(set, k); });
+        for (int64_t set = first; set < last; ++set) apply(set, 0, weight_blocks_.count());
       }
     });
   }
@@ -121,13 +122,15 @@ class RowsForward : Call<T, ForwardArgs> {
  private:
   Partial reduce(int64_t set, int64_t chunk) const {
     const T* base = x_ + set_base(g, set);
+    const double origin = origin_of(base);
     const int64_t end = std::min((chunk + 1) * kChunkBlocks, stat_blocks_.count());
-    Partial total{0, {0, 0}};
-    for (int64_t b = chunk * kChunkBlocks; b < end; ++b) {
+    const auto block = [&](int64_t b) {
       const Block k = stat_blocks_[b];
       const T* first = base + k.first_run * stat_runs_.stride + k.offset;
-      total.merge({static_cast<double>(k.size()), block_moments(first, k.runs, k.length, stat_runs_.stride)});
-    }
+      return Partial{static_cast<double>(k.size()), block_moments(first, k.runs, k.length, stat_runs_.stride, origin)};
+    };
+    Partial total = block(chunk * kChunkBlocks);
+    for (int64_t b = chunk * kChunkBlocks + 1; b < end; ++b) total.merge(block(b));
     return total;
   }
 
@@ -135,6 +138,7 @@ class RowsForward : Call<T, ForwardArgs> {
   void fold(int64_t set, F&& partial) const {
     Partial total = partial(0);
     for (int64_t k = 1; k < stat_blocks_.chunks(); ++k) total.merge(partial(k));
+    total.moments.mean += origin_of(x_ + set_base(g, set));
     stats.finish(set, total.moments, total.count, args.eps);
   }
 

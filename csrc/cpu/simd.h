@@ -57,7 +57,7 @@ struct Pack {
   FASTNORM_INLINE explicit Pack(double value) {
     for (int k = 0; k < kParts; ++k) part[k] = Part{} + static_cast<A>(value);
   }
-  A operator[](int lane) const { return part[lane / kPartLanes][lane % kPartLanes]; }
+  FASTNORM_INLINE A operator[](int lane) const { return part[lane / kPartLanes][lane % kPartLanes]; }
 };
 
 // r.part[k] = expr for every part k.
@@ -97,6 +97,10 @@ FASTNORM_INLINE Mask<A> operator>(Pack<A> a, Pack<A> b) {
 template <class A>
 FASTNORM_INLINE Mask<A> operator!(Mask<A> a) {
   FASTNORM_PARTWISE(Mask<A>, r, ~a.part[k]);
+}
+template <class A>
+FASTNORM_INLINE Mask<A> operator&(Mask<A> a, Mask<A> b) {
+  FASTNORM_PARTWISE(Mask<A>, r, a.part[k] & b.part[k]);
 }
 template <class A>
 FASTNORM_INLINE Pack<A> select(Mask<A> m, Pack<A> a, Pack<A> b) {
@@ -343,22 +347,54 @@ FASTNORM_INLINE Mask<A> load_mask(const uint8_t* p) {
 
 // ---- widening: sums across many elements are carried in double ----
 
-// The sum of a pack's lower and upper half, lane by lane, as doubles: the step from float sums to double ones.
-FASTNORM_INLINE Pack<double> widen_halves(Pack<float> v) {
+// Lanes 0 to 7 and 8 to 15 of a float pack as doubles.
+FASTNORM_INLINE Pack<double> widen_lower(Pack<float> v) {
   Pack<double> r;
 #if defined(__AVX512F__)
-  r.part[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(v.part[0])) +
-              _mm512_cvtps_pd(_mm512_castps512_ps256(_mm512_shuffle_f32x4(v.part[0], v.part[0], 0x4e)));
+  r.part[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(v.part[0]));
+#else
+  for (int i = 0; i < 8; ++i) r.part[i / Pack<double>::kPartLanes][i % Pack<double>::kPartLanes] = v[i];
+#endif
+  return r;
+}
+FASTNORM_INLINE Pack<double> widen_upper(Pack<float> v) {
+  Pack<double> r;
+#if defined(__AVX512F__)
+  r.part[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(_mm512_shuffle_f32x4(v.part[0], v.part[0], 0x4e)));
+#else
+  for (int i = 0; i < 8; ++i) r.part[i / Pack<double>::kPartLanes][i % Pack<double>::kPartLanes] = v[i + 8];
+#endif
+  return r;
+}
+
+// The sum of a pack's halves, lane by lane: the step from float sums to double ones.
+FASTNORM_INLINE Pack<double> widen_halves(Pack<float> v) { return widen_lower(v) + widen_upper(v); }
+FASTNORM_INLINE Pack<double> widen_halves(Pack<double> v) { return v; }
+
+// A double pack is all lower half.
+FASTNORM_INLINE Pack<double> widen_lower(Pack<double> v) { return v; }
+
+// total + d (x - mean), in double from the difference on.
+FASTNORM_INLINE Pack<double> widen_dot(Pack<float> d, Pack<float> x, Pack<double> mean, Pack<double> total) {
+  return fma(widen_lower(d), widen_lower(x) - mean, total) + widen_upper(d) * (widen_upper(x) - mean);
+}
+FASTNORM_INLINE Pack<double> widen_dot(Pack<double> d, Pack<double> x, Pack<double> mean, Pack<double> total) {
+  return fma(d, x - mean, total);
+}
+
+// Eight elements as doubles.
+FASTNORM_INLINE Pack<double> load_wide(const double* p) { return load(p); }
+FASTNORM_INLINE Pack<double> load_wide(const float* p) {
+  Pack<double> r;
+#if defined(__AVX512F__)
+  r.part[0] = _mm512_cvtps_pd(_mm256_loadu_ps(p));
 #else
   for (int i = 0; i < 8; ++i) {
-    constexpr int kF = Pack<float>::kPartLanes, kD = Pack<double>::kPartLanes;
-    r.part[i / kD][i % kD] =
-        static_cast<double>(v.part[i / kF][i % kF]) + static_cast<double>(v.part[(i + 8) / kF][(i + 8) % kF]);
+    r.part[i / Pack<double>::kPartLanes][i % Pack<double>::kPartLanes] = static_cast<double>(p[i]);
   }
 #endif
   return r;
 }
-FASTNORM_INLINE Pack<double> widen_halves(Pack<double> v) { return v; }
 
 // Sum of the lanes, always in the same order.
 FASTNORM_INLINE double sum_lanes(Pack<double> v) {

@@ -111,32 +111,57 @@ struct Call {
   }
 };
 
-// Coefficients of the channels [first, first + width) of sample n as arrays.
-template <class A>
-struct ChannelArrays {
-  Buffer<A> storage;
-  int64_t pitch;
-  explicit ChannelArrays(int64_t width) : storage(4 * (width + 2 * kLanes<A>)), pitch(width + kLanes<A>) {
-    pitch = div_up(pitch, kLanes<A>) * kLanes<A>;
-  }
-  A* row(int k) const { return storage + k * pitch; }
+// Several arrays of `length` elements in one allocation, each readable a pack past its end.
+template <class E, int kArrays>
+class Arrays {
+ public:
+  explicit Arrays(int64_t length)
+      : pitch_(div_up(length, Pack<E>::kLanes) * Pack<E>::kLanes + Pack<E>::kLanes), storage_(kArrays * pitch_) {}
+  E* operator[](int k) const { return storage_ + k * pitch_; }
 
-  template <class T, class Args>
-  ChannelCoefs<A> fill(const Call<T, Args>& call, int64_t n, int64_t first, int64_t width) const {
-    const Geometry& g = call.g;
-    const int64_t D = g.kind == Kind::kBatch ? 1 : g.D();
-    const int64_t base = g.kind == Kind::kBatch ? 0 : n * g.G;
-    for (int64_t i = 0; i < width; ++i) {
-      const int64_t c = first + i, set = base + c / D;
-      row(0)[i] = call.stats.mean[set];
-      row(1)[i] = call.stats.rstd[set];
-      row(2)[i] = call.stats.rstd[set] * call.weight[c];
-      row(3)[i] = call.bias[c];
-    }
-    for (int k = 0; k < 4; ++k) std::fill_n(row(k) + width, kLanes<A>, A(0));
-    return {row(0), row(1), row(2), row(3)};
-  }
+ private:
+  int64_t pitch_;
+  Buffer<E> storage_;
 };
+
+// Coefficients of every channel of every sample as arrays [outer * C]: a set's mean and rstd repeated over its
+// channels.
+template <class A>
+class ChannelArrays {
+ public:
+  explicit ChannelArrays(const Geometry& g) : g_(g), arrays_(g.outer() * g.C) {}
+
+  // Fills the channels [first, first + channels) of sample n, whole sets.
+  template <class T, class Args>
+  void fill(const Call<T, Args>& call, int64_t n, int64_t first, int64_t channels) const {
+    const int64_t D = g_.kind == Kind::kBatch ? 1 : g_.D(), at = n * g_.C + first;
+    for (int64_t i = 0; i < channels; i += D) {
+      const int64_t set = (at + i) / D;
+      std::fill_n(arrays_[0] + at + i, D, call.stats.mean[set]);
+      std::fill_n(arrays_[1] + at + i, D, call.stats.rstd[set]);
+    }
+    for (int64_t i = 0; i < channels; ++i) arrays_[2][at + i] = arrays_[1][at + i] * call.weight[first + i];
+    std::copy_n(call.bias + first, channels, arrays_[3] + at);
+  }
+  template <class T, class Args>
+  void fill_all(const Call<T, Args>& call) const {
+    for (int64_t n = 0; n < g_.outer(); ++n) fill(call, n, 0, g_.C);
+  }
+
+  ChannelCoefs<A> at(int64_t n, int64_t first) const {
+    const int64_t i = n * g_.C + first;
+    return {arrays_[0] + i, arrays_[1] + i, arrays_[2] + i, arrays_[3] + i};
+  }
+
+ private:
+  const Geometry g_;
+  const Arrays<A, 4> arrays_;
+};
+
+// Small sets go through a pass in batches: the long chain from a set's sums to its first result is then worked on
+// while the next set's sums are still being read (LayerNorm of 96 float32: 14 ns a pack one by one, 9 in batches).
+constexpr int64_t kMaxBatch = 8;
+inline int64_t sets_per_batch(int64_t set_size) { return std::clamp<int64_t>(kBlock / set_size, 1, kMaxBatch); }
 
 // ---- prefetch ----
 
@@ -153,6 +178,16 @@ FASTNORM_INLINE void prefetch_runs(const T* base, const Runs& runs) {
       __builtin_prefetch(run + byte, kWrite, 2);
     }
   }
+}
+
+// ---- origins ----
+
+// Means are merged relative to a set's origin, its first element: numbers of the size of the spread, so that the error
+// of the mean's last digit does not enter the variance where the mean is large.
+template <class T>
+FASTNORM_INLINE double origin_of(const T* x) {
+  const double value = load_first(x, 1)[0];
+  return std::isfinite(value) ? value : 0;
 }
 
 // ---- blocks ----

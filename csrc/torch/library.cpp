@@ -14,7 +14,7 @@ TORCH_LIBRARY(fastnorm, m) {
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
   m.def(
       "update_running_stats_(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
-      "Tensor stats, int count, float? momentum) -> ()");
+      "Tensor stats, SymInt count, float? momentum) -> ()");
   m.def("moments(Tensor x) -> (Tensor mean, Tensor var)");
 }
 

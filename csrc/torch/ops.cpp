@@ -1,10 +1,10 @@
 #include "ops.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/MemoryOverlap.h>
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "tensor_args.h"
 
@@ -12,7 +12,8 @@ namespace fastnorm::ops {
 
 namespace {
 
-Tensor nothing(const Tensor& like, at::ScalarType type) { return at::empty({0}, like.options().dtype(type)); }
+// What an op returns for an output that is not needed.
+Tensor nothing(const Tensor& like) { return make_empty({0}, like.scalar_type()); }
 
 // The C++ type that a tensor's elements have in ATen.
 template <class F>
@@ -27,8 +28,8 @@ void dispatch_scalar(at::ScalarType type, F&& f) {
 
 // The kernel's double sums as the gradient of `param`.
 Tensor param_grad(const OptTensor& param, const double* sums, const Tensor& x) {
-  if (!param.has_value() || !param->defined()) return nothing(x, x.scalar_type());
-  Tensor grad = at::empty(param->sizes(), param->options());
+  if (!present(param)) return nothing(x);
+  Tensor grad = make_empty(param->sizes(), param->scalar_type());
   dispatch_scalar(grad.scalar_type(), [&](auto zero) {
     using P = decltype(zero);
     P* out = grad.mutable_data_ptr<P>();
@@ -42,8 +43,6 @@ Tensor param_grad(const OptTensor& param, const double* sums, const Tensor& x) {
   });
   return grad;
 }
-
-bool present(const OptTensor& t) { return t.has_value() && t->defined(); }
 
 }  // namespace
 
@@ -64,18 +63,20 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptTensor
   args.eps = eps;
   args.weight = check_params(weight, "weight", x, view.params(), keep_weight);
   args.bias = check_params(bias, "bias", x, view.params(), keep_bias);
+  check_same_dtype(weight, bias, "weight and bias");
   TORCH_CHECK(present(mean) == present(var), "fastnorm: of mean and var one is given, expected both or neither");
   const bool frozen = present(mean);
   TORCH_CHECK(!frozen || kind == 0, "fastnorm: mean and var are given with kind ", kind, ", expected kind 0 (batch)");
   args.running_mean = check_params(mean, "mean", x, view.params(), keep_mean);
   args.running_var = check_params(var, "var", x, view.params(), keep_var);
+  check_same_dtype(mean, var, "mean and var");
   if (present(residual)) keep_residual = check_like_x(*residual, "residual", x, view);
 
   const Tensor dense = view.dense(x);
-  Tensor y = at::empty(x.sizes(), x.options(), view.format);
-  Tensor stats = at::empty({3, g.sets()}, x.options().dtype(accum_type(dtype)));
+  Tensor y = make_output(x.sizes(), x.scalar_type(), view.format);
+  Tensor stats = make_empty({3, g.sets()}, accum_type(dtype));
   const bool masked = save_mask && keep_residual.defined() && is_two_sided(args.activation);
-  Tensor mask = at::empty({masked ? mask_bytes(g, dtype) : 0}, x.options().dtype(at::kByte));
+  Tensor mask = make_empty({masked ? mask_bytes(g, dtype) : 0}, at::kByte);
 
   if (g.numel() == 0) {
     stats.fill_(std::numeric_limits<double>::quiet_NaN());
@@ -111,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const
   args.activation_param = activation_param;
   args.weight = check_params(weight, "weight", x, view.params(), keep_weight);
   args.bias = check_params(bias, "bias", x, view.params(), keep_bias);
+  check_same_dtype(weight, bias, "weight and bias");
   check_cpu(stats, "stats");
   TORCH_CHECK(stats.scalar_type() == accum_type(dtype) && stats.sizes() == at::IntArrayRef({3, g.sets()}) &&
                   stats.is_contiguous(),
@@ -126,12 +128,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const
               mask_bytes(g, dtype), "] of a norm_forward with the same arguments");
 
   const bool activated = args.activation != Activation::kNone;
-  Tensor dx = needs[0] ? at::empty(x.sizes(), x.options(), view.format) : nothing(x, x.scalar_type());
-  Tensor dresidual =
-      needs[2] && activated ? at::empty(x.sizes(), x.options(), view.format) : nothing(x, x.scalar_type());
+  Tensor dx = needs[0] ? make_output(x.sizes(), x.scalar_type(), view.format) : nothing(x);
+  Tensor dresidual = needs[2] && activated ? make_output(x.sizes(), x.scalar_type(), view.format) : nothing(x);
   const bool params = needs[1] && (present(weight) || present(bias));
-  const Tensor sums = at::zeros({params ? 2 : 0, g.C}, x.options().dtype(at::kDouble));
-  double* dweight = params ? sums.mutable_data_ptr<double>() : nullptr;
+  std::vector<double> sums(params ? 2 * g.C : 0, 0.0);
+  double* dweight = params ? sums.data() : nullptr;
   double* dbias = params ? dweight + g.C : nullptr;
 
   if (g.numel() > 0) {
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const
     args.dbias = dbias;
     cpu::kernels().backward(args);
   }
-  if (!params) return {dx, nothing(x, x.scalar_type()), nothing(x, x.scalar_type()), dresidual};
+  if (!params) return {dx, nothing(x), nothing(x), dresidual};
   return {dx, param_grad(weight, dweight, x), param_grad(bias, dbias, x), dresidual};
 }
 
@@ -179,6 +180,7 @@ void check_running(const OptTensor& t, const char* name, int64_t sets) {
   if (!present(t)) return;
   check_cpu(*t, name);
   dtype_of(*t, name);
+  at::assert_no_internal_overlap(*t);
   TORCH_CHECK(t->dim() == 1 && (t->numel() == 0 ? sets == 0 : sets % t->numel() == 0), "fastnorm: ", name,
               " has shape ", t->sizes(), ", expected one that divides the ", sets, " sets of stats");
 }
@@ -195,6 +197,7 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
               ", expected a contiguous float32 or float64 [3, sets]");
   check_running(running_mean, "running_mean", stats.size(1));
   check_running(running_var, "running_var", stats.size(1));
+  if (present(running_mean) && present(running_var)) at::assert_no_overlap(*running_mean, *running_var);
   TORCH_CHECK(count >= 0, "fastnorm: count is ", count, ", expected the number of elements of a set");
   TORCH_CHECK(momentum.has_value() || present(num_batches_tracked),
               "fastnorm: momentum is absent, expected num_batches_tracked to average by");
@@ -218,7 +221,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
   const DType dtype = dtype_of(x, "x");
   const View view(x, 0, 0);
   const Geometry& g = view.geometry;
-  Tensor stats = at::empty({3, g.sets()}, x.options().dtype(accum_type(dtype)));
+  Tensor stats = make_empty({3, g.sets()}, accum_type(dtype));
   if (g.numel() == 0) {
     stats.fill_(std::numeric_limits<double>::quiet_NaN());
   } else {

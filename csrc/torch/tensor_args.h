@@ -1,8 +1,10 @@
 // Tensors to kernel arguments: the checks that every op shares, and the view of a tensor as Geometry.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <sys/mman.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <unistd.h>
 
@@ -78,15 +80,25 @@ inline View::View(const Tensor& x, int64_t kind, int64_t groups) : format(at::Me
   geometry = {kind == 0 ? Kind::kBatch : Kind::kGroup, sizes[0], channels, spatial, groups, last};
 }
 
+inline bool present(const OptTensor& t) { return t.has_value() && t->defined(); }
+
+// Two tensors that go together (weight and bias, mean and var) have one dtype.
+inline void check_same_dtype(const OptTensor& a, const OptTensor& b, const char* names) {
+  TORCH_CHECK(!present(a) || !present(b) || a->scalar_type() == b->scalar_type(), "fastnorm: ", names, " have dtypes ",
+              a->scalar_type(), " and ", b->scalar_type(), ", expected one");
+}
+
 // weight, bias, running_mean, running_var: of the given sizes, of x's dtype or float32 (float64 only with float64).
+// `keep` holds the memory where the tensor itself is not contiguous.
 inline Params check_params(const OptTensor& t, const char* name, const Tensor& x, at::IntArrayRef sizes, Tensor& keep) {
-  if (!t.has_value() || !t->defined()) return {nullptr, DType::kFloat32};
+  if (!present(t)) return {nullptr, DType::kFloat32};
   check_cpu(*t, name);
   TORCH_CHECK(t->sizes() == sizes, "fastnorm: ", name, " has shape ", t->sizes(), ", expected ", sizes);
   const bool fits =
       t->scalar_type() == x.scalar_type() || (t->scalar_type() == at::kFloat && x.scalar_type() != at::kDouble);
   TORCH_CHECK(fits, "fastnorm: ", name, " has dtype ", t->scalar_type(), " with x of ", x.scalar_type(),
               ", expected x's dtype or float32");
+  if (t->is_contiguous()) return {t->const_data_ptr(), dtype_of(*t, name)};
   keep = t->contiguous();
   return {keep.const_data_ptr(), dtype_of(keep, name)};
 }
@@ -98,6 +110,30 @@ inline Tensor check_like_x(const Tensor& t, const char* name, const Tensor& x, c
   TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fastnorm: ", name, " has dtype ", t.scalar_type(), ", expected x's ",
               x.scalar_type());
   return view.dense(t);
+}
+
+// From here on an output asks for huge pages: the kernel then clears it 2 MB at a time instead of taking a fault for
+// every 4 KB, which for a tensor fresh from the system costs more than all of our arithmetic (see
+// benchmarks/README.md).
+constexpr size_t kHugePageBytes = size_t(2) << 20, kMinHugeBytes = 4 * kHugePageBytes;
+
+// A new tensor, without the dispatcher's 0.3 us: ops of tiny tensors are made of little else.
+inline Tensor make_empty(at::IntArrayRef sizes, at::ScalarType type,
+                         at::MemoryFormat format = at::MemoryFormat::Contiguous) {
+  return at::detail::empty_cpu(sizes, type, false, format);
+}
+
+// The same for a large tensor that the kernels will fill.
+inline Tensor make_output(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format) {
+  Tensor t = make_empty(sizes, type, format);
+#if defined(MADV_HUGEPAGE)
+  if (t.nbytes() >= kMinHugeBytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), page = uintptr_t(4096);
+    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + t.nbytes()) / page * page;
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // advice: its failure costs nothing
+  }
+#endif
+  return t;
 }
 
 // Below this a parallel region costs more than it saves: waking torch's pool took 5 to 10 us on two cores, in which one
