@@ -35,7 +35,7 @@ struct ForwardArgs {
   uint8_t* mask;                     // mask_bytes(...) or null: one bit per element, the side of a two-sided activation
   Params weight, bias;               // [C]
   Params running_mean, running_var;  // [C]: frozen statistics, or null
-  void* stats;                       // [3, sets] of Accum<dtype>: mean, rstd, biased variance
+  void* stats;  // [4, sets] of Accum<dtype>: mean, rstd, biased variance, what mean lost by rounding
   double eps;
   Activation activation;
   double activation_param;

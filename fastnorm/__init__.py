@@ -1,7 +1,7 @@
 """fastnorm: normalization layers for PyTorch that run at memory speed.
 
-    model = fastnorm.convert(model)        # torch.nn norms -> fastnorm norms; fastnorm.revert(model) goes back
-    fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + residual)
+model = fastnorm.convert(model)        # torch.nn norms -> fastnorm norms; fastnorm.revert(model) goes back
+fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + residual)
 """
 
 from . import functional

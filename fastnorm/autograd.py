@@ -1,7 +1,8 @@
 """Derivatives of the operators, and the one door through which every norm calls them: `apply_norm`.
 
-Host time counts here: a layer on a small tensor costs its Python. So an eager call lets the operator check its own
-arguments: its RuntimeError, like our `Unserved`, sends the caller to torch's operators.
+Host time counts here: a layer on a small tensor costs its Python. So an eager call is one operator, `norm`, whose
+C++ checks the arguments and records the gradient (csrc/torch/autograd.cpp). Its RuntimeError, like our `Unserved`,
+sends the caller to torch's operators. torch.compile sees `NormFunction` and the functional operators instead.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling, is_exporting
 
 from . import ops, reference
-from .ops import Unserved
+from .ops import KIND_BATCH, Unserved
 
 OptTensor: TypeAlias = Tensor | None
-#: running_mean, running_var, num_batches_tracked, elements per set, momentum (None: cumulative average)
-RunningStats: TypeAlias = tuple[OptTensor, OptTensor, OptTensor, int, float | None]
 #: kind, groups, eps, frozen, activation, activation_param
 Config: TypeAlias = tuple[int, int, float, bool, int, float]
 #: of dx, of dweight and dbias, of dresidual
 Needs: TypeAlias = tuple[bool, bool, bool]
 #: dx, dweight, dbias, dresidual
-Gradients: TypeAlias = tuple[OptTensor, OptTensor, OptTensor, OptTensor]
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _jit_tracing = torch._C._get_tracing_state
+
+
+def _transformed() -> bool:
+    """A torch.func transform or forward-mode differentiation is under way."""
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def require_plain(x: Tensor) -> None:
@@ -51,55 +55,84 @@ def apply_norm(
     weight: OptTensor,
     bias: OptTensor,
     residual: OptTensor,
-    mean: OptTensor,
-    var: OptTensor,
-    running: RunningStats | None,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    num_batches_tracked: OptTensor,
     kind: int,
     groups: int,
+    use_input_stats: bool,
+    momentum: float | None,
     eps: float,
     activation: int,
     activation_param: float,
 ) -> Tensor:
-    """act((x - mean) * rstd * weight + bias + residual), differentiable; then moves the running statistics.
+    """act((x - mean) * rstd * weight + bias + residual), differentiable.
 
-    Arguments as `torch.ops.fastnorm.norm_forward`'s; without mean and var, the statistics are x's own. The caller has
-    called `require_plain(x)`. RuntimeError, with nothing written, if the operator refuses its arguments.
+    With use_input_stats the statistics are x's, and the running ones given are moved by momentum (None: so that they
+    become the average over all batches); else the statistics are running_mean and running_var.
+    The caller has called `require_plain(x)`. RuntimeError, with nothing written, for what the kernels do not serve.
     """
-    compiling = is_compiling()
-    if compiling:  # where the operator's refusal could not be caught
-        refusal = ops.why_refused(x, weight, bias, residual, mean, var, kind, groups)
-        if refusal is not None:
-            raise Unserved(refusal)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        config = (kind, groups, eps, mean is not None, activation, activation_param)
-        if not compiling:
-            return _apply(x, weight, bias, residual, mean, var, running, config)[0]  # type: ignore[no-any-return]
-        y, stats, _ = NormFunction.apply(x, weight, bias, residual, mean, var, None, config)
+    apply = _apply_traced if is_compiling() else _norm
+    return apply(
+        x,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        kind,
+        groups,
+        use_input_stats,
+        momentum,
+        eps,
+        activation,
+        activation_param,
+    )
+
+
+def _apply_traced(
+    x: Tensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    num_batches_tracked: OptTensor,
+    kind: int,
+    groups: int,
+    use_input_stats: bool,
+    momentum: float | None,
+    eps: float,
+    activation: int,
+    param: float,
+) -> Tensor:
+    """apply_norm for torch.compile: functional operators, and all checks beforehand, as none could be caught."""
+    refusal = ops.why_refused(x, weight, bias, residual, running_mean, running_var, kind, groups)
+    if refusal is not None:
+        raise Unserved(refusal)
+    if not use_input_stats and running_mean is None:
+        raise Unserved("there are no running statistics to use")
+    if kind == KIND_BATCH and (eps < 0.0 or (use_input_stats and (eps == 0.0 or x.numel() <= x.shape[1]))):
+        raise Unserved("eps is not positive, or a channel has a single value")
+    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+        raise Unserved("running statistics require grad")
+    mean, var = (None, None) if use_input_stats else (running_mean, running_var)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
+        config = (kind, groups, eps, mean is not None, activation, param)
+        y, stats, _ = NormFunction.apply(x, weight, bias, residual, mean, var, config)
     else:
         y, stats, _ = ops.norm_forward(
-            x, weight, bias, residual, mean, var, kind, groups, eps, activation, activation_param, False
+            x, weight, bias, residual, mean, var, kind, groups, eps, activation, param, False
         )
-    if running is not None:
-        _update(running, stats)
-    return y
-
-
-def _update(running: RunningStats, stats: Tensor) -> None:
-    running_mean, running_var, num_batches_tracked, count, momentum = running
-    ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
+    if use_input_stats and (running_mean is not None or num_batches_tracked is not None):
+        count = x.numel() // stats.shape[1]
+        ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
+    return y  # type: ignore[no-any-return]
 
 
 class NormFunction(Function):
-    """`norm_forward` with its gradient: y, stats and mask, of which y is differentiable.
-
-    Running statistics move inside forward, before anything is saved: the recomputation of a checkpoint stops at the
-    last tensor saved, and has to have moved them by then as torch.nn's norms have.
-    """
+    """`norm_forward` with its gradient: y, stats and mask, of which y is differentiable."""
 
     @staticmethod
     def forward(
@@ -109,57 +142,46 @@ class NormFunction(Function):
         residual: OptTensor,
         mean: OptTensor,
         var: OptTensor,
-        running: RunningStats | None,
         config: Config,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind, groups, eps, _, activation, param = config
-        y, stats, mask = ops.norm_forward(
+        return ops.norm_forward(  # type: ignore[no-any-return]
             x, weight, bias, residual, mean, var, kind, groups, eps, activation, param, True
         )
-        if running is not None:
-            _update(running, stats)
-        return y, stats, mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, _, _, _, config = inputs
+        x, weight, bias, residual, _, _, config = inputs
         _, stats, mask = output
+        if config[4] == 0 or mask.numel() != 0:
+            residual = None  # backward can do without
         ctx.mark_non_differentiable(stats, mask)
         ctx.set_materialize_grads(False)
-        ctx.config = config
-        ctx.bias = None
-        if config[4] == 0:
-            # Backward wants the bias's shape and the residual's not at all: both may be changed before.
-            ctx.bias, bias, residual = bias, None, None
-        elif mask.numel() != 0:
-            residual = None
         ctx.save_for_backward(x, weight, bias, residual, stats, mask)
+        ctx.config = config
 
     @staticmethod
     def backward(ctx: Any, dy: OptTensor, *_: None) -> tuple[OptTensor, ...]:
         if dy is None:
-            return (None,) * 8
-        x, weight, bias, residual, stats, mask = ctx.saved_tensors
-        config = ctx.config
-        if config[4] == 0:
-            bias = ctx.bias
+            return (None,) * 7
+        kind, groups, eps, frozen, activation, param = ctx.config
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        needs = (needs_x, needs_weight or needs_bias, needs_residual)
-        backward = _backward
-        if not is_compiling():
-            if _functorch_active() or forward_ad._current_level >= 0:
-                backward = _reference_backward
-            elif torch.is_grad_enabled():
-                backward = _apply_backward
-        dx, dweight, dbias, dresidual = backward(dy, x, weight, bias, residual, stats, mask, config, needs)
-        if config[4] == 0:
+        needs = [needs_x, needs_weight or needs_bias, needs_residual]
+        if is_compiling() or not (torch.is_grad_enabled() or _transformed()):
+            gradients = ops.norm_backward(dy, *ctx.saved_tensors, kind, groups, frozen, activation, param, needs)
+        else:
+            gradients = torch.ops.fastnorm.norm_backward_differentiable(
+                dy, *ctx.saved_tensors, kind, groups, eps, frozen, activation, param, needs
+            )
+        dx, dweight, dbias, dresidual = gradients
+        if activation == 0:
             dresidual = dy
         return (
             dx if needs_x else None,
             dweight if needs_weight else None,
             dbias if needs_bias else None,
             dresidual if needs_residual else None,
-            *(None,) * 4,
+            *(None,) * 3,
         )
 
 
@@ -168,13 +190,14 @@ class NormBackwardFunction(Function):
 
     @staticmethod
     def forward(*args: Any) -> Gradients:
-        return _backward(*args)
+        *tensors, kind, groups, _, frozen, activation, param, needs = args
+        return ops.norm_backward(*tensors, kind, groups, frozen, activation, param, needs)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:7])
-        ctx.config, ctx.needs = inputs[7:]
+        ctx.config = inputs[7:]
 
     @staticmethod
     def backward(ctx: Any, *gradients: OptTensor) -> tuple[OptTensor, ...]:
@@ -182,14 +205,14 @@ class NormBackwardFunction(Function):
         with torch.enable_grad():
             # Views: a derivative by x ends there, and does not go on to what dy was made of.
             inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            outputs = _reference_backward(*inputs, ctx.config, ctx.needs)
+            outputs = _reference_backward(*inputs, *ctx.config)
         used = [
             (output, gradient)
             for output, gradient in zip(outputs, gradients, strict=True)
-            if output is not None and output.requires_grad and gradient is not None
+            if output.requires_grad and gradient is not None
         ]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        result: list[OptTensor] = [None] * 9
+        result: list[OptTensor] = [None] * len(ctx.needs_input_grad)
         if used:
             derivatives = torch.autograd.grad(
                 [output for output, _ in used],
@@ -203,22 +226,20 @@ class NormBackwardFunction(Function):
         return tuple(result)
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: OptTensor,
-    bias: OptTensor,
-    residual: OptTensor,
-    stats: Tensor,
-    mask: Tensor,
-    config: Config,
-    needs: Needs,
-) -> Gradients:
-    """By the operator; gradients that are not needed are empty."""
-    kind, groups, _, frozen, activation, param = config
-    return ops.norm_backward(  # type: ignore[no-any-return]
-        dy, x, weight, bias, residual, stats, mask, kind, groups, frozen, activation, param, needs
+if not hasattr(torch.ops.fastnorm, "norm_backward_differentiable"):
+    torch.library.define(
+        "fastnorm::norm_backward_differentiable",
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, Tensor mask, int kind, "
+        "int groups, float eps, bool frozen, int activation, float activation_param, bool[3] needs) "
+        "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     )
+
+
+@torch.library.impl("fastnorm::norm_backward_differentiable", "CompositeImplicitAutograd")
+def _differentiable_backward(*args: Any) -> Gradients:
+    if _transformed():
+        return _reference_backward(*args)
+    return NormBackwardFunction.apply(*args)  # type: ignore[no-any-return]
 
 
 def _reference_backward(
@@ -229,25 +250,30 @@ def _reference_backward(
     residual: OptTensor,
     stats: Tensor,
     mask: Tensor,
-    config: Config,
+    kind: int,
+    groups: int,
+    eps: float,
+    frozen: bool,
+    activation: int,
+    param: float,
     needs: Needs,
 ) -> Gradients:
-    """The same in torch's operators: differentiable again, and right under every transform."""
-    kind, groups, eps, frozen, activation, param = config
+    """`norm_backward` in torch's operators: differentiable again, and right under every transform."""
     if mask.numel() != 0:
         # Only the operator reads masks. What it makes of ones is the activation's slope.
-        ones = torch.ones_like(x)
-        slope = _backward(ones, x, None, None, None, stats, mask, config, (False, False, True))[3]
+        only_residual = (False, False, True)
+        slope = ops.norm_backward(
+            torch.ones_like(x), x, None, None, None, stats, mask, kind, groups, frozen, activation, param, only_residual
+        )[3]
         dy = dy.to(stats.dtype)
         dy = torch.where(slope == 1, dy, dy * param if activation == ops.LEAKY_RELU else 0.0)
         residual, activation = None, 0
     mean, var = (stats[0], stats[2]) if frozen else (None, None)
-    return reference.norm_backward(
-        dy, x, weight, bias, residual, mean, var, kind, groups, eps, activation, param
-    )
+    gradients = reference.norm_backward(dy, x, weight, bias, residual, mean, var, kind, groups, eps, activation, param)
+    dx, dweight, dbias, dresidual = gradients
+    none = x.new_empty(0)
+    return dx, none if dweight is None else dweight, none if dbias is None else dbias, dresidual
 
 
-# What Function.apply comes down to outside of torch.func. It would first bind the arguments with inspect.signature,
-# which takes longer than all the rest that a small layer does.
-_apply: Any = super(Function, NormFunction).apply
-_apply_backward: Any = super(Function, NormBackwardFunction).apply
+# What OpOverload.__call__ calls: a Python frame less.
+_norm: Any = torch.ops.fastnorm.norm.default._op if hasattr(torch.ops.fastnorm, "norm") else _apply_traced

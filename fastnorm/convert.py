@@ -77,8 +77,8 @@ _FAMILIES: tuple[tuple[type[nn.Module], type[modules.Norm], type[nn.Module]], ..
 )
 _FASTNORM = {torch_class: ours for torch_class, ours, _ in _FAMILIES}
 _FASTNORM |= {reverted: ours for _, ours, reverted in _FAMILIES}
-_TORCH = {ours: torch_class for torch_class, ours, _ in _FAMILIES}
-_TORCH_WITH_ACTIVATION = {ours: reverted for _, ours, reverted in _FAMILIES}
+_TORCH: dict[type[nn.Module], type[nn.Module]] = {ours: torch_class for torch_class, ours, _ in _FAMILIES}
+_TORCH_WITH_ACTIVATION: dict[type[nn.Module], type[nn.Module]] = {ours: reverted for _, ours, reverted in _FAMILIES}
 
 
 def convert(model: Model) -> Model:

@@ -38,8 +38,13 @@ _logger = logging.getLogger("fastnorm")
 
 def log_refusal(name: str, refusal: Exception) -> None:
     """Say in the debug log why a call of `name` was left to torch."""
-    if not is_compiling():
-        _logger.debug("%s left to torch: %s", name, refusal)
+    if not is_compiling() and _logger.isEnabledFor(logging.DEBUG):
+        _logger.debug("%s left to torch: %s", name, why(refusal))
+
+
+def why(refusal: Exception) -> str:
+    """The reason an exception gives, on one line."""
+    return str(refusal).removeprefix("fastnorm: ").partition("\n")[0]
 
 
 def batch_norm(
@@ -66,10 +71,22 @@ def batch_norm(
         require_plain(input)
         if momentum is None:
             raise Unserved("momentum is None")
-        return serve_batch_norm(
-            input, running_mean, running_var, None, weight, bias, training, momentum, eps,
-            residual, code, activation_param,
-        )  # fmt: skip
+        return apply_norm(
+            input,
+            weight,
+            bias,
+            residual,
+            running_mean,
+            running_var,
+            None,
+            KIND_BATCH,
+            0,
+            training,
+            momentum,
+            eps,
+            code,
+            activation_param,
+        )
     except REFUSALS as refusal:
         log_refusal("batch_norm", refusal)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -101,9 +118,18 @@ def instance_norm(
         if momentum is None:
             raise Unserved("momentum is None")
         return serve_instance_norm(
-            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,
-            residual, code, activation_param,
-        )  # fmt: skip
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            residual,
+            code,
+            activation_param,
+        )
     except REFUSALS as refusal:
         log_refusal("instance_norm", refusal)
     y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
@@ -161,7 +187,7 @@ def layer_norm(
         return serve_layer_norm(input, shape, weight, bias, eps, residual, code, activation_param)
     except REFUSALS as refusal:
         log_refusal("layer_norm", refusal)
-    y = F.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+    y = F.layer_norm(input, normalized_shape, weight, bias, eps)
     return reference.epilogue(y, residual, code, activation_param)
 
 
@@ -183,43 +209,6 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return reference.moments(x)
 
 
-def serve_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: int,
-    param: float,
-) -> Tensor:
-    """Batch norm by the kernels. Training moves every statistic it is given; momentum None: cumulative average."""
-    mean = var = running = None
-    if training:
-        numel = x.numel()
-        channels = x.size(1)
-        if numel <= channels or eps <= 0.0:
-            raise Unserved(f"eps is {eps}" if eps <= 0.0 else "x has less than two values per channel")
-        if running_mean is not None or running_var is not None:
-            _check_running(x, running_mean, running_var, bias if weight is None else weight)
-            running = (running_mean, running_var, num_batches_tracked, numel // channels, momentum)
-        elif num_batches_tracked is not None:
-            running = (None, None, num_batches_tracked, 0, 0.0)
-    else:
-        mean, var = running_mean, running_var
-        if mean is None or var is None:
-            raise Unserved("evaluation needs running_mean and running_var")
-        if mean.requires_grad or var.requires_grad:
-            raise Unserved("running statistics require grad")
-        if eps < 0.0 or x.numel() == 0:
-            raise Unserved(f"eps is {eps}" if eps < 0.0 else "x is empty")
-    return apply_norm(x, weight, bias, residual, mean, var, running, KIND_BATCH, 0, eps, activation, param)
-
-
 def serve_instance_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -234,21 +223,26 @@ def serve_instance_norm(
     param: float,
 ) -> Tensor:
     """Instance norm by the kernels: group norm of one channel a group; by running statistics, batch norm."""
-    if not use_input_stats:
-        return serve_batch_norm(
-            x, running_mean, running_var, None, weight, bias, False, momentum, eps, residual, activation, param
-        )
-    numel = x.numel()
-    channels = x.size(1)
-    sets = x.size(0) * channels
-    if numel <= sets:
-        raise Unserved("x has less than two spatial elements")
-    running = None
-    if running_mean is not None or running_var is not None:
-        _check_running(x, running_mean, running_var, bias if weight is None else weight)
-        running = (running_mean, running_var, None, numel // sets, momentum)
+    kind, groups = KIND_BATCH, 0
+    if use_input_stats:
+        kind, groups = KIND_GROUP, x.size(1)
+        if x.numel() <= x.size(0) * groups:
+            raise Unserved("x has less than two spatial elements")
     return apply_norm(
-        x, weight, bias, residual, None, None, running, KIND_GROUP, channels, eps, activation, param
+        x,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        None,
+        kind,
+        groups,
+        use_input_stats,
+        momentum,
+        eps,
+        activation,
+        param,
     )
 
 
@@ -265,7 +259,9 @@ def serve_group_norm(
     """Group norm by the kernels."""
     if x.numel() <= groups:  # torch counts the values of the whole batch
         raise Unserved("x has less than two values per group")
-    return apply_norm(x, weight, bias, residual, None, None, None, KIND_GROUP, groups, eps, activation, param)
+    return apply_norm(
+        x, weight, bias, residual, None, None, None, KIND_GROUP, groups, True, None, eps, activation, param
+    )
 
 
 def serve_layer_norm(
@@ -282,21 +278,4 @@ def serve_layer_norm(
     dims = len(normalized_shape)
     if x.shape[-dims:] != normalized_shape or dims == 0 or x.numel() == 0:
         raise Unserved(f"x is empty or does not end in {normalized_shape}")
-    return apply_norm(x, weight, bias, residual, None, None, None, KIND_LAYER, dims, eps, activation, param)
-
-
-def _check_running(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, parameter: Tensor | None
-) -> None:
-    """torch's rules for statistics that are to move. The operator that moves them sees neither x nor parameters."""
-    if running_mean is None or running_var is None:
-        raise Unserved("one of running_mean and running_var is None")
-    if running_mean.requires_grad or running_var.requires_grad:
-        raise Unserved("running statistics require grad")
-    if not x.size(1) == running_mean.numel() == running_var.numel():
-        raise Unserved("running statistics are of another size than x has channels")
-    dtype = running_mean.dtype
-    if dtype is not running_var.dtype or dtype not in ops.PARAMETER_DTYPES.get(x.dtype, ()):
-        raise Unserved("running statistics are of a dtype that does not go with x")
-    if parameter is not None and parameter.dtype is not dtype:
-        raise Unserved("running statistics are of another dtype than weight and bias")
+    return apply_norm(x, weight, bias, residual, None, None, None, KIND_LAYER, dims, True, None, eps, activation, param)

@@ -9,22 +9,22 @@ Constructors take what the torch.nn class of the same name takes, then keyword-o
 from __future__ import annotations
 
 import copy
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
 import torch.fx
 from torch import Tensor, nn
 
 from . import reference
-from .autograd import require_plain
+from .autograd import apply_norm, require_plain
 from .functional import (
     REFUSALS,
     log_refusal,
-    serve_batch_norm,
     serve_group_norm,
     serve_instance_norm,
     serve_layer_norm,
 )
-from .ops import Unserved, activation_code
+from .ops import ACTIVATIONS, KIND_BATCH, Unserved, activation_code
 
 __all__ = [
     "BatchNorm1d",
@@ -61,19 +61,19 @@ class Norm(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(norm(input) + residual), of input's shape and dtype. residual: input's shape and dtype."""
-        code = activation_code(self.activation)
         try:
             require_plain(input)
-            return self._serve(input, residual, code)
+            return self._serve(input, residual, ACTIVATIONS[self.activation])
         except REFUSALS as refusal:
             log_refusal(type(self).__name__, refusal)
+        code = activation_code(self.activation)
         if isinstance(input, torch.fx.Proxy):
             return self._record(input, residual)
         return reference.epilogue(super().forward(input), residual, code, self.activation_param)
 
     def _record(self, input: torch.fx.Proxy, residual: torch.fx.Proxy | None) -> Any:
         """Be a leaf to torch.fx, as torch.nn's own modules are."""
-        tracer = input.tracer
+        tracer: Any = input.tracer
         args = (input,) if residual is None else (input, residual)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
 
@@ -92,14 +92,16 @@ class Norm(nn.Module):
         try:  # a tenth of what nn.Module.__getattr__ takes
             return parameters["weight"], parameters["bias"]
         except KeyError:  # parametrized, or a replica of DataParallel
-            return self.weight, self.bias
+            module: Any = self
+            return module.weight, module.bias
 
     def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         buffers = self._buffers
         try:
             return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         except KeyError:
-            return self.running_mean, self.running_var, self.num_batches_tracked
+            module: Any = self
+            return module.running_mean, module.running_var, module.num_batches_tracked
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -108,6 +110,24 @@ class Norm(nn.Module):
         if self.activation == "leaky_relu":
             text += f", activation_param={self.activation_param}"
         return text
+
+
+NormClass = TypeVar("NormClass", bound=type[Norm])
+
+
+def _with_signature(cls: NormClass) -> NormClass:
+    """Let help() and inspect.signature show the constructor in full: torch.nn's of the torch that is installed."""
+    base: Any = cls
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super(base, self).__init__(*args, **kwargs)
+
+    own = inspect.signature(Norm.__init__).parameters
+    parameters = dict(inspect.signature(getattr(nn, cls.__name__).__init__).parameters)
+    parameters |= {name: own[name] for name in ("activation", "activation_param")}
+    __init__.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    base.__init__ = __init__
+    return cls
 
 
 class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
@@ -124,10 +144,22 @@ class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
             running_mean = running_var = num_batches_tracked = None
         elif momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        return serve_batch_norm(
-            x, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, self.eps,
-            residual, activation, self.activation_param,
-        )  # fmt: skip
+        return apply_norm(
+            x,
+            weight,
+            bias,
+            residual,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            KIND_BATCH,
+            0,
+            training,
+            momentum,
+            self.eps,
+            activation,
+            self.activation_param,
+        )
 
 
 class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
@@ -147,40 +179,46 @@ class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
         )  # fmt: skip
 
 
+@_with_signature
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d with a fused epilogue: x (N, C) or (N, C, L)."""
 
 
+@_with_signature
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d with a fused epilogue: x (N, C, H, W)."""
 
 
+@_with_signature
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d with a fused epilogue: x (N, C, D, H, W)."""
 
 
+@_with_signature
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
     """torch.nn.InstanceNorm1d with a fused epilogue: x (N, C, L) or (C, L)."""
 
 
+@_with_signature
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
     """torch.nn.InstanceNorm2d with a fused epilogue: x (N, C, H, W) or (C, H, W). Keeps channels_last."""
 
 
+@_with_signature
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     """torch.nn.InstanceNorm3d with a fused epilogue: x (N, C, D, H, W) or (C, D, H, W). Keeps channels_last_3d."""
 
 
+@_with_signature
 class GroupNorm(Norm, nn.GroupNorm):
     """torch.nn.GroupNorm with a fused epilogue: x (N, C, *)."""
 
     def _serve(self, x: Tensor, residual: Tensor | None, activation: int) -> Tensor:
         weight, bias = self._affine()
-        return serve_group_norm(
-            x, self.num_groups, weight, bias, self.eps, residual, activation, self.activation_param
-        )
+        return serve_group_norm(x, self.num_groups, weight, bias, self.eps, residual, activation, self.activation_param)
 
 
+@_with_signature
 class LayerNorm(Norm, nn.LayerNorm):
     """torch.nn.LayerNorm with a fused epilogue: x (*, *normalized_shape)."""
 

@@ -7,7 +7,7 @@
 | `update_running_stats_` | moves running_mean, running_var and num_batches_tracked, in place          |
 | `moments`               | per-channel mean and biased variance                                       |
 
-`stats` is [3, sets]: mean, rstd, biased variance. `mask` is opaque: one bit an element, for backward.
+`stats` is [4, sets]: mean, rstd, biased variance, what mean lost by rounding. `mask` is opaque: a bit an element.
 The C++ side holds the schemas and checks every argument before it writes anything.
 """
 
@@ -40,6 +40,9 @@ ACTIVATIONS: dict[str | None, int] = {
 }
 RELU = ACTIVATIONS["relu"]
 LEAKY_RELU = ACTIVATIONS["leaky_relu"]
+
+#: Rows of `stats` (csrc/kernels.h).
+STATS_ROWS = 4
 
 #: Input dtype -> the dtypes its weight, bias and statistics may have.
 PARAMETER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
@@ -169,7 +172,7 @@ def _fake_forward(
     refusal = why_refused(x, weight, bias, residual, mean, var, kind, groups)
     if refusal is not None:
         raise RuntimeError(f"fastnorm: {refusal}")
-    stats = x.new_empty(3, _set_count(x, kind, groups), dtype=accumulation_dtype(x))
+    stats = x.new_empty(STATS_ROWS, _set_count(x, kind, groups), dtype=accumulation_dtype(x))
     masked = save_mask and residual is not None and activation in (RELU, LEAKY_RELU)
     mask = x.new_empty(_mask_bytes(x, kind, groups) if masked else 0, dtype=torch.uint8)
     return _empty_like(x, kind), stats, mask

@@ -57,9 +57,7 @@ def activate(z: Tensor, activation: int, activation_param: float) -> Tensor:
     return _ACTIVATE[_NAMES[activation]](z, activation_param)
 
 
-def epilogue(
-    normalized: Tensor, residual: Tensor | None, activation: int, activation_param: float
-) -> Tensor:
+def epilogue(normalized: Tensor, residual: Tensor | None, activation: int, activation_param: float) -> Tensor:
     """act(normalized + residual): what follows a norm of torch's own."""
     z = normalized if residual is None else normalized + residual
     return activate(z, activation, activation_param)
@@ -83,7 +81,8 @@ class _Sets:
     def split(self, x: Tensor) -> Tensor:
         if self.kind != KIND_GROUP:
             return x
-        return x.unflatten(1, (self.groups, self.shape[1] // self.groups))
+        view: Tensor = x.unflatten(1, (self.groups, self.shape[1] // self.groups))
+        return view
 
     def join(self, view: Tensor) -> Tensor:
         return view.flatten(1, 2) if self.kind == KIND_GROUP else view
@@ -95,15 +94,13 @@ class _Sets:
         """Shaped so that it broadcasts against x."""
         if self.kind == KIND_LAYER:
             return parameter
-        return parameter.unflatten(0, (-1, *[1] * (len(self.shape) - 2)))
+        return parameter.view(-1, *[1] * (len(self.shape) - 2))
 
     def reduce_to_parameter(self, d: Tensor) -> Tensor:
         return d.sum(self.parameter_dims) if self.parameter_dims else d
 
 
-def _normalize(
-    x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float, sets: _Sets
-) -> tuple[Tensor, Tensor]:
+def _normalize(x: Tensor, mean: Tensor | None, var: Tensor | None, eps: float, sets: _Sets) -> tuple[Tensor, Tensor]:
     """(x - mean) * rstd and rstd, both shaped like `sets.split(x)`; x in the accumulation dtype."""
     view = sets.split(x)
     if mean is None or var is None:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from . import _C, modules, ops
 from .autograd import require_plain
 from .convert import why_left
-from .functional import REFUSALS
+from .functional import REFUSALS, why
 
 __all__ = ["Report", "Row", "explain", "report"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One norm layer of a model. `status` is "served" or "left", `why` the kernels or the reason."""
+    """A norm layer of a model: name, class, "served" or "left", and by which kernels or why it is left."""
 
     name: str
     layer: str
@@ -57,12 +57,12 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, modules.Norm):
             refusal = _why_unserved(module)
-            status, why = ("left", refusal) if refusal else ("served", _kernels(module))
+            status, reason = ("left", refusal) if refusal else ("served", _kernels(module))
         elif _is_norm(module):
-            status, why = "left", why_left(module) or "fastnorm.convert(model) would serve it"
+            status, reason = "left", why_left(module) or "fastnorm.convert(model) would serve it"
         else:
             continue
-        rows.append(Row(name, type(module).__name__, status, why))
+        rows.append(Row(name, type(module).__name__, status, reason))
     return Report(tuple(rows))
 
 
@@ -81,7 +81,7 @@ def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str
         with torch.no_grad():
             trial._serve(x, residual, ops.activation_code(module.activation))
     except (*REFUSALS, ValueError) as refusal:
-        return f"torch: {refusal}"
+        return f"torch: {why(refusal)}"
     return f"fastnorm: {_kernels(module)}"
 
 

@@ -25,6 +25,8 @@ SIZES = (
 def test_error_is_at_most_torchs(layer: Layer, precision: tuple[str, str], data: str, device: torch.device) -> None:
     for layout in layer.layouts:
         case = Case(layer, layout, precision)
-        errors = compare(case, device, data, plain=True)
-        too_large = [f"{layout} {error}" for error in errors if not error.ours <= NOISE * error.native + 1]
+        # float64 has nothing wider to sum in, and the truth is rounded as well: there the size of the terms counts.
+        errors = compare(case, device, data, plain=case.dtype != torch.float64)
+        slack = 4 if case.dtype == torch.float64 else 1
+        too_large = [f"{layout} {error}" for error in errors if not error.ours <= NOISE * error.native + slack]
         assert not too_large

@@ -124,7 +124,7 @@ def test_message_names_the_argument(name: str, changes: dict[str, Any]) -> None:
 
 
 def good_stats(sets: int = 6) -> Tensor:
-    return torch.rand(3, sets)
+    return torch.rand(4, sets)
 
 
 BAD_BACKWARD: dict[str, dict[str, Any]] = {
@@ -207,7 +207,7 @@ def test_update_refuses_and_leaves_the_buffers(changes: dict[str, Any]) -> None:
 def test_update(samples: int, momentum: float | None, dtype: torch.dtype) -> None:
     """Sets of the same channel are averaged, the variance made unbiased, the buffers moved in place."""
     stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    args = update_args(stats=torch.rand(3, 6 * samples, dtype=stats_dtype), momentum=momentum)
+    args = update_args(stats=torch.rand(4, 6 * samples, dtype=stats_dtype), momentum=momentum)
     mean, var, tracked = (
         args["running_mean"].to(dtype),
         args["running_var"].to(dtype),
@@ -215,7 +215,7 @@ def test_update(samples: int, momentum: float | None, dtype: torch.dtype) -> Non
     )
     args |= {"running_mean": mean, "running_var": var}
     factor = 0.25 if momentum is None else momentum  # the fourth batch
-    stats = args["stats"].double().view(3, samples, 6).mean(1)
+    stats = args["stats"].double().view(4, samples, 6).mean(1)
     expected_mean = torch.lerp(mean.double(), stats[0], factor)
     expected_var = torch.lerp(var.double(), stats[2] * 24 / 23, factor)
     ops.update_running_stats_(**args)
@@ -225,7 +225,7 @@ def test_update(samples: int, momentum: float | None, dtype: torch.dtype) -> Non
 
 
 def test_update_of_an_empty_batch_counts_and_nothing_else() -> None:
-    args = update_args(count=0, stats=torch.full((3, 6), torch.nan))
+    args = update_args(count=0, stats=torch.full((4, 6), torch.nan))
     before = args["running_mean"].clone(), args["running_var"].clone()
     ops.update_running_stats_(**args)
     assert torch.equal(args["running_mean"], before[0])
@@ -276,13 +276,14 @@ def test_moments(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def test_statistics_and_unneeded_outputs() -> None:
-    """stats are mean, rstd and biased variance; what is not asked for is empty."""
+    """stats are mean, rstd, biased variance and the mean's lower digits; what is not asked for is empty."""
     args = forward_args(mean=None, var=None)
     y, stats, mask = ops.norm_forward(**args)
     sets = args["x"].transpose(0, 1).reshape(6, -1).double()
     var = sets.var(1, correction=0)
     expected = torch.stack([sets.mean(1), (var + 1e-5).rsqrt(), var])
-    torch.testing.assert_close(stats, expected.float())
+    torch.testing.assert_close(stats[:3], expected.float())
+    assert stats.shape[0] == 4 and float((stats[3] / stats[0]).abs().max()) < torch.finfo(torch.float32).eps
     assert mask.dtype == torch.uint8 and mask.dim() == 1 and mask.numel() > 0
     assert ops.norm_forward(**forward_args(save_mask=False))[2].numel() == 0
     assert ops.norm_forward(**forward_args(residual=None))[2].numel() == 0

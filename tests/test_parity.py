@@ -18,7 +18,8 @@ SLACK = 2.0
 @pytest.mark.parametrize("case", list(parity_cases()), ids=lambda case: case.id)
 def test_values(case: Case, device: torch.device) -> None:
     errors = compare(case, device)
-    too_large = [str(error) for error in errors if not error.ours <= error.native + SLACK]
+    slack = 2 * SLACK if case.dtype == torch.float64 else SLACK  # the truth is rounded too
+    too_large = [str(error) for error in errors if not error.ours <= error.native + slack]
     assert not too_large
 
 

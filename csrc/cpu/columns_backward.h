@@ -171,15 +171,16 @@ class ColumnsBackward : Call<T, BackwardArgs> {
   void fold(int64_t n, int64_t first, int64_t channels, TileSums all) const {
     const int64_t at = n * g.C + first;
     for (int64_t i = 0; i < channels; i += D_) {
-      double d = 0, d_centered = 0;
+      const int64_t set = (at + i) / D_;
+      double d = 0, d_xhat = 0;
       for (int64_t c = i; c < i + D_; ++c) {
         const double w = weight[first + c];
         d += w * all.d[at + c];
-        d_centered += w * all.d_centered[at + c];
+        d_xhat += w * Base::xhat_sum(set, {all.d[at + c], all.d_centered[at + c]});
       }
-      const double rstd = stats.rstd[(at + i) / D_], scale = rstd / static_cast<double>(g.set_size());
-      std::fill_n(terms_[0] + at + i, D_, static_cast<A>(d * scale));
-      std::fill_n(terms_[1] + at + i, D_, static_cast<A>(d_centered * rstd * scale));
+      const SetTerms<A> terms = Base::set_terms(set, d, d_xhat);
+      std::fill_n(terms_[0] + at + i, D_, terms.offset);
+      std::fill_n(terms_[1] + at + i, D_, terms.slope);
     }
   }
 
@@ -188,7 +189,7 @@ class ColumnsBackward : Call<T, BackwardArgs> {
       double d = 0, d_xhat = 0;
       for (int64_t i = c; i < outer_ * g.C; i += g.C) {
         d += all.d[i];
-        d_xhat += all.d_centered[i] * stats.rstd[i / D_];
+        d_xhat += Base::xhat_sum(i / D_, {all.d[i], all.d_centered[i]});
       }
       if (args.dbias) args.dbias[c] = d;
       if (args.dweight) args.dweight[c] = d_xhat;

@@ -66,7 +66,7 @@ class ColumnBlock {
     for (; p + 4 <= positions_; p += 4) for_columns([&](int64_t i, auto access) { sum<4>(p, i, access); });
     for (; p < positions_; ++p) for_columns([&](int64_t i, auto access) { sum<1>(p, i, access); });
     const Pack<A> inverse(1.0 / static_cast<double>(positions_));
-    for (int64_t i = 0; i < width_; i += L) store(mean_ + i, load(mean_ + i) * inverse);
+    for (int64_t i = 0; i < width_; i += L) store(mean_ + i, round_to<T>(load(mean_ + i) * inverse));  // as in rows
     for (p = 0; p + 4 <= positions_; p += 4) for_columns([&](int64_t i, auto access) { deviate<4>(p, i, access); });
     for (; p < positions_; ++p) for_columns([&](int64_t i, auto access) { deviate<1>(p, i, access); });
     const double count = static_cast<double>(positions_);

@@ -21,12 +21,13 @@ struct Affine {
   Pack<A> mean, rstd, scale, bias;
 };
 
-// One channel: the same for every element of a run.
+// One channel: the same for every element of a run. Wherever a channel has one mean, what rounding it cut off goes into
+// the bias.
 template <class A>
 struct SharedCoefs {
   Affine<A> all;
-  SharedCoefs(A mean, A rstd, A weight, A bias)
-      : all{Pack<A>(mean), Pack<A>(rstd), Pack<A>(rstd * weight), Pack<A>(bias)} {}
+  SharedCoefs(A mean, A mean_low, A rstd, A weight, A bias)
+      : all{Pack<A>(mean), Pack<A>(rstd), Pack<A>(rstd * weight), Pack<A>(bias - mean_low * (rstd * weight))} {}
   FASTNORM_INLINE Affine<A> at(int64_t) const { return all; }
 };
 
@@ -50,8 +51,14 @@ struct ElementCoefs {
 
 // dx = scale * d - (offset + xhat * slope): what the statistics' dependence on x takes away.
 template <class A>
+struct SetTerms {
+  A offset, slope;  // rstd * mean(w d), rstd * mean(w d xhat)
+};
+template <class A>
 struct SharedTerms {
-  Pack<A> offset, slope;  // rstd * mean(w d), rstd * mean(w d xhat)
+  Pack<A> offset, slope;
+  SharedTerms() = default;
+  SharedTerms(SetTerms<A> terms) : offset(terms.offset), slope(terms.slope) {}
   FASTNORM_INLINE Pack<A> dx(int64_t, const Affine<A>& c, Pack<A> d, Pack<A> centered) const {
     return c.scale * d - fma(centered * c.rstd, slope, offset);
   }

@@ -119,8 +119,8 @@ class ElementBackward : Call<T, BackwardArgs> {
     GradSums<PackD> lanes{PackD(0), PackD(0)};
     for_packs<A>(g.D(),
                  SumPacks{s, coefs, epilogue, dweight ? dweight + c : nullptr, dbias ? dbias + c : nullptr, lanes});
-    const double rstd = stats.rstd[set], scale = rstd / static_cast<double>(g.D());
-    return {Pack<A>(sum_lanes(lanes.d) * scale), Pack<A>(sum_lanes(lanes.d_centered) * rstd * scale)};
+    const GradSums<double> sums{sum_lanes(lanes.d), sum_lanes(lanes.d_centered)};
+    return Base::set_terms(set, sums.d, Base::xhat_sum(set, sums));
   }
 
   BackwardStretch<T> stretch(int64_t set) const {

@@ -29,6 +29,7 @@ class FrozenForward : Call<T, ForwardArgs> {
     read_params<A>(args.running_var, C, A(0), var);
     for (int64_t c = 0; c < C; ++c) {
       stats.var[c] = var[c];
+      stats.mean_low[c] = 0;
       stats.rstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[c]) + args.eps));
     }
     if (g.traversal() == Traversal::kColumns) {

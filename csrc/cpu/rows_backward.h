@@ -85,7 +85,7 @@ class RowsBackward : Call<T, BackwardArgs> {
       for (int64_t k = 1; k < blocks_.chunks(); ++k) sums[cell].merge(reduce(cell, k));
     }
     if (!applies_) return;
-    const SharedTerms<A> terms = sums_ ? fold(set, sums) : SharedTerms<A>{Pack<A>(0), Pack<A>(0)};
+    const SharedTerms<A> terms = sums_ ? fold(set, sums) : SharedTerms<A>(SetTerms<A>{0, 0});
     for (int64_t cell = end - 1; cell >= first; --cell) apply(cell, 0, blocks_.count(), terms);
   }
 
@@ -121,14 +121,13 @@ class RowsBackward : Call<T, BackwardArgs> {
   }
 
   SharedTerms<A> fold(int64_t set, const Sums* sums) const {
-    double d = 0, d_centered = 0;
+    double d = 0, d_xhat = 0;
     for (int64_t cell = set * cells_per_set_; cell < (set + 1) * cells_per_set_; ++cell) {
       const double w = weight[channel(cell)];
       d += w * sums[cell].d;
-      d_centered += w * sums[cell].d_centered;
+      d_xhat += w * Base::xhat_sum(set, sums[cell]);
     }
-    const double rstd = stats.rstd[set], scale = rstd / static_cast<double>(g.set_size());
-    return {Pack<A>(d * scale), Pack<A>(d_centered * rstd * scale)};
+    return Base::set_terms(set, d, d_xhat);
   }
 
   void apply(int64_t cell, int64_t first, int64_t end, const SharedTerms<A>& terms) const {
@@ -151,7 +150,7 @@ class RowsBackward : Call<T, BackwardArgs> {
       double d = 0, d_xhat = 0;
       for (int64_t cell = c; cell < cells_; cell += g.C) {
         d += sums[cell].d;
-        d_xhat += sums[cell].d_centered * stats.rstd[cell / cells_per_set_];
+        d_xhat += Base::xhat_sum(cell / cells_per_set_, sums[cell]);
       }
       if (args.dbias) args.dbias[c] = d;
       if (args.dweight) args.dweight[c] = d_xhat;

@@ -24,49 +24,42 @@ struct SumPacks {
   }
 };
 
-// delta += x - mean, square += (x - mean)^2; lanes past the end count for nothing.
+// delta += x - pivot, square += (x - pivot)^2; lanes past the end count for nothing. Four packs are added in A, then
+// widened, as everywhere: in A alone the mean of heavy-tailed float16 was off by half an epsilon of the spread.
 template <class T>
 struct DeviationPacks {
   using A = Accum<T>;
   const T* x;
-  const Pack<A> mean;
-  Pack<A> (&delta)[4];
-  Pack<A> (&square)[4];
+  const Pack<A> pivot;
+  PackD &delta, &square;
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
-    for (int p = 0; p < P; ++p) {
-      const Pack<A> d = access.keep(access.get(x + i + p * kLanes<A>, p) - mean, p);
-      delta[p] = delta[p] + d;
-      square[p] = fma(d, d, square[p]);
-    }
+    Pack<A> d[P];
+    for (int p = 0; p < P; ++p) d[p] = access.keep(access.get(x + i + p * kLanes<A>, p) - pivot, p);
+    delta = delta + widen_halves(tree_sum(d));
+    square = square + widen_halves(tree_dot(d, d));
   }
 };
-
-template <class A>
-FASTNORM_INLINE void set_zero(Pack<A> (&v)[4]) {
-  for (auto& pack : v) pack = Pack<A>(0);
-}
 
 // The mean is relative to origin.
 template <class T>
 Moments<double> block_moments(const T* first, int64_t runs, int64_t length, int64_t stride, double origin) {
   using A = Accum<T>;
   const double count = static_cast<double>(runs * length);
-  Pack<A> sum[4];
-  set_zero(sum);
+  Pack<A> sum[4] = {Pack<A>(0), Pack<A>(0), Pack<A>(0), Pack<A>(0)};
   for (int64_t r = 0; r < runs; ++r) for_packs<A>(length, SumPacks<T>{first + r * stride, sum});
-  const A mean = static_cast<A>(sum_lanes(tree_sum(sum)) / count);
-  if (!std::isfinite(mean)) return {static_cast<double>(mean), std::nan("")};
+  // The mean as T holds it: differences of half-precision numbers are then exact, where their rounding would be the
+  // same for all of one binade and not average out.
+  const Pack<A> pivot = round_to<T>(Pack<A>(sum_lanes(tree_sum(sum)) / count));
+  if (!std::isfinite(pivot[0])) return {static_cast<double>(pivot[0]), std::nan("")};
 
-  Pack<A> delta[4], square[4];
-  set_zero(delta);
-  set_zero(square);
+  PackD delta(0), square(0);
   for (int64_t r = 0; r < runs; ++r) {
-    for_packs<A>(length, DeviationPacks<T>{first + r * stride, Pack<A>(mean), delta, square});
+    for_packs<A>(length, DeviationPacks<T>{first + r * stride, pivot, delta, square});
   }
-  const double shift = sum_lanes(tree_sum(delta));
-  const double m2 = sum_lanes(tree_sum(square)) - shift * shift / count;
-  return {(mean - origin) + shift / count, std::max(m2, 0.0)};
+  const double shift = sum_lanes(delta);
+  const double m2 = sum_lanes(square) - shift * shift / count;
+  return {(pivot[0] - origin) + shift / count, std::max(m2, 0.0)};
 }
 
 template <class T>

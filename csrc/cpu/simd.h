@@ -259,6 +259,15 @@ FASTNORM_INLINE void store(T* p, Pack<Accum<T>> v) {
   }
 }
 
+// v as T can represent it.
+template <class T>
+FASTNORM_INLINE Pack<Accum<T>> round_to(Pack<Accum<T>> v) {
+  if constexpr (sizeof(T) == 2) {
+    for (int k = 0; k < kParts; ++k) v.part[k] = to_float(Tag<T>{}, from_float(Tag<T>{}, v.part[k]));
+  }
+  return v;
+}
+
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #define FASTNORM_MASKED_ACCESS 1
 #endif

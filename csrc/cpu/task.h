@@ -66,15 +66,17 @@ void read_params(const Params& params, int64_t n, A absent, A* out) {
   });
 }
 
-// The three rows of the stats tensor.
+// The rows of the stats tensor. mean + mean_low is the mean to twice A's digits.
 template <class A>
 struct Stats {
-  A *mean, *rstd, *var;
-  Stats(void* base, int64_t sets) : mean(static_cast<A*>(base)), rstd(mean + sets), var(rstd + sets) {}
+  A *mean, *rstd, *var, *mean_low;
+  Stats(void* base, int64_t sets)
+      : mean(static_cast<A*>(base)), rstd(mean + sets), var(rstd + sets), mean_low(var + sets) {}
 
   void finish(int64_t set, const Moments<double>& m, double count, double eps) const {
     const double variance = m.m2 / count;
     mean[set] = static_cast<A>(m.mean);
+    mean_low[set] = static_cast<A>(m.mean - mean[set]);
     var[set] = static_cast<A>(variance);
     rstd[set] = static_cast<A>(1 / std::sqrt(variance + eps));
   }
@@ -102,8 +104,18 @@ struct Call {
   }
   static int64_t args_sets(const Args& args) { return args.geometry.sets(); }
 
+  // The sum of d xhat from that of d (x - mean), of a set or of a part of it.
+  double xhat_sum(int64_t set, const GradSums<double>& sums) const {
+    return (sums.d_centered - stats.mean_low[set] * sums.d) * stats.rstd[set];
+  }
+  // What dx subtracts: `d` and `d_xhat` are sums of w d and w d xhat over the set.
+  SetTerms<A> set_terms(int64_t set, double d, double d_xhat) const {
+    const double scale = stats.rstd[set] / static_cast<double>(g.set_size()), slope = d_xhat * scale;
+    return {static_cast<A>(d * scale - stats.mean_low[set] * stats.rstd[set] * slope), static_cast<A>(slope)};
+  }
+
   SharedCoefs<A> shared_coefs(int64_t set, int64_t channel) const {
-    return {stats.mean[set], stats.rstd[set], weight[channel], bias[channel]};
+    return {stats.mean[set], stats.mean_low[set], stats.rstd[set], weight[channel], bias[channel]};
   }
   ElementCoefs<A> element_coefs(int64_t set) const {
     const int64_t c = first_channel(g, set);
@@ -137,11 +149,15 @@ class ChannelArrays {
     const int64_t D = g_.kind == Kind::kBatch ? 1 : g_.D(), at = n * g_.C + first;
     for (int64_t i = 0; i < channels; i += D) {
       const int64_t set = (at + i) / D;
+      const A mean_low = call.stats.mean_low[set], rstd = call.stats.rstd[set];
       std::fill_n(arrays_[0] + at + i, D, call.stats.mean[set]);
-      std::fill_n(arrays_[1] + at + i, D, call.stats.rstd[set]);
+      std::fill_n(arrays_[1] + at + i, D, rstd);
+      for (int64_t c = i; c < i + D; ++c) {
+        const A scale = rstd * call.weight[first + c];
+        arrays_[2][at + c] = scale;
+        arrays_[3][at + c] = call.bias[first + c] - mean_low * scale;
+      }
     }
-    for (int64_t i = 0; i < channels; ++i) arrays_[2][at + i] = arrays_[1][at + i] * call.weight[first + i];
-    std::copy_n(call.bias + first, channels, arrays_[3] + at);
   }
   template <class T, class Args>
   void fill_all(const Call<T, Args>& call) const {

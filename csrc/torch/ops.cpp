@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptTensor
 
   const Tensor dense = view.dense(x);
   Tensor y = make_output(x.sizes(), x.scalar_type(), view.format);
-  Tensor stats = make_empty({3, g.sets()}, accum_type(dtype));
+  Tensor stats = make_empty({4, g.sets()}, accum_type(dtype));
   const bool masked = save_mask && keep_residual.defined() && is_two_sided(args.activation);
   Tensor mask = make_empty({masked ? mask_bytes(g, dtype) : 0}, at::kByte);
 
@@ -114,10 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const
   args.bias = check_params(bias, "bias", x, view.params(), keep_bias);
   check_same_dtype(weight, bias, "weight and bias");
   check_cpu(stats, "stats");
-  TORCH_CHECK(stats.scalar_type() == accum_type(dtype) && stats.sizes() == at::IntArrayRef({3, g.sets()}) &&
+  TORCH_CHECK(stats.scalar_type() == accum_type(dtype) && stats.sizes() == at::IntArrayRef({4, g.sets()}) &&
                   stats.is_contiguous(),
               "fastnorm: stats has dtype ", stats.scalar_type(), " and shape ", stats.sizes(),
-              ", expected a contiguous ", accum_type(dtype), " [3, ", g.sets(), "]");
+              ", expected a contiguous ", accum_type(dtype), " [4, ", g.sets(), "]");
   const Tensor dense_dy = check_like_x(dy, "dy", x, view);
   if (present(residual)) keep_residual = check_like_x(*residual, "residual", x, view);
   check_cpu(mask, "mask");
@@ -192,9 +192,9 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
                            std::optional<double> momentum) {
   check_cpu(stats, "stats");
   TORCH_CHECK((stats.scalar_type() == at::kFloat || stats.scalar_type() == at::kDouble) && stats.dim() == 2 &&
-                  stats.size(0) == 3 && stats.is_contiguous(),
+                  stats.size(0) == 4 && stats.is_contiguous(),
               "fastnorm: stats has dtype ", stats.scalar_type(), " and shape ", stats.sizes(),
-              ", expected a contiguous float32 or float64 [3, sets]");
+              ", expected a contiguous float32 or float64 [4, sets]");
   check_running(running_mean, "running_mean", stats.size(1));
   check_running(running_var, "running_var", stats.size(1));
   if (present(running_mean) && present(running_var)) at::assert_no_overlap(*running_mean, *running_var);
@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
   const DType dtype = dtype_of(x, "x");
   const View view(x, 0, 0);
   const Geometry& g = view.geometry;
-  Tensor stats = make_empty({3, g.sets()}, accum_type(dtype));
+  Tensor stats = make_empty({4, g.sets()}, accum_type(dtype));
   if (g.numel() == 0) {
     stats.fill_(std::numeric_limits<double>::quiet_NaN());
   } else {

@@ -16,7 +16,8 @@ using OptTensor = std::optional<Tensor>;
 //   kind, groups  0 batch (groups ignored), 1 group norm with `groups` groups, 2 layer norm over the last `groups` dims
 //   mean, var     batch only: frozen statistics; absent: those of x
 //   save_mask     ask for the mask that saves backward the residual
-// Returns y; stats [3, sets] = mean, rstd, biased variance; mask, empty unless asked for and of use.
+// Returns y; stats [4, sets] = mean, rstd, biased variance, what mean lost by rounding; mask, empty unless asked for
+// and of use.
 std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                                 const OptTensor& residual, const OptTensor& mean, const OptTensor& var,
                                                 int64_t kind, int64_t groups, double eps, int64_t activation,
