@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from contestants import DTYPES, MODES, Arena, Row, cases, quick_table, table
 from machine import busy_cores, cache_bytes, cpu_cores, describe
 from results import Result
-from tables import make_console, print_results, print_summary
+from tables import make_console, make_markdown, print_results, print_summary
 from timing import keep_memory, race
 
 SHARE = {"forward": 1, "step": 2, "eval": 1}  # of a row's time, by mode
@@ -124,6 +124,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="keep: freed memory stays with the process (see timing.py); system: as malloc comes")  # fmt: skip
     add("--json", type=Path, metavar="PATH", help="save everything measured")
     add("--plot", type=Path, metavar="PATH", help="save a picture")
+    add("--markdown", type=Path, metavar="PATH", help="save a table for a README")
     add("--list", action="store_true", help="print the names of the rows and stop")
     return parser.parse_args(arguments)
 
@@ -175,6 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = {"budget_s": budget, "quick": args.quick, "modes": modes, "memory_kept": kept}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(as_json(results, options, args.device), indent=1) + "\n")
+    if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(make_markdown(results, modes))
     if args.plot:
         from figures import save_figure
 

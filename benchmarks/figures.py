@@ -84,9 +84,9 @@ def draw_bars(
                 centre = y + (j - (len(modes) - 1) / 2) * height
                 name = MODE_NAMES[mode] if y == 0 else None
                 axes.barh(centre, mean, height, color=MODE_COLOURS[mode], label=name)
-                box = {"fc": "white", "ec": "none", "pad": 0.4}
+                box = {"fc": "white", "ec": "none", "pad": 0}
                 place = (mean, centre), (3, 0), "data", "offset points"
-                axes.annotate(show(mean), *place, va="center", size=6.5, color=GREY, bbox=box)
+                axes.annotate(show(mean), *place, va="center", size=6, color=GREY, bbox=box)
             ticks.append(y)
             names.append(f"{shape}  {variant}" if i == 0 else variant)
             y += 1
@@ -103,9 +103,10 @@ def draw_speedup(axes: Axes, results: list[Result], modes: tuple[str, ...], labe
     draw_bars(axes, results, Result.speedup, modes, lambda v: f"{v:.1f}x", labels)
     if axes.get_xlim()[1] > LONG_AXIS:
         axes.set_xscale("log")
-        axes.set_xticks([1, 2, 3, 5, 10, 20, 50, 100])
+        longest = axes.get_xlim()[1]
+        axes.set_xticks([tick for tick in (1, 2, 3, 5, 10, 20, 50, 100) if tick <= longest])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlim(0.8, axes.get_xlim()[1])
+        axes.set_xlim(0.8, longest * 1.1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
     axes.axvline(1, color=GREY, lw=1)
     axes.set_title("times faster than torch.nn")
@@ -133,7 +134,8 @@ def save_figure(results: list[Result], path: Path, subtitle: str) -> None:
     style()
     modes = tuple(m for m in MODE_COLOURS if all(m in r.times for r in results))
     bars = len(_bars(results))
-    size = (12, 1.4 + bars * (0.12 + 0.13 * len(modes)))
+    few = len(results) <= FEW
+    size = (12, 1.4 + bars * (0.12 + 0.13 * len(modes) if few else 0.05 + 0.095 * len(modes)))
     figure = plt.figure(figsize=size, layout="constrained")
     draw_panels(figure, results, modes)
     figure.suptitle(f"fastnorm on {subtitle}", x=0.01, ha="left", size=9, color=GREY)

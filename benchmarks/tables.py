@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from contestants import MODES
-from results import COPIES_LINE, SPEEDUP_GOAL, SPEEDUP_LINE, Result, means, summary_lines
+from results import COPIES_LINE, SPEEDUP_GOAL, SPEEDUP_LINE, Result, geometric_mean, means, summary_lines
 
 HEADINGS = {"forward": "forward", "step": "forward + backward", "eval": "eval"}
 PLAIN_WIDTH = 140  # of a file or a pipe
@@ -112,6 +112,25 @@ def print_results(console: Console, results: Sequence[Result], modes: Sequence[s
         "floor": "that copy's share of our time",
     }
     console.print("; ".join(f"{c}: {meaning[c]}" for c in columns) + ".", style="dim")
+
+
+def make_markdown(results: Sequence[Result], modes: Sequence[str] = MODES) -> str:
+    """A row per shape for a README: times torch.nn and copies, as geometric means over dtypes, layouts and epilogues,
+    with the least and the most.
+    """
+
+    def cell(values: list[float], unit: str) -> str:
+        mean, low, high = geometric_mean(values), min(values), max(values)
+        return f"{mean:.1f}{unit}" + (f" ({low:.1f} to {high:.1f})" if len(values) > 1 else "")
+
+    heads = [f"{HEADINGS[m]}: {what}" for m in modes for what in ("torch.nn", "copies")]
+    lines = ["| layer | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for title, group in itertools.groupby((r for r in results if not r.is_tiny), key=lambda r: r.row.title):
+        members, cells = list(group), [title]
+        for mode in modes:
+            cells += [cell([r.speedup(mode) for r in members], "x"), cell([r.copies(mode) for r in members], "")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def print_summary(console: Console, results: list[Result], modes: tuple[str, ...] = MODES) -> None:

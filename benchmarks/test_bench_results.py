@@ -10,7 +10,7 @@ from rich.console import Console
 
 from contestants import MODES, Arena, Row, cases, mode_call, passes, quick_table, table
 from results import Result, geometric_mean, means, summary_lines
-from tables import make_table, print_summary
+from tables import make_markdown, make_table, print_summary
 from timing import Timing, race, repeats_for
 
 LAYER = cases.Layer("ResNet-50", "BatchNorm2d", (32, 64, 56, 56), (64,))
@@ -83,6 +83,12 @@ def test_table_fits_the_terminal(width: int) -> None:
     text = make_table([result(6, 30, 2), result(1234.5, 3e5, 2, "add_act")], width).plain
     assert max(map(len, text.splitlines()[1:])) <= width
     assert "5.00x" in text and "6 000" in text
+
+
+def test_markdown_has_a_row_per_shape_with_mean_and_range() -> None:
+    text = make_markdown([result(1, 2, 1), result(1, 8, 1, "act")], ("eval",)).splitlines()
+    assert text[0] == "| layer | eval: torch.nn | eval: copies |"
+    assert text[2:] == ["| ResNet-50 BatchNorm2d 32x64x56x56 | 4.0x (2.0 to 8.0) | 1.0 (1.0 to 1.0) |"]
 
 
 def test_summary_prints_every_miss_up_to_its_limit() -> None:

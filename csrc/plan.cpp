@@ -44,7 +44,9 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
 }  // namespace
 
 CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, const CpuInfo& cpu) {
-  const CpuPlan plan{g.traversal(), false, 1, g.C, 16, g.positions()};
+  // An output of half the last cache and more has left it before anyone reads it.
+  const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2;
+  const CpuPlan plan{g.traversal(), false, stream, 1, g.C, 16, g.positions()};
   return g.traversal() == Traversal::kRows ? plan_rows(g, plan, cpu) : plan_columns(g, dtype, streams, plan, cpu);
 }
 
@@ -56,7 +58,7 @@ std::string to_string(const Geometry& g) {
 }
 
 std::string to_string(const CpuPlan& p) {
-  const std::string split = p.split ? ", split" : "";
+  const std::string split = std::string(p.split ? ", split" : "") + (p.stream ? ", streaming" : "");
   if (p.traversal == Traversal::kRows)
     return "rows" + split + ", " + std::to_string(p.sets_per_task) + " sets per task";
   return "columns" + split + ", tile " + std::to_string(p.tile) + ", blocks of " + std::to_string(p.block_positions) +

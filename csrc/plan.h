@@ -12,7 +12,7 @@
 namespace fastnorm {
 
 struct CpuInfo {
-  int64_t l2_bytes;
+  int64_t l2_bytes, l3_bytes;
   int threads;
 };
 
@@ -26,14 +26,15 @@ struct CpuPlan {
   // A split call reduces, folds and applies in three parallel steps over chunks; otherwise one task does all three
   // for its sets while they are in its cache.
   bool split;
+  bool stream;              // stores past the cache
   int64_t sets_per_task;    // rows, not split
   int64_t tile;             // columns: channels of a tile
   int64_t block_positions;  // columns: positions of a block
   int64_t chunk_positions;  // columns: positions of a chunk
 
   bool operator==(const CpuPlan& o) const {
-    return traversal == o.traversal && split == o.split && sets_per_task == o.sets_per_task && tile == o.tile &&
-           block_positions == o.block_positions && chunk_positions == o.chunk_positions;
+    return traversal == o.traversal && split == o.split && stream == o.stream && sets_per_task == o.sets_per_task &&
+           tile == o.tile && block_positions == o.block_positions && chunk_positions == o.chunk_positions;
   }
 };
 

@@ -1,22 +1,25 @@
 """The compiled extension. Importing it registers the operators of `torch.ops.fastnorm` (see ops.py)."""
 
-from collections.abc import Sequence
-
 def build_info() -> dict[str, str]:
-    """Compiler, torch version and options this extension was built with."""
+    """Version, torch, compiler and instruction sets this extension was built with."""
 
 def cpu_capability() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline"."""
 
 def cpu_capabilities() -> list[str]:
-    """The instruction sets that this build and this CPU can both run."""
+    """The instruction sets that this build and this processor can both run, best first."""
 
 def plan(
     kind: int,
-    sizes: Sequence[int],
-    strides: Sequence[int],
+    N: int,
+    C: int,
+    S: int,
     groups: int,
+    channels_last: bool,
     dtype: str,
+    streams: int,
     l2_bytes: int,
+    l3_bytes: int,
+    threads: int,
 ) -> str:
-    """One line: how the kernels would walk a tensor of these sizes and strides."""
+    """How a call on (N, C, S) is cut into tasks, on one line."""

@@ -28,6 +28,8 @@ Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _functorch_active = torch._C._are_functorch_transforms_active
 _jit_tracing = torch._C._get_tracing_state
+# What OpOverload.__call__ calls: a Python frame less.
+_norm = ops.norm._op
 
 
 def _transformed() -> bool:
@@ -170,7 +172,7 @@ class NormFunction(Function):
         if is_compiling() or not (torch.is_grad_enabled() or _transformed()):
             gradients = ops.norm_backward(dy, *ctx.saved_tensors, kind, groups, frozen, activation, param, needs)
         else:
-            gradients = torch.ops.fastnorm.norm_backward_differentiable(
+            gradients = ops.norm_backward_differentiable(
                 dy, *ctx.saved_tensors, kind, groups, eps, frozen, activation, param, needs
             )
         dx, dweight, dbias, dresidual = gradients
@@ -203,8 +205,8 @@ class NormBackwardFunction(Function):
     def backward(ctx: Any, *gradients: OptTensor) -> tuple[OptTensor, ...]:
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Views: a derivative by x ends there, and does not go on to what dy was made of.
-            inputs: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            # Aliases: a derivative by x ends there, and does not go on to what dy was made of.
+            inputs: list[Any] = [None if t is None else torch.ops.aten.alias(t) for t in ctx.saved_tensors]
             outputs = _reference_backward(*inputs, *ctx.config)
         used = [
             (output, gradient)
@@ -224,15 +226,6 @@ class NormBackwardFunction(Function):
             for i, derivative in zip(wanted, derivatives, strict=True):
                 result[i] = derivative
         return tuple(result)
-
-
-if not hasattr(torch.ops.fastnorm, "norm_backward_differentiable"):
-    torch.library.define(
-        "fastnorm::norm_backward_differentiable",
-        "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, Tensor mask, int kind, "
-        "int groups, float eps, bool frozen, int activation, float activation_param, bool[3] needs) "
-        "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-    )
 
 
 @torch.library.impl("fastnorm::norm_backward_differentiable", "CompositeImplicitAutograd")
@@ -273,7 +266,3 @@ def _reference_backward(
     dx, dweight, dbias, dresidual = gradients
     none = x.new_empty(0)
     return dx, none if dweight is None else dweight, none if dbias is None else dbias, dresidual
-
-
-# What OpOverload.__call__ calls: a Python frame less.
-_norm: Any = torch.ops.fastnorm.norm.default._op if hasattr(torch.ops.fastnorm, "norm") else _apply_traced

@@ -5,8 +5,11 @@ A module changes its class and nothing else: Parameters, buffers, hooks, flags a
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from . import modules, reference
@@ -30,6 +33,9 @@ class TorchNormActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}"
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self)
 
 
 class BatchNorm1dActivation(TorchNormActivation, nn.BatchNorm1d):
@@ -110,10 +116,35 @@ def revert(model: Model) -> Model:
     return model
 
 
+_ACTIVATION_MODULES: dict[str, Callable[[float], nn.Module]] = {
+    "relu": lambda param: nn.ReLU(),
+    "leaky_relu": nn.LeakyReLU,
+    "silu": lambda param: nn.SiLU(),
+    "gelu": lambda param: nn.GELU(),
+    "gelu_tanh": lambda param: nn.GELU(approximate="tanh"),
+    "hardswish": lambda param: nn.Hardswish(),
+    "sigmoid": lambda param: nn.Sigmoid(),
+    "tanh": lambda param: nn.Tanh(),
+}
+
+
+def scriptable(norm: modules.Norm | TorchNormActivation) -> nn.Module:
+    """What torch.jit.script compiles in place of `norm`: torch.nn's modules, with the same Parameters and buffers."""
+    activation = norm.activation
+    plain = copy.copy(norm)
+    plain.activation = None
+    revert(convert(plain))
+    if activation is None:
+        return plain
+    return nn.Sequential(plain, _ACTIVATION_MODULES[activation](norm.activation_param))
+
+
 def why_left(module: nn.Module) -> str | None:
     """Why `convert` leaves this module as it is; None if it does not."""
     if isinstance(module, modules.Norm):
         return "is a fastnorm module already"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by TorchScript"
     if type(module) not in _FASTNORM:
         if isinstance(module, tuple(_TORCH.values())):
             return f"{type(module).__name__} is a subclass, which may compute something else"

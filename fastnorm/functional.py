@@ -194,8 +194,11 @@ def layer_norm(
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, over all the other dimensions.
 
-    x (N, C, *). Returns two tensors (C,), float32 (float64 for float64 x). RuntimeError for an empty or integer x.
+    x (N, C, *) of any real dtype. Returns two tensors (C,), float32 (float64 for float64 x), NaN where x is empty.
+    ValueError for less than two dimensions.
     """
+    if x.dim() < 2:
+        raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
     try:
         require_plain(x)
         if torch.is_grad_enabled() and x.requires_grad:

@@ -8,7 +8,6 @@ Constructors take what the torch.nn class of the same name takes, then keyword-o
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any, TypeVar
 
@@ -78,10 +77,10 @@ class Norm(nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """torch.jit.script compiles torch.nn's module in our place, with the same Parameters and buffers."""
-        from .convert import revert
+        """torch.jit.script asks for what to compile in this module's place."""
+        from .convert import scriptable
 
-        return revert(copy.copy(self))
+        return scriptable(self)
 
     def _serve(self, x: Tensor, residual: Tensor | None, activation: int) -> Tensor:
         """By the kernels; raises one of REFUSALS if they do not serve this call."""

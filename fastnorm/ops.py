@@ -1,11 +1,13 @@
 """The operators of `torch.ops.fastnorm`: their handles, their constants, what they take, and their fake kernels.
 
-| operator                | what                                                                       |
-|-------------------------|----------------------------------------------------------------------------|
-| `norm_forward`          | y = act((x - mean) * rstd * weight + bias + residual), stats, mask          |
-| `norm_backward`         | dx, dweight, dbias, dresidual                                              |
-| `update_running_stats_` | moves running_mean, running_var and num_batches_tracked, in place          |
-| `moments`               | per-channel mean and biased variance                                       |
+| operator                       | what                                                                    |
+|--------------------------------|-------------------------------------------------------------------------|
+| `norm`                         | an eager call in one: forward, running statistics, autograd             |
+| `norm_forward`                 | y = act((x - mean) * rstd * weight + bias + residual), stats, mask       |
+| `norm_backward`                | dx, dweight, dbias, dresidual                                           |
+| `norm_backward_differentiable` | the same where it is differentiated again (autograd.py)                 |
+| `update_running_stats_`        | moves running_mean, running_var and num_batches_tracked, in place       |
+| `moments`                      | per-channel mean and biased variance                                    |
 
 `stats` is [4, sets]: mean, rstd, biased variance, what mean lost by rounding. `mask` is opaque: a bit an element.
 The C++ side holds the schemas and checks every argument before it writes anything.
@@ -20,7 +22,15 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from . import _C as _C  # registers the operators
+try:
+    from . import _C as _C  # registers the operators
+except ImportError as error:
+    if "FASTNORM_CPU" in str(error):
+        raise
+    raise ImportError(
+        f"fastnorm's extension is not built for torch {torch.__version__} here: run `pip install --no-build-isolation "
+        f"--force-reinstall --no-deps .` in its checkout, and Python outside of it ({error})"
+    ) from error
 
 KIND_BATCH = 0
 KIND_GROUP = 1
@@ -52,8 +62,10 @@ PARAMETER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
     torch.float16: (torch.float16, torch.float32),
 }
 
+norm = torch.ops.fastnorm.norm.default
 norm_forward = torch.ops.fastnorm.norm_forward.default
 norm_backward = torch.ops.fastnorm.norm_backward.default
+norm_backward_differentiable = torch.ops.fastnorm.norm_backward_differentiable.default
 update_running_stats_ = torch.ops.fastnorm.update_running_stats_.default
 moments = torch.ops.fastnorm.moments.default
 

@@ -58,11 +58,11 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, modules.Norm):
             refusal = _why_unserved(module)
             status, reason = ("left", refusal) if refusal else ("served", _kernels(module))
-        elif _is_norm(module):
+        elif _is_norm(module) and "parametrizations" not in name.split("."):
             status, reason = "left", why_left(module) or "fastnorm.convert(model) would serve it"
         else:
             continue
-        rows.append(Row(name, type(module).__name__, status, reason))
+        rows.append(Row(name, _class_name(module), status, reason))
     return Report(tuple(rows))
 
 
@@ -92,7 +92,11 @@ def _kernels(module: modules.Norm) -> str:
 
 def _is_norm(module: nn.Module) -> bool:
     torch_norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    return isinstance(module, torch_norms) or "norm" in type(module).__name__.lower()
+    return isinstance(module, torch_norms) or "norm" in _class_name(module).lower()
+
+
+def _class_name(module: nn.Module) -> str:
+    return module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
 
 
 def _why_unserved(module: modules.Norm) -> str | None:

@@ -30,3 +30,25 @@ def test_error_is_at_most_torchs(layer: Layer, precision: tuple[str, str], data:
         slack = 4 if case.dtype == torch.float64 else 1
         too_large = [f"{layout} {error}" for error in errors if not error.ours <= NOISE * error.native + slack]
         assert not too_large
+
+
+# Beyond the caches: split sets, tiles, several blocks of a sum, memory asked for in huge pages.
+LARGE = (
+    Layer("64 sets", "BatchNorm2d", (12, 64, 56, 56), (64,)),
+    Layer("few sets", "BatchNorm3d", (1, 2, 64, 64, 80), (2,)),
+    Layer("wide", "BatchNorm2d", (8, 1024, 7, 7), (1024,)),
+    Layer("sums of 81920", "GroupNorm", (1, 640, 32, 32), (8, 640)),
+    Layer("sums of 262144", "InstanceNorm3d", (1, 4, 64, 64, 64), (4,), (("affine", True),)),
+    Layer("many rows", "LayerNorm", (25088, 96), (96,)),
+    Layer("long rows", "LayerNorm", (3, 300000), (300000,)),
+)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[1:3], ids="-".join)
+@pytest.mark.parametrize("layer", LARGE, ids=lambda layer: layer.id)
+def test_large(layer: Layer, precision: tuple[str, str], device: torch.device) -> None:
+    torch.set_num_threads(2)
+    for layout in layer.layouts:
+        case = Case(layer, layout, precision, "relu", residual=True)
+        errors = compare(case, device, plain=False)
+        assert not [f"{layout} {error}" for error in errors if not error.ours <= NOISE * error.native + 1]

@@ -86,9 +86,9 @@ def test_opcheck_variants() -> None:
 
 def test_opcheck_statistics() -> None:
     buffers = (torch.rand(6), torch.rand(6), torch.tensor(2))
-    torch.library.opcheck(ops.update_running_stats_.default, (*buffers, torch.rand(3, 6), 9, 0.1))
-    torch.library.opcheck(ops.update_running_stats_.default, (*buffers, torch.rand(3, 12), 9, None))
-    torch.library.opcheck(ops.update_running_stats_.default, (*buffers[:2], None, torch.rand(3, 6), 9, 0.5))
+    torch.library.opcheck(ops.update_running_stats_.default, (*buffers, torch.rand(4, 6), 9, 0.1))
+    torch.library.opcheck(ops.update_running_stats_.default, (*buffers, torch.rand(4, 12), 9, None))
+    torch.library.opcheck(ops.update_running_stats_.default, (*buffers[:2], None, torch.rand(4, 6), 9, 0.5))
     torch.library.opcheck(ops.moments.default, (torch.randn(2, 3, 4),))
     torch.library.opcheck(ops.moments.default, (torch.randn(2, 3, 4, 5).bfloat16(),))
 

@@ -13,7 +13,7 @@ from conftest import available_backends
 from numerics import build, make_inputs, measure, run, scale_of, truth
 
 # In epsilons of the dtype, times the size of the terms of the sum.
-TOLERANCE = 6.0
+TOLERANCE = 5.0
 
 
 @st.composite

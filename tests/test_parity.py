@@ -12,13 +12,13 @@ from cases import EMPTY, LAYERS, Case, Layer, modes, parity_cases, to_layout
 from numerics import build, compare, make_inputs, run
 
 # Beyond torch.nn's own error, in epsilons of the quantity's dtype times the size of its terms.
-SLACK = 2.0
+SLACK = 1.5
 
 
 @pytest.mark.parametrize("case", list(parity_cases()), ids=lambda case: case.id)
 def test_values(case: Case, device: torch.device) -> None:
     errors = compare(case, device)
-    slack = 2 * SLACK if case.dtype == torch.float64 else SLACK  # the truth is rounded too
+    slack = 4.0 if case.dtype == torch.float64 else SLACK  # the truth is rounded too
     too_large = [str(error) for error in errors if not error.ours <= error.native + slack]
     assert not too_large
 
@@ -103,6 +103,10 @@ def test_empty(layer: Layer, mode: str, device: torch.device) -> None:
             except Exception as error:
                 outcomes.append((type(error), str(error)))
         native, ours = outcomes
+        if isinstance(native, tuple) and native[0] is IndexError:
+            # Not a check of torch's but a slip, which ours need not repeat.
+            assert isinstance(ours, tuple) or ours["y"].shape == layer.shape
+            continue
         if isinstance(native, tuple) or isinstance(ours, tuple):
             assert ours == native
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -10,21 +12,21 @@ from cases import DTYPES, Case, Layer
 from numerics import build, make_inputs, run
 
 AFFINE = (("affine", True), ("track_running_stats", True))
-# Large enough to be split; the few-set ones can only be split inside a set.
+# Few sets can only be split inside a set, for which it must be larger than two chunks of the plan (131072 elements).
 LAYERS = (
     Layer("many sets", "BatchNorm2d", (8, 64, 28, 28), (64,)),
     Layer("many sets", "BatchNorm2d", (4, 515, 7, 9), (515,)),
-    Layer("one set", "BatchNorm2d", (3, 1, 211, 193), (1,)),
-    Layer("three sets", "BatchNorm2d", (2, 3, 160, 161), (3,)),
+    Layer("one set", "BatchNorm2d", (3, 1, 300, 301), (1,)),
+    Layer("three sets", "BatchNorm2d", (2, 3, 270, 271), (3,)),
     Layer("rows", "BatchNorm1d", (20001, 7), (7,)),
-    Layer("volumes", "BatchNorm3d", (2, 5, 17, 30, 31), (5,)),
+    Layer("five sets", "BatchNorm3d", (2, 5, 40, 41, 42), (5,)),
     Layer("many sets", "GroupNorm", (4, 96, 20, 20), (32, 96)),
-    Layer("one set", "GroupNorm", (1, 6, 150, 151), (1, 6)),
-    Layer("two sets", "GroupNorm", (1, 34, 61, 67), (2, 34)),
+    Layer("one set", "GroupNorm", (1, 6, 200, 201), (1, 6)),
+    Layer("two sets", "GroupNorm", (1, 34, 91, 97), (2, 34)),
     Layer("many sets", "InstanceNorm2d", (4, 50, 30, 31), (50,), AFFINE),
-    Layer("one set", "InstanceNorm3d", (1, 1, 40, 50, 61), (1,), AFFINE),
+    Layer("one set", "InstanceNorm3d", (1, 1, 60, 60, 61), (1,), AFFINE),
     Layer("many rows", "LayerNorm", (5001, 33), (33,)),
-    Layer("two rows", "LayerNorm", (2, 65537), (65537,)),
+    Layer("two rows", "LayerNorm", (2, 200001), (200001,)),
 )
 
 
@@ -43,6 +45,34 @@ def test_same_bits(layer: Layer, dtype: torch.dtype, device: torch.device) -> No
             expected = expected or results
             for key, value in expected.items():
                 assert torch.equal(results[key], value), f"{key}, {layout}, {threads} threads"
+
+
+def random_layer(seed: int) -> Layer:
+    """Of 30 thousand to a million elements, from one set to many."""
+    r = random.Random(seed)
+    numel = int(2 ** r.uniform(15, 20))
+    norm = r.choice(("BatchNorm2d", "GroupNorm", "InstanceNorm2d"))
+    groups, per_group = (int(2 ** r.uniform(0, 6)) for _ in range(2))
+    channels = groups * per_group
+    batch = max(1, min(int(2 ** r.uniform(0, 6)), numel // channels))
+    side = 1 + int((numel / batch / channels) ** 0.5)
+    args = (groups, channels) if norm == "GroupNorm" else (channels,)
+    return Layer(f"seed {seed}", norm, (batch, channels, side, side + 1), args)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_same_bits_of_random_geometries(seed: int, device: torch.device) -> None:
+    layer = random_layer(seed)
+    precision = random.Random(seed).choice((("float32", "float32"), ("bfloat16", "float32")))
+    for layout in layer.layouts:
+        case = Case(layer, layout, precision, "leaky_relu", residual=True)
+        inputs = make_inputs(case, device)
+        torch.set_num_threads(1)
+        expected = run(case, build(case, fastnorm, device), inputs)
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            for key, value in run(case, build(case, fastnorm, device), inputs).items():
+                assert torch.equal(value, expected[key]), f"{key}, {layer.id}, {layout}, {threads} threads"
 
 
 @pytest.mark.parametrize("layer", LAYERS[::3], ids=lambda layer: layer.id)

@@ -38,16 +38,6 @@ class ColumnsBackward : Call<T, BackwardArgs> {
   const bool applies_ = args.dx || args.dresidual;
   const Arrays<A, 2> terms_{outer_ * g.C};  // mean(w d) and mean(w d xhat) of a channel's set, times rstd
 
-  // Adds P neighbouring positions of one pack of channels.
-  template <int P, class Access>
-  FASTNORM_INLINE void add(const BackwardStretch<T>& s, int64_t i, const ChannelCoefs<A>& coefs, Access access,
-                           A* sum_d, A* sum_d_centered) const {
-    Pack<A> d[P], centered[P];
-    load_grad(s, i, coefs, epilogue, access, Down<A>{g.C, mask_row_}, d, centered);
-    store(sum_d + i, load(sum_d + i) + tree_sum(d));
-    store(sum_d_centered + i, load(sum_d_centered + i) + tree_dot(d, centered));
-  }
-
  public:
   using Base::Base;
 
@@ -120,36 +110,44 @@ class ColumnsBackward : Call<T, BackwardArgs> {
             residual_ ? residual_ + at : nullptr,
             args.mask ? args.mask + row * mask_row_ + first / 8 : nullptr,
             dx_ ? dx_ + at : nullptr,
-            dresidual_ ? dresidual_ + at : nullptr};
+            dresidual_ ? dresidual_ + at : nullptr,
+            args.plan.stream};
   }
 
   void reduce(const ChannelArrays<A>& arrays, int64_t n, int64_t chunk, int64_t first, int64_t channels,
               TileSums out) const {
     const ChannelCoefs<A> coefs = arrays.at(n, first);
-    const Arrays<A, 2> scratch(channels);
-    A *const sum_d = scratch[0], *const sum_d_centered = scratch[1];
     std::fill_n(out.d, channels, 0.0);
     std::fill_n(out.d_centered, channels, 0.0);
     const int64_t end = chunk_end(chunk);
     for (int64_t p = chunk * chunk_; p < end; p += args.plan.block_positions) {
-      const int64_t block_end = std::min(p + args.plan.block_positions, end);
-      std::fill_n(sum_d, sum_d_centered - sum_d + channels, A(0));
-      int64_t q = p;
-      for (; q + 4 <= block_end; q += 4) add_row<4>(stretch(n, q, first), channels, coefs, sum_d, sum_d_centered);
-      for (; q < block_end; ++q) add_row<1>(stretch(n, q, first), channels, coefs, sum_d, sum_d_centered);
-      for (int64_t i = 0; i < channels; ++i) {
-        out.d[i] += sum_d[i];
-        out.d_centered[i] += sum_d_centered[i];
-      }
+      const int64_t rows = std::min(args.plan.block_positions, end - p);
+      int64_t i = 0;
+      for (; i + L <= channels; i += L) reduce_strip(n, p, rows, first, i, channels, coefs, Whole{}, out);
+      if (i < channels) reduce_strip(n, p, rows, first, i, channels, coefs, Edge{channels - i}, out);
     }
   }
 
-  template <int P>
-  FASTNORM_INLINE void add_row(const BackwardStretch<T>& s, int64_t channels, const ChannelCoefs<A>& coefs, A* sum_d,
-                               A* sum_d_centered) const {
-    int64_t i = 0;
-    for (; i + L <= channels; i += L) add<P>(s, i, coefs, Whole{}, sum_d, sum_d_centered);
-    if (i < channels) add<P>(s, i, coefs, Edge{channels - i}, sum_d, sum_d_centered);
+  // One pack of channels over `rows` positions from p on.
+  template <class Access>
+  FASTNORM_INLINE void reduce_strip(int64_t n, int64_t p, int64_t rows, int64_t first, int64_t i, int64_t channels,
+                                    const ChannelCoefs<A>& coefs, Access access, TileSums out) const {
+    const FixedCoefs<A> fixed{coefs.at(i)};
+    const Down<A> down{g.C, mask_row_};
+    Pack<A> sum(0), sum_centered(0);
+    for_fours(rows, [&](int64_t q, auto fours) {
+      Pack<A> d[fours.value], centered[fours.value];
+      load_grad(stretch(n, p + q, first), i, fixed, epilogue, access, down, d, centered);
+      sum = sum + tree_sum(d);
+      sum_centered = sum_centered + tree_dot(d, centered);
+    });
+    alignas(kPackBytes) A lane[2][L];
+    store(lane[0], sum);
+    store(lane[1], sum_centered);
+    for (int64_t k = 0; k < std::min(L, channels - i); ++k) {
+      out.d[i + k] += lane[0][k];
+      out.d_centered[i + k] += lane[1][k];
+    }
   }
 
   // Positions [begin, end) of a tile.

@@ -23,85 +23,62 @@ struct TileMoments {
     std::fill_n(m2, channels, 0.0);
   }
 
-  // Takes in other_count values per channel to the count it has; `other(i, moments)` gives lanes i to i + 7.
-  template <class F>
-  FASTNORM_INLINE void merge(int64_t channels, double count, double other_count, F&& other) const {
-    int64_t i = 0;
-    for (; i + PackD::kLanes <= channels; i += PackD::kLanes) {
-      Moments<PackD> total{load(mean + i), load(m2 + i)};
-      total.merge(other(i), count, other_count);
+  // Takes other_count values per channel in to the count it has, for the channels [i, min(i + 8, channels)).
+  FASTNORM_INLINE void merge(int64_t i, int64_t channels, const Moments<PackD>& other, double count,
+                             double other_count) const {
+    const int64_t rest = channels - i;
+    const bool whole = rest >= PackD::kLanes;
+    Moments<PackD> total{whole ? load(mean + i) : load_first(mean + i, rest),
+                         whole ? load(m2 + i) : load_first(m2 + i, rest)};
+    total.merge(other, count, other_count);
+    if (whole) {
       store(mean + i, total.mean);
       store(m2 + i, total.m2);
+    } else {
+      store_first(mean + i, total.mean, rest);
+      store_first(m2 + i, total.m2, rest);
     }
-    if (i == channels) return;
-    const int64_t rest = channels - i;
-    Moments<PackD> total{load_first(mean + i, rest), load_first(m2 + i, rest)};
-    total.merge(other(i), count, other_count);
-    store_first(mean + i, total.mean, rest);
-    store_first(m2 + i, total.m2, rest);
   }
 };
 
-// One block: `positions` rows of `width` channels, `stride` apart. Merges into `total` of total_count positions.
+// The moments of one pack of channels over `positions` rows, `stride` apart: about a pivot, as in rows_forward.h.
 template <class T>
-class ColumnBlock {
+struct StripMoments {
   using A = Accum<T>;
-  static constexpr int64_t L = kLanes<A>;
-  const T* x_;
-  const int64_t positions_, width_, stride_;
-  A *mean_, *delta_, *square_;  // [width]
+  Pack<A> pivot, delta, square;
 
- public:
-  ColumnBlock(const T* x, int64_t positions, int64_t width, int64_t stride, const Arrays<A, 3>& scratch)
-      : x_(x),
-        positions_(positions),
-        width_(width),
-        stride_(stride),
-        mean_(scratch[0]),
-        delta_(scratch[1]),
-        square_(scratch[2]) {}
-
-  void merge_into(TileMoments total, double total_count, const double* origin) const {
-    int64_t p = 0;
-    for (; p + 4 <= positions_; p += 4) for_columns([&](int64_t i, auto access) { sum<4>(p, i, access); });
-    for (; p < positions_; ++p) for_columns([&](int64_t i, auto access) { sum<1>(p, i, access); });
-    const Pack<A> inverse(1.0 / static_cast<double>(positions_));
-    for (int64_t i = 0; i < width_; i += L) store(mean_ + i, round_to<T>(load(mean_ + i) * inverse));  // as in rows
-    for (p = 0; p + 4 <= positions_; p += 4) for_columns([&](int64_t i, auto access) { deviate<4>(p, i, access); });
-    for (; p < positions_; ++p) for_columns([&](int64_t i, auto access) { deviate<1>(p, i, access); });
-    const double count = static_cast<double>(positions_);
-    total.merge(width_, total_count, count, [&](int64_t i) {
-      const PackD shift = load_wide(delta_ + i);
-      const PackD mean = (load_wide(mean_ + i) - load(origin + i)) + shift * PackD(1 / count);
-      const PackD m2 = load_wide(square_ + i) - shift * shift * PackD(1 / count);
-      return Moments<PackD>{mean, select(m2 <= PackD(0), PackD(0), m2)};
+  template <class Access>
+  FASTNORM_INLINE StripMoments(const T* x, int64_t positions, int64_t stride, Access access)
+      : pivot(0), delta(0), square(0) {
+    for_fours(positions, [&](int64_t p, auto fours) {
+      Pack<A> v[fours.value];
+      for (int k = 0; k < fours.value; ++k) v[k] = access.get(x + (p + k) * stride, k);
+      pivot = pivot + tree_sum(v);
+    });
+    pivot = round_to<T>(pivot * Pack<A>(1.0 / static_cast<double>(positions)));
+    for_fours(positions, [&](int64_t p, auto fours) {
+      Pack<A> d[fours.value];
+      for (int k = 0; k < fours.value; ++k) {
+        d[k] = access.get(x + (p + k) * stride, k) - pivot;
+        __builtin_prefetch(x + (p + k + positions) * stride);  // the next block's, while this one sits in L1
+      }
+      delta = delta + tree_sum(d);
+      square = square + tree_dot(d, d);
     });
   }
 
- private:
-  template <class F>
-  FASTNORM_INLINE void for_columns(F&& f) const {
-    int64_t i = 0;
-    for (; i + L <= width_; i += L) f(i, Whole{});
-    if (i < width_) f(i, Edge{width_ - i});
-  }
-
-  template <int P, class Access>
-  FASTNORM_INLINE void sum(int64_t p, int64_t i, Access access) const {
-    Pack<A> v[P];
-    for (int k = 0; k < P; ++k) v[k] = access.get(x_ + (p + k) * stride_ + i, k);
-    const Pack<A> sum = tree_sum(v);
-    store(mean_ + i, p == 0 ? sum : load(mean_ + i) + sum);
-  }
-
-  template <int P, class Access>
-  FASTNORM_INLINE void deviate(int64_t p, int64_t i, Access access) const {
-    const Pack<A> mean = load(mean_ + i);
-    Pack<A> d[P];
-    for (int k = 0; k < P; ++k) d[k] = access.get(x_ + (p + k) * stride_ + i, k) - mean;
-    const Pack<A> delta = tree_sum(d), square = tree_dot(d, d);
-    store(delta_ + i, p == 0 ? delta : load(delta_ + i) + delta);
-    store(square_ + i, p == 0 ? square : load(square_ + i) + square);
+  // Into the tile's channels from i on.
+  FASTNORM_INLINE void merge_into(const TileMoments& total, int64_t i, int64_t channels, const double* origin,
+                                  double count, double positions) const {
+    const auto half = [&](int64_t at, PackD about, PackD sum, PackD squares) {
+      const PackD shift = sum * PackD(1 / positions), m2 = squares - sum * shift;
+      const PackD mean = (about - load(origin + at)) + shift;
+      total.merge(at, channels, {mean, select(m2 <= PackD(0), PackD(0), m2)}, count, positions);
+    };
+    half(i, widen_lower(pivot), widen_lower(delta), widen_lower(square));
+    if constexpr (sizeof(A) == 4) {
+      if (i + 8 < channels) half(i + 8, widen_upper(pivot), widen_upper(delta), widen_upper(square));
+    }
   }
 };
 
@@ -172,7 +149,7 @@ class ColumnsForward : Call<T, ForwardArgs> {
   }
 
   void reduce(int64_t n, int64_t chunk, int64_t first, int64_t channels, TileMoments out) const {
-    const Arrays<A, 3> scratch(channels);
+    constexpr int64_t L = kLanes<A>;
     const Buffer<double> origin(channels);
     read_origins(n, first, channels, origin);
     out.clear(channels);
@@ -180,7 +157,13 @@ class ColumnsForward : Call<T, ForwardArgs> {
     for (int64_t p = begin; p < end; p += args.plan.block_positions) {
       const int64_t rows = std::min(args.plan.block_positions, end - p);
       const T* block = x_ + (n * positions_ + p) * g.C + first;
-      ColumnBlock<T>(block, rows, channels, g.C, scratch).merge_into(out, static_cast<double>(p - begin), origin);
+      const auto strip = [&](int64_t i, auto access) {
+        StripMoments<T>(block + i, rows, g.C, access)
+            .merge_into(out, i, channels, origin, static_cast<double>(p - begin), static_cast<double>(rows));
+      };
+      int64_t i = 0;
+      for (; i + L <= channels; i += L) strip(i, Whole{});
+      if (i < channels) strip(i, Edge{channels - i});
     }
   }
 
@@ -193,8 +176,9 @@ class ColumnsForward : Call<T, ForwardArgs> {
     double count = 0;
     for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
       const TileMoments other = partial(chunk);
-      total.merge(channels, count, chunk_count(chunk),
-                  [&](int64_t i) { return Moments<PackD>{load(other.mean + i), load(other.m2 + i)}; });
+      for (int64_t i = 0; i < channels; i += PackD::kLanes) {
+        total.merge(i, channels, {load(other.mean + i), load(other.m2 + i)}, count, chunk_count(chunk));
+      }
       count += chunk_count(chunk);
     }
     const Buffer<double> origin(channels);
@@ -219,7 +203,8 @@ class ColumnsForward : Call<T, ForwardArgs> {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = n * positions_ + p, at = row * g.C + first;
       uint8_t* mask = args.mask ? args.mask + row * mask_row_ + first / 8 : nullptr;
-      forward_stretch<T>({x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask}, channels, coefs, epilogue);
+      forward_stretch<T>({x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream}, channels,
+                         coefs, epilogue);
     }
   }
 };

@@ -40,6 +40,13 @@ struct ChannelCoefs {
   }
 };
 
+// One pack of channels, held in registers while a kernel walks down the positions.
+template <class A>
+struct FixedCoefs {
+  Affine<A> all;
+  FASTNORM_INLINE Affine<A> at(int64_t) const { return all; }
+};
+
 // One set, a weight per element (LayerNorm).
 template <class A>
 struct ElementCoefs {
@@ -77,15 +84,20 @@ struct FrozenTerms {
 
 // ---- access: which lanes of a group of packs exist ----
 
-// All of them.
+// All of them. stream: stores go past the cache.
 struct Whole {
+  bool stream = false;
   template <class T>
   FASTNORM_INLINE Pack<Accum<T>> get(const T* p, int) const {
     return load(p);
   }
   template <class T>
   FASTNORM_INLINE void put(T* p, Pack<Accum<T>> v, int) const {
-    store(p, v);
+    if (stream) {
+      store_past_cache(p, v);
+    } else {
+      store(p, v);
+    }
   }
   template <class V>
   FASTNORM_INLINE V keep(V v, int) const {
@@ -128,18 +140,26 @@ struct Edge {
   }
 };
 
+// Calls f(p, count) for the positions p in fours, then one by one; count is the number as a constant.
+template <class F>
+FASTNORM_INLINE void for_fours(int64_t n, F&& f) {
+  int64_t p = 0;
+  for (; p + 4 <= n; p += 4) f(p, std::integral_constant<int, 4>{});
+  for (; p < n; ++p) f(p, std::integral_constant<int, 1>{});
+}
+
 // Calls f.template packs<P>(i, access) over n elements: fours of packs, then what remains as one group. Where a pack is
 // four registers already (the portable build), one by one: fours would only double the time to compile.
 template <class A, class F>
-FASTNORM_INLINE void for_packs(int64_t n, const F& f) {
+FASTNORM_INLINE void for_packs(int64_t n, const F& f, bool stream = false) {
   constexpr int64_t L = kLanes<A>;
   int64_t i = 0;
   if constexpr (kParts > 2) {
-    for (; i + L <= n; i += L) f.template packs<1>(i, Whole{});
+    for (; i + L <= n; i += L) f.template packs<1>(i, Whole{stream});
     if (i < n) f.template packs<1>(i, Tail<0>{n - i});
     return;
   }
-  for (; i + 4 * L <= n; i += 4 * L) f.template packs<4>(i, Whole{});
+  for (; i + 4 * L <= n; i += 4 * L) f.template packs<4>(i, Whole{stream});
   const int64_t rest = n - i;
   if (rest > 3 * L) {
     f.template packs<4>(i, Tail<3>{rest - 3 * L});
@@ -238,6 +258,7 @@ struct ForwardStretch {
   const T* residual;
   T* y;
   uint8_t* mask;
+  bool stream;  // y is too large to be of use in the cache
 };
 
 template <class T, class Coefs>
@@ -271,7 +292,7 @@ struct ForwardPacks {
 template <class T, class Coefs>
 FASTNORM_INLINE void forward_stretch(const ForwardStretch<T>& s, int64_t n, const Coefs& coefs,
                                      const Epilogue<Accum<T>>& epilogue) {
-  for_packs<Accum<T>>(n, ForwardPacks<T, Coefs>{s, coefs, epilogue});
+  for_packs<Accum<T>>(n, ForwardPacks<T, Coefs>{s, coefs, epilogue}, s.stream && can_stream(s.y));
 }
 
 // ---- backward ----
@@ -284,6 +305,7 @@ struct BackwardStretch {
   const uint8_t* mask;
   T* dx;
   T* dresidual;
+  bool stream;  // dx and dresidual are too large to be of use in the cache
 };
 
 // Where pack p of a group lies: next to each other, or one below the other in neighbouring positions.
@@ -398,7 +420,8 @@ struct BackwardPacks {
 template <class T, class Coefs, class Terms>
 FASTNORM_INLINE void backward_stretch(const BackwardStretch<T>& s, int64_t n, const Coefs& coefs, const Terms& terms,
                                       const Epilogue<Accum<T>>& epilogue) {
-  for_packs<Accum<T>>(n, BackwardPacks<T, Coefs, Terms>{s, coefs, terms, epilogue});
+  const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
+  for_packs<Accum<T>>(n, BackwardPacks<T, Coefs, Terms>{s, coefs, terms, epilogue}, stream);
 }
 
 }  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

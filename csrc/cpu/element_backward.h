@@ -130,7 +130,8 @@ class ElementBackward : Call<T, BackwardArgs> {
             residual_ ? residual_ + at : nullptr,
             args.mask ? args.mask + set * mask_row_ : nullptr,
             dx_ ? dx_ + at : nullptr,
-            dresidual_ ? dresidual_ + at : nullptr};
+            dresidual_ ? dresidual_ + at : nullptr,
+            args.plan.stream};
   }
 };
 

@@ -76,7 +76,7 @@ class FrozenForward : Call<T, ForwardArgs> {
   ForwardStretch<T> stretch(int64_t run, int64_t offset) const {
     const int64_t at = run * mask_run(g) + offset;
     uint8_t* mask = args.mask ? args.mask + run * mask_row_ + offset / 8 : nullptr;
-    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask};
+    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};
   }
 };
 

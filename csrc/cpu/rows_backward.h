@@ -99,7 +99,8 @@ class RowsBackward : Call<T, BackwardArgs> {
             residual_ ? residual_ + at : nullptr,
             args.mask ? args.mask + base / g.S * mask_row_ + offset / 8 : nullptr,
             dx_ ? dx_ + at : nullptr,
-            dresidual_ ? dresidual_ + at : nullptr};
+            dresidual_ ? dresidual_ + at : nullptr,
+            args.plan.stream};
   }
 
   Sums reduce(int64_t cell, int64_t chunk) const {

@@ -36,6 +36,10 @@ struct DeviationPacks {
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     Pack<A> d[P];
     for (int p = 0; p < P; ++p) d[p] = access.keep(access.get(x + i + p * kLanes<A>, p) - pivot, p);
+    // The next block, while this one sits in L1.
+    for (int64_t byte = 0; byte < P * kLanes<A> * int64_t(sizeof(T)); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
+    }
     delta = delta + widen_halves(tree_sum(d));
     square = square + widen_halves(tree_dot(d, d));
   }
@@ -172,7 +176,7 @@ class RowsForward : Call<T, ForwardArgs> {
   ForwardStretch<T> stretch(int64_t run, int64_t offset) const {
     const int64_t at = run + offset;
     uint8_t* mask = args.mask ? args.mask + run / mask_run(g) * mask_row_ + offset / 8 : nullptr;
-    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask};
+    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};
   }
 };
 

@@ -259,6 +259,39 @@ FASTNORM_INLINE void store(T* p, Pack<Accum<T>> v) {
   }
 }
 
+// store() that does not read the line it writes into the cache first; p as can_stream wants it.
+template <class T>
+FASTNORM_INLINE void store_past_cache(T* p, Pack<Accum<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(p, v.part[0]);
+  if constexpr (std::is_same_v<T, double>) return _mm512_stream_pd(p, v.part[0]);
+  if constexpr (sizeof(T) == 2)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), from_float(Tag<T>{}, v.part[0]));
+#elif defined(__AVX2__)
+  for (int k = 0; k < kParts; ++k) {
+    T* part = p + k * Pack<Accum<T>>::kPartLanes;
+    if constexpr (std::is_same_v<T, float>) _mm256_stream_ps(part, v.part[k]);
+    if constexpr (std::is_same_v<T, double>) _mm256_stream_pd(part, v.part[k]);
+    if constexpr (sizeof(T) == 2) _mm_stream_si128(reinterpret_cast<__m128i*>(part), from_float(Tag<T>{}, v.part[k]));
+  }
+#else
+  store(p, v);
+#endif
+}
+
+// Whether packs from p on are aligned for it. (A null p is.)
+template <class T>
+FASTNORM_INLINE bool can_stream(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (Pack<Accum<T>>::kLanes * sizeof(T)) == 0;
+}
+
+// Streamed stores before this are seen by whoever this thread hands its work to.
+FASTNORM_INLINE void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // v as T can represent it.
 template <class T>
 FASTNORM_INLINE Pack<Accum<T>> round_to(Pack<Accum<T>> v) {

@@ -37,9 +37,14 @@ template <class F>
 void for_each_task(const Parallel& parallel, int64_t tasks, F&& f) {
   if (parallel.threads <= 1 || tasks <= 1) {
     for (int64_t t = 0; t < tasks; ++t) f(t);
+    finish_streaming();
     return;
   }
-  parallel.run(tasks, [](void* context, int64_t t) { (*static_cast<std::remove_reference_t<F>*>(context))(t); }, &f);
+  const auto run = [](void* context, int64_t t) {
+    (*static_cast<std::remove_reference_t<F>*>(context))(t);
+    finish_streaming();
+  };
+  parallel.run(tasks, run, &f);
 }
 
 // Parameters of any type as an array of A; `absent` where there are none.

@@ -19,9 +19,9 @@ DType parse_dtype(const std::string& name) {
 }
 
 std::string plan(int kind, int64_t N, int64_t C, int64_t S, int64_t groups, bool channels_last,
-                 const std::string& dtype, int streams, int64_t l2_bytes, int threads) {
+                 const std::string& dtype, int streams, int64_t l2_bytes, int64_t l3_bytes, int threads) {
   const Geometry g{static_cast<Kind>(kind), N, C, S, kind == 0 ? C : groups, channels_last};
-  return to_string(g) + " | " + to_string(plan_cpu(g, parse_dtype(dtype), streams, {l2_bytes, threads}));
+  return to_string(g) + " | " + to_string(plan_cpu(g, parse_dtype(dtype), streams, {l2_bytes, l3_bytes, threads}));
 }
 
 std::vector<std::string> capabilities() {
@@ -46,5 +46,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capabilities", &capabilities, "Those this build and this processor can run, best first.");
   m.def("plan", &plan, "How a call is cut into tasks, on one line.", py::arg("kind"), py::arg("N"), py::arg("C"),
         py::arg("S"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"), py::arg("streams"),
-        py::arg("l2_bytes"), py::arg("threads"));
+        py::arg("l2_bytes"), py::arg("l3_bytes"), py::arg("threads"));
 }

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptTensor
   Tensor mask = make_empty({masked ? mask_bytes(g, dtype) : 0}, at::kByte);
 
   if (g.numel() == 0) {
-    stats.fill_(std::numeric_limits<double>::quiet_NaN());
+    stats.zero_();
     return {y, stats, mask};
   }
   args.parallel = parallel_for(g);
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
   const Geometry& g = view.geometry;
   Tensor stats = make_empty({4, g.sets()}, accum_type(dtype));
   if (g.numel() == 0) {
-    stats.fill_(std::numeric_limits<double>::quiet_NaN());
+    stats.zero_();
   } else {
     const Tensor dense = view.dense(x);
     ForwardArgs args{};

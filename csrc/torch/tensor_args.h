@@ -168,15 +168,23 @@ inline Parallel parallel_for(const Geometry& g) {
   return {g.numel() < kMinParallelElements ? 1 : at::get_num_threads(), run_tasks};
 }
 
-inline CpuInfo cpu_info(int threads) {
-  static const int64_t l2 = [] {
+// A cache's size as the system tells it, or `otherwise`.
+inline int64_t cache_bytes([[maybe_unused]] int name, int64_t otherwise) {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (bytes > 0) return static_cast<int64_t>(bytes);
+  const long bytes = sysconf(name);
+  if (bytes > 0) return bytes;
 #endif
-    return int64_t(512) << 10;
-  }();
-  return {l2, threads};
+  return otherwise;
+}
+
+inline CpuInfo cpu_info(int threads) {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, int64_t(512) << 10);
+  static const int64_t l3 = cache_bytes(_SC_LEVEL3_CACHE_SIZE, int64_t(16) << 20);
+#else
+  static const int64_t l2 = int64_t(512) << 10, l3 = int64_t(16) << 20;
+#endif
+  return {l2, l3, threads};
 }
 
 }  // namespace fastnorm::ops

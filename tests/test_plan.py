@@ -1,0 +1,87 @@
+"""The planner: what it promises for any geometry, and its choices for the benchmark shapes, reviewed when they change.
+
+`python tests/test_plan.py` writes plans.txt anew.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from cases import BENCH, TINY, Layer
+from fastnorm import _C
+
+GOLDEN = Path(__file__).with_name("plans.txt")
+BATCH, GROUP, LAYER = 0, 1, 2
+MIB = 1 << 20
+
+
+def table() -> str:
+    """Plans of the benchmark shapes on two threads with 1 MiB of L2 each: forward float32, backward bfloat16."""
+    lines = []
+    for layer in (TINY, *BENCH):
+        for layout in layer.layouts:
+            geometry = geometry_of(layer)
+            last = layout == "channels_last"
+            forward = _C.plan(*geometry, last, "float32", 1, MIB, 32 * MIB, 2).split(" | ")
+            backward = _C.plan(*geometry, last, "bfloat16", 2, MIB, 32 * MIB, 2).split(" | ")
+            lines += [forward[0], f"  float32 forward    {forward[1]}", f"  bfloat16 backward  {backward[1]}"]
+    return "\n".join(lines) + "\n"
+
+
+def geometry_of(layer: Layer) -> tuple[int, int, int, int, int]:
+    """kind, N, C, S, groups"""
+    n, c, *space = layer.shape
+    if layer.norm == "LayerNorm":
+        return LAYER, n, c, 1, 1
+    return BATCH if layer.norm.startswith("Batch") else GROUP, n, c, prod(space), layer.groups
+
+
+def test_benchmark_shapes() -> None:
+    assert table() == GOLDEN.read_text(), "plans have changed: review, then `python tests/test_plan.py`"
+
+
+def random_geometry(r: random.Random) -> tuple[int, int, int, int, int]:
+    kind = r.choice((BATCH, GROUP, LAYER))
+    n, s, groups, per_group = (int(2 ** r.uniform(0, bits)) for bits in (10, 16, 7, 7))
+    if kind == LAYER:
+        return kind, n * s, groups * per_group, 1, 1
+    return kind, n, groups * per_group, s, groups if kind == GROUP else 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_promises(seed: int) -> None:
+    """Tiles hold whole groups and whole bytes of a mask; the order of sums depends on the geometry alone."""
+    r = random.Random(seed)
+    for _ in range(500):
+        kind, n, c, s, groups = geometry = random_geometry(r)
+        last = kind != LAYER and r.random() < 0.5
+        dtype = r.choice(("float32", "float64", "bfloat16", "float16"))
+        sums = set()
+        for threads, l2_bytes, streams in ((1, MIB, 1), (2, MIB // 4, 1), (7, 2 * MIB, 2), (64, MIB, 2)):
+            plan = _C.plan(*geometry, last, dtype, streams, l2_bytes, 32 * MIB, threads)
+            sets, size = map(int, re.search(r"(\d+) sets of (\d+) \|", plan).groups())
+            assert sets == {BATCH: c, GROUP: n * groups, LAYER: n}[kind] and sets * size == n * c * s, plan
+            assert not (threads == 1 and "rows, split" in plan), plan
+            if "columns" not in plan:
+                assert int(re.search(r"(\d+) sets per task", plan)[1]) >= 1, plan
+                continue
+            tile, block, chunk = map(int, re.search(r"tile (\d+), blocks of (\d+) .* chunks of (\d+)", plan).groups())
+            per_group = c // groups if kind == GROUP else 1
+            assert 1 <= tile <= c and tile % per_group == 0 and (tile % 8 == 0 or tile == c), plan
+            assert block >= 1 and chunk >= block and chunk % block == 0, plan
+            sums.add((block, chunk))
+        assert len(sums) <= 1
+
+
+def test_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"int8.*float32"):
+        _C.plan(BATCH, 2, 8, 4, 0, False, "int8", 1, MIB, 32 * MIB, 2)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(table())
