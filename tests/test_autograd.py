@@ -1,17 +1,14 @@
-"""The modules inside training: in-place changes, saved tensors, autocast, inference mode, checkpointing, DDP."""
+"""The modules inside training: in-place changes, saved tensors, autocast, inference mode, checkpointing."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import os
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -235,30 +232,3 @@ def test_checkpoint(layer: Layer, reentrant: bool, device: torch.device) -> None
         y.square().sum().backward()
         states.append((y, x.grad, [p.grad for p in module.parameters()], module.state_dict()))
     torch.testing.assert_close(*states)
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_distributed_data_parallel(device: torch.device) -> None:
-    results = []
-    for namespace in (fastnorm, nn):
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), namespace.BatchNorm2d(8), nn.ReLU(), namespace.GroupNorm(2, 8)).to(
-            device
-        )
-        parallel = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-        for seed in range(3):
-            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(device)
-            optimizer.zero_grad()
-            parallel(x).square().mean().backward()
-            optimizer.step()
-        results.append(model.state_dict())
-    torch.testing.assert_close(*results)

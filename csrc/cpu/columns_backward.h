@@ -56,7 +56,7 @@ class ColumnsBackward : Call<T, BackwardArgs> {
         });
       }
     } else {
-      for_each_tile([&](int64_t n, int64_t first, int64_t channels) {
+      for_each_tile(args.parallel, [&](int64_t n, int64_t first, int64_t channels) {
         if (sums_) {
           const Arrays<double, 2> chunk(channels);
           for (int64_t k = 0; k < chunks_; ++k) {
@@ -73,9 +73,8 @@ class ColumnsBackward : Call<T, BackwardArgs> {
 
  private:
   template <class F>
-  void for_each_tile(F&& f) const {
-    for_each_task(args.parallel, outer_ * tiles_,
-                  [&](int64_t t) { f(t / tiles_, t % tiles_ * tile_, width(t % tiles_)); });
+  void for_each_tile(const Parallel& parallel, F&& f) const {
+    for_each_task(parallel, outer_ * tiles_, [&](int64_t t) { f(t / tiles_, t % tiles_ * tile_, width(t % tiles_)); });
   }
   int64_t width(int64_t tile) const { return std::min(tile_, g.C - tile * tile_); }
   int64_t chunk_end(int64_t chunk) const { return std::min((chunk + 1) * chunk_, positions_); }
@@ -96,7 +95,7 @@ class ColumnsBackward : Call<T, BackwardArgs> {
         reduce(coefs, t / chunks_, t % chunks_, first, width(tile), partial.from(t * g.C + first));
       }
     });
-    for_each_tile([&](int64_t n, int64_t first, int64_t channels) {
+    for_each_tile(Base::parallel_over(outer_ * chunks_ * g.C), [&](int64_t n, int64_t first, int64_t channels) {
       for (int64_t k = 0; k < chunks_; ++k) {
         merge(k == 0, channels, partial.from((n * chunks_ + k) * g.C + first), all.from(n * g.C + first));
       }
@@ -137,7 +136,12 @@ class ColumnsBackward : Call<T, BackwardArgs> {
     Pack<A> sum(0), sum_centered(0);
     for_fours(rows, [&](int64_t q, auto fours) {
       Pack<A> d[fours.value], centered[fours.value];
-      load_grad(stretch(n, p + q, first), i, fixed, epilogue, access, down, d, centered);
+      const BackwardStretch<T> s = stretch(n, p + q, first);
+      load_grad(s, i, fixed, epilogue, access, down, d, centered);
+      for (int k = 0; k < fours.value; ++k) {  // the next block's
+        __builtin_prefetch(s.x + i + (k + rows) * g.C);
+        __builtin_prefetch(s.dy + i + (k + rows) * g.C);
+      }
       sum = sum + tree_sum(d);
       sum_centered = sum_centered + tree_dot(d, centered);
     });

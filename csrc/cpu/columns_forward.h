@@ -109,7 +109,7 @@ class ColumnsForward : Call<T, ForwardArgs> {
           reduce(t / chunks_, t % chunks_, first, width(tile), {partials[0] + at, partials[1] + at});
         }
       });
-      for_each_tile([&](int64_t n, int64_t first, int64_t channels) {
+      for_each_tile(Base::parallel_over(outer_ * chunks_ * g.C), [&](int64_t n, int64_t first, int64_t channels) {
         fold(n, first, channels, [&](int64_t chunk) {
           const int64_t at = (n * chunks_ + chunk) * g.C + first;
           return TileMoments{partials[0] + at, partials[1] + at};
@@ -122,7 +122,7 @@ class ColumnsForward : Call<T, ForwardArgs> {
       });
       return;
     }
-    for_each_tile([&](int64_t n, int64_t first, int64_t channels) {
+    for_each_tile(args.parallel, [&](int64_t n, int64_t first, int64_t channels) {
       const Arrays<double, 2> partial(channels);
       fold(n, first, channels, [&](int64_t chunk) {
         reduce(n, chunk, first, channels, {partial[0], partial[1]});
@@ -135,9 +135,8 @@ class ColumnsForward : Call<T, ForwardArgs> {
 
  private:
   template <class F>
-  void for_each_tile(F&& f) const {
-    for_each_task(args.parallel, outer_ * tiles_,
-                  [&](int64_t t) { f(t / tiles_, t % tiles_ * tile_, width(t % tiles_)); });
+  void for_each_tile(const Parallel& parallel, F&& f) const {
+    for_each_task(parallel, outer_ * tiles_, [&](int64_t t) { f(t / tiles_, t % tiles_ * tile_, width(t % tiles_)); });
   }
   int64_t width(int64_t tile) const { return std::min(tile_, g.C - tile * tile_); }
   int64_t chunk_end(int64_t chunk) const { return std::min((chunk + 1) * chunk_, positions_); }

@@ -327,11 +327,8 @@ struct Down {
 template <int P, class T, class Coefs, class Access, class Place, class A = Accum<T>>
 FASTNORM_INLINE void load_grad(const BackwardStretch<T>& s, int64_t i, const Coefs& coefs, const Epilogue<A>& e,
                                Access access, Place place, Pack<A> (&d)[P], Pack<A> (&centered)[P]) {
-  Pack<A> z[P];
   for (int p = 0; p < P; ++p) {
-    const Affine<A> c = coefs.at(i + place.coef(p));
-    centered[p] = access.get(s.x + i + place.element(p), p) - c.mean;
-    z[p] = fma(centered[p], c.scale, c.bias);
+    centered[p] = access.get(s.x + i + place.element(p), p) - coefs.at(i + place.coef(p)).mean;
     d[p] = access.get(s.dy + i + place.element(p), p);
   }
   if (e.activation == Activation::kNone) return;
@@ -342,6 +339,11 @@ FASTNORM_INLINE void load_grad(const BackwardStretch<T>& s, int64_t i, const Coe
       d[p] = select(upper, d[p], e.activation == Activation::kRelu ? lower : d[p] * lower);
     }
     return;
+  }
+  Pack<A> z[P];
+  for (int p = 0; p < P; ++p) {
+    const Affine<A> c = coefs.at(i + place.coef(p));
+    z[p] = fma(centered[p], c.scale, c.bias);
   }
   if (s.residual) {
     for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + place.element(p), p);

@@ -41,7 +41,8 @@ class RowsBackward : Call<T, BackwardArgs> {
     if (args.plan.split && sums_) {
       const int64_t chunks = blocks_.chunks();
       Buffer<Sums> partials(cells_ * chunks);
-      for_each_task(args.parallel, cells_ * chunks, [&](int64_t t) { partials[t] = reduce(t / chunks, t % chunks); });
+      for_each_task(args.parallel, cells_ * chunks,
+                    [&](int64_t t) { reduce(t / chunks, 1, t % chunks, partials + t); });
       for (int64_t cell = 0; cell < cells_; ++cell) {
         sums[cell] = partials[cell * chunks];
         for (int64_t k = 1; k < chunks; ++k) sums[cell].merge(partials[cell * chunks + k]);
@@ -50,43 +51,36 @@ class RowsBackward : Call<T, BackwardArgs> {
         for_each_task(args.parallel, cells_ * chunks, [&](int64_t t) {
           const int64_t back = cells_ * chunks - 1 - t;  // what reduce read last is still in cache
           const int64_t cell = back / chunks, first = back % chunks * kChunkBlocks;
-          apply(cell, first, std::min(first + kChunkBlocks, blocks_.count()), fold(cell / cells_per_set_, sums));
+          const SharedTerms<A> terms = fold(cell / cells_per_set_, sums);
+          apply(cell, 1, first, std::min(first + kChunkBlocks, blocks_.count()), &terms);
         });
       }
     } else {
-      const int64_t per_task = args.plan.sets_per_task;
+      const int64_t per_task = args.plan.sets_per_task, side = Base::short_runs_apart(cell_runs_) ? kMaxBatch : 1;
       for_each_task(args.parallel, div_up(g.sets(), per_task), [&](int64_t t) {
         const int64_t end = std::min((t + 1) * per_task, g.sets());
-        for (int64_t set = t * per_task; set < end; ++set) {
-          if (set + 1 < end) prefetch(set + 1);
-          run_set(set, sums);
-        }
+        for (int64_t set = t * per_task; set < end; set += side) run_sets(set, std::min(side, end - set), sums);
       });
     }
     if (sums_) sum_over_samples(sums);
   }
 
  private:
-  // Only batch norm's runs are short and apart; a group's follow one another.
-  void prefetch(int64_t set) const {
-    if (!batch_) return;
-    const int64_t base = set_base(g, set);
-    prefetch_runs<false>(dy_ + base, cell_runs_);
-    prefetch_runs<false>(x_ + base, cell_runs_);
-    if (residual_) prefetch_runs<false>(residual_ + base, cell_runs_);
-    if (dx_) prefetch_runs<true>(dx_ + base, cell_runs_);
-    if (dresidual_) prefetch_runs<true>(dresidual_ + base, cell_runs_);
-  }
-
-  void run_set(int64_t set, Sums* sums) const {
-    const int64_t first = set * cells_per_set_, end = first + cells_per_set_;
-    for (int64_t cell = first; cell < end && sums_; ++cell) {
-      sums[cell] = reduce(cell, 0);
-      for (int64_t k = 1; k < blocks_.chunks(); ++k) sums[cell].merge(reduce(cell, k));
+  // `sets` sets: one, or some of batch norm's (a cell each) side by side.
+  void run_sets(int64_t set, int64_t sets, Sums* sums) const {
+    const int64_t first = set * cells_per_set_, cells = sets * cells_per_set_;
+    for (int64_t cell = first; cell < first + cells && sums_; cell += sets) {
+      reduce(cell, sets, 0, sums + cell);
+      for (int64_t k = 1; k < blocks_.chunks(); ++k) {
+        Sums chunk[kMaxBatch];
+        reduce(cell, sets, k, chunk);
+        for (int64_t s = 0; s < sets; ++s) sums[cell + s].merge(chunk[s]);
+      }
     }
     if (!applies_) return;
-    const SharedTerms<A> terms = sums_ ? fold(set, sums) : SharedTerms<A>(SetTerms<A>{0, 0});
-    for (int64_t cell = end - 1; cell >= first; --cell) apply(cell, 0, blocks_.count(), terms);
+    SharedTerms<A> terms[kMaxBatch];
+    for (int64_t s = 0; s < sets; ++s) terms[s] = sums_ ? fold(set + s, sums) : SetTerms<A>{0, 0};
+    for (int64_t cell = first; cell < first + cells; cell += sets) apply(cell, sets, 0, blocks_.count(), terms);
   }
 
   int64_t channel(int64_t cell) const { return cell % g.C; }
@@ -103,22 +97,33 @@ class RowsBackward : Call<T, BackwardArgs> {
             args.plan.stream};
   }
 
-  Sums reduce(int64_t cell, int64_t chunk) const {
-    const SharedCoefs<A> c = coefs(cell);
-    GradSums<PackD> lanes{PackD(0), PackD(0)};
-    const int64_t end = std::min((chunk + 1) * kChunkBlocks, blocks_.count());
-    for (int64_t b = chunk * kChunkBlocks; b < end; ++b) {
+  // One chunk of `cells` cells side by side.
+  void reduce(int64_t cell, int64_t cells, int64_t chunk, Sums* out) const {
+    GradSums<PackD> lanes[kMaxBatch];
+    for (int64_t s = 0; s < cells; ++s) lanes[s] = {PackD(0), PackD(0)};
+    for_runs(cell, cells, chunk * kChunkBlocks, std::min((chunk + 1) * kChunkBlocks, blocks_.count()),
+             [&](const BackwardStretch<T>& stretch, int64_t length, int64_t s) {
+               const SharedCoefs<A> c = coefs(cell + s);
+               GradSums<PackD> sums = lanes[s];
+               if (batch_) {
+                 for_packs<A>(length, SharedGradSums<T, true>{stretch, c, epilogue, sums});
+               } else {
+                 for_packs<A>(length, SharedGradSums<T, false>{stretch, c, epilogue, sums});
+               }
+               lanes[s] = sums;
+             });
+    for (int64_t s = 0; s < cells; ++s) out[s] = {sum_lanes(lanes[s].d), sum_lanes(lanes[s].d_centered)};
+  }
+
+  // f(stretch, length, s) for the runs of the blocks [first, end) of the cells cell + s, run by run across the cells.
+  template <class F>
+  FASTNORM_INLINE void for_runs(int64_t cell, int64_t cells, int64_t first, int64_t end, F&& f) const {
+    for (int64_t b = first; b < end; ++b) {
       const Block k = blocks_[b];
       for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
-        const BackwardStretch<T> s = stretch(cell, r, k.offset);
-        if (batch_) {
-          for_packs<A>(k.length, SharedGradSums<T, true>{s, c, epilogue, lanes});
-        } else {
-          for_packs<A>(k.length, SharedGradSums<T, false>{s, c, epilogue, lanes});
-        }
+        for (int64_t s = 0; s < cells; ++s) f(stretch(cell + s, r, k.offset), k.length, s);
       }
     }
-    return {sum_lanes(lanes.d), sum_lanes(lanes.d_centered)};
   }
 
   SharedTerms<A> fold(int64_t set, const Sums* sums) const {
@@ -131,19 +136,14 @@ class RowsBackward : Call<T, BackwardArgs> {
     return Base::set_terms(set, d, d_xhat);
   }
 
-  void apply(int64_t cell, int64_t first, int64_t end, const SharedTerms<A>& terms) const {
-    const SharedCoefs<A> c = coefs(cell);
-    for (int64_t b = end - 1; b >= first; --b) {
-      const Block k = blocks_[b];
-      for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
-        const BackwardStretch<T> s = stretch(cell, r, k.offset);
-        if (args.frozen) {
-          backward_stretch(s, k.length, c, FrozenTerms<A>{}, epilogue);
-        } else {
-          backward_stretch(s, k.length, c, terms, epilogue);
-        }
+  void apply(int64_t cell, int64_t cells, int64_t first, int64_t end, const SharedTerms<A>* terms) const {
+    for_runs(cell, cells, first, end, [&](const BackwardStretch<T>& stretch, int64_t length, int64_t s) {
+      if (args.frozen) {
+        backward_stretch(stretch, length, coefs(cell + s), FrozenTerms<A>{}, epilogue);
+      } else {
+        backward_stretch(stretch, length, coefs(cell + s), terms[s], epilogue);
       }
-    }
+    });
   }
 
   void sum_over_samples(const Sums* sums) const {

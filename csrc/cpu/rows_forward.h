@@ -12,15 +12,17 @@
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-// sum[p] += packs of x, four running sums.
+// sum += packs of x.
 template <class T>
 struct SumPacks {
   using A = Accum<T>;
   const T* x;
-  Pack<A> (&sum)[4];
+  Pack<A>& sum;
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
-    for (int p = 0; p < P; ++p) sum[p] = sum[p] + access.get(x + i + p * kLanes<A>, p);
+    Pack<A> v[P];
+    for (int p = 0; p < P; ++p) v[p] = access.get(x + i + p * kLanes<A>, p);
+    sum = sum + tree_sum(v);
   }
 };
 
@@ -45,25 +47,41 @@ struct DeviationPacks {
   }
 };
 
-// The mean is relative to origin.
+// The moments of one block of `sets` sets side by side, set_stride apart, run by run across all of them; the means are
+// relative to the origins.
 template <class T>
-Moments<double> block_moments(const T* first, int64_t runs, int64_t length, int64_t stride, double origin) {
+void block_moments(const T* first, int64_t sets, int64_t set_stride, const Block& block, int64_t run_stride,
+                   const double* origin, Moments<double>* out) {
   using A = Accum<T>;
-  const double count = static_cast<double>(runs * length);
-  Pack<A> sum[4] = {Pack<A>(0), Pack<A>(0), Pack<A>(0), Pack<A>(0)};
-  for (int64_t r = 0; r < runs; ++r) for_packs<A>(length, SumPacks<T>{first + r * stride, sum});
+  const double inverse = 1 / static_cast<double>(block.size());
+  Pack<A> pivot[kMaxBatch];
+  PackD delta[kMaxBatch], square[kMaxBatch];
+  for (int64_t s = 0; s < sets; ++s) pivot[s] = Pack<A>(0), delta[s] = PackD(0), square[s] = PackD(0);
+  const auto for_runs = [&](auto&& each) {
+    for (int64_t r = 0; r < block.runs; ++r) {
+      for (int64_t s = 0; s < sets; ++s) each(first + r * run_stride + s * set_stride, s);
+    }
+  };
+  for_runs([&](const T* x, int64_t s) {
+    Pack<A> sum = pivot[s];
+    for_packs<A>(block.length, SumPacks<T>{x, sum});
+    pivot[s] = sum;
+  });
   // The mean as T holds it: differences of half-precision numbers are then exact, where their rounding would be the
   // same for all of one binade and not average out.
-  const Pack<A> pivot = round_to<T>(Pack<A>(sum_lanes(tree_sum(sum)) / count));
-  if (!std::isfinite(pivot[0])) return {static_cast<double>(pivot[0]), std::nan("")};
-
-  PackD delta(0), square(0);
-  for (int64_t r = 0; r < runs; ++r) {
-    for_packs<A>(length, DeviationPacks<T>{first + r * stride, pivot, delta, square});
+  for (int64_t s = 0; s < sets; ++s) pivot[s] = round_to<T>(Pack<A>(sum_lanes(pivot[s]) * inverse));
+  for_runs([&](const T* x, int64_t s) {
+    PackD deltas = delta[s], squares = square[s];
+    for_packs<A>(block.length, DeviationPacks<T>{x, pivot[s], deltas, squares});
+    delta[s] = deltas;
+    square[s] = squares;
+  });
+  for (int64_t s = 0; s < sets; ++s) {
+    const double sum = sum_lanes(delta[s]), shift = sum * inverse, about = pivot[s][0];
+    const double m2 = sum_lanes(square[s]) - sum * shift;
+    // An infinite mean stays infinite.
+    out[s] = {std::isfinite(about) ? (about - origin[s]) + shift : about, std::max(m2, 0.0)};
   }
-  const double shift = sum_lanes(delta);
-  const double m2 = sum_lanes(square) - shift * shift / count;
-  return {(pivot[0] - origin) + shift / count, std::max(m2, 0.0)};
 }
 
 template <class T>
@@ -95,75 +113,92 @@ class RowsForward : Call<T, ForwardArgs> {
     if (args.plan.split) {
       const int64_t chunks = stat_blocks_.chunks(), apply_chunks = weight_blocks_.chunks();
       Buffer<Partial> partials(g.sets() * chunks);
-      for_each_task(args.parallel, g.sets() * chunks, [&](int64_t t) { partials[t] = reduce(t / chunks, t % chunks); });
-      for (int64_t set = 0; set < g.sets(); ++set) fold(set, [&](int64_t k) { return partials[set * chunks + k]; });
+      for_each_task(args.parallel, g.sets() * chunks,
+                    [&](int64_t t) { reduce(t / chunks, 1, t % chunks, partials + t); });
+      for (int64_t set = 0; set < g.sets(); ++set) {
+        fold(set, 1, [&](int64_t k, Partial* out) { *out = partials[set * chunks + k]; });
+      }
       for_each_task(args.parallel, g.sets() * apply_chunks, [&](int64_t t) {
         const int64_t back = g.sets() * apply_chunks - 1 - t;  // what reduce read last is still in cache
         const int64_t first = back % apply_chunks * kChunkBlocks;
-        apply(back / apply_chunks, first, std::min(first + kChunkBlocks, weight_blocks_.count()));
+        apply(back / apply_chunks, 1, first, std::min(first + kChunkBlocks, weight_blocks_.count()));
       });
       return;
     }
-    const int64_t per_task = args.plan.sets_per_task, batch = sets_per_batch(g.set_size());
+    const int64_t per_task = args.plan.sets_per_task;
+    const bool apart = Base::short_runs_apart(stat_runs_);
+    const int64_t batch = apart ? kMaxBatch : sets_per_batch(g.set_size());
     for_each_task(args.parallel, div_up(g.sets(), per_task), [&](int64_t t) {
       const int64_t end = std::min((t + 1) * per_task, g.sets());
       for (int64_t first = t * per_task; first < end; first += batch) {
         const int64_t last = std::min(first + batch, end);
-        for (int64_t set = last; set < std::min(last + batch, end); ++set) prefetch(set);
-        for (int64_t set = first; set < last; ++set) fold(set, [&](int64_t k) { return reduce(set, k); });
-        for (int64_t set = first; set < last; ++set) apply(set, 0, weight_blocks_.count());
+        const int64_t reduced = batch > 1 ? last - first : 1, applied = apart ? last - first : 1;
+        for (int64_t set = first; set < last; set += reduced) {
+          fold(set, reduced, [&](int64_t k, Partial* out) { reduce(set, reduced, k, out); });
+        }
+        for (int64_t set = first; set < last; set += applied) apply(set, applied, 0, weight_blocks_.count());
       }
     });
   }
 
  private:
-  Partial reduce(int64_t set, int64_t chunk) const {
-    const T* base = x_ + set_base(g, set);
-    const double origin = origin_of(base);
-    const int64_t end = std::min((chunk + 1) * kChunkBlocks, stat_blocks_.count());
-    const auto block = [&](int64_t b) {
+  // One chunk of `sets` sets side by side.
+  void reduce(int64_t set, int64_t sets, int64_t chunk, Partial* out) const {
+    double origin[kMaxBatch];
+    Moments<double> moments[kMaxBatch];
+    for (int64_t s = 0; s < sets; ++s) origin[s] = origin_of_set(set + s);
+    const int64_t begin = chunk * kChunkBlocks, end = std::min(begin + kChunkBlocks, stat_blocks_.count());
+    for (int64_t b = begin; b < end; ++b) {
       const Block k = stat_blocks_[b];
-      const T* first = base + k.first_run * stat_runs_.stride + k.offset;
-      return Partial{static_cast<double>(k.size()), block_moments(first, k.runs, k.length, stat_runs_.stride, origin)};
-    };
-    Partial total = block(chunk * kChunkBlocks);
-    for (int64_t b = chunk * kChunkBlocks + 1; b < end; ++b) total.merge(block(b));
-    return total;
-  }
-
-  template <class F>
-  void fold(int64_t set, F&& partial) const {
-    Partial total = partial(0);
-    for (int64_t k = 1; k < stat_blocks_.chunks(); ++k) total.merge(partial(k));
-    total.moments.mean += origin_of(x_ + set_base(g, set));
-    stats.finish(set, total.moments, total.count, args.eps);
-  }
-
-  // Only batch norm's runs are short and apart; a group's follow one another.
-  void prefetch(int64_t set) const {
-    if (g.kind != Kind::kBatch) return;
-    const int64_t base = set_base(g, set);
-    prefetch_runs<false>(x_ + base, stat_runs_);
-    if (residual_) prefetch_runs<false>(residual_ + base, stat_runs_);
-    if (y_) prefetch_runs<true>(y_ + base, stat_runs_);
-  }
-
-  // Blocks [first, end) of a set, backwards: the last ones were read last.
-  void apply(int64_t set, int64_t first, int64_t end) const {
-    if (!y_) return;  // only the statistics are wanted
-    const int64_t base = set_base(g, set), channel = first_channel(g, set);
-    for (int64_t b = end - 1; b >= first; --b) {
-      const Block k = weight_blocks_[b];
-      for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
-        const int64_t run = base + r * weight_runs_.stride;
-        if (g.per_element()) {
-          const ElementCoefs<A> coefs = Base::element_coefs(set);
-          forward_stretch(stretch(run, k.offset), k.length, offset_coefs(coefs, k.offset), epilogue);
+      const T* first = x_ + set_base(g, set) + k.first_run * stat_runs_.stride + k.offset;
+      block_moments(first, sets, set_base(g, 1), k, stat_runs_.stride, origin, moments);
+      for (int64_t s = 0; s < sets; ++s) {
+        const Partial block{static_cast<double>(k.size()), moments[s]};
+        if (b == begin) {
+          out[s] = block;
         } else {
-          const int64_t c = g.kind == Kind::kBatch ? channel : channel + r;
-          forward_stretch(stretch(run, k.offset), k.length, Base::shared_coefs(set, c), epilogue);
+          out[s].merge(block);
         }
       }
+    }
+  }
+
+  // Chunks into sets; partial(k, out) gives those of chunk k.
+  template <class F>
+  void fold(int64_t set, int64_t sets, F&& partial) const {
+    Partial total[kMaxBatch], chunk[kMaxBatch];
+    partial(0, total);
+    for (int64_t k = 1; k < stat_blocks_.chunks(); ++k) {
+      partial(k, chunk);
+      for (int64_t s = 0; s < sets; ++s) total[s].merge(chunk[s]);
+    }
+    for (int64_t s = 0; s < sets; ++s) {
+      total[s].moments.mean += origin_of_set(set + s);
+      stats.finish(set + s, total[s].moments, total[s].count, args.eps);
+    }
+  }
+
+  // Where there is nothing to merge, there is nothing to be relative to.
+  double origin_of_set(int64_t set) const { return stat_blocks_.count() == 1 ? 0 : origin_of(x_ + set_base(g, set)); }
+
+  // Blocks [first, end) of `sets` sets side by side.
+  void apply(int64_t set, int64_t sets, int64_t first, int64_t end) const {
+    if (!y_) return;  // only the statistics are wanted
+    for (int64_t b = first; b < end; ++b) {
+      const Block k = weight_blocks_[b];
+      for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
+        for (int64_t s = set; s < set + sets; ++s) apply_run(s, r, k.offset, k.length);
+      }
+    }
+  }
+
+  FASTNORM_INLINE void apply_run(int64_t set, int64_t r, int64_t offset, int64_t length) const {
+    const ForwardStretch<T> s = stretch(set_base(g, set) + r * weight_runs_.stride, offset);
+    if (g.per_element()) {
+      forward_stretch(s, length, offset_coefs(Base::element_coefs(set), offset), epilogue);
+    } else {
+      const int64_t c = first_channel(g, set) + (g.kind == Kind::kBatch ? 0 : r);
+      forward_stretch(s, length, Base::shared_coefs(set, c), epilogue);
     }
   }
 

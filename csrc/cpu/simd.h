@@ -438,9 +438,19 @@ FASTNORM_INLINE Pack<double> load_wide(const float* p) {
   return r;
 }
 
-// Sum of the lanes, always in the same order.
+// Sum of the lanes, always in the same order: halves, quarters, the last two.
 FASTNORM_INLINE double sum_lanes(Pack<double> v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256d half = _mm512_castpd512_pd256(v.part[0]) + _mm512_extractf64x4_pd(v.part[0], 1);
+#else
+  const __m256d half = v.part[0] + v.part[1];
+#endif
+  const __m128d quarter = _mm256_castpd256_pd128(half) + _mm256_extractf128_pd(half, 1);
+  return quarter[0] + quarter[1];
+#else
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
 }
 template <class A>
 FASTNORM_INLINE double sum_lanes(Pack<A> v) {

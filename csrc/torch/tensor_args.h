@@ -6,7 +6,6 @@
 #include <ATen/core/Tensor.h>
 #include <sys/mman.h>
 #include <torch/csrc/stable/c/shim.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <optional>
@@ -136,10 +135,6 @@ inline Tensor make_output(at::IntArrayRef sizes, at::ScalarType type, at::Memory
   return t;
 }
 
-// Below this a parallel region costs more than it saves: waking torch's pool took 5 to 10 us on two cores, in which one
-// core moves about this many elements.
-constexpr int64_t kMinParallelElements = 32768;
-
 // Tasks are handed out one by one: on a shared machine equal shares finish at unequal times.
 inline void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   struct Queue {
@@ -168,23 +163,6 @@ inline Parallel parallel_for(const Geometry& g) {
   return {g.numel() < kMinParallelElements ? 1 : at::get_num_threads(), run_tasks};
 }
 
-// A cache's size as the system tells it, or `otherwise`.
-inline int64_t cache_bytes([[maybe_unused]] int name, int64_t otherwise) {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  const long bytes = sysconf(name);
-  if (bytes > 0) return bytes;
-#endif
-  return otherwise;
-}
-
-inline CpuInfo cpu_info(int threads) {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const int64_t l2 = cache_bytes(_SC_LEVEL2_CACHE_SIZE, int64_t(512) << 10);
-  static const int64_t l3 = cache_bytes(_SC_LEVEL3_CACHE_SIZE, int64_t(16) << 20);
-#else
-  static const int64_t l2 = int64_t(512) << 10, l3 = int64_t(16) << 20;
-#endif
-  return {l2, l3, threads};
-}
+CpuInfo cpu_info(int threads);  // cpu_info.cpp
 
 }  // namespace fastnorm::ops

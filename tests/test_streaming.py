@@ -1,0 +1,67 @@
+"""Outputs larger than the last cache are stored past it: the same bits as from parts that are not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import to_layout
+from fastnorm import functional
+
+# More than half of the last cache, where plan.cpp begins to stream. Beyond 64 MiB of cache the test is merely large.
+CACHE = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
+BYTES = min(max(CACHE, 16 << 20) * 5 // 8, 40 << 20)
+
+
+def gradients(y: Tensor, *leaves: Tensor) -> list[Tensor]:
+    """y, and the gradients of leaves when the incoming one is y / 2."""
+    return [y.detach(), *torch.autograd.grad(y, leaves, y.detach() / 2)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 37], ids=["aligned", "odd"])
+@pytest.mark.parametrize("layout", ["planar", "channels_last"])
+def test_instance_norm(layout: str, width: int, dtype: torch.dtype, threads: int) -> None:
+    channels = width // 2
+    samples = BYTES // (channels * width * width * dtype.itemsize) // 4 * 4
+    x, residual = (
+        to_layout(torch.randn(samples, channels, width, width, dtype=dtype), layout).requires_grad_() for _ in range(2)
+    )
+    torch.set_num_threads(threads)
+    whole = gradients(functional.instance_norm(x, residual=residual, activation="relu"), x, residual)
+    for i in range(0, samples, samples // 4):
+        part = slice(i, i + samples // 4)
+        a, b = (t.detach()[part].requires_grad_() for t in (x, residual))
+        parts = gradients(functional.instance_norm(a, residual=b, activation="relu"), a, b)
+        assert all(torch.equal(t[part], p) for t, p in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [96, 333])
+def test_layer_norm(columns: int, dtype: torch.dtype) -> None:
+    rows = BYTES // (columns * dtype.itemsize) // 4 * 4
+    x = torch.randn(rows, columns, dtype=dtype, requires_grad=True)
+    whole = gradients(functional.layer_norm(x, (columns,), activation="silu"), x)
+    for i in range(0, rows, rows // 4):
+        part = x.detach()[i : i + rows // 4].requires_grad_()
+        parts = gradients(functional.layer_norm(part, (columns,), activation="silu"), part)
+        assert all(torch.equal(t[i : i + rows // 4], p) for t, p in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("width", [56, 37], ids=["aligned", "odd"])
+def test_batch_norm(width: int, frozen: bool) -> None:
+    """Split by channels."""
+    samples = BYTES // (16 * width * width * 4)
+    x = torch.randn(samples, 16, width, width, requires_grad=True)
+    mean, var = torch.randn(16), torch.rand(16) + 0.5
+    whole = gradients(functional.batch_norm(x, mean, var, training=not frozen, activation="relu"), x)
+    for c in range(0, 16, 4):
+        part = x.detach()[:, c : c + 4].contiguous().requires_grad_()
+        statistics = (None, None) if not frozen else (mean[c : c + 4], var[c : c + 4])
+        y = functional.batch_norm(part, *statistics, training=not frozen, activation="relu")
+        assert all(torch.equal(t[:, c : c + 4], p) for t, p in zip(whole, gradients(y, part), strict=True))
