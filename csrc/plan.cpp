@@ -45,7 +45,9 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
 
 CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, const CpuInfo& cpu) {
   // An output of half the last cache and more has left it before anyone reads it.
-  const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2;
+  // Runs of whole packs only: half-written lines are slow to stream.
+  const int64_t run = g.traversal() == Traversal::kColumns ? g.C : g.per_element() ? g.D() : g.S;
+  const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2 && run % 16 == 0;
   const CpuPlan plan{g.traversal(), false, stream, 1, g.C, 16, g.positions()};
   return g.traversal() == Traversal::kRows ? plan_rows(g, plan, cpu) : plan_columns(g, dtype, streams, plan, cpu);
 }

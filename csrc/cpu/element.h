@@ -108,16 +108,17 @@ struct Whole {
 template <int kLast>
 struct Tail {
   int64_t n;
+  bool stream;
   template <class T>
   FASTNORM_INLINE Pack<Accum<T>> get(const T* p, int pack) const {
-    return pack == kLast ? load_first(p, n) : load(p);
+    return pack == kLast && n < kLanes<Accum<T>> ? load_first(p, n) : load(p);
   }
   template <class T>
   FASTNORM_INLINE void put(T* p, Pack<Accum<T>> v, int pack) const {
-    if (pack == kLast) {
+    if (pack == kLast && n < kLanes<Accum<T>>) {
       store_first(p, v, n);
     } else {
-      store(p, v);
+      Whole{stream}.put(p, v, pack);
     }
   }
   // Zero in the lanes that do not exist.
@@ -156,19 +157,19 @@ FASTNORM_INLINE void for_packs(int64_t n, const F& f, bool stream = false) {
   int64_t i = 0;
   if constexpr (kParts > 2) {
     for (; i + L <= n; i += L) f.template packs<1>(i, Whole{stream});
-    if (i < n) f.template packs<1>(i, Tail<0>{n - i});
+    if (i < n) f.template packs<1>(i, Tail<0>{n - i, stream});
     return;
   }
   for (; i + 4 * L <= n; i += 4 * L) f.template packs<4>(i, Whole{stream});
   const int64_t rest = n - i;
   if (rest > 3 * L) {
-    f.template packs<4>(i, Tail<3>{rest - 3 * L});
+    f.template packs<4>(i, Tail<3>{rest - 3 * L, stream});
   } else if (rest > 2 * L) {
-    f.template packs<3>(i, Tail<2>{rest - 2 * L});
+    f.template packs<3>(i, Tail<2>{rest - 2 * L, stream});
   } else if (rest > L) {
-    f.template packs<2>(i, Tail<1>{rest - L});
+    f.template packs<2>(i, Tail<1>{rest - L, stream});
   } else if (rest > 0) {
-    f.template packs<1>(i, Tail<0>{rest});
+    f.template packs<1>(i, Tail<0>{rest, stream});
   }
 }
 
@@ -297,9 +298,10 @@ FASTNORM_INLINE void forward_stretch(const ForwardStretch<T>& s, int64_t n, cons
 
 // ---- backward ----
 
-template <class T>
+// D: the type dy is stored in, T's own or, when d has been kept from the first pass, A.
+template <class T, class D = T>
 struct BackwardStretch {
-  const T* dy;
+  const D* dy;
   const T* x;
   const T* residual;
   const uint8_t* mask;
@@ -324,8 +326,8 @@ struct Down {
 };
 
 // d = dy * act'(z) and x - mean of P packs at element i.
-template <int P, class T, class Coefs, class Access, class Place, class A = Accum<T>>
-FASTNORM_INLINE void load_grad(const BackwardStretch<T>& s, int64_t i, const Coefs& coefs, const Epilogue<A>& e,
+template <int P, class T, class D, class Coefs, class Access, class Place, class A = Accum<T>>
+FASTNORM_INLINE void load_grad(const BackwardStretch<T, D>& s, int64_t i, const Coefs& coefs, const Epilogue<A>& e,
                                Access access, Place place, Pack<A> (&d)[P], Pack<A> (&centered)[P]) {
   for (int p = 0; p < P; ++p) {
     centered[p] = access.get(s.x + i + place.element(p), p) - coefs.at(i + place.coef(p)).mean;
@@ -376,12 +378,16 @@ struct SharedGradSums {
   const BackwardStretch<T>& s;
   const SharedCoefs<A>& coefs;
   const Epilogue<A>& epilogue;
+  A* kept;  // where d goes for the second pass, or null
   GradSums<PackD>& sums;
 
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     Pack<A> d[P], centered[P];
     load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, centered);
+    if (kept) {
+      for (int p = 0; p < P; ++p) store(kept + i + p * kLanes<A>, d[p]);
+    }
     sums.d = sums.d + widen_halves(tree_sum(d));
     if constexpr (kExact) {
       const PackD mean = widen_lower(coefs.all.mean);
@@ -395,10 +401,10 @@ struct SharedGradSums {
 };
 
 // dx and dresidual over a stretch.
-template <class T, class Coefs, class Terms>
+template <class T, class D, class Coefs, class Terms>
 struct BackwardPacks {
   using A = Accum<T>;
-  const BackwardStretch<T>& s;
+  const BackwardStretch<T, D>& s;
   const Coefs& coefs;
   const Terms& terms;
   const Epilogue<A>& epilogue;
@@ -419,11 +425,11 @@ struct BackwardPacks {
   }
 };
 
-template <class T, class Coefs, class Terms>
-FASTNORM_INLINE void backward_stretch(const BackwardStretch<T>& s, int64_t n, const Coefs& coefs, const Terms& terms,
+template <class T, class D, class Coefs, class Terms>
+FASTNORM_INLINE void backward_stretch(const BackwardStretch<T, D>& s, int64_t n, const Coefs& coefs, const Terms& terms,
                                       const Epilogue<Accum<T>>& epilogue) {
   const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
-  for_packs<Accum<T>>(n, BackwardPacks<T, Coefs, Terms>{s, coefs, terms, epilogue}, stream);
+  for_packs<Accum<T>>(n, BackwardPacks<T, D, Coefs, Terms>{s, coefs, terms, epilogue}, stream);
 }
 
 }  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

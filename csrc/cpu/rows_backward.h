@@ -18,6 +18,7 @@ class RowsBackward : Call<T, BackwardArgs> {
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
   using Sums = GradSums<double>;
+  static constexpr int64_t kKeptElements = 1 << 17;  // half a megabyte of float32, half of a common L2
 
   const T* dy_ = static_cast<const T*>(args.dy);
   const T* x_ = static_cast<const T*>(args.x);
@@ -32,6 +33,11 @@ class RowsBackward : Call<T, BackwardArgs> {
   const int64_t mask_row_ = mask_row_bytes(g.S, args.dtype);
   const bool sums_ = !args.frozen || args.dweight || args.dbias;
   const bool applies_ = args.dx || args.dresidual;
+  // A derivative worth more than a load and a store is worked out once, if the set's d fits the cache beside it:
+  // GroupNorm + SiLU of 2x640x32x32 bfloat16, forward and backward: 0.90 ms without, 0.65 with (two threads).
+  const int64_t kept_run_ = div_up(g.S, kLanes<A>) * kLanes<A>, kept_cell_ = cell_runs_.count * kept_run_;
+  const bool keeps_ = sums_ && applies_ && !args.frozen && !args.plan.split && args.activation != Activation::kNone &&
+                      !is_two_sided(args.activation) && cells_per_set_ * kept_cell_ <= kKeptElements;
 
  public:
   using Base::Base;
@@ -69,18 +75,27 @@ class RowsBackward : Call<T, BackwardArgs> {
   // `sets` sets: one, or some of batch norm's (a cell each) side by side.
   void run_sets(int64_t set, int64_t sets, Sums* sums) const {
     const int64_t first = set * cells_per_set_, cells = sets * cells_per_set_;
+    const Buffer<A> buffer(keeps_ ? cells * kept_cell_ : 0);
+    A* const kept = keeps_ ? static_cast<A*>(buffer) : nullptr;
     for (int64_t cell = first; cell < first + cells && sums_; cell += sets) {
-      reduce(cell, sets, 0, sums + cell);
+      A* const cell_kept = kept ? kept + (cell - first) * kept_cell_ : nullptr;
+      reduce(cell, sets, 0, sums + cell, cell_kept);
       for (int64_t k = 1; k < blocks_.chunks(); ++k) {
         Sums chunk[kMaxBatch];
-        reduce(cell, sets, k, chunk);
+        reduce(cell, sets, k, chunk, cell_kept);
         for (int64_t s = 0; s < sets; ++s) sums[cell + s].merge(chunk[s]);
       }
     }
     if (!applies_) return;
     SharedTerms<A> terms[kMaxBatch];
     for (int64_t s = 0; s < sets; ++s) terms[s] = sums_ ? fold(set + s, sums) : SetTerms<A>{0, 0};
-    for (int64_t cell = first; cell < first + cells; cell += sets) apply(cell, sets, 0, blocks_.count(), terms);
+    for (int64_t cell = first; cell < first + cells; cell += sets) {
+      if (kept) {
+        apply_kept(cell, sets, kept + (cell - first) * kept_cell_, terms);
+      } else {
+        apply(cell, sets, 0, blocks_.count(), terms);
+      }
+    }
   }
 
   int64_t channel(int64_t cell) const { return cell % g.C; }
@@ -97,31 +112,38 @@ class RowsBackward : Call<T, BackwardArgs> {
             args.plan.stream};
   }
 
-  // One chunk of `cells` cells side by side.
-  void reduce(int64_t cell, int64_t cells, int64_t chunk, Sums* out) const {
+  // One chunk of `cells` cells side by side; d goes to `kept`, if that is not null.
+  void reduce(int64_t cell, int64_t cells, int64_t chunk, Sums* out, A* kept = nullptr) const {
     GradSums<PackD> lanes[kMaxBatch];
     for (int64_t s = 0; s < cells; ++s) lanes[s] = {PackD(0), PackD(0)};
     for_runs(cell, cells, chunk * kChunkBlocks, std::min((chunk + 1) * kChunkBlocks, blocks_.count()),
-             [&](const BackwardStretch<T>& stretch, int64_t length, int64_t s) {
+             [&](const BackwardStretch<T>& stretch, int64_t length, int64_t s, int64_t run, int64_t offset) {
                const SharedCoefs<A> c = coefs(cell + s);
+               A* const d = kept ? kept_at(kept, s, run, offset) : nullptr;
                GradSums<PackD> sums = lanes[s];
                if (batch_) {
-                 for_packs<A>(length, SharedGradSums<T, true>{stretch, c, epilogue, sums});
+                 for_packs<A>(length, SharedGradSums<T, true>{stretch, c, epilogue, d, sums});
                } else {
-                 for_packs<A>(length, SharedGradSums<T, false>{stretch, c, epilogue, sums});
+                 for_packs<A>(length, SharedGradSums<T, false>{stretch, c, epilogue, d, sums});
                }
                lanes[s] = sums;
              });
     for (int64_t s = 0; s < cells; ++s) out[s] = {sum_lanes(lanes[s].d), sum_lanes(lanes[s].d_centered)};
   }
 
-  // f(stretch, length, s) for the runs of the blocks [first, end) of the cells cell + s, run by run across the cells.
+  // Every run of a kept cell begins at a whole pack, so that a pack past the end of one spoils no other.
+  FASTNORM_INLINE A* kept_at(A* kept, int64_t s, int64_t run, int64_t offset) const {
+    return kept + s * kept_cell_ + run * kept_run_ + offset;
+  }
+
+  // f(stretch, length, s, run, offset) for the runs of the blocks [first, end) of the cells cell + s, run by run across
+  // the cells.
   template <class F>
   FASTNORM_INLINE void for_runs(int64_t cell, int64_t cells, int64_t first, int64_t end, F&& f) const {
     for (int64_t b = first; b < end; ++b) {
       const Block k = blocks_[b];
       for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
-        for (int64_t s = 0; s < cells; ++s) f(stretch(cell + s, r, k.offset), k.length, s);
+        for (int64_t s = 0; s < cells; ++s) f(stretch(cell + s, r, k.offset), k.length, s, r, k.offset);
       }
     }
   }
@@ -137,13 +159,24 @@ class RowsBackward : Call<T, BackwardArgs> {
   }
 
   void apply(int64_t cell, int64_t cells, int64_t first, int64_t end, const SharedTerms<A>* terms) const {
-    for_runs(cell, cells, first, end, [&](const BackwardStretch<T>& stretch, int64_t length, int64_t s) {
-      if (args.frozen) {
-        backward_stretch(stretch, length, coefs(cell + s), FrozenTerms<A>{}, epilogue);
-      } else {
-        backward_stretch(stretch, length, coefs(cell + s), terms[s], epilogue);
-      }
-    });
+    for_runs(cell, cells, first, end,
+             [&](const BackwardStretch<T>& stretch, int64_t length, int64_t s, int64_t, int64_t) {
+               if (args.frozen) {
+                 backward_stretch(stretch, length, coefs(cell + s), FrozenTerms<A>{}, epilogue);
+               } else {
+                 backward_stretch(stretch, length, coefs(cell + s), terms[s], epilogue);
+               }
+             });
+  }
+
+  void apply_kept(int64_t cell, int64_t cells, A* kept, const SharedTerms<A>* terms) const {
+    const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
+    const auto each = [&](const BackwardStretch<T>& s, int64_t length, int64_t k, int64_t run, int64_t offset) {
+      const BackwardStretch<T, A> with_d{
+          kept_at(kept, k, run, offset), s.x, nullptr, nullptr, s.dx, s.dresidual, s.stream};
+      backward_stretch(with_d, length, coefs(cell + k), terms[k], none);
+    };
+    for_runs(cell, cells, 0, blocks_.count(), each);
   }
 
   void sum_over_samples(const Sums* sums) const {
