@@ -11,10 +11,6 @@
 
 namespace fastnorm {
 
-// Below this a parallel region costs more than it saves: waking torch's pool took 5 to 10 us on two cores, in which one
-// core moves about this many elements.
-constexpr int64_t kMinParallelElements = 32768;
-
 // How the caller's thread pool is reached: runs body(context, task) for every task, in any order, on any thread.
 struct Parallel {
   int threads;

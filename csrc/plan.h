@@ -21,6 +21,10 @@ constexpr int64_t kBlock = 4096;
 // Blocks folded into one partial; the smallest piece of a set that another thread may take.
 constexpr int64_t kChunkBlocks = 16;
 
+// Below this a parallel region costs more than it saves: waking torch's pool took 5 to 10 us on two cores, in which one
+// core moves about this many elements.
+constexpr int64_t kMinParallelElements = 32768;
+
 struct CpuPlan {
   Traversal traversal;
   // A split call reduces, folds and applies in three parallel steps over chunks; otherwise one task does all three

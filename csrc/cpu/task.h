@@ -62,7 +62,7 @@ void read_params(const Params& params, int64_t n, A absent, A* out) {
       for (int64_t i = 0; i + L <= n; i += L) store(out + i, load(p + i));
       if (n % L) store_first(out + n / L * L, load_first(p + n / L * L, n % L), n % L);
     } else {
-      for (int64_t i = 0; i < n; ++i) {  // float64 with other parameters does not occur in one call of the ops
+      for (int64_t i = 0; i < n; ++i) {
         alignas(kPackBytes) Accum<T> lane[kLanes<Accum<T>>];
         store(lane, load_first(p + i, 1));
         out[i] = static_cast<A>(lane[0]);

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "simd.h"
+#include "load_store.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
