@@ -3,7 +3,7 @@
 // What     as rows_forward.h.
 // Who      a task -> a tile of channels (whole groups) over all positions of a sample or, for batch norm, of the batch;
 //          when such a tile does not fit the cache, or tiles are few (plan.split), a task -> a chunk of positions in
-//          each of two passes, the second one backwards.
+//          each of two passes, the second with the chunks in the opposite order.
 // Traffic  x once from memory while a tile fits the cache (twice otherwise), residual once, y once.
 // Numerics one accumulator per channel; blocks of plan.block_positions as in rows_forward.h, merged in double in order;
 //          a group then merges its channels in order.
