@@ -228,7 +228,7 @@ def serve_instance_norm(
     """Instance norm by the kernels: group norm of one channel a group; by running statistics, batch norm."""
     kind, groups = KIND_BATCH, 0
     if use_input_stats:
-        kind, groups = KIND_GROUP, x.size(1)
+        kind, groups = KIND_GROUP, int(x.size(1))  # int: torch.compile takes the number of channels for a constant
         if x.numel() <= x.size(0) * groups:
             raise Unserved("x has less than two spatial elements")
     return apply_norm(

@@ -54,9 +54,11 @@ class Norm(nn.Module):
         **kwargs: Any,
     ) -> None:
         activation_code(activation)
+        if not isinstance(activation_param, (int, float)):
+            raise TypeError(f"activation_param must be a number, but got {type(activation_param).__name__}")
         super().__init__(*args, **kwargs)
         self.activation = activation
-        self.activation_param = activation_param
+        self.activation_param = float(activation_param)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(norm(input) + residual), of input's shape and dtype. residual: input's shape and dtype."""

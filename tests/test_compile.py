@@ -190,6 +190,23 @@ def test_dynamic_shapes_compile_once(device: torch.device) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+def test_dynamic_channels(device: torch.device) -> None:
+    """After `+ x` every size is symbolic, the number of channels too: InstanceNorm's groups must not be."""
+    norms = nn.Sequential(fastnorm.BatchNorm2d(4), fastnorm.InstanceNorm2d(4), fastnorm.GroupNorm(2, 4)).to(device)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        for norm in norms:
+            x = norm(x + 1) + x
+        return x
+
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch, size in ((2, 6), (3, 5)):
+        x = torch.randn(batch, 4, size, size, device=device, requires_grad=True)
+        (expected,) = torch.autograd.grad(block(x).square().sum(), x)
+        (actual,) = torch.autograd.grad(compiled(x).square().sum(), x)
+        torch.testing.assert_close(actual, expected)
+
+
 def test_a_whole_model_compiles_without_a_break(device: torch.device) -> None:
     """Between convolutions, converted, with the input of an unserved dtype combination too."""
     model = nn.Sequential(

@@ -343,3 +343,9 @@ def test_odd_calls_end_as_in_torch(
         else:
             results.append(module)
     assert_same_outcome(*results)
+
+
+@pytest.mark.parametrize("param", [None, "0.1", [0.1]])
+def test_activation_param_is_a_number(param: object) -> None:
+    with pytest.raises(TypeError, match="activation_param must be a number"):
+        fastnorm.BatchNorm2d(3, activation="leaky_relu", activation_param=param)
