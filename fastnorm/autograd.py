@@ -2,7 +2,7 @@
 
 Host time counts here: a layer on a small tensor costs its Python. So an eager call is one operator, `norm`, whose
 C++ checks the arguments and records the gradient (csrc/torch/autograd.cpp). Its RuntimeError, like our `Unserved`,
-sends the caller to torch's operators. torch.compile sees `NormFunction` and the functional operators instead.
+sends the caller to torch's operators. torch.compile sees the functional operators, and through them `NormFunction`.
 """
 
 from __future__ import annotations
@@ -120,13 +120,10 @@ def _apply_traced(
     if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         raise Unserved("running statistics require grad")
     mean, var = (None, None) if use_input_stats else (running_mean, running_var)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
-        config = (kind, groups, eps, mean is not None, activation, param)
-        y, stats, _ = NormFunction.apply(x, weight, bias, residual, mean, var, config)
-    else:
-        y, stats, _ = ops.norm_forward(
-            x, weight, bias, residual, mean, var, kind, groups, eps, activation, param, False
-        )
+    save_mask = torch.is_grad_enabled()
+    y, stats, _ = ops.norm_forward(
+        x, weight, bias, residual, mean, var, kind, groups, eps, activation, param, save_mask
+    )
     if use_input_stats and (running_mean is not None or num_batches_tracked is not None):
         count = x.numel() // stats.shape[1]
         ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
@@ -137,35 +134,25 @@ class NormFunction(Function):
     """`norm_forward` with its gradient: y, stats and mask, of which y is differentiable."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: OptTensor,
-        bias: OptTensor,
-        residual: OptTensor,
-        mean: OptTensor,
-        var: OptTensor,
-        config: Config,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kind, groups, eps, _, activation, param = config
-        return ops.norm_forward(  # type: ignore[no-any-return]
-            x, weight, bias, residual, mean, var, kind, groups, eps, activation, param, True
-        )
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.norm_forward(*args)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, _, _, config = inputs
+        x, weight, bias, residual, mean, _, kind, groups, eps, activation, param, _ = inputs
         _, stats, mask = output
-        if config[4] == 0 or mask.numel() != 0:
+        if activation == 0 or mask.numel() != 0:
             residual = None  # backward can do without
         ctx.mark_non_differentiable(stats, mask)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, residual, stats, mask)
-        ctx.config = config
+        ctx.config = (kind, groups, eps, mean is not None, activation, param)
 
     @staticmethod
     def backward(ctx: Any, dy: OptTensor, *_: None) -> tuple[OptTensor, ...]:
         if dy is None:
-            return (None,) * 7
+            return (None,) * 12
         kind, groups, eps, frozen, activation, param = ctx.config
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         needs = [needs_x, needs_weight or needs_bias, needs_residual]
@@ -183,8 +170,17 @@ class NormFunction(Function):
             dweight if needs_weight else None,
             dbias if needs_bias else None,
             dresidual if needs_residual else None,
-            *(None,) * 3,
+            *(None,) * 8,
         )
+
+
+@torch.library.impl("fastnorm::norm_forward", "Autograd")
+def _forward_with_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The functional operator is differentiable by itself: torch.compile takes it for one node and, further down, traces
+    into the Function. (The Function in its own trace fails where sizes are dynamic and norms follow each other.)"""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
+        return NormFunction.apply(*args)  # type: ignore[no-any-return]
+    return NormFunction.forward(*args)
 
 
 class NormBackwardFunction(Function):
