@@ -176,8 +176,8 @@ class NormFunction(Function):
 
 @torch.library.impl("fastnorm::norm_forward", "Autograd")
 def _forward_with_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The functional operator is differentiable by itself: torch.compile takes it for one node and, further down, traces
-    into the Function. (The Function in its own trace fails where sizes are dynamic and norms follow each other.)"""
+    """The functional operator is differentiable by itself: torch.compile takes it for one node, and traces into the
+    Function further down. (In dynamo's own trace a Function fails where sizes are dynamic and norms form a chain.)"""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
         return NormFunction.apply(*args)  # type: ignore[no-any-return]
     return NormFunction.forward(*args)

@@ -112,8 +112,8 @@ inline Tensor check_like_x(const Tensor& t, const char* name, const Tensor& x, c
 }
 
 // From here on an output asks for huge pages: the kernel then clears it 2 MB at a time instead of taking a fault for
-// every 4 KB, which for a tensor fresh from the system costs more than all of our arithmetic (see
-// benchmarks/README.md).
+// every 4 KB, which for a tensor fresh from the system costs more than all of our arithmetic: BatchNorm2d forward of
+// 32x64x112x112 float32 took 1.1 times x.clone() without and 0.34 with (two threads, malloc as it comes).
 constexpr size_t kHugePageBytes = size_t(2) << 20, kMinHugeBytes = 4 * kHugePageBytes;
 
 // A new tensor, without the dispatcher's 0.3 us: ops of tiny tensors are made of little else.
