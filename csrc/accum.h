@@ -1,10 +1,10 @@
-// The two accumulators. Both know how to take in a partial of the same kind and nothing of the reduction's shape;
-// V is double, or a pack of doubles when many sets are merged side by side.
+// The accumulators. All know how to take in a partial of the same kind and nothing of the reduction's shape; V is a
+// number, or a pack of them when many sets are merged side by side.
 #pragma once
 
-namespace fastnorm {
+#include "dtype.h"
 
-inline double select(bool condition, double a, double b) { return condition ? a : b; }
+namespace fastnorm {
 
 // Mean and sum of squared deviations of `count` values, merged after Chan, Golub and LeVeque (1979).
 template <class V>
@@ -13,14 +13,38 @@ struct Moments {
   V m2;
 
   // Takes in `other` of other_count values; the caller keeps the counts, which side-by-side sets share.
-  void merge(const Moments& other, double count, double other_count) {
-    const double total = count + other_count, weight = other_count / total;
+  template <class Count>
+  FASTNORM_HOST_DEVICE void merge(const Moments& other, Count count, Count other_count) {
+    const Count total = count + other_count, weight = other_count / total;
     const V delta = other.mean - mean;
     m2 = m2 + other.m2 + delta * delta * V(count * weight);
     // The weighted sum only where delta is not finite: it keeps an infinite mean infinite.
     const V weighted = mean * V(count / total) + other.mean * V(weight);
     mean = select(delta * V(0) >= V(0), mean + delta * V(weight), weighted);
   }
+};
+
+// Moments that carry their count: partials of a reduction whose parts differ in size. All zeros: of nothing.
+template <class V>
+struct Welford {
+  V count;
+  Moments<V> moments;
+
+  FASTNORM_HOST_DEVICE void merge(const Welford& other) {
+    if (other.count == V(0)) return;
+    if (count == V(0)) {
+      *this = other;
+      return;
+    }
+    moments.merge(other.moments, count, other.count);
+    count = count + other.count;
+  }
+};
+
+template <class V>
+struct Sum {
+  V value;
+  FASTNORM_HOST_DEVICE void merge(const Sum& other) { value = value + other.value; }
 };
 
 // Sums over d = dy * act'(z) that backward needs. d (x - mean) instead of d xhat: one rounding less an element; rstd is
@@ -30,7 +54,7 @@ struct GradSums {
   V d;
   V d_centered;
 
-  void merge(const GradSums& other) {
+  FASTNORM_HOST_DEVICE void merge(const GradSums& other) {
     d = d + other.d;
     d_centered = d_centered + other.d_centered;
   }

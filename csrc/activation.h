@@ -3,6 +3,10 @@
 // exp, erf, tanh, fma. Where torch.nn defines a value at a kink, so does this file.
 #pragma once
 
+#include <cmath>
+
+#include "dtype.h"
+
 namespace fastnorm {
 
 // The numbers are the ops' `activation` argument (fastnorm/ops.py holds the same table).
@@ -20,10 +24,13 @@ enum class Activation : int {
 constexpr int kActivations = 9;
 
 // True for activations whose derivative is one of two constants, so that a bit per element is all backward needs.
-constexpr bool is_two_sided(Activation a) { return a == Activation::kRelu || a == Activation::kLeakyRelu; }
+FASTNORM_HOST_DEVICE constexpr bool is_two_sided(Activation a) {
+  return a == Activation::kRelu || a == Activation::kLeakyRelu;
+}
 
 template <class V>
-V sigmoid(V z) {
+FASTNORM_HOST_DEVICE V sigmoid(V z) {
+  using std::exp;
   return V(1) / (V(1) + exp(V(0) - z));
 }
 
@@ -33,7 +40,8 @@ constexpr double kGeluTanhCubic = 0.044715;
 
 // act(z). `param` is leaky_relu's slope.
 template <Activation kAct, class V>
-V activate(V z, V param) {
+FASTNORM_HOST_DEVICE V activate(V z, V param) {
+  using std::erf, std::exp, std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu) return select(z <= V(0), V(0), z);  // NaN stays NaN
   if constexpr (kAct == Activation::kLeakyRelu) return select(z > V(0), z, z * param);
   if constexpr (kAct == Activation::kSilu) return z / (V(1) + exp(V(0) - z));
@@ -55,7 +63,8 @@ V activate(V z, V param) {
 
 // d act(z) / dz.
 template <Activation kAct, class V>
-V activation_slope(V z, V param) {
+FASTNORM_HOST_DEVICE V activation_slope(V z, V param) {
+  using std::erf, std::exp, std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu) return select(z <= V(0), V(0), V(1));
   if constexpr (kAct == Activation::kLeakyRelu) return select(z > V(0), V(1), param);
   if constexpr (kAct == Activation::kSilu) {

@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// Marks what both a CPU and a CUDA thread call.
+#if defined(__CUDACC__)
+#define FASTNORM_HOST_DEVICE __host__ __device__
+#else
+#define FASTNORM_HOST_DEVICE
+#endif
+
 namespace fastnorm {
 
 enum class DType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
@@ -34,6 +41,12 @@ constexpr const char* name_of(DType dtype) {
     case DType::kBFloat16: return "bfloat16";
     default: return "float16";
   }
+}
+
+// The name of a choice that scalars share with vector types, lane by lane there.
+template <class V>
+FASTNORM_HOST_DEVICE V select(bool condition, V a, V b) {
+  return condition ? a : b;
 }
 
 template <class T>

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace fastnorm {
 
@@ -41,9 +42,14 @@ struct Geometry {
     return channels_last && S > 1 ? Traversal::kColumns : Traversal::kRows;
   }
 
+  // The elements that lie side by side and get their weights side by side: a row of the mask.
+  int64_t mask_run() const { return traversal() == Traversal::kColumns ? C : per_element() ? D() : S; }
+
   // Columns: `outer` independent stacks of `positions` rows of C channels.
   int64_t outer() const { return kind == Kind::kBatch ? 1 : N; }
   int64_t positions() const { return kind == Kind::kBatch ? N * S : S; }
+  // Channels of one set at one position.
+  int64_t set_channels() const { return kind == Kind::kBatch ? 1 : D(); }
 
   bool operator==(const Geometry& o) const {
     return kind == o.kind && N == o.N && C == o.C && S == o.S && G == o.G && channels_last == o.channels_last;
@@ -75,5 +81,7 @@ inline int64_t set_base(const Geometry& g, int64_t set) {
 inline int64_t first_channel(const Geometry& g, int64_t set) {
   return g.kind == Kind::kBatch ? set : set % g.G * g.D();
 }
+
+std::string to_string(const Geometry& geometry);
 
 }  // namespace fastnorm

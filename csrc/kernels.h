@@ -7,31 +7,28 @@
 #include "activation.h"
 #include "dtype.h"
 #include "geometry.h"
-#include "plan.h"
+#include "plan_cpu.h"
+#include "plan_cuda.h"
 
 namespace fastnorm {
-
-// How the caller's thread pool is reached: runs body(context, task) for every task, in any order, on any thread.
-struct Parallel {
-  int threads;
-  void (*run)(int64_t tasks, void (*body)(void*, int64_t), void* context);
-};
 
 // A vector of C parameters of its own type; null pointers mean "absent".
 struct Params {
   const void* data;
   DType dtype;
 };
+struct ParamGrads {
+  void* data;
+  DType dtype;
+};
 
 // y = act((x - mean) * rstd * weight + bias + residual), x and y as geometry says, all dense.
 struct ForwardArgs {
   Geometry geometry;
-  CpuPlan plan;
-  Parallel parallel;
   DType dtype;
   const void* x;
-  const void* residual;  // or null
-  void* y;
+  const void* residual;              // or null
+  void* y;                           // null: only the statistics are wanted
   uint8_t* mask;                     // mask_bytes(...) or null: one bit per element, the side of a two-sided activation
   Params weight, bias;               // [C]
   Params running_mean, running_var;  // [C]: frozen statistics, or null
@@ -45,8 +42,6 @@ struct ForwardArgs {
 // dweight = sum(d xhat), dbias = sum(d), dresidual = d. A null output is not computed.
 struct BackwardArgs {
   Geometry geometry;
-  CpuPlan plan;
-  Parallel parallel;
   DType dtype;
   const void* dy;
   const void* x;
@@ -59,32 +54,73 @@ struct BackwardArgs {
   double activation_param;
   void* dx;
   void* dresidual;
-  double* dweight;  // [C]
-  double* dbias;    // [C]
+  ParamGrads dweight, dbias;  // [C]
 };
 
-// Bytes of the mask: every run (planar) or position (channels last) starts at a whole pack.
+// running = (1 - momentum) running + momentum * stats, averaged over the samples where there are several sets per
+// channel; see update_running_stats_ in csrc/torch/ops.h.
+struct RunningArgs {
+  DType dtype;  // of stats
+  const void* stats;
+  int64_t sets, channels;
+  int64_t count;                         // elements of a set; 0: only num_batches_tracked moves
+  ParamGrads running_mean, running_var;  // [C], `*_stride` apart
+  int64_t mean_stride, var_stride;
+  int64_t* num_batches_tracked;  // or null
+  bool cumulative;               // momentum is 1 / num_batches_tracked
+  double momentum;
+};
+
+// Bytes of the mask: every run (planar) or position (channels last) starts at a whole pack of 16 lanes.
 inline int64_t mask_row_bytes(int64_t run, DType dtype) {
   const int64_t lanes = dtype == DType::kFloat64 ? 8 : 16;
   return (run + lanes - 1) / lanes * lanes / 8;
 }
-inline int64_t mask_run(const Geometry& g) {
-  return g.traversal() == Traversal::kColumns ? g.C : g.per_element() ? g.D() : g.S;
-}
 inline int64_t mask_bytes(const Geometry& g, DType dtype) {
-  const int64_t run = mask_run(g);
+  const int64_t run = g.mask_run();
   return run == 0 ? 0 : g.numel() / run * mask_row_bytes(run, dtype);
 }
 
 namespace cpu {
 
+// How the caller's thread pool is reached: runs body(context, task) for every task, in any order, on any thread.
+struct Parallel {
+  int threads;
+  void (*run)(int64_t tasks, void (*body)(void*, int64_t), void* context);
+};
+
+struct ForwardCall : ForwardArgs {
+  CpuPlan plan;
+  Parallel parallel;
+};
+// The sums stay double: the caller rounds them to the parameters' types.
+struct BackwardCall : BackwardArgs {
+  CpuPlan plan;
+  Parallel parallel;
+  double *dweight, *dbias;  // [C]; instead of BackwardArgs' own
+};
+
 // One per instruction set; csrc/cpu/dispatch.cpp picks at load time.
 struct Kernels {
   const char* name;
-  void (*forward)(const ForwardArgs&);
-  void (*backward)(const BackwardArgs&);
+  void (*forward)(const ForwardCall&);
+  void (*backward)(const BackwardCall&);
 };
 const Kernels& kernels();
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Enqueue on `stream` of the current device; 0 or CUDA's error code, whose text error_string gives. `workspace`: as
+// many bytes as the plan says, 16-byte aligned, free for other use once the stream has passed the call.
+int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream);
+int launch_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
+int launch_update_running_stats(const RunningArgs& args, void* stream);
+const char* error_string(int error);
+
+// The facts plans are made of; asked of the driver once a device.
+int device_info(int device, DeviceInfo* info);
+
+}  // namespace cuda
 }  // namespace fastnorm

@@ -17,8 +17,8 @@ struct TileSums {
 };
 
 template <class T>
-class ColumnsBackward : Call<T, BackwardArgs> {
-  using Base = Call<T, BackwardArgs>;
+class ColumnsBackward : Call<T, BackwardCall> {
+  using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
   static constexpr int64_t L = kLanes<A>;
@@ -28,8 +28,7 @@ class ColumnsBackward : Call<T, BackwardArgs> {
   const T* residual_ = static_cast<const T*>(args.residual);
   T* dx_ = static_cast<T*>(args.dx);
   T* dresidual_ = static_cast<T*>(args.dresidual);
-  const bool batch_ = g.kind == Kind::kBatch;
-  const int64_t D_ = batch_ ? 1 : g.D();
+  const int64_t D_ = g.set_channels();
   const int64_t positions_ = g.positions(), outer_ = g.outer();
   const int64_t tile_ = args.plan.tile, tiles_ = div_up(g.C, tile_);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
@@ -131,7 +130,7 @@ class ColumnsBackward : Call<T, BackwardArgs> {
   template <class Access>
   FASTNORM_INLINE void reduce_strip(int64_t n, int64_t p, int64_t rows, int64_t first, int64_t i, int64_t channels,
                                     const ChannelCoefs<A>& coefs, Access access, TileSums out) const {
-    const FixedCoefs<A> fixed{coefs.at(i)};
+    const SharedCoefs<A> fixed(coefs.at(i));
     const Down<A> down{g.C, mask_row_};
     Pack<A> sum(0), sum_centered(0);
     for_fours(rows, [&](int64_t q, auto fours) {

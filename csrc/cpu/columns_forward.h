@@ -83,8 +83,8 @@ struct StripMoments {
 };
 
 template <class T>
-class ColumnsForward : Call<T, ForwardArgs> {
-  using Base = Call<T, ForwardArgs>;
+class ColumnsForward : Call<T, ForwardCall> {
+  using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue;
 
@@ -182,7 +182,7 @@ class ColumnsForward : Call<T, ForwardArgs> {
     }
     const Buffer<double> origin(channels);
     read_origins(n, first, channels, origin);
-    const int64_t D = g.kind == Kind::kBatch ? 1 : g.D();
+    const int64_t D = g.set_channels();
     for (int64_t i = 0; i < channels; i += D) {
       Moments<double> set{total.mean[i], total.m2[i]};
       for (int64_t c = 1; c < D; ++c) {

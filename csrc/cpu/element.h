@@ -19,11 +19,12 @@ struct Affine {
   Pack<A> mean, rstd, scale, bias;
 };
 
-// One channel: the same for every element of a run. Wherever a channel has one mean, what rounding it cut off goes into
-// the bias.
+// The same for every element of a run: one channel, or one pack of channels while a kernel walks down the positions.
+// Wherever a channel has one mean, what rounding it cut off goes into the bias.
 template <class A>
 struct SharedCoefs {
   Affine<A> all;
+  explicit SharedCoefs(const Affine<A>& coefs) : all(coefs) {}
   SharedCoefs(A mean, A mean_low, A rstd, A weight, A bias)
       : all{Pack<A>(mean), Pack<A>(rstd), Pack<A>(rstd * weight), Pack<A>(bias - mean_low * (rstd * weight))} {}
   FASTNORM_INLINE Affine<A> at(int64_t) const { return all; }
@@ -36,13 +37,6 @@ struct ChannelCoefs {
   FASTNORM_INLINE Affine<A> at(int64_t i) const {
     return {load(mean + i), load(rstd + i), load(scale + i), load(bias + i)};
   }
-};
-
-// One pack of channels, held in registers while a kernel walks down the positions.
-template <class A>
-struct FixedCoefs {
-  Affine<A> all;
-  FASTNORM_INLINE Affine<A> at(int64_t) const { return all; }
 };
 
 // One set, a weight per element (LayerNorm).

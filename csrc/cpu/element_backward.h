@@ -12,8 +12,8 @@
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 template <class T>
-class ElementBackward : Call<T, BackwardArgs> {
-  using Base = Call<T, BackwardArgs>;
+class ElementBackward : Call<T, BackwardCall> {
+  using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
   static constexpr int64_t L = kLanes<A>;

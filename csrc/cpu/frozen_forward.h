@@ -8,8 +8,8 @@
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 template <class T>
-class FrozenForward : Call<T, ForwardArgs> {
-  using Base = Call<T, ForwardArgs>;
+class FrozenForward : Call<T, ForwardCall> {
+  using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue;
   static constexpr int64_t kTaskElements = kBlock * kChunkBlocks;
@@ -17,7 +17,7 @@ class FrozenForward : Call<T, ForwardArgs> {
   const T* x_ = static_cast<const T*>(args.x);
   const T* residual_ = static_cast<const T*>(args.residual);
   T* y_ = static_cast<T*>(args.y);
-  const int64_t mask_row_ = mask_row_bytes(mask_run(g), args.dtype);
+  const int64_t mask_row_ = mask_row_bytes(g.mask_run(), args.dtype);
 
  public:
   using Base::Base;
@@ -74,7 +74,7 @@ class FrozenForward : Call<T, ForwardArgs> {
   }
 
   ForwardStretch<T> stretch(int64_t run, int64_t offset) const {
-    const int64_t at = run * mask_run(g) + offset;
+    const int64_t at = run * g.mask_run() + offset;
     uint8_t* mask = args.mask ? args.mask + run * mask_row_ + offset / 8 : nullptr;
     return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};
   }

@@ -11,7 +11,7 @@
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-static void forward(const ForwardArgs& args) {
+static void forward(const ForwardCall& args) {
   dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (args.running_mean.data != nullptr) {
@@ -24,7 +24,7 @@ static void forward(const ForwardArgs& args) {
   });
 }
 
-static void backward(const BackwardArgs& args) {
+static void backward(const BackwardCall& args) {
   dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (args.geometry.traversal() == Traversal::kColumns) {

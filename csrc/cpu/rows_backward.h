@@ -13,8 +13,8 @@
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 template <class T>
-class RowsBackward : Call<T, BackwardArgs> {
-  using Base = Call<T, BackwardArgs>;
+class RowsBackward : Call<T, BackwardCall> {
+  using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
   using Sums = GradSums<double>;
@@ -29,7 +29,7 @@ class RowsBackward : Call<T, BackwardArgs> {
   const Runs cell_runs_ = batch_ ? stat_runs(g) : Runs{1, g.S, 0};
   const Blocks blocks_{cell_runs_};
   const int64_t cells_ = batch_ ? g.C : g.N * g.C;
-  const int64_t cells_per_set_ = batch_ ? 1 : g.D();
+  const int64_t cells_per_set_ = g.set_channels();
   const int64_t mask_row_ = mask_row_bytes(g.S, args.dtype);
   const bool sums_ = !args.frozen || args.dweight || args.dbias;
   const bool applies_ = args.dx || args.dresidual;

@@ -85,8 +85,8 @@ void block_moments(const T* first, int64_t sets, int64_t set_stride, const Block
 }
 
 template <class T>
-class RowsForward : Call<T, ForwardArgs> {
-  using Base = Call<T, ForwardArgs>;
+class RowsForward : Call<T, ForwardCall> {
+  using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue;
 
@@ -104,7 +104,7 @@ class RowsForward : Call<T, ForwardArgs> {
   T* y_ = static_cast<T*>(args.y);
   const Runs stat_runs_ = stat_runs(g), weight_runs_ = weight_runs(g);
   const Blocks stat_blocks_{stat_runs_}, weight_blocks_{weight_runs_};
-  const int64_t mask_row_ = mask_row_bytes(mask_run(g), args.dtype);
+  const int64_t mask_row_ = mask_row_bytes(g.mask_run(), args.dtype);
 
  public:
   using Base::Base;
@@ -210,7 +210,7 @@ class RowsForward : Call<T, ForwardArgs> {
 
   ForwardStretch<T> stretch(int64_t run, int64_t offset) const {
     const int64_t at = run + offset;
-    uint8_t* mask = args.mask ? args.mask + run / mask_run(g) * mask_row_ + offset / 8 : nullptr;
+    uint8_t* mask = args.mask ? args.mask + run / g.mask_run() * mask_row_ + offset / 8 : nullptr;
     return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};
   }
 };

@@ -13,6 +13,8 @@
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
+using cpu::BackwardCall, cpu::ForwardCall, cpu::Parallel;
+
 // Uninitialised memory, aligned to a pack and readable one pack past its end.
 template <class E>
 class Buffer {
@@ -104,12 +106,11 @@ struct Call {
         g(args.geometry),
         weight(g.C),
         bias(g.C),
-        stats(const_cast<void*>(args.stats), args_sets(args)),
+        stats(const_cast<void*>(args.stats), g.sets()),
         epilogue{args.activation, Pack<A>(args.activation_param)} {
     read_params<A>(args.weight, g.C, A(1), weight);
     read_params<A>(args.bias, g.C, A(0), bias);
   }
-  static int64_t args_sets(const Args& args) { return args.geometry.sets(); }
 
   // For a step over so many numbers: one thread where waking the others takes longer.
   Parallel parallel_over(int64_t numbers) const {
@@ -167,7 +168,7 @@ class ChannelArrays {
   // Fills the channels [first, first + channels) of sample n, whole sets.
   template <class T, class Args>
   void fill(const Call<T, Args>& call, int64_t n, int64_t first, int64_t channels) const {
-    const int64_t D = g_.kind == Kind::kBatch ? 1 : g_.D(), at = n * g_.C + first;
+    const int64_t D = g_.set_channels(), at = n * g_.C + first;
     for (int64_t i = 0; i < channels; i += D) {
       const int64_t set = (at + i) / D;
       const A mean_low = call.stats.mean_low[set], rstd = call.stats.rstd[set];

@@ -68,6 +68,13 @@ void check(const Tensor& x, const OptTensor& weight, const OptTensor& bias, cons
                 x.sizes(), ", expected several values per channel");
   }
   TORCH_CHECK(running.use_input_stats || running.present(), "fastnorm: there are no running statistics to use");
+  const std::pair<const char*, const OptTensor&> buffers[] = {{"running_mean", running.mean},
+                                                              {"running_var", running.var},
+                                                              {"num_batches_tracked", running.num_batches_tracked}};
+  for (const auto& [name, t] : buffers) {
+    TORCH_CHECK(!present(t) || t->device() == x.device(), "fastnorm: ", name, " is on ", t->device(), ", expected ",
+                x.device(), " like x");
+  }
   if (!running.present()) return;
   TORCH_CHECK(norm.kind == 0 || (norm.kind == 1 && norm.groups == x.size(1)),
               "fastnorm: running statistics are given with groups = ", norm.groups, ", expected one per channel");

@@ -3,7 +3,17 @@
 
 #include "ops.h"
 
-TORCH_LIBRARY(fastnorm, m) {
+// The emulated kernels are a library of their own, of the same ops for tensors on the CPU.
+#if defined(FASTNORM_EMULATE)
+#define FASTNORM_NAMESPACE fastnorm_emulated
+#else
+#define FASTNORM_NAMESPACE fastnorm
+#endif
+// One more step, so that the name is put in first.
+#define FASTNORM_LIBRARY(name, m) TORCH_LIBRARY(name, m)
+#define FASTNORM_LIBRARY_IMPL(name, key, m) TORCH_LIBRARY_IMPL(name, key, m)
+
+FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
   m.def(
       "norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
       "int kind, int groups, float eps, int activation, float activation_param, bool save_mask) "
@@ -18,9 +28,16 @@ TORCH_LIBRARY(fastnorm, m) {
   m.def("moments(Tensor x) -> (Tensor mean, Tensor var)");
 }
 
-TORCH_LIBRARY_IMPL(fastnorm, CPU, m) {
+static void implement(torch::Library& m) {
   m.impl("norm_forward", &fastnorm::ops::norm_forward);
   m.impl("norm_backward", &fastnorm::ops::norm_backward);
   m.impl("update_running_stats_", &fastnorm::ops::update_running_stats_);
   m.impl("moments", &fastnorm::ops::moments);
 }
+
+FASTNORM_LIBRARY_IMPL(FASTNORM_NAMESPACE, CPU, m) { implement(m); }
+
+// In a build without CUDA kernels, too: there the ops say so, and the caller turns to torch's.
+#if !defined(FASTNORM_EMULATE)
+FASTNORM_LIBRARY_IMPL(FASTNORM_NAMESPACE, CUDA, m) { implement(m); }
+#endif

@@ -45,7 +45,6 @@ struct CpuPlan {
 // `streams`: tensors that a set's second pass reads again (1 forward, 2 backward).
 CpuPlan plan_cpu(const Geometry& geometry, DType dtype, int streams, const CpuInfo& cpu);
 
-std::string to_string(const Geometry& geometry);
 std::string to_string(const CpuPlan& plan);
 
 }  // namespace fastnorm

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "plan_cpu.h"
 
 #include <algorithm>
 #include <numeric>
@@ -24,9 +24,8 @@ CpuPlan plan_rows(const Geometry& g, CpuPlan plan, const CpuInfo& cpu) {
 }
 
 CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, const CpuInfo& cpu) {
-  const int64_t D = g.kind == Kind::kBatch ? 1 : g.D();
   // A tile holds whole groups and whole bytes of the mask.
-  const int64_t unit = std::lcm(D, int64_t(16));
+  const int64_t unit = std::lcm(g.set_channels(), int64_t(16));
   const int64_t channel_bytes = std::max<int64_t>(1, g.positions() * size_of(dtype) * streams);
   const int64_t fitting = cpu.l2_bytes / 2 / channel_bytes / unit * unit;
   plan.tile = std::min(g.C, std::clamp<int64_t>(fitting, unit, div_up(512, unit) * unit));
@@ -46,17 +45,9 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
 CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, const CpuInfo& cpu) {
   // An output of half the last cache and more has left it before anyone reads it.
   // Runs of whole packs only: half-written lines are slow to stream.
-  const int64_t run = g.traversal() == Traversal::kColumns ? g.C : g.per_element() ? g.D() : g.S;
-  const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2 && run % 16 == 0;
+  const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2 && g.mask_run() % 16 == 0;
   const CpuPlan plan{g.traversal(), false, stream, 1, g.C, 16, g.positions()};
   return g.traversal() == Traversal::kRows ? plan_rows(g, plan, cpu) : plan_columns(g, dtype, streams, plan, cpu);
-}
-
-std::string to_string(const Geometry& g) {
-  const char* kind = g.kind == Kind::kBatch ? "batch" : g.kind == Kind::kGroup ? "group" : "layer";
-  return std::string(kind) + "(N=" + std::to_string(g.N) + ", C=" + std::to_string(g.C) + ", S=" + std::to_string(g.S) +
-         ", G=" + std::to_string(g.G) + (g.channels_last ? ", channels_last" : ", planar") +
-         "): " + std::to_string(g.sets()) + " sets of " + std::to_string(g.set_size());
 }
 
 std::string to_string(const CpuPlan& p) {

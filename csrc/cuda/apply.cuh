@@ -1,0 +1,59 @@
+// Apply, forward.
+//
+// What: y = act((x - mean) * rstd * weight + bias + residual), the mask's bits of a two-sided activation; statistics as
+//   folded, or given (evaluation), then passed on in `stats`.
+// Who: the pieces of reduce, by the same threads.
+// Traffic: reads x (and residual) once, writes y (and a bit an element) once.
+// Needs: pack divides every run and every address; where packs are narrower than 8, lanes that share a byte of the mask
+//   neighbour each other (RowsShape::length, ColumnsShape::tile).
+// Numerics: (x - mean) * scale + bias, not x * a + b: exact differences where the mean is large.
+#pragma once
+
+#include "forward.cuh"
+
+namespace fastnorm::cuda {
+
+template <class T, int W, bool kSmooth>
+FASTNORM_KERNEL(kBlockThreads, 2)
+apply_rows(ForwardTensors<T> t, RowsShape shape) {
+  using A = Accum<T>;
+  const Team team(shape.team);
+  const int teams = block_threads() / team.width;
+  for (int64_t first = block_index() * teams; first < shape.items; first += grid_blocks() * teams) {
+    const bool valid = first + team.index < shape.items;
+    const RowsPiece<W> piece(shape, valid ? first + team.index : first);
+    const bool writes = valid && team.lane == 0 && piece.span.piece == 0;
+    const int64_t set = piece.span.set;
+    const auto stats = t.frozen() ? given_stats(t, set, load_param_of<T>(t.running_mean, set, A(0)),
+                                                load_param_of<T>(t.running_var, set, A(1)), writes)
+                                  : load_stats(t.stats, t.sets, set);
+    forward_rows<kSmooth>(t, piece, piece.whole(team, valid), stats,
+                          [&](const Place& place) { return load<W>(t.x + piece.element(place)); });
+  }
+}
+
+template <class T, int W, bool kSmooth>
+FASTNORM_KERNEL(kBlockThreads, 2)
+apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
+  using A = Accum<T>;
+  for (int64_t item = block_index(); item < shape.items; item += grid_blocks()) {
+    const ColumnsPiece<W> piece(shape, item);
+    const bool writes = piece.y == 0 && piece.piece == 0;
+    SetStats<A> stats[W] = {};
+    if (piece.in && t.frozen()) {
+      A mean[W], var[W];
+      load_params<T>(t.running_mean, piece.channel, A(0), mean);
+      load_params<T>(t.running_var, piece.channel, A(1), var);
+#pragma unroll
+      for (int w = 0; w < W; ++w) stats[w] = given_stats(t, piece.channel + w, mean[w], var[w], writes);
+    } else if (piece.in) {
+#pragma unroll
+      for (int w = 0; w < W; ++w) stats[w] = load_stats(t.stats, t.sets, piece.set(w));
+    }
+    LaneCoefs<A, W> coefs;
+    load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
+    forward_columns<kSmooth>(t, piece, coefs, [&](int position) { return load<W>(t.x + piece.element(position)); });
+  }
+}
+
+}  // namespace fastnorm::cuda

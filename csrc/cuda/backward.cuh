@@ -1,0 +1,148 @@
+// The two halves of backward over a piece: the sums over d and d (x - mean), and the gradients. Shared by the split
+// kernels, which read global memory twice, and the fused ones, which stage it.
+#pragma once
+
+#include "backward_args.cuh"
+#include "columns.cuh"
+
+namespace fastnorm::cuda {
+
+// ---- rows ----
+
+// What there is to read at a place in global memory.
+template <int W, class T>
+FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
+                                                  const Place& place) {
+  GradientPacks<T, W> packs{};
+  const int64_t element = piece.element(place);
+  packs.x = load<W>(t.x + element);
+  packs.dy = load<W>(t.dy + element);
+  if (t.residual != nullptr) packs.residual = load<W>(t.residual + element);
+  if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
+  return packs;
+}
+
+// This thread's share of the sums of a piece; keep(place, packs, x, d) sees every pack.
+template <bool kSmooth, int W, class T, class Read, class Keep, class A = Accum<T>>
+FASTNORM_DEVICE GradSums<A> accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
+                                            const Stretch& stretch, const SetStats<A>& stats, Read read, Keep keep) {
+  constexpr int U = kBackwardUnroll<kSmooth, W>;
+  RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
+  GradSums<A> total{};
+  piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
+    GradientPacks<T, W> packs[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (places[u].in) packs[u] = read(places[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!places[u].in) continue;
+      const RowCoefs<A, W>& c = coefs.at(piece, places[u]);
+      A x[W], d[W];
+      gradient<kSmooth>(t, packs[u], c, x, d);
+      keep(places[u], packs[u], x, d);
+      if (piece.shape.per_element) {  // cells of one element: their weights go in here
+#pragma unroll
+        for (int w = 0; w < W; ++w) d[w] *= c.scale[w];
+      }
+      total.merge(pack_sums(x, d, c));
+    }
+  });
+  return total;
+}
+
+// dx and dresidual of a piece.
+template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
+FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
+                                         const SetStats<A>& stats, const SetTerms<A>& terms, Read read) {
+  constexpr int U = kBackwardUnroll<kSmooth, W>;
+  RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
+  piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
+    GradientPacks<T, W> packs[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (places[u].in) packs[u] = read(places[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!places[u].in) continue;
+      const RowCoefs<A, W>& c = coefs.at(piece, places[u]);
+      A x[W], d[W];
+      gradient<kSmooth>(t, packs[u], c, x, d);
+      store_gradients(t, x, d, c, SharedTerms<A>{terms}, piece.element(places[u]));
+    }
+  });
+}
+
+// ---- columns ----
+
+template <int W, class T>
+FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
+                                                  int position) {
+  GradientPacks<T, W> packs{};
+  const int64_t element = piece.element(position);
+  packs.x = load<W>(t.x + element);
+  packs.dy = load<W>(t.dy + element);
+  if (t.residual != nullptr) packs.residual = load<W>(t.residual + element);
+  if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, position);
+  return packs;
+}
+
+template <int W, class T, class A>
+FASTNORM_DEVICE void load_lane_coefs(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
+                                     LaneCoefs<A, W>& coefs) {
+  SetStats<A> stats[W] = {};
+  if (piece.in) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) stats[w] = load_stats(t.stats, t.sets, piece.set(w));
+  }
+  load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
+}
+
+// This thread's share of its channels' sums; keep(position, packs) sees every pack.
+template <bool kSmooth, int W, class T, class Keep, class A = Accum<T>>
+FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
+                                          const LaneCoefs<A, W>& coefs, GradSums<A> (&sums)[W], Keep keep) {
+  constexpr int U = kBackwardUnroll<kSmooth, W>;
+#pragma unroll
+  for (int w = 0; w < W; ++w) sums[w] = {};
+  piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
+    GradientPacks<T, W> packs[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (in[u]) packs[u] = load_gradient(t, piece, position[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!in[u]) continue;
+      keep(position[u], packs[u]);
+      A x[W], d[W];
+      gradient<kSmooth>(t, packs[u], coefs, x, d);
+#pragma unroll
+      for (int w = 0; w < W; ++w) sums[w].merge({d[w], d[w] * (x[w] - coefs.lane[w].mean)});
+    }
+  });
+}
+
+template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
+FASTNORM_DEVICE void apply_gradient_columns(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
+                                            const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
+  constexpr int U = kBackwardUnroll<kSmooth, W>;
+  piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
+    GradientPacks<T, W> packs[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (in[u]) packs[u] = read(position[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (!in[u]) continue;
+      A x[W], d[W];
+      gradient<kSmooth>(t, packs[u], coefs, x, d);
+      store_gradients(t, x, d, coefs, terms, piece.element(position[u]));
+    }
+  });
+}
+
+}  // namespace fastnorm::cuda

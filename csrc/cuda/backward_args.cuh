@@ -1,0 +1,78 @@
+// What every backward kernel takes, typed; and the gradient of a pack through the activation.
+#pragma once
+
+#include "forward_args.cuh"
+
+namespace fastnorm::cuda {
+
+template <class T>
+struct BackwardTensors {
+  using A = Accum<T>;
+  const T* dy;
+  const T* x;
+  const T* residual;    // or null
+  const uint8_t* mask;  // or null
+  Params weight, bias;
+  const A* stats;  // [4, sets]
+  int64_t sets;
+  bool frozen;
+  Epilogue<A> epilogue;
+  T* dx;         // or null
+  T* dresidual;  // or null
+
+  BackwardTensors() = default;
+  explicit BackwardTensors(const BackwardArgs& a)
+      : dy(static_cast<const T*>(a.dy)),
+        x(static_cast<const T*>(a.x)),
+        residual(static_cast<const T*>(a.residual)),
+        mask(a.mask),
+        weight(a.weight),
+        bias(a.bias),
+        stats(static_cast<const A*>(a.stats)),
+        sets(a.geometry.sets()),
+        frozen(a.frozen),
+        epilogue{a.activation, static_cast<A>(a.activation_param)},
+        dx(static_cast<T*>(a.dx)),
+        dresidual(static_cast<T*>(a.dresidual)) {}
+};
+
+// What is read of one place.
+template <class T, int W>
+struct GradientPacks {
+  Pack<T, W> x, dy, residual;
+  unsigned bits;
+};
+
+// x and d = dy * act'(z) of a pack, widened.
+template <bool kSmooth, int W, class T, class Coefs, class A>
+FASTNORM_DEVICE void gradient(const BackwardTensors<T>& t, const GradientPacks<T, W>& packs, const Coefs& coefs,
+                              A (&x)[W], A (&d)[W]) {
+  A residual[W];
+  widen<A>(packs.x, x);
+  widen<A>(packs.dy, d);
+  if (t.residual != nullptr) widen<A>(packs.residual, residual);
+  multiply_slope<kSmooth>(t.epilogue, x, coefs, t.residual != nullptr ? residual : nullptr, t.mask != nullptr,
+                          packs.bits, d);
+}
+
+// d, d (x - mean) of a pack, summed.
+template <int W, class A, class Coefs>
+FASTNORM_DEVICE GradSums<A> pack_sums(const A (&x)[W], const A (&d)[W], const Coefs& coefs) {
+  A products[W];
+#pragma unroll
+  for (int w = 0; w < W; ++w) products[w] = d[w] * (x[w] - coefs[w].mean);
+  return {tree_sum(d), tree_sum(products)};
+}
+
+// dx and dresidual of a pack.
+template <int W, class T, class A, class Coefs, class Terms>
+FASTNORM_DEVICE void store_gradients(const BackwardTensors<T>& t, const A (&x)[W], const A (&d)[W], const Coefs& coefs,
+                                     const Terms& terms, int64_t element) {
+  if (t.dresidual != nullptr) store(t.dresidual + element, narrow<T>(d));
+  if (t.dx == nullptr) return;
+  A dx[W];
+  input_gradient(x, d, coefs, terms, dx);
+  store(t.dx + element, narrow<T>(dx));
+}
+
+}  // namespace fastnorm::cuda

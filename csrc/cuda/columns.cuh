@@ -1,0 +1,238 @@
+// The columns traversal: neighbouring channels side by side, their positions one below the other.
+//
+//                channels ->
+//   position 0   [ lane 0 ][ lane 1 ] ... [ lane threads_x - 1 ]   a pack of channels each
+//   position 1   [        ][        ]                              taken by threads threads_x further on
+//   ...          down a piece of the positions, threads_y at a time, several under way
+//
+// A thread keeps its channels, one accumulator for each; the block merges them downwards at the end.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fastnorm::cuda {
+
+// What columns kernels know of a geometry and its grid.
+struct ColumnsShape {
+  int64_t C, positions, outer;
+  int64_t groups, set_channels;  // sets of an outer, channels of a set
+  int64_t items, pieces, piece_length, tiles;
+  int tile, threads_x, threads_y;
+  int64_t mask_row_bytes;
+  bool per_position;  // every position has statistics of its own: weight gradients of a LayerNorm
+};
+
+inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dtype) {
+  ColumnsShape s{};
+  s.C = g.C;
+  s.outer = g.outer();
+  s.positions = g.positions();
+  s.set_channels = g.set_channels();
+  s.per_position = g.per_element();
+  if (s.per_position) {
+    s.outer = 1;
+    s.positions = g.N;
+  }
+  s.groups = g.C / s.set_channels;
+  s.items = grid.items;
+  s.pieces = grid.pieces;
+  s.piece_length = grid.piece_length;
+  s.tile = static_cast<int>(grid.tile);
+  s.tiles = (g.C + grid.tile - 1) / grid.tile;
+  s.threads_x = grid.threads_x;
+  s.threads_y = grid.threads_y;
+  // Where positions have statistics of their own the mask was written along the sets' runs.
+  s.mask_row_bytes = mask_row_bytes(g.mask_run(), dtype);
+  return s;
+}
+
+// This thread's part of one item.
+template <int W>
+struct ColumnsPiece {
+  const ColumnsShape& shape;
+  int64_t outer, piece, first_position, first_channel;
+  int positions, channels;  // of the item
+  int x, y;                 // this thread's column of packs, and its first position
+  int64_t channel;          // of its first lane
+  bool in;                  // it has channels
+
+  FASTNORM_DEVICE ColumnsPiece(const ColumnsShape& s, int64_t item) : shape(s) {
+    const int64_t row = item / s.tiles;
+    outer = row / s.pieces;
+    piece = row - outer * s.pieces;
+    first_position = piece * s.piece_length;
+    first_channel = (item - row * s.tiles) * s.tile;
+    positions = static_cast<int>(std::min(s.piece_length, s.positions - first_position));
+    channels = static_cast<int>(std::min(static_cast<int64_t>(s.tile), s.C - first_channel));
+    x = thread_index() % s.threads_x;
+    y = thread_index() / s.threads_x;
+    channel = first_channel + x * W;
+    in = x * W < channels;
+  }
+
+  FASTNORM_DEVICE int64_t row(int position) const { return outer * shape.positions + first_position + position; }
+  FASTNORM_DEVICE int64_t element(int position) const { return row(position) * shape.C + channel; }
+  FASTNORM_DEVICE uint8_t* mask_byte(uint8_t* mask, int position) const {
+    return mask + row(position) * shape.mask_row_bytes + channel / 8;
+  }
+  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, int position) const {
+    if (!shape.per_position) return load_mask<W>(mask + row(position) * shape.mask_row_bytes, channel);
+    const int64_t group = channel / shape.set_channels;
+    return load_mask<W>(mask + (row(position) * shape.groups + group) * shape.mask_row_bytes,
+                        channel - group * shape.set_channels);
+  }
+  // The set of lane w, at a position where that matters.
+  FASTNORM_DEVICE int64_t set(int w, int position = 0) const {
+    const int64_t group = shape.set_channels == 1 ? channel + w : (channel + w) / shape.set_channels;
+    return (shape.per_position ? row(position) : outer) * shape.groups + group;
+  }
+  // The first element of lane w's set.
+  FASTNORM_DEVICE int64_t set_base(int w) const {
+    const int64_t group = shape.set_channels == 1 ? channel + w : (channel + w) / shape.set_channels;
+    return outer * shape.positions * shape.C + group * shape.set_channels;
+  }
+  // Where a partial of channel first_channel + c of this item goes among [outer, pieces, C].
+  FASTNORM_DEVICE int64_t partial(int c) const { return (outer * shape.pieces + piece) * shape.C + first_channel + c; }
+
+  // How many positions the threads of row y take.
+  FASTNORM_DEVICE int count(int row_y) const {
+    return positions / shape.threads_y + (row_y < positions % shape.threads_y);
+  }
+
+  // body(position[U], in[U]); every thread of the block makes as many calls.
+  template <int U, class Body>
+  FASTNORM_DEVICE void walk(Body body) const {
+    for (int base = 0; base < positions; base += U * shape.threads_y) {
+      int position[U];
+      bool inside[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        position[u] = base + u * shape.threads_y + y;
+        inside[u] = in && position[u] < positions;
+      }
+      body(position, inside);
+    }
+  }
+};
+
+// Packs below one another, lane by lane, as moments relative to `origin`, over their own mean; merged into those of the
+// lanes.
+template <int W, class T, class A>
+FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], const bool (&in)[kLaneUnroll<W>],
+                                 const A (&origin)[W], A& count, Moments<A> (&moments)[W]) {
+  int rows = 0;
+#pragma unroll
+  for (int u = 0; u < kLaneUnroll<W>; ++u) rows += in[u];
+  if (rows == 0) return;
+  const A batch = static_cast<A>(rows), share = A(1) / batch;
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    A x[kLaneUnroll<W>], sum = 0, m2 = 0;
+#pragma unroll
+    for (int u = 0; u < kLaneUnroll<W>; ++u) {
+      x[u] = in[u] ? widen<A>(packs[u].lane[w]) - origin[w] : A(0);
+      sum += x[u];
+    }
+    const A mean = sum * share;
+#pragma unroll
+    for (int u = 0; u < kLaneUnroll<W>; ++u) m2 += in[u] ? (x[u] - mean) * (x[u] - mean) : A(0);
+    if (count == A(0)) {
+      moments[w] = {mean, m2};
+    } else {
+      moments[w].merge({mean, m2}, count, batch);
+    }
+  }
+  count += batch;
+}
+
+// This thread's share of its channels' moments, each relative to its set's origin; keep(position, pack) sees what was
+// read.
+template <int W, class T, class A, class Keep>
+FASTNORM_DEVICE void accumulate_lanes(const ColumnsPiece<W>& piece, const T* x, const A (&origin)[W],
+                                      Moments<A> (&moments)[W], Keep keep) {
+  A count = 0;
+#pragma unroll
+  for (int w = 0; w < W; ++w) moments[w] = {};
+  piece.template walk<kLaneUnroll<W>>([&](const int (&position)[kLaneUnroll<W>], const bool (&in)[kLaneUnroll<W>]) {
+    Pack<T, W> packs[kLaneUnroll<W>];
+#pragma unroll
+    for (int u = 0; u < kLaneUnroll<W>; ++u) {
+      if (in[u]) packs[u] = load<W>(x + piece.element(position[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < kLaneUnroll<W>; ++u) {
+      if (in[u]) keep(position[u], packs[u]);
+    }
+    merge_lanes(packs, in, origin, count, moments);
+  });
+}
+
+template <int W, class T, class A>
+FASTNORM_DEVICE void load_origins(const ColumnsPiece<W>& piece, const T* x, A (&origin)[W]) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) origin[w] = piece.in ? origin_of<A>(x + piece.set_base(w)) : A(0);
+}
+
+// The coefficients of this thread's channels.
+template <class T, int W, class A>
+FASTNORM_DEVICE void load_lane_coefs(const ColumnsPiece<W>& piece, const SetStats<A> (&stats)[W], const Params& weight,
+                                     const Params& bias, LaneCoefs<A, W>& coefs) {
+  A weights[W] = {}, biases[W] = {};
+  if (piece.in) {
+    load_params<T>(weight, piece.channel, A(1), weights);
+    load_params<T>(bias, piece.channel, A(0), biases);
+  }
+#pragma unroll
+  for (int w = 0; w < W; ++w) coefs.lane[w] = make_affine(stats[w], weights[w], biases[w]);
+}
+
+// The sums of all threads of a column, downwards: use(c, total) is called once for each channel c of the item, by some
+// thread. `merged` holds W accumulators for every thread.
+template <int W, class Acc, class Use>
+FASTNORM_DEVICE void merge_down(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged, Use use) {
+  const int width = piece.shape.threads_x * W;
+#pragma unroll
+  for (int w = 0; w < W; ++w) merged[piece.y * width + piece.x * W + w] = mine[w];
+  sync_block();
+  for (int c = thread_index(); c < piece.channels; c += block_threads()) {
+    Acc total = merged[c];
+    for (int y = 1; y < piece.shape.threads_y; ++y) total.merge(merged[y * width + c]);
+    use(c, total);
+  }
+}
+
+// The same for moments, whose counts follow from the positions: their mean first, so that there is one division.
+template <int W, class A, class Use>
+FASTNORM_DEVICE void merge_moments_down(const ColumnsPiece<W>& piece, const Moments<A> (&mine)[W], Moments<A>* merged,
+                                        Use use) {
+  const int width = piece.shape.threads_x * W;
+#pragma unroll
+  for (int w = 0; w < W; ++w) merged[piece.y * width + piece.x * W + w] = mine[w];
+  sync_block();
+  for (int c = thread_index(); c < piece.channels; c += block_threads()) {
+    const int rows = std::min(piece.shape.threads_y, piece.positions);
+    A sum = 0;
+    for (int y = 0; y < rows; ++y) sum += static_cast<A>(piece.count(y)) * merged[y * width + c].mean;
+    const A mean = sum / static_cast<A>(piece.positions);
+    A m2 = 0, deviations = 0;
+    for (int y = 0; y < rows; ++y) {
+      const Moments<A>& row = merged[y * width + c];
+      m2 += row.m2;
+      deviations += static_cast<A>(piece.count(y)) * (row.mean - mean) * (row.mean - mean);
+    }
+    use(c, Moments<A>{mean, m2 + deviations});
+  }
+}
+
+// body(set, lane, lanes) for the whole sets of a tile, by as many neighbouring lanes as a set has channels, at most a
+// warp; set -1 where there is none left: all lanes of a warp make as many calls.
+template <int W, class Body>
+FASTNORM_DEVICE void for_each_set(const ColumnsPiece<W>& piece, Body body) {
+  const int channels = static_cast<int>(piece.shape.set_channels), sets = piece.channels / channels;
+  int lanes = 1;
+  while (lanes < channels && lanes < kWarp) lanes *= 2;
+  const int lane = thread_index() % lanes, group = thread_index() / lanes, groups = block_threads() / lanes;
+  for (int first = 0; first < sets; first += groups) body(first + group < sets ? first + group : -1, lane, lanes);
+}
+
+}  // namespace fastnorm::cuda

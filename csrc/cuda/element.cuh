@@ -1,0 +1,190 @@
+// What happens to the elements of a pack: normalize and activate (forward), or the gradient through the activation and
+// dx (backward). Every norm, layout and strategy goes through these few functions; they differ in where the
+// coefficients of an element come from.
+#pragma once
+
+#include <cmath>
+
+#include "../accum.h"
+#include "../activation.h"
+#include "pack.cuh"
+
+namespace fastnorm::cuda {
+
+// ---- coefficients: xhat = (x - mean) * rstd, z = (x - mean) * scale + bias, scale = rstd * weight ----
+
+// Statistics of a set; `low` is what rounding cut off the mean.
+template <class A>
+struct SetStats {
+  A mean, rstd, low;
+};
+
+template <class A>
+struct Affine {
+  A mean, rstd, scale, bias;
+};
+// What the mean lost goes into the bias.
+template <class A>
+FASTNORM_DEVICE Affine<A> make_affine(const SetStats<A>& s, A weight, A bias) {
+  const A scale = s.rstd * weight;
+  return {s.mean, s.rstd, scale, bias - s.low * scale};
+}
+
+// Along a run: one mean, and a weight that may change with every element.
+template <class A, int W>
+struct RowCoefs {
+  A mean, rstd, scale[W], bias[W];
+  FASTNORM_DEVICE Affine<A> operator[](int w) const { return {mean, rstd, scale[w], bias[w]}; }
+};
+// Channels side by side, each with statistics of its own.
+template <class A, int W>
+struct LaneCoefs {
+  Affine<A> lane[W];
+  FASTNORM_DEVICE const Affine<A>& operator[](int w) const { return lane[w]; }
+};
+
+// dx = scale * d - (offset + xhat * slope): what the statistics' dependence on x takes away; zeros where they are
+// given.
+template <class A>
+struct SetTerms {
+  A offset, slope;  // rstd * mean(w d), rstd * mean(w d xhat)
+};
+
+// `sums` over a set, times `scale`, are the means of rstd w d and rstd w d (x - mean).
+template <class A, class V>
+FASTNORM_DEVICE SetTerms<A> set_terms(const GradSums<V>& sums, V rstd, V low, V scale) {
+  const V slope = (sums.d_centered - low * sums.d) * rstd * scale;
+  return {static_cast<A>(sums.d * scale - low * rstd * slope), static_cast<A>(slope)};
+}
+
+template <class A>
+struct SharedTerms {
+  SetTerms<A> all;
+  FASTNORM_DEVICE const SetTerms<A>& operator[](int) const { return all; }
+};
+template <class A, int W>
+struct LaneTerms {
+  SetTerms<A> lane[W];
+  FASTNORM_DEVICE const SetTerms<A>& operator[](int w) const { return lane[w]; }
+};
+
+// ---- activation: the branch is taken once for a pack ----
+
+template <class A>
+struct Epilogue {
+  Activation activation;
+  A param;
+};
+
+template <Activation kAct>
+struct ActivationTag {
+  static constexpr Activation value = kAct;
+};
+
+// Calls f with the tag of an activation that costs more than a comparison. Kernels are compiled with and without these
+// (kSmooth), so that the simple ones carry none of the polynomials.
+template <class F>
+FASTNORM_DEVICE void dispatch_smooth(Activation activation, F f) {
+  switch (activation) {
+    case Activation::kSilu: return f(ActivationTag<Activation::kSilu>{});
+    case Activation::kGelu: return f(ActivationTag<Activation::kGelu>{});
+    case Activation::kGeluTanh: return f(ActivationTag<Activation::kGeluTanh>{});
+    case Activation::kHardswish: return f(ActivationTag<Activation::kHardswish>{});
+    case Activation::kSigmoid: return f(ActivationTag<Activation::kSigmoid>{});
+    default: return f(ActivationTag<Activation::kTanh>{});
+  }
+}
+inline bool is_smooth(Activation activation) { return activation != Activation::kNone && !is_two_sided(activation); }
+
+// z = (x - mean) * scale + bias [+ residual].
+template <int W, class A, class Coefs>
+FASTNORM_DEVICE void normalize(const A (&x)[W], const Coefs& coefs, const A* residual, A (&z)[W]) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    const auto c = coefs[w];
+    z[w] = std::fma(x[w] - c.mean, c.scale, c.bias);
+    if (residual != nullptr) z[w] += residual[w];
+  }
+}
+
+// A bit per element: 1 where the derivative of a two-sided activation is 1.
+template <int W, class A>
+FASTNORM_DEVICE unsigned upper_side(Activation activation, const A (&z)[W]) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    const bool upper = activation == Activation::kRelu ? !(z[w] <= A(0)) : z[w] > A(0);
+    bits |= static_cast<unsigned>(upper) << w;
+  }
+  return bits;
+}
+
+template <bool kSmooth, int W, class A>
+FASTNORM_DEVICE void activate_pack(const Epilogue<A>& e, A (&z)[W]) {
+  if constexpr (kSmooth) {
+    dispatch_smooth(e.activation, [&](auto tag) {
+#pragma unroll
+      for (int w = 0; w < W; ++w) z[w] = activate<decltype(tag)::value>(z[w], e.param);
+    });
+  } else {
+    if (e.activation == Activation::kNone) return;
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      z[w] = e.activation == Activation::kRelu ? activate<Activation::kRelu>(z[w], e.param)
+                                               : activate<Activation::kLeakyRelu>(z[w], e.param);
+    }
+  }
+}
+
+// ---- backward ----
+
+// d = dy * act'(z) in place: by the mask's bits where they were saved, else from z, made of x and residual again.
+template <bool kSmooth, int W, class A, class Coefs>
+FASTNORM_DEVICE void multiply_slope(const Epilogue<A>& e, const A (&x)[W], const Coefs& coefs, const A* residual,
+                                    bool masked, unsigned bits, A (&d)[W]) {
+  if constexpr (kSmooth) {
+    A z[W];
+    normalize(x, coefs, residual, z);
+    dispatch_smooth(e.activation, [&](auto tag) {
+#pragma unroll
+      for (int w = 0; w < W; ++w) d[w] *= activation_slope<decltype(tag)::value>(z[w], e.param);
+    });
+  } else {
+    if (e.activation == Activation::kNone) return;
+    if (!masked) {
+      A z[W];
+      normalize(x, coefs, residual, z);
+      bits = upper_side(e.activation, z);
+    }
+    // 0 where relu's side is 0, even times an infinite dy.
+    const bool relu = e.activation == Activation::kRelu;
+#pragma unroll
+    for (int w = 0; w < W; ++w) d[w] = bits >> w & 1 ? d[w] : relu ? A(0) : d[w] * e.param;
+  }
+}
+
+template <int W, class A, class Coefs, class Terms>
+FASTNORM_DEVICE void input_gradient(const A (&x)[W], const A (&d)[W], const Coefs& coefs, const Terms& terms,
+                                    A (&dx)[W]) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    const auto c = coefs[w];
+    const SetTerms<A> t = terms[w];
+    dx[w] = c.scale * d[w] - std::fma((x[w] - c.mean) * c.rstd, t.slope, t.offset);
+  }
+}
+
+// The sum of a pack, as a tree.
+template <int W, class A>
+FASTNORM_DEVICE A tree_sum(const A (&v)[W]) {
+  if constexpr (W == 1) {
+    return v[0];
+  } else if constexpr (W == 4) {
+    return (v[0] + v[1]) + (v[2] + v[3]);
+  } else {
+    static_assert(W == 8, "packs are of 1, 4 or 8");
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+  }
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,147 @@
+// Fold: partials -> statistics, terms of dx, gradients of weight and bias. And the running statistics.
+//
+// Who: a warp to a set or to a channel; its lanes take the partials in strides and merge their shares in a fixed order.
+// Traffic: the partials once; a few numbers a set.
+// Numerics: double throughout: partials are few, and their number must not be seen in the result.
+#pragma once
+
+#include "entry.h"
+#include "forward_args.cuh"
+#include "group_reduce.cuh"
+
+namespace fastnorm::cuda {
+
+constexpr int kFoldWarps = kBlockThreads / kWarp;
+
+// body(i, lane) for every i < items, by a warp each.
+template <class Body>
+FASTNORM_DEVICE void for_each_by_warp(int64_t items, Body body) {
+  const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+  for (int64_t i = block_index() * kFoldWarps + warp; i < items; i += grid_blocks() * kFoldWarps) body(i, lane);
+}
+
+// use(index) for this lane's share of the partials of set `group` of `outer`.
+template <class Use>
+FASTNORM_DEVICE void for_partials(int64_t outer, int64_t group, int64_t pieces, int64_t groups, int64_t columns,
+                                  int lane, Use use) {
+  for (int64_t i = lane; i < pieces * columns; i += kWarp) {
+    const int64_t piece = columns == 1 ? i : i / columns, column = columns == 1 ? 0 : i - piece * columns;
+    use((outer * pieces + piece) * groups * columns + group * columns + column, column);
+  }
+}
+
+template <class A>
+FASTNORM_KERNEL(kBlockThreads, 1)
+fold_forward(FoldForwardArgs<A> f) {
+  for_each_by_warp(f.sets, [&](int64_t set, int lane) {
+    const int64_t outer = set / f.groups, group = set - outer * f.groups;
+    Welford<double> total{};
+    for_partials(outer, group, f.pieces, f.groups, f.columns, lane, [&](int64_t at, int64_t) {
+      const Welford<A> p = load_one(f.partials + at);
+      total.merge({double(p.count), {double(p.moments.mean), double(p.moments.m2)}});
+    });
+    total = reduce_lanes(total, kWarp);
+    if (lane != 0) return;
+    const double first = load_number<double>(f.x, f.dtype, outer * f.outer_stride + group * f.set_stride);
+    const double mean = (first - first == 0 ? first : 0) + total.moments.mean, var = total.moments.m2 / total.count;
+    const A rounded = static_cast<A>(mean), low = static_cast<A>(mean - rounded);
+    const SetStats<A> stats{rounded, static_cast<A>(1 / std::sqrt(var + f.eps)), low - low == A(0) ? low : A(0)};
+    store_stats(f.stats, f.sets, set, stats, static_cast<A>(var));
+  });
+}
+
+FASTNORM_DEVICE void merge_weighted(GradSums<double>& total, double d, double d_centered, double weight) {
+  total.d += weight * d;
+  total.d_centered += weight * d_centered;
+}
+
+// The terms of dx of one set, by a warp.
+template <class A>
+FASTNORM_DEVICE void fold_terms(const FoldBackwardArgs<A>& f, int64_t set, int lane) {
+  const int64_t outer = set / f.groups, group = set - outer * f.groups;
+  GradSums<double> total{};
+  for_partials(outer, group, f.pieces, f.groups, f.columns, lane, [&](int64_t at, int64_t column) {
+    const GradSums<A> p = load_one(f.sums + at);
+    const double weight = f.weighted ? 1.0 : load_param(f.weight, group * f.columns + column, 1.0);
+    merge_weighted(total, p.d, p.d_centered, weight);
+  });
+  total = reduce_lanes(total, kWarp);
+  if (lane != 0) return;
+  const SetStats<A> s = load_stats(f.stats, f.sets, set);
+  const double rstd = s.rstd, scale = (f.weighted ? 1.0 : rstd) / static_cast<double>(f.set_size);
+  const SetTerms<A> terms = set_terms<A>(total, rstd, static_cast<double>(s.low), scale);
+  store_one(reinterpret_cast<SetTerms<A>*>(f.terms) + set, terms);
+}
+
+// dweight and dbias of one channel, by a warp.
+template <class A>
+FASTNORM_DEVICE void fold_params(const FoldBackwardArgs<A>& f, int64_t channel, int lane) {
+  GradSums<double> total{};
+  for (int64_t i = lane; i < f.param_outer * f.param_pieces; i += kWarp) {
+    const GradSums<A> p = load_one(f.param_sums + i * f.channels + channel);
+    if (f.scaled) {
+      merge_weighted(total, p.d, p.d_centered, 1);
+    } else {
+      const int64_t outer = i / f.param_pieces;
+      const SetStats<A> s =
+          load_stats(f.stats, f.sets, outer * (f.channels / f.set_channels) + channel / f.set_channels);
+      total.d += p.d;
+      total.d_centered += (double(p.d_centered) - double(s.low) * double(p.d)) * double(s.rstd);
+    }
+  }
+  total = reduce_lanes(total, kWarp);
+  if (lane != 0) return;
+  if (f.dweight.data != nullptr) store_number(f.dweight.data, f.dweight.dtype, channel, total.d_centered);
+  if (f.dbias.data != nullptr) store_number(f.dbias.data, f.dbias.dtype, channel, total.d);
+}
+
+// Sets first, then channels: one launch for both.
+template <class A>
+FASTNORM_KERNEL(kBlockThreads, 1)
+fold_backward(FoldBackwardArgs<A> f) {
+  const int64_t sets = f.terms == nullptr ? 0 : f.sets, channels = f.param_sums == nullptr ? 0 : f.channels;
+  for_each_by_warp(sets + channels, [&](int64_t i, int lane) {
+    if (i < sets) {
+      fold_terms(f, i, lane);
+    } else {
+      fold_params(f, i - sets, lane);
+    }
+  });
+}
+
+// ---- running statistics ----
+
+template <class A>
+FASTNORM_DEVICE void blend(const ParamGrads& running, int64_t stride, int64_t channel, const A* row, int64_t sets,
+                           int64_t channels, double momentum, double factor) {
+  if (running.data == nullptr) return;
+  double sum = 0;
+  for (int64_t set = channel; set < sets; set += channels) sum += load_one(row + set);
+  const double value = sum / static_cast<double>(sets / channels) * factor;
+  const double old = load_number<double>(running.data, running.dtype, channel * stride);
+  store_number(running.data, running.dtype, channel * stride, (1 - momentum) * old + momentum * value);
+}
+
+// What: running = (1 - momentum) running + momentum * stats, the mean over samples where there are several.
+// Who: a thread to a channel. num_batches_tracked is read before and written after, by count_batch.
+template <class A>
+FASTNORM_KERNEL(kBlockThreads, 1)
+update_running(RunningArgs r) {
+  const double momentum = r.cumulative ? 1.0 / static_cast<double>(load_one(r.num_batches_tracked) + 1) : r.momentum;
+  const double count = static_cast<double>(r.count);
+  const A* stats = static_cast<const A*>(r.stats);
+  for (int64_t c = block_index() * block_threads() + thread_index(); c < r.channels;
+       c += grid_blocks() * block_threads()) {
+    blend(r.running_mean, r.mean_stride, c, stats, r.sets, r.channels, momentum, 1.0);
+    blend(r.running_var, r.var_stride, c, stats + 2 * r.sets, r.sets, r.channels, momentum, count / (count - 1));
+  }
+}
+
+// A kernel of its own where the average is cumulative: no block may read the number after another has raised it.
+template <class Count>
+FASTNORM_KERNEL(kWarp, 1)
+count_batch(Count* num_batches_tracked) {
+  if (thread_index() == 0) store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,102 @@
+// The forward kernels of one storage type: compiled once for each, as FASTNORM_DTYPE.
+#include "apply.cuh"
+#include "fused_forward.cuh"
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace fastnorm::cuda {
+
+namespace {
+
+using T = FASTNORM_DTYPE;
+using A = Accum<T>;
+
+// float64 goes by the plain path: its packs are of one, and it is not fused.
+constexpr bool kFuses = !std::is_same<T, double>::value;
+
+struct Forward {
+  const ForwardArgs& args;
+  const ForwardPlan& plan;
+  void* workspace;
+  void* stream;
+  const ForwardTensors<T> tensors{args};
+  const Geometry& g = args.geometry;
+  const DType dtype = args.dtype;
+
+  RowsShape rows() const { return rows_shape(g, g, plan.grid, dtype, args.mask != nullptr); }
+  ColumnsShape columns() const { return columns_shape(g, plan.grid, dtype); }
+  bool is_rows() const { return plan.grid.traversal == Traversal::kRows; }
+
+  template <int W, bool kSmooth>
+  int apply() const {
+    const LaunchConfig config = config_of(plan.grid, 0, stream);
+    if (is_rows()) return launch(apply_rows<T, W, kSmooth>, config, tensors, rows());
+    if constexpr (kColumnsPack<T, W>) return launch(apply_columns<T, W, kSmooth>, config, tensors, columns());
+    return kNoSuchKernel;
+  }
+
+  template <int W>
+  int reduce() const {
+    const LaunchConfig config = config_of(plan.grid, plan.grid.shared_bytes, stream);
+    auto* partials = static_cast<Welford<A>*>(workspace);
+    if (is_rows()) return launch(reduce_rows<T, W>, config, tensors.x, partials, rows());
+    if constexpr (kColumnsPack<T, W>) return launch(reduce_columns<T, W>, config, tensors.x, partials, columns());
+    return kNoSuchKernel;
+  }
+
+  int fold() const {
+    FoldForwardArgs<A> f{};
+    f.partials = static_cast<const Welford<A>*>(workspace);
+    f.sets = g.sets();
+    f.pieces = plan.grid.pieces;
+    f.groups = g.sets() / g.outer();
+    f.columns = is_rows() ? 1 : g.set_channels();
+    f.x = args.x;
+    f.dtype = dtype;
+    f.set_stride = is_rows() ? rows().set_stride : g.set_channels();
+    f.outer_stride = g.numel() / g.outer();
+    f.stats = tensors.stats;
+    f.eps = args.eps;
+    return launch_fold_forward(f, stream);
+  }
+
+  template <int W, bool kSmooth>
+  int fused() const {
+    if constexpr (kFuses) {
+      const LaunchConfig config = config_of(plan.grid, plan.grid.shared_bytes, stream);
+      if (is_rows()) {
+        const int team_bytes = static_cast<int>(plan.grid.team_bytes);
+        return launch(fused_forward_rows<T, W, kSmooth>, config, tensors, rows(), team_bytes);
+      }
+      if constexpr (kColumnsPack<T, W>) {
+        const int tile_bytes = static_cast<int>(align16(plan.grid.tile * g.positions() * sizeof(T)));
+        return launch(fused_forward_columns<T, W, kSmooth>, config, tensors, columns(), tile_bytes);
+      }
+    }
+    return kNoSuchKernel;
+  }
+
+  template <int W, bool kSmooth>
+  int run() const {
+    switch (plan.strategy) {
+      case Strategy::kApply: return apply<W, kSmooth>();
+      case Strategy::kFused: return fused<W, kSmooth>();
+      default:
+        if (const int error = reduce<W>()) return error;
+        if (const int error = fold()) return error;
+        return args.y == nullptr ? 0 : apply<W, kSmooth>();
+    }
+  }
+};
+
+}  // namespace
+
+template <>
+int forward_of<T>(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream) {
+  const Forward call{args, plan, workspace, stream};
+  return dispatch_kernel<T>(plan.grid.pack, args.activation, [&](auto pack, auto smooth) {
+    return call.template run<decltype(pack)::value, decltype(smooth)::value>();
+  });
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,69 @@
+// The forward pass over a piece, once its statistics are known: y, and the mask. Shared by apply, which reads x from
+// global memory, and fused, which kept it in shared memory.
+#pragma once
+
+#include "columns.cuh"
+#include "forward_args.cuh"
+
+namespace fastnorm::cuda {
+
+// One pack: x [, residual] -> y [, mask]. All lanes of the warp take part, `in` or not.
+template <bool kSmooth, int W, class T, class Coefs, class A = Accum<T>>
+FASTNORM_DEVICE void forward_pack(const ForwardTensors<T>& t, const Pack<T, W>& x, const Pack<T, W>& residual, bool in,
+                                  const Coefs& coefs, int64_t element, uint8_t* mask_byte) {
+  A values[W], added[W], z[W];
+  widen<A>(x, values);
+  if (t.residual != nullptr) widen<A>(residual, added);
+  normalize(values, coefs, t.residual != nullptr ? added : nullptr, z);
+  if (!kSmooth && t.mask != nullptr) store_mask<W>(mask_byte, upper_side(t.epilogue.activation, z), in);
+  activate_pack<kSmooth>(t.epilogue, z);
+  if (in) store(t.y + element, narrow<T>(z));
+}
+
+// read(place): the pack of x there.
+template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
+FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
+                                  const SetStats<A>& stats, Read read) {
+  constexpr int U = kApplyUnroll<kSmooth, W>;
+  RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
+  piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
+    Pack<T, W> x[U], residual[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      x[u] = residual[u] = {};
+      if (!places[u].in) continue;
+      x[u] = read(places[u]);
+      if (t.residual != nullptr) residual[u] = load<W>(t.residual + piece.element(places[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const Place& place = places[u];
+      const RowCoefs<A, W>& c = place.in ? coefs.at(piece, place) : coefs.last();
+      forward_pack<kSmooth>(t, x[u], residual[u], place.in, c, piece.element(place), t.mask + piece.mask_byte(place));
+    }
+  });
+}
+
+// read(position): this thread's pack of x there.
+template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
+FASTNORM_DEVICE void forward_columns(const ForwardTensors<T>& t, const ColumnsPiece<W>& piece,
+                                     const LaneCoefs<A, W>& coefs, Read read) {
+  constexpr int U = kApplyUnroll<kSmooth, W>;
+  piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
+    Pack<T, W> x[U], residual[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      x[u] = residual[u] = {};
+      if (!in[u]) continue;
+      x[u] = read(position[u]);
+      if (t.residual != nullptr) residual[u] = load<W>(t.residual + piece.element(position[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      forward_pack<kSmooth>(t, x[u], residual[u], in[u], coefs, piece.element(position[u]),
+                            piece.mask_byte(t.mask, position[u]));
+    }
+  });
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,40 @@
+// From a plan to launches: configurations, and the choice of a kernel among its instantiations.
+#pragma once
+
+#include "element.cuh"
+#include "entry.h"
+
+namespace fastnorm::cuda {
+
+// What a plan for which no kernel was compiled returns: cudaErrorInvalidValue.
+constexpr int kNoSuchKernel = 1;
+
+inline LaunchConfig config_of(const Grid& grid, int64_t shared_bytes, void* stream) {
+  return {grid.blocks, grid.threads(), shared_bytes, stream};
+}
+inline int64_t align16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Columns are compiled for whole packs and for single elements only (pack_width in plan_cuda.cpp).
+template <class T, int W>
+constexpr bool kColumnsPack = W == 1 || W * sizeof(T) == 16;
+
+template <class T, class F>
+int dispatch_pack(int pack, F f) {
+  if constexpr (sizeof(T) == 2) {
+    if (pack == 8) return f(std::integral_constant<int, 8>{});
+  }
+  if constexpr (sizeof(T) <= 4) {
+    if (pack == 4) return f(std::integral_constant<int, 4>{});
+  }
+  return pack == 1 ? f(std::integral_constant<int, 1>{}) : kNoSuchKernel;
+}
+
+// Calls f(pack, smooth), both as types.
+template <class T, class F>
+int dispatch_kernel(int pack, Activation activation, F f) {
+  return dispatch_pack<T>(pack, [&](auto width) {
+    return is_smooth(activation) ? f(width, std::true_type{}) : f(width, std::false_type{});
+  });
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,159 @@
+// The one door to global memory: aligned packs of elements, parameters of either type, the mask. The emulator counts
+// and checks every access made here.
+#pragma once
+
+#include "../kernels.h"
+#include "platform.cuh"
+
+namespace fastnorm::cuda {
+
+// W neighbouring elements, read and written in one access.
+template <class T, int W>
+struct alignas(sizeof(T) * W) Pack {
+  T lane[W];
+};
+
+template <class A, class T>
+FASTNORM_DEVICE A widen(T v) {
+  if constexpr (std::is_same<T, float>::value || std::is_same<T, double>::value) {
+    return static_cast<A>(v);
+  } else {
+    return static_cast<A>(to_float(v));
+  }
+}
+template <class T, class A>
+FASTNORM_DEVICE T narrow(A v) {
+  if constexpr (std::is_same<T, float>::value || std::is_same<T, double>::value) {
+    return static_cast<T>(v);
+  } else {
+    T out;
+    from_float(static_cast<float>(v), out);
+    return out;
+  }
+}
+
+// ---- elements ----
+
+template <int W, class T>
+FASTNORM_DEVICE Pack<T, W> load(const T* p) {
+  note_read(p, sizeof(Pack<T, W>), Access::kStream);
+  return *reinterpret_cast<const Pack<T, W>*>(p);
+}
+template <int W, class T>
+FASTNORM_DEVICE void store(T* p, const Pack<T, W>& pack) {
+  note_write(p, sizeof(Pack<T, W>), Access::kStream);
+  *reinterpret_cast<Pack<T, W>*>(p) = pack;
+}
+
+template <class A, class T, int W>
+FASTNORM_DEVICE void widen(const Pack<T, W>& pack, A (&out)[W]) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) out[w] = widen<A>(pack.lane[w]);
+}
+template <class T, class A, int W>
+FASTNORM_DEVICE Pack<T, W> narrow(const A (&values)[W]) {
+  Pack<T, W> pack;
+#pragma unroll
+  for (int w = 0; w < W; ++w) pack.lane[w] = narrow<T>(values[w]);
+  return pack;
+}
+
+// ---- parameters, statistics and partials: few, small, and in the caches ----
+
+template <class V>
+FASTNORM_DEVICE V load_one(const V* p) {
+  note_read(p, alignof(V), Access::kParameter);
+  return *p;
+}
+template <class V>
+FASTNORM_DEVICE void store_one(V* p, const V& v) {
+  note_write(p, alignof(V), Access::kParameter);
+  *p = v;
+}
+
+// One number of a type known at run time.
+template <class A>
+FASTNORM_DEVICE A load_number(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat64: return static_cast<A>(load_one(static_cast<const double*>(data) + i));
+    case DType::kBFloat16: return widen<A>(load_one(static_cast<const BFloat16*>(data) + i));
+    case DType::kFloat16: return widen<A>(load_one(static_cast<const Float16*>(data) + i));
+    default: return static_cast<A>(load_one(static_cast<const float*>(data) + i));
+  }
+}
+template <class A>
+FASTNORM_DEVICE void store_number(void* data, DType dtype, int64_t i, A v) {
+  switch (dtype) {
+    case DType::kFloat64: return store_one(static_cast<double*>(data) + i, static_cast<double>(v));
+    case DType::kBFloat16: return store_one(static_cast<BFloat16*>(data) + i, narrow<BFloat16>(v));
+    case DType::kFloat16: return store_one(static_cast<Float16*>(data) + i, narrow<Float16>(v));
+    default: return store_one(static_cast<float*>(data) + i, static_cast<float>(v));
+  }
+}
+template <class A>
+FASTNORM_DEVICE A load_param(const Params& params, int64_t channel, A absent) {
+  return params.data == nullptr ? absent : load_number<A>(params.data, params.dtype, channel);
+}
+
+// W neighbouring parameters for W elements of T, in accesses as wide as the elements': their addresses are as aligned.
+template <class T, int W, class A>
+FASTNORM_DEVICE void load_params(const Params& params, int64_t channel, A absent, A (&out)[W]) {
+  if (params.data == nullptr) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) out[w] = absent;
+  } else if (params.dtype != DType::kFloat32 || std::is_same<T, float>::value) {
+    const T* p = static_cast<const T*>(params.data) + channel;
+    note_read(p, sizeof(Pack<T, W>), Access::kParameter);
+    widen<A>(*reinterpret_cast<const Pack<T, W>*>(p), out);
+  } else {
+    constexpr int kPart = W * sizeof(T) < sizeof(float) ? 1 : W * sizeof(T) / sizeof(float);
+#pragma unroll
+    for (int part = 0; part < W; part += kPart) {
+      const float* p = static_cast<const float*>(params.data) + channel + part;
+      note_read(p, sizeof(Pack<float, kPart>), Access::kParameter);
+      const Pack<float, kPart> pack = *reinterpret_cast<const Pack<float, kPart>*>(p);
+#pragma unroll
+      for (int w = 0; w < kPart; ++w) out[part + w] = static_cast<A>(pack.lane[w]);
+    }
+  }
+}
+
+// One parameter, for elements of T: of type T itself or float32.
+template <class T, class A>
+FASTNORM_DEVICE A load_param_of(const Params& params, int64_t channel, A absent) {
+  A out[1];
+  load_params<T>(params, channel, absent, out);
+  return out[0];
+}
+
+// ---- mask ----
+
+// Lanes whose bits share a byte.
+template <int W>
+constexpr int kLanesPerByte = W >= 8 ? 1 : 8 / W;
+
+// Writes the bits of a pack; `byte` holds its first. Where a byte is shared, neighbouring lanes hold neighbouring
+// packs, the first of them that of a whole byte; all lanes of the warp take part, those that are not `in` with zeros.
+template <int W>
+FASTNORM_DEVICE void store_mask(uint8_t* byte, unsigned bits, bool in) {
+  constexpr int kLanes = kLanesPerByte<W>;
+  const int place = thread_index() % kLanes;
+  if (!in) bits = 0;
+  bits <<= place * W;
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) bits |= shuffle_xor(bits, lanes);
+  if (in && place == 0) {
+    note_write(byte, 1, Access::kStream);
+    *byte = static_cast<uint8_t>(bits);
+  }
+}
+
+// The bits of the pack that begins at `element` of a row of the mask.
+template <int W>
+FASTNORM_DEVICE unsigned load_mask(const uint8_t* row, int64_t element) {
+  const uint8_t* byte = row + element / 8;
+  note_read(byte, 1, Access::kStream);
+  return static_cast<unsigned>(*byte) >> (W >= 8 ? 0 : element % 8);
+}
+
+}  // namespace fastnorm::cuda

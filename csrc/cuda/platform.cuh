@@ -1,0 +1,168 @@
+// The only door to CUDA: what kernels use of the toolkit, under our names. With FASTNORM_EMULATE defined the same names
+// come from the emulator in tests/emulator, and the .cu files compile with g++ and run on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../dtype.h"
+#include "../plan_cuda.h"
+
+namespace fastnorm::cuda {
+
+// Where and how wide a kernel is launched. Blocks and grids have one dimension.
+struct LaunchConfig {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+  void* stream;
+  int cluster = 1;           // blocks of a cluster
+  bool cooperative = false;  // all blocks resident, sync_grid allowed
+};
+
+}  // namespace fastnorm::cuda
+
+#if defined(FASTNORM_EMULATE)
+
+#include "emulator.h"
+
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define FASTNORM_DEVICE __device__ __forceinline__
+// A kernel for blocks of at most `threads`, of which `blocks` fit a multiprocessor as far as registers go.
+#define FASTNORM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+
+namespace fastnorm::cuda {
+
+FASTNORM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+FASTNORM_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
+FASTNORM_DEVICE int64_t block_index() { return blockIdx.x; }
+FASTNORM_DEVICE int64_t grid_blocks() { return gridDim.x; }
+
+// The block's dynamic shared memory, 16-byte aligned.
+FASTNORM_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char fastnorm_shared[];
+  return fastnorm_shared;
+}
+
+FASTNORM_DEVICE void sync_block() { __syncthreads(); }
+FASTNORM_DEVICE void sync_warp() { __syncwarp(); }
+
+// All blocks of a cooperative launch.
+FASTNORM_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+
+// Blocks of a cluster. Below sm_90 a block is a cluster of its own.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+FASTNORM_DEVICE void sync_cluster() { cooperative_groups::this_cluster().sync(); }
+FASTNORM_DEVICE int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
+FASTNORM_DEVICE int cluster_size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
+// The same place in the shared memory of block `rank`. No block may look before the other has begun nor after it has
+// left: sync_cluster() before the first look and after the last.
+template <class T>
+FASTNORM_DEVICE T* cluster_shared(T* place, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(place, rank);
+}
+#else
+FASTNORM_DEVICE void sync_cluster() { __syncthreads(); }
+FASTNORM_DEVICE int cluster_rank() { return 0; }
+FASTNORM_DEVICE int cluster_size() { return 1; }
+template <class T>
+FASTNORM_DEVICE T* cluster_shared(T* place, int) {
+  return place;
+}
+#endif
+
+// v of the lane whose number differs in the bits of `lanes`; of lane `lane`. All 32 lanes of the warp take part. T: a
+// plain struct of 4-byte words.
+template <class T, class Shuffle>
+FASTNORM_DEVICE T shuffle_words(T v, Shuffle shuffle_word) {
+  static_assert(std::is_trivially_copyable<T>::value && sizeof(T) % 4 == 0, "shuffled word by word");
+  union Words {
+    T value;
+    unsigned word[sizeof(T) / 4];
+    __device__ Words() {}
+  } words;
+  words.value = v;
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / 4; ++i) words.word[i] = shuffle_word(words.word[i]);
+  return words.value;
+}
+template <class T>
+FASTNORM_DEVICE T shuffle_xor(T v, int lanes) {
+  return shuffle_words(v, [=](unsigned word) { return __shfl_xor_sync(0xffffffffu, word, lanes); });
+}
+template <class T>
+FASTNORM_DEVICE T shuffle(T v, int lane) {
+  return shuffle_words(v, [=](unsigned word) { return __shfl_sync(0xffffffffu, word, lane); });
+}
+
+FASTNORM_DEVICE float to_float(BFloat16 v) { return __bfloat162float(__ushort_as_bfloat16(v.bits)); }
+FASTNORM_DEVICE float to_float(Float16 v) { return __half2float(__ushort_as_half(v.bits)); }
+FASTNORM_DEVICE void from_float(float v, BFloat16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+FASTNORM_DEVICE void from_float(float v, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
+
+// The emulator counts and checks every access of pack.cuh; here they cost nothing.
+enum class Access { kStream, kParameter };
+FASTNORM_DEVICE void note_read(const void*, int, Access) {}
+FASTNORM_DEVICE void note_write(const void*, int, Access) {}
+
+// Raises the kernel's limit of dynamic shared memory where it has to.
+inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  if (bytes <= kWithoutAsking) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
+  if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), config.shared_bytes)) return error;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = dim3(static_cast<unsigned>(config.blocks));
+  launch_config.blockDim = dim3(static_cast<unsigned>(config.threads));
+  launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
+  launch_config.stream = static_cast<cudaStream_t>(config.stream);
+  launch_config.attrs = attributes;
+  if (config.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  if (config.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(config.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  return cudaLaunchKernelEx(&launch_config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+inline int query_device(int device, DeviceInfo* info) {
+  const auto ask = [&](cudaDeviceAttr attribute, auto* value) {
+    int answer = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&answer, attribute, device);
+    *value = answer;
+    return error;
+  };
+  int major = 0, minor = 0;
+  cudaError_t error = ask(cudaDevAttrComputeCapabilityMajor, &major);
+  if (!error) error = ask(cudaDevAttrComputeCapabilityMinor, &minor);
+  if (!error) error = ask(cudaDevAttrMultiProcessorCount, &info->multiprocessors);
+  if (!error) error = ask(cudaDevAttrMaxThreadsPerMultiProcessor, &info->threads_per_multiprocessor);
+  if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &info->shared_per_multiprocessor);
+  if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &info->shared_per_block);
+  if (!error) error = ask(cudaDevAttrL2CacheSize, &info->l2_bytes);
+  info->capability = 10 * major + minor;
+  return error;
+}
+
+inline const char* platform_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace fastnorm::cuda
+
+#endif

@@ -1,0 +1,278 @@
+// The rows traversal: a team owns a piece of a set and walks its runs, lane next to lane.
+//
+//   set     o ------------- run 0 ------------ | ------------- run 1 ------------ | ...
+//   piece   whole runs, or a part of one
+//   team    lane 0 1 2 ... width-1, 0 1 2 ...    one pack each, kUnroll packs under way
+#pragma once
+
+#include <algorithm>
+
+#include "../accum.h"
+#include "element.cuh"
+#include "fast_div.h"
+#include "group_reduce.cuh"
+
+namespace fastnorm::cuda {
+
+// Packs that a thread has under way: with two blocks to a multiprocessor 32 KB, which an H200's memory needs to be busy
+// (4.8 TB/s for 0.7 us over 132 multiprocessors is 25 KB).
+constexpr int kUnroll = 4;
+// Fewer where several numbers a lane are kept besides: without spilling.
+template <int W>
+constexpr int kLaneUnroll = W == 8 ? 2 : kUnroll;
+// One where a smooth activation follows: its polynomials, for every element of several packs, took the compiler
+// minutes.
+template <bool kSmooth, int W>
+constexpr int kApplyUnroll = kSmooth ? 1 : kLaneUnroll<W>;
+// Backward reads two or three tensors at every place.
+template <bool kSmooth, int W>
+constexpr int kBackwardUnroll = kSmooth || W == 8 ? 1
+                                : W == 4          ? 2
+                                                  : 4;
+
+// What rows kernels know of a geometry and its grid. Elements of set s, run r, begin at s * set_stride + r *
+// run_stride; likewise channels and rows of the mask.
+struct RowsShape {
+  int64_t sets, groups;  // groups: sets of a sample, or of the batch
+  int64_t set_stride, run_stride;
+  int64_t set_channels, run_channels;
+  int64_t set_masks, run_masks;
+  int64_t mask_row_bytes;
+  int64_t runs, run_packs;  // of a set
+  int64_t set_size;         // elements
+  int64_t items, pieces, run_pieces;
+  int64_t sets_per_stats;  // of these sets share statistics: 1, or the cells of a set
+  int piece_runs, piece_length;
+  int length;  // packs between runs of a piece: piece_length, rounded up to a byte of the mask where there is one
+  FastDiv by_length;
+  int team;
+  bool per_element;  // the channel changes with every element of a run
+};
+
+inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid& grid, DType dtype, bool masked) {
+  const Runs runs = g.per_element() ? stat_runs(g) : weight_runs(g);
+  const bool batch = g.kind == Kind::kBatch;
+  RowsShape s{};
+  s.sets = g.sets();
+  s.groups = batch ? g.C : g.G;
+  s.set_stride = batch ? g.S : g.D() * g.S;
+  s.run_stride = runs.stride;
+  s.set_channels = g.set_channels();
+  s.run_channels = batch || g.per_element() ? 0 : 1;
+  s.set_masks = batch || g.per_element() ? 1 : g.D();
+  s.run_masks = batch ? g.C : 1;
+  s.mask_row_bytes = mask_row_bytes(g.mask_run(), dtype);
+  s.runs = runs.count;
+  s.run_packs = runs.length / grid.pack;
+  s.set_size = g.set_size();
+  s.items = grid.items;
+  s.pieces = grid.pieces;
+  s.run_pieces = grid.piece_runs > 1 ? 1 : (s.run_packs + grid.piece_length - 1) / grid.piece_length;
+  s.sets_per_stats = g.sets() / stats.sets();
+  s.piece_runs = static_cast<int>(grid.piece_runs);
+  s.piece_length = static_cast<int>(grid.piece_length);
+  const int per_byte = masked && grid.pack < 8 && s.piece_runs > 1 ? 8 / grid.pack : 1;
+  s.length = (s.piece_length + per_byte - 1) / per_byte * per_byte;
+  s.by_length = FastDiv(s.length);
+  s.team = grid.threads_x;
+  s.per_element = g.per_element();
+  return s;
+}
+
+// One item: a piece of a set.
+struct Span {
+  int64_t set, piece, first_run, first_pack;
+  int runs, packs;  // whole runs, and packs of each in this piece
+
+  FASTNORM_DEVICE Span(const RowsShape& s, int64_t item) {
+    set = s.pieces == 1 ? item : item / s.pieces;
+    piece = s.pieces == 1 ? 0 : item - set * s.pieces;
+    const int64_t part = s.run_pieces == 1 ? piece : piece / s.run_pieces;
+    first_run = part * s.piece_runs;
+    first_pack = s.run_pieces == 1 ? 0 : (piece - part * s.run_pieces) * s.piece_length;
+    runs = static_cast<int>(std::min(static_cast<int64_t>(s.piece_runs), s.runs - first_run));
+    packs = static_cast<int>(std::min(static_cast<int64_t>(s.piece_length), s.run_packs - first_pack));
+  }
+  // Steps of the walk, those between runs included.
+  FASTNORM_DEVICE int steps(const RowsShape& s) const { return runs == 1 ? packs : runs * s.length; }
+  FASTNORM_DEVICE int64_t base(const RowsShape& s) const { return set * s.set_stride + first_run * s.run_stride; }
+  FASTNORM_DEVICE int64_t channel(const RowsShape& s) const {
+    return (s.groups == 1 ? 0 : set % s.groups) * s.set_channels + first_run * s.run_channels;
+  }
+  FASTNORM_DEVICE int64_t mask_row(const RowsShape& s) const { return set * s.set_masks + first_run * s.run_masks; }
+  FASTNORM_DEVICE int64_t stats(const RowsShape& s) const {
+    return s.sets_per_stats == 1 ? set : set / s.sets_per_stats;
+  }
+};
+
+// Where the partial of a piece goes among [outer, pieces, sets of an outer].
+FASTNORM_DEVICE int64_t partial_of(const RowsShape& s, const Span& span) {
+  const int64_t outer = span.set / s.groups;
+  return (outer * s.pieces + span.piece) * s.groups + span.set - outer * s.groups;
+}
+
+// Where a step of the walk is.
+struct Place {
+  int step, run, pack;  // pack: of the piece's share of the run
+  bool in;
+};
+FASTNORM_DEVICE Place place_of(const RowsShape& s, const Span& span, int step, bool in) {
+  Place place{step, 0, step, in};
+  if (span.runs > 1) {
+    place.run = static_cast<int>(s.by_length.divide(static_cast<uint32_t>(step)));
+    place.pack = step - place.run * s.length;
+  }
+  place.in = in && place.run < span.runs && place.pack < span.packs;
+  return place;
+}
+
+// Steps of a piece that `width` neighbouring threads walk together. `longest`: the steps of the longest stretch walked
+// at the same time, so that all threads make as many rounds.
+struct Stretch {
+  int begin, steps, longest, lane, width;
+};
+
+// A piece in memory: addresses of its packs, channels and bytes of the mask.
+template <int W>
+struct RowsPiece {
+  const RowsShape& shape;
+  Span span;
+  int64_t base, channel, mask_row;
+
+  FASTNORM_DEVICE RowsPiece(const RowsShape& s, int64_t item)
+      : shape(s), span(s, item), base(span.base(s)), channel(span.channel(s)), mask_row(span.mask_row(s)) {}
+
+  FASTNORM_DEVICE int64_t run_element(const Place& p) const { return (span.first_pack + p.pack) * W; }
+  FASTNORM_DEVICE int64_t element(const Place& p) const { return base + p.run * shape.run_stride + run_element(p); }
+  FASTNORM_DEVICE int64_t channel_of(const Place& p) const {
+    return channel + p.run * shape.run_channels + (shape.per_element ? run_element(p) : 0);
+  }
+  FASTNORM_DEVICE int64_t mask_byte(const Place& p) const {
+    return (mask_row + p.run * shape.run_masks) * shape.mask_row_bytes + run_element(p) / 8;
+  }
+  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const Place& p) const {
+    return load_mask<W>(mask + (mask_row + p.run * shape.run_masks) * shape.mask_row_bytes, run_element(p));
+  }
+
+  // The whole piece by a team; nothing of it where the item is not `valid`.
+  FASTNORM_DEVICE Stretch whole(const Team& team, bool valid) const {
+    const int steps = span.steps(shape);
+    return {0, valid ? steps : 0, steps, team.lane, team.width};
+  }
+
+  // body(places) for U places at a time.
+  template <int U, class Body>
+  FASTNORM_DEVICE void walk(const Stretch& stretch, Body body) const {
+    for (int round = 0; round < stretch.longest; round += U * stretch.width) {
+      Place places[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int step = round + u * stretch.width + stretch.lane;
+        places[u] = place_of(shape, span, stretch.begin + step, step < stretch.steps);
+      }
+      body(places);
+    }
+  }
+};
+
+// The moments of several packs relative to `origin`, taken over their own mean before they are merged: one division a
+// batch, and no difference of large squares.
+template <class A, int U, int W, class T>
+FASTNORM_DEVICE Welford<A> batch_moments(const Pack<T, W> (&packs)[U], const bool (&in)[U], A origin) {
+  int count = 0;
+  A sum = 0;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (!in[u]) continue;
+    count += W;
+    A x[W];
+    widen<A>(packs[u], x);
+#pragma unroll
+    for (int w = 0; w < W; ++w) x[w] -= origin;
+    sum += tree_sum(x);
+  }
+  if (count == 0) return {};
+  const A mean = sum / static_cast<A>(count);
+  A m2 = 0;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (!in[u]) continue;
+    A x[W];
+    widen<A>(packs[u], x);
+#pragma unroll
+    for (int w = 0; w < W; ++w) x[w] = (x[w] - origin - mean) * (x[w] - origin - mean);
+    m2 += tree_sum(x);
+  }
+  return {static_cast<A>(count), {mean, m2}};
+}
+
+// A set's numbers are taken relative to its first element: of the size of the spread, so that the error of the mean's
+// last digit does not enter the variance where the mean is large.
+template <class A, class T>
+FASTNORM_DEVICE A origin_of(const T* first) {
+  const A value = widen<A>(load_one(first));
+  return value - value == A(0) ? value : A(0);  // not finite: 0
+}
+
+// This thread's share of a piece's moments, relative to `origin`; keep(place, pack) sees what was read.
+template <int U, int W, class T, class A, class Keep>
+FASTNORM_DEVICE Welford<A> accumulate_moments(const RowsPiece<W>& piece, const Stretch& stretch, const T* x, A origin,
+                                              Keep keep) {
+  Welford<A> total{};
+  piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
+    Pack<T, W> packs[U];
+    bool in[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      in[u] = places[u].in;
+      if (in[u]) packs[u] = load<W>(x + piece.element(places[u]));
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (in[u]) keep(places[u], packs[u]);
+    }
+    total.merge(batch_moments(packs, in, origin));
+  });
+  return total;
+}
+
+// The coefficients at one place after another: loaded when the channel changes.
+template <class T, int W, class A = Accum<T>>
+class RowCoefsReader {
+ public:
+  FASTNORM_DEVICE RowCoefsReader(const SetStats<A>& stats, const Params& weight, const Params& bias)
+      : weight_(weight), bias_(bias), low_(stats.low) {
+    coefs_ = {stats.mean, stats.rstd, {}, {}};
+  }
+  FASTNORM_DEVICE const RowCoefs<A, W>& at(const RowsPiece<W>& piece, const Place& place) {
+    const int64_t channel = piece.channel_of(place);
+    if (channel == channel_) return coefs_;
+    channel_ = channel;
+    A weight[W], bias[W];
+    if (W == 1 || piece.shape.per_element) {
+      load_params<T>(weight_, channel, A(1), weight);
+      load_params<T>(bias_, channel, A(0), bias);
+    } else {
+      weight[0] = load_param_of<T>(weight_, channel, A(1));
+      bias[0] = load_param_of<T>(bias_, channel, A(0));
+#pragma unroll
+      for (int w = 1; w < W; ++w) weight[w] = weight[0], bias[w] = bias[0];
+    }
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      const Affine<A> c = make_affine({coefs_.mean, coefs_.rstd, low_}, weight[w], bias[w]);
+      coefs_.scale[w] = c.scale;
+      coefs_.bias[w] = c.bias;
+    }
+    return coefs_;
+  }
+  FASTNORM_DEVICE const RowCoefs<A, W>& last() const { return coefs_; }
+
+ private:
+  const Params &weight_, &bias_;
+  A low_;
+  int64_t channel_ = -1;
+  RowCoefs<A, W> coefs_;
+};
+
+}  // namespace fastnorm::cuda

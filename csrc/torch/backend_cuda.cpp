@@ -1,0 +1,167 @@
+// The CUDA backend: plan, workspace from torch's allocator, launch on the current stream. The host waits for nothing,
+// so that calls can be captured in a graph.
+//
+//   FASTNORM_CUDA_BUILD  what the kernels are compiled by and for, as "13.0 sm_80 sm_90 compute_90"; absent: there are
+//   none FASTNORM_EMULATE     the library of tests/emulator: the same kernels for tensors on the CPU
+#include "backend.h"
+
+#if defined(FASTNORM_CUDA_BUILD) || defined(FASTNORM_EMULATE)
+
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <cstdlib>
+#include <limits>
+#include <mutex>
+#include <string>
+
+#include "cuda_stream.h"
+
+namespace fastnorm::ops {
+
+namespace {
+
+at::Tensor make_empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format, at::Device device) {
+  return at::empty(sizes, at::TensorOptions(device).dtype(type), format);
+}
+
+// A launch that failed is no refusal: torch.AcceleratorError, upon which fastnorm does not turn to torch's operators.
+[[noreturn]] void fail(int error, const std::string& text) {
+  throw c10::AcceleratorError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, error, "fastnorm: " + text);
+}
+void check_cuda(int error) {
+  if (error != 0) fail(error, std::string("CUDA error: ") + cuda::error_string(error));
+}
+
+#if defined(FASTNORM_EMULATE)
+
+// What the emulator finds is thrown, and its device changes from test to test.
+template <class F>
+void launch(F&& f) {
+  try {
+    check_cuda(f());
+  } catch (const std::runtime_error& found) {
+    fail(-1, found.what());
+  }
+}
+
+DeviceInfo device_info(at::Device) {
+  DeviceInfo info{};
+  check_cuda(cuda::device_info(0, &info));
+  return info;
+}
+
+void* current_stream(at::Device) { return nullptr; }
+
+#else
+
+template <class F>
+void launch(F&& f) {
+  check_cuda(f());
+}
+
+// Machine code (sm_*) runs on its own major version from its minor one on, intermediate code (compute_*) on all that is
+// newer.
+bool built_for(int capability) {
+  const std::string build = FASTNORM_CUDA_BUILD;
+  for (size_t at = build.find('_'); at != std::string::npos; at = build.find('_', at + 1)) {
+    const int arch = std::atoi(build.c_str() + at + 1);
+    const bool machine_code = build[at - 1] == 'm';
+    if (arch <= capability && (!machine_code || arch / 10 == capability / 10)) return true;
+  }
+  return false;
+}
+
+const DeviceInfo& device_info(at::Device device) {
+  struct Facts {
+    std::once_flag once;
+    DeviceInfo info{};
+    bool served = false;
+  };
+  static Facts known[std::numeric_limits<c10::DeviceIndex>::max() + 1];
+  Facts& facts = known[device.index()];
+  std::call_once(facts.once, [&] {
+    check_cuda(cuda::device_info(device.index(), &facts.info));
+    facts.served = built_for(facts.info.capability);
+  });
+  TORCH_CHECK(facts.served, "fastnorm: x is on ", device, " of compute capability ", facts.info.capability / 10, ".",
+              facts.info.capability % 10, ", expected one that this build is for: CUDA " FASTNORM_CUDA_BUILD);
+  return facts.info;
+}
+
+void* current_stream(at::Device device) {
+  void* stream = nullptr;
+  TORCH_CHECK(get_cuda_stream(device.index(), &stream), "fastnorm: torch has no CUDA stream on ", device);
+  return stream;
+}
+
+#endif
+
+// The largest power of two up to 16 that divides the address of every tensor of a call: the lowest bit set in any. Null
+// pointers have none. Where weights lie side by side they are read by packs, as the tensors are.
+template <class Args, class... Pointers>
+int alignment_of(const Args& args, Pointers... tensors) {
+  uintptr_t bits = (16 | ... | reinterpret_cast<uintptr_t>(tensors));
+  if (args.geometry.per_element() || args.geometry.traversal() == Traversal::kColumns) {
+    bits |= reinterpret_cast<uintptr_t>(args.weight.data) | reinterpret_cast<uintptr_t>(args.bias.data);
+  }
+  return static_cast<int>(bits & -bits);
+}
+
+// Memory that the stream passes before anyone else gets it: torch's allocator goes by the stream, too.
+at::Tensor make_workspace(int64_t bytes, at::Device device) {
+  return make_empty({bytes}, at::kByte, at::MemoryFormat::Contiguous, device);
+}
+
+void forward(const ForwardArgs& args, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  const ForwardNeeds needs{alignment_of(args, args.x, args.residual, args.y), args.y != nullptr,
+                           args.running_mean.data != nullptr};
+  const ForwardPlan plan = plan_forward(args.geometry, args.dtype, needs, device_info(device));
+  const at::Tensor workspace = make_workspace(plan.workspace_bytes, device);
+  launch([&] { return cuda::launch_forward(args, plan, workspace.mutable_data_ptr(), current_stream(device)); });
+}
+
+void backward(const BackwardArgs& args, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  const BackwardNeeds needs{alignment_of(args, args.dy, args.x, args.residual, args.dx, args.dresidual),
+                            args.residual != nullptr, args.frozen, args.dx != nullptr || args.dresidual != nullptr,
+                            args.dweight.data != nullptr || args.dbias.data != nullptr};
+  if (!needs.input && !needs.params) return;
+  const BackwardPlan plan = plan_backward(args.geometry, args.dtype, needs, device_info(device));
+  const at::Tensor workspace = make_workspace(plan.workspace_bytes(), device);
+  launch([&] { return cuda::launch_backward(args, plan, workspace.mutable_data_ptr(), current_stream(device)); });
+}
+
+void update_running_stats(const RunningArgs& args, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  launch([&] { return cuda::launch_update_running_stats(args, current_stream(device)); });
+}
+
+}  // namespace
+
+const Backend kCudaBackend{make_empty, forward, backward, update_running_stats};
+
+}  // namespace fastnorm::ops
+
+#endif
+
+namespace fastnorm::ops {
+
+const Backend& backend_of(const at::Tensor& t, const char* name) {
+#if defined(FASTNORM_EMULATE)
+  if (t.is_cpu()) return kCudaBackend;
+  constexpr const char* kExpected = "cpu, where the CUDA kernels are emulated";
+#else
+  if (t.is_cpu()) return kCpuBackend;
+#if defined(FASTNORM_CUDA_BUILD)
+  if (t.is_cuda()) return kCudaBackend;
+  constexpr const char* kExpected = "cpu or cuda";
+#else
+  constexpr const char* kExpected = "cpu: this build has no CUDA kernels";
+#endif
+#endif
+  TORCH_CHECK(false, "fastnorm: ", name, " is on ", t.device(), ", expected ", kExpected);
+}
+
+}  // namespace fastnorm::ops
