@@ -3,6 +3,7 @@
 # make bench    the full benchmark table; ARGS='--filter GroupNorm' is passed on to benchmarks/bench.py
 # make lint     formatting, lint and types          make format   puts formatting right
 # make build    the extension alone                 make clean    removes what was built, keeps .venv
+# make check-cuda   compiles the CUDA kernels for every architecture and reads their machine code; needs nvcc, no GPU
 #
 # Each makes .venv where there is none, installs requirements-dev.txt and torch into it, and builds what has changed.
 #
@@ -17,9 +18,10 @@ ARGS ?=
 PY := $(VENV)/bin/python
 READY := $(VENV)/.torch-$(TORCH)
 BUILT := $(VENV)/.built
-NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp')
+NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: demo test bench build lint lint-cpp lint-python lint-types format clean
+.PHONY: demo test bench build check-cuda lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
@@ -31,6 +33,10 @@ bench: $(BUILT)
 	$(PY) benchmarks/bench.py $(ARGS)
 
 build: $(BUILT)
+
+check-cuda: $(READY)
+	FASTNORM_CUDA=check $(PY) setup.py --quiet build_ext
+	$(PY) tests/check_sass.py
 
 lint: lint-cpp lint-python lint-types
 lint-cpp: $(READY)
@@ -51,7 +57,7 @@ clean:
 	rm -f $(BUILT)
 
 # The first line compiles where one can watch, the second makes `import fastnorm` find this checkout.
-$(BUILT): $(READY) $(NATIVE) setup.py pyproject.toml
+$(BUILT): $(READY) $(SOURCES) setup.py setup_cuda.py pyproject.toml
 	$(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@

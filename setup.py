@@ -6,16 +6,22 @@
 Environment variables:
     CXX                 the C++ compiler; default g++, on macOS clang++
     MAX_JOBS            compilations at a time; default the number of processors
-    FASTNORM_CUDA       auto (default) or 0: CPU only; 1, check: refused, no CUDA kernels yet
+    FASTNORM_CUDA       auto (default): CUDA kernels too, where torch has CUDA and there is an nvcc
+                        0: none; 1: with any torch, for one that comes later
+                        check: compiles them for every architecture, warnings being errors, into
+                        build/cuda-check, and links nothing: python setup.py build_ext
+    TORCH_CUDA_ARCH_LIST  GPUs to compile for, as "9.0;12.0+PTX"; default those at hand, else all
+    CUDA_HOME           the CUDA toolkit; default the newest in /usr/local, else nvcc's on PATH
     FASTNORM_WERROR     1: warnings are errors
 
 What must be known of this machine is found by one `find_*` function each; whatever is missing ends
-the build with one sentence that says what to do. Sources are compiled in four groups:
+the build with one sentence that says what to do. Sources are compiled in five groups:
 
     csrc/cpu/kernels*.cpp        once per instruction set; FASTNORM_CPU_CAPABILITY names it
+    csrc/cuda/*.cu               by nvcc; what knows FASTNORM_DTYPE, once per storage type
     csrc/torch/module.cpp        with pybind11, without torch: seconds instead of twenty
     csrc/torch/*.cpp             with torch, without pybind11
-    csrc/*.cpp csrc/cpu/*.cpp    plain C++
+    csrc/*.cpp csrc/*/*.cpp      plain C++; csrc/cuda's only where there are CUDA kernels
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 try:
     from setuptools import Extension, setup
@@ -43,6 +49,9 @@ except ImportError:
     raise SystemExit("fastnorm: setuptools is missing: run `pip install setuptools`.") from None
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # pip's way of building has it taken away
+from setup_cuda import Cuda, cuda_mode, find_cuda, stop  # noqa: E402
+
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 10)
 INSTALL = "`pip install --no-build-isolation .`"
@@ -59,9 +68,10 @@ X86_CAPABILITIES = {  # least first
     "avx512": [*AVX512_FLAGS, "-mfma", "-mf16c"],
 }
 
-
-def stop(sentence: str) -> NoReturn:
-    raise SystemExit(f"fastnorm: {sentence}")
+STORAGE_TYPES = ["float", "double", "BFloat16", "Float16"]
+KERNEL_BUDGET = 300  # instantiations: what keeps the build short
+NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 # What is there, and what to do when it is not.
@@ -71,6 +81,10 @@ class Torch(NamedTuple):
     version: str
     root: Path
     cxx11_abi: bool
+    cuda: str = ""
+    """The CUDA it was built with, if any."""
+    gpus: tuple[str, ...] = ()
+    """Compute capabilities of those at hand, as "9.0"."""
 
 
 class Compiler(NamedTuple):
@@ -87,14 +101,17 @@ class Tools(NamedTuple):
     pybind11: Path
     python: Path
     jobs: int
+    cuda: Cuda | None = None
 
 
 def find_tools() -> Tools:
     check_platform()
-    check_cuda_mode()
-    jobs, ninja, python, compiler = max_jobs(), find_ninja(), find_python_headers(), find_compiler()
-    torch = find_torch()
-    return Tools(torch, compiler, find_capabilities(compiler), ninja, find_pybind11(torch), python, jobs)
+    mode, jobs, ninja = cuda_mode(), max_jobs(), find_ninja()
+    if mode == "check":
+        stop("FASTNORM_CUDA=check installs nothing: run `FASTNORM_CUDA=check python setup.py build_ext`.")
+    python, compiler, torch = find_python_headers(), find_compiler(), find_torch()
+    pybind11, cuda = find_pybind11(torch), find_cuda(mode, torch.cuda, torch.gpus)
+    return Tools(torch, compiler, find_capabilities(compiler), ninja, pybind11, python, jobs, cuda)
 
 
 def check_platform(system: str = sys.platform) -> None:
@@ -106,17 +123,6 @@ def check_python(version: Sequence[int] = sys.version_info[:2]) -> None:
     if tuple(version) < MIN_PYTHON:
         found, least = "{}.{}".format(*version), "{}.{}".format(*MIN_PYTHON)
         stop(f"Python {found} is too old: install it with Python {least} or newer.")
-
-
-def check_cuda_mode(env: Mapping[str, str] = os.environ) -> None:
-    mode = env.get("FASTNORM_CUDA") or "auto"
-    if mode in ("1", "check"):
-        stop(
-            f"FASTNORM_CUDA={mode}, but this release has no CUDA kernels yet: "
-            "unset it, or set FASTNORM_CUDA=0, to build the CPU backend."
-        )
-    if mode not in ("auto", "0"):
-        stop(f"FASTNORM_CUDA={mode} is none of auto, 0, 1 and check: unset it.")
 
 
 def max_jobs(env: Mapping[str, str] = os.environ) -> int:
@@ -131,8 +137,13 @@ def max_jobs(env: Mapping[str, str] = os.environ) -> int:
 
 PROBE_TORCH = """
 import json, torch
-abi = torch.compiled_with_cxx11_abi()
-print(json.dumps([str(torch.__version__), torch.__path__[0], bool(abi)]))
+abi, cuda, gpus = torch.compiled_with_cxx11_abi(), "", []
+try:
+    cuda = torch.version.cuda or ""
+    gpus = ["%d.%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+except Exception:  # no driver, no GPU
+    pass
+print(json.dumps([str(torch.__version__), torch.__path__[0], bool(abi), cuda, gpus]))
 """
 
 
@@ -143,9 +154,9 @@ def find_torch(python: Sequence[str] = (sys.executable,), env: Mapping[str, str]
     for attempt in (env, {name: env[name] for name in env if name not in hidden_by}):
         probe = subprocess.run([*python, "-c", PROBE_TORCH], env=attempt, capture_output=True, text=True)
         if probe.returncode == 0:
-            version, root, cxx11_abi = json.loads(probe.stdout.splitlines()[-1])
+            version, root, cxx11_abi, cuda, gpus = json.loads(probe.stdout.splitlines()[-1])
             check_torch_version(version)
-            return Torch(version, Path(root), cxx11_abi)
+            return Torch(version, Path(root), cxx11_abi, cuda, tuple(gpus))
         reason = (probe.stderr.strip().splitlines() or [f"exit status {probe.returncode}"])[-1]
         if "No module named 'torch'" not in reason:
             stop(
@@ -228,16 +239,28 @@ class Object(NamedTuple):
     path: str
     source: Path
     flags: list[str]
+    rule: str = "compile"
+
+
+def plan_cuda_objects(csrc: Path, flags: Sequence[str]) -> list[Object]:
+    """The CUDA kernels: files with FASTNORM_DTYPE in them, once per storage type."""
+    objects = []
+    for source in sorted((csrc / "cuda").glob("*.cu")):
+        for dtype in STORAGE_TYPES if "FASTNORM_DTYPE" in source.read_text() else [""]:
+            name = f"cuda_{source.stem}" + f".{dtype}" * bool(dtype)
+            own = [f"-I{csrc}", *([f"-DFASTNORM_DTYPE={dtype}"] if dtype else [])]
+            objects.append(Object(f"{name}.o", source, [*NVCC_FLAGS, *flags, *own], "nvcc"))
+    return objects
 
 
 def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
     """Every object file with its source and flags, in link order: kernels with wider instruction
     sets come last, so that the linker keeps the baseline copy of an inline function they share."""
-    torch, capabilities = tools.torch, tools.capabilities
+    torch, capabilities, cuda = tools.torch, tools.capabilities, tools.cuda
     common = [*COMMON_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", f"-I{csrc}"]
     common.append(f"-ffile-prefix-map={ROOT}=.")
-    if os.environ.get("FASTNORM_WERROR") == "1":
-        common.append("-Werror")
+    strict = os.environ.get("FASTNORM_WERROR") == "1"
+    common += ["-Werror"] * strict
     facts = {
         "VERSION": version,
         "TORCH_VERSION": torch.version,
@@ -249,21 +272,27 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
     with_pybind11 += [f"-DFASTNORM_{name}={json.dumps(text)}" for name, text in facts.items()]
     includes = (torch.root / "include", torch.root / "include/torch/csrc/api/include")
     with_torch = [f"-isystem{path}" for path in includes]
+    with_cuda = [f"-DFASTNORM_CUDA_BUILD={json.dumps(str(cuda))}"] if cuda else []
     plain = [f"-DFASTNORM_HAVE_{name.upper()}" for name in capabilities if name != "baseline"]
 
     objects, kernels = [], []
-    for source in sorted(path for place in ("", "cpu/", "torch/") for path in csrc.glob(place + "*.cpp")):
+    places = ("", "cpu/", "torch/", *(["cuda/"] if cuda else []))
+    for source in sorted(path for place in places for path in csrc.glob(place + "*.cpp")):
         name = "_".join(source.relative_to(csrc).with_suffix("").parts)
         if name.startswith("cpu_kernels"):
             kernels.append((name, source))
         elif name == "torch_module":
-            objects.append(Object(f"{name}.o", source, common + with_pybind11))
+            objects.append(Object(f"{name}.o", source, common + with_pybind11 + with_cuda))
         else:
             own = with_torch if name.startswith("torch_") else plain
+            own = own + with_cuda if name == "torch_backend_cuda" else own
             objects.append(Object(f"{name}.o", source, common + own))
     for capability, flags in capabilities.items():
         own = [*common, *KERNEL_FLAGS, f"-DFASTNORM_CPU_CAPABILITY={capability}", *flags]
         objects += [Object(f"{name}.{capability}.o", source, own) for name, source in kernels]
+    if cuda:
+        flags = [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in cuda.codes]
+        objects += plan_cuda_objects(csrc, [*flags, "-c", *["--Werror=all-warnings"] * strict])
     return objects
 
 
@@ -276,14 +305,18 @@ def link_flags(torch: Torch, system: str = sys.platform) -> list[str]:
     return ["-shared", "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
 
 
-def ninja_file(library: str, objects: Sequence[Object], cxx: list[str], link: list[str]) -> str:
+def ninja_file(library: str, objects: Sequence[Object], cxx: list[str], link: list[str], nvcc: str = "nvcc") -> str:
     def command(words: Sequence[str]) -> str:
         return " ".join(map(shlex.quote, words)).replace("$", "$$")
 
     def name(path: object) -> str:
         return re.sub(r"([$ :])", r"$\1", str(path))
 
+    nvcc_lines = ["  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
+    by_nvcc = f"  command = {command([nvcc])} $flags -MD -MT $out -MF $out.d $in -o $out"
     lines = [
+        *("rule nvcc", by_nvcc, *nvcc_lines),
+        *("rule cubin", f"{by_nvcc} 2> $out.ptxas || {{ cat $out.ptxas; exit 1; }}", *nvcc_lines),
         "rule compile",
         f"  command = {command(cxx)} $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -294,10 +327,44 @@ def ninja_file(library: str, objects: Sequence[Object], cxx: list[str], link: li
         "  description = link $out",
     ]
     # The longest compilations start first: the kernels.
-    for o in sorted(objects, key=lambda o: "kernels" not in o.path):
-        lines += [f"build {name(o.path)}: compile {name(o.source)}", f"  flags = {command(o.flags)}"]
-    lines.append(f"build {name(library)}: link {' '.join(name(o.path) for o in objects)}")
+    for o in sorted(objects, key=lambda o: o.rule == "compile" and "kernels" not in o.path):
+        lines += [f"build {name(o.path)}: {o.rule} {name(o.source)}", f"  flags = {command(o.flags)}"]
+    lines += [f"build {name(library)}: link {' '.join(name(o.path) for o in objects)}"] * bool(library)
     return "\n".join(lines) + "\n"
+
+
+def check_cuda() -> None:
+    """Every kernel for every architecture, warnings being errors: cubins, and ptxas's reports of them."""
+    jobs, ninja, cuda = max_jobs(), find_ninja(), find_cuda("check")
+    codes = [code for code in cuda.codes if code.startswith("sm_")]
+    objects = []
+    for code in codes:
+        flags = [f"-arch={code}", "-cubin", "-Xptxas=-v", "--Werror=all-warnings"]
+        for o in plan_cuda_objects(ROOT / "csrc", flags):
+            objects.append(o._replace(path=f"{Path(o.path).stem}.{code}.cubin", rule="cubin"))
+    place = ROOT / "build" / "cuda-check"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "build.ninja").write_text(ninja_file("", objects, [], [], cuda.nvcc))
+    for left in set(place.glob("*.cubin")) - {place / o.path for o in objects}:
+        left.unlink()
+
+    start, times = time.monotonic(), []
+    for code in ("sm_90", "sm_"):  # then all the others
+        paths = [o.path for o in objects if f".{code}" in o.path]
+        if not paths:
+            continue
+        if subprocess.run([*ninja, "-C", str(place), "-j", str(jobs), *paths]).returncode:
+            stop("CUDA kernels do not compile: nvcc's own message is above.")
+        times.append(f"{code if code == 'sm_90' else ' '.join(codes)} in {time.monotonic() - start:.0f} s")
+    reports = [place / f"{o.path}.ptxas" for o in objects if f".{codes[0]}." in o.path]
+    kernels = sum(report.read_text().count("Compiling entry function") for report in reports)
+    print(
+        f"fastnorm: CUDA {cuda.version}, {jobs} compilations at a time: {', '.join(dict.fromkeys(times))}; "
+        f"{kernels} kernels, at most {KERNEL_BUDGET} are allowed",
+        flush=True,
+    )
+    if kernels > KERNEL_BUDGET:
+        stop(f"there are more than {KERNEL_BUDGET} kernels: instantiate less, or raise KERNEL_BUDGET and say why.")
 
 
 class CheckFirst(dist_info):
@@ -309,6 +376,12 @@ class CheckFirst(dist_info):
 
 
 class BuildWithNinja(build_ext):
+    def run(self) -> None:
+        if cuda_mode() == "check":
+            check_cuda()
+        else:
+            super().run()
+
     def build_extension(self, ext: Extension) -> None:
         start = time.monotonic()
         tools = find_tools()
@@ -317,20 +390,23 @@ class BuildWithNinja(build_ext):
 
         place = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{tools.torch.version}"
         place.mkdir(parents=True, exist_ok=True)
-        rules = ninja_file(library.name, objects, tools.compiler.command, link_flags(tools.torch))
+        link, nvcc = link_flags(tools.torch), "nvcc"
+        if tools.cuda:
+            link, nvcc = [*link, *tools.cuda.link], tools.cuda.nvcc
+        rules = ninja_file(library.name, objects, tools.compiler.command, link, nvcc)
         (place / "build.ninja").write_text(rules)
         ninja = [*tools.ninja, "-C", str(place)]
         if self.force:
             subprocess.run([*ninja, "-t", "clean"], check=False)
         if subprocess.run([*ninja, "-j", str(tools.jobs)]).returncode:
-            stop("the C++ build failed: the compiler's own message is above.")
+            stop("the build failed: the compiler's own message is above.")
 
         library.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(place / library.name), str(library))
         print(
             f"fastnorm: built {library.name} in {time.monotonic() - start:.0f} s for "
-            f"{', '.join(tools.capabilities)}; torch {tools.torch.version}; "
-            f"{tools.compiler.version}",
+            f"{', '.join(tools.capabilities)}; CUDA {tools.cuda or 'none'}; "
+            f"torch {tools.torch.version}; {tools.compiler.version}",
             flush=True,
         )
 

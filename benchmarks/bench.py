@@ -3,16 +3,19 @@
     python benchmarks/bench.py --quick                      # a row of each kind, half a minute
     python benchmarks/bench.py --json out.json --plot out.png
     python benchmarks/bench.py --filter 'GroupNorm.*bfloat16' --compile
+    python benchmarks/bench.py --device cuda --quick --compile --json out.json
 
 All contestants of a row take turns in one process (timing.py); the numbers are medians. Every op
 here is bound by memory, so next to torch.nn there is one absolute measure: the time that copying the
-least bytes takes (the floor), as a share of ours.
+least bytes takes (the floor), as a share of ours. On a GPU cuDNN's batch norm runs too, times are the
+device's alone, and so many copies of the tensors take turns that none is found in its cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from contestants import DTYPES, MODES, Arena, Row, cases, quick_table, table
+from contestants import DTYPES, MODES, Arena, Row, cases, copies_for, quick_table, table
 from machine import busy_cores, cache_bytes, cpu_cores, describe
 from results import Result
 from tables import make_console, make_markdown, print_results, print_summary
@@ -43,30 +46,51 @@ def measure(
     device: str = "cpu",
     modes: tuple[str, ...] = MODES,
     with_compile: bool = False,
+    compile_budget_s: float = math.inf,
     tick: Callable[[Row], None] = lambda row: None,
 ) -> list[Result]:
-    """Time every row in about `budget_s` seconds, not counting what compiling takes."""
+    """Time every row in about `budget_s` seconds, not counting what compiling takes: after `compile_budget_s` of that,
+    rows go without.
+    """
     cache = cache_bytes(device)
-    deadline = time.perf_counter() + budget_s
+    deadline, compiling = time.perf_counter() + budget_s, 0.0
     weights = [max(row.nbytes, LEAST_WEIGHT) for row in rows]
     results = []
     for i, row in enumerate(rows):
         tick(row)
-        arena = Arena(row, device)
+        # A tiny row is about the host, and the CPU's caches hold what they would between two layers.
+        copies = copies_for(row.nbytes, cache) if device == "cuda" and row.layer.label != "tiny" else 1
+        arena = Arena(row, device, copies)
         row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
         disagreement, times = arena.disagreement(), {}
+        compiled = with_compile and compiling < compile_budget_s
         for mode in modes:
             start = time.perf_counter()
-            calls = arena.calls(mode, with_compile)
-            if with_compile:
+            calls = arena.calls(mode, compiled)
+            if compiled:
                 calls["compile"]()
                 deadline += time.perf_counter() - start
+                compiling += time.perf_counter() - start
+            if "cudnn" in calls and not runs(calls["cudnn"]):
+                del calls["cudnn"]
             part = row_budget * SHARE[mode] / sum(SHARE[m] for m in modes)
             times[mode] = race(calls, part, "cpu" if row.layer.label == "tiny" else device)
-        results.append(Result(row, times, disagreement, row.nbytes > cache))
-        if with_compile:
+        results.append(Result(row, times, disagreement, copies * row.nbytes > cache, device))
+        if compiled:
             torch._dynamo.reset()
+        if device == "cuda":
+            del arena, calls
+            torch.cuda.empty_cache()
     return results
+
+
+def runs(call: Callable[[], object]) -> bool:
+    """Whether cuDNN serves this call: not all dtypes and layouts in all versions."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
 
 
 def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object) -> list[Result]:
@@ -118,6 +142,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="torch.compile of torch.nn runs too (it takes its time)",
     )
+    add("--compile-budget", type=float, metavar="SECONDS", default=math.inf,
+        help="for the compiling, beyond --budget; later rows go without; default: no limit")  # fmt: skip
     add("--budget", type=float, metavar="SECONDS",
         help=f"in all; default {FULL_BUDGET_S:.0f}, quick {QUICK_BUDGET_S:.0f}")  # fmt: skip
     add("--malloc", choices=("keep", "system"), default="keep",
@@ -130,12 +156,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen_rows(args: argparse.Namespace) -> list[Row]:
-    rows = list(quick_table(args.filter)) if args.quick else list(
+    rows = list(quick_table(args.filter, args.device)) if args.quick else list(
         table(
             args.filter,
             tuple(args.dtype or DTYPES),
             tuple(args.layout or cases.LAYOUTS),
             tuple(args.epilogue or cases.EPILOGUES),
+            args.device,
         )
     )  # fmt: skip
     if not rows:
@@ -169,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"freed memory {'kept' if kept else 'as malloc does'}"
     )
     warn_when_busy(console, args.device)
-    results = measure_with_bar(rows, budget, args.device, modes, args.compile)
+    results = measure_with_bar(rows, budget, args.device, modes, args.compile, args.compile_budget)
     print_results(console, results, modes)
     print_summary(console, results, modes)
     if args.json:

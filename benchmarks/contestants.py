@@ -1,13 +1,14 @@
-"""The rows of the table, and who runs in each: fastnorm, torch.nn, torch.compile, a plain copy.
+"""The rows of the table, and who runs in each: fastnorm, torch.nn, torch.compile, cuDNN, a plain copy.
 
-The shapes are `BENCH` and `TINY` of tests/cases.py, the table that the tests read too.
+The shapes are `BENCH` and `TINY` of tests/cases.py, the table that the tests read too; and larger ones for a GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -34,6 +35,17 @@ SHORT = {
     "float16": "f16",
     "float64": "f64",
 }
+# What fills a GPU: the batches that ResNet-50 trains with, 3-D networks, long rows.
+_AFFINE = (("affine", True),)
+CUDA_LAYERS = (
+    *(cases.Layer("ResNet-50", "BatchNorm2d", (256, c, s, s), (c,)) for c, s in ((64, 112), (256, 56), (2048, 7))),
+    cases.Layer("VAE", "GroupNorm", (1, 128, 20, 256, 256), (32, 128), (), ("silu",)),
+    cases.Layer("VAE", "GroupNorm", (1, 512, 64, 64), (32, 512), (), ("silu",)),
+    cases.Layer("nnU-Net", "InstanceNorm3d", (2, 32, 128, 128, 128), (32,), _AFFINE, ("leaky_relu",)),
+    cases.Layer("nnU-Net", "InstanceNorm3d", (2, 320, 8, 8, 8), (320,), _AFFINE, ("leaky_relu",)),
+    *(cases.Layer("transformer", "LayerNorm", (n, d), (d,), (), ("gelu",)) for n, d in ((1024, 12288), (16384, 4096))),
+)
+MAX_COPIES = 64  # of the tensors of a row
 QUICK = (  # a row of each kind: short enough for a demo
     r"^tiny .* float32 planar plain",
     r"x64x56x56 float32 planar \+relu",
@@ -45,6 +57,15 @@ QUICK = (  # a row of each kind: short enough for a demo
     r"x640x32x32 bfloat16 channels_last \+silu",
     r"6272x768 float32 planar plain",
     r"InstanceNorm3d .* bfloat16 planar \+relu",
+)
+CUDA_QUICK = (
+    *QUICK,
+    r"256x64x112x112 bfloat16 (planar|channels_last) \+relu",
+    r"256x2048x7x7 bfloat16 channels_last \+add",
+    r"VAE .*x20x256x256 bfloat16 (planar|channels_last) \+silu",
+    r"nnU-Net .*x128x128x128 bfloat16 channels_last \+leaky_relu",
+    r"1024x12288 (bfloat16|float32) planar plain",
+    r"401408x96 bfloat16 planar plain",
 )
 
 
@@ -118,9 +139,10 @@ def table(
     dtypes: tuple[str, ...] = DTYPES,
     layouts: tuple[str, ...] = cases.LAYOUTS,
     epilogues: tuple[str, ...] = cases.EPILOGUES,
+    device: str = "cpu",
 ) -> Iterator[Row]:
     """Every row of the full table whose name has the regular expression `pattern` in it."""
-    for layer in (cases.TINY, *cases.BENCH):
+    for layer in (cases.TINY, *cases.BENCH, *(CUDA_LAYERS if device == "cuda" else ())):
         for dtype, layout, epilogue in product(dtypes, layer.layouts, cases.EPILOGUES):
             row = Row(layer, dtype, layout, epilogue)
             wanted = layout in layouts and epilogue in epilogues
@@ -128,9 +150,10 @@ def table(
                 yield row
 
 
-def quick_table(pattern: str = "") -> Iterator[Row]:
+def quick_table(pattern: str = "", device: str = "cpu") -> Iterator[Row]:
     """The rows of `table` that a demo has the time for."""
-    return table(f"(?=.*(?:{pattern}))(?:{'|'.join(QUICK)})" if pattern else "|".join(QUICK))
+    quick = "|".join(CUDA_QUICK if device == "cuda" else QUICK)
+    return (row for row in table(quick, device=device) if re.search(pattern, row.name))
 
 
 def torch_activation(name: str | None) -> Callable[[Tensor], Tensor]:
@@ -140,12 +163,13 @@ def torch_activation(name: str | None) -> Callable[[Tensor], Tensor]:
     return {
         None: lambda t: t,
         "relu": lambda t: F.relu(t, inplace=True),
+        "leaky_relu": lambda t: F.leaky_relu(t, inplace=True),
         "silu": F.silu,
         "gelu": F.gelu,
     }[name]
 
 
-def torch_norm(row: Row, norm: nn.Module) -> Norm:
+def torch_norm(row: Row, norm: Callable[[Tensor], Tensor]) -> Norm:
     """torch.nn's side: norm, `out += residual`, activation."""
     act = torch_activation(row.activation)
 
@@ -156,6 +180,35 @@ def torch_norm(row: Row, norm: nn.Module) -> Norm:
         return act(out)
 
     return run
+
+
+def cudnn_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A batch norm by cuDNN, whatever torch.nn would choose."""
+
+    def run(x: Tensor) -> Tensor:
+        running = norm.running_mean, norm.running_var
+        return torch.cudnn_batch_norm(x, norm.weight, norm.bias, *running, norm.training, norm.momentum, norm.eps)[0]
+
+    return run
+
+
+def copies_for(nbytes: int, cache: int) -> int:
+    """How many copies of a row's tensors take turns, so that none is found in a cache of `cache` bytes."""
+    return min(MAX_COPIES, 1 + -(-cache // max(nbytes, 1)))
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """One call after the other. Each result is kept until its turn comes again: no output lands in warm memory."""
+    if len(calls) == 1:
+        return calls[0]
+    results: list[object] = [None] * len(calls)
+    turns = itertools.cycle(range(len(calls)))
+
+    def call() -> None:
+        turn = next(turns)
+        results[turn] = calls[turn]()
+
+    return call
 
 
 def mode_call(mode: str, norm: Norm, x: Tensor, residual: Tensor | None, parameters: list[Tensor]) -> Call:
@@ -179,9 +232,9 @@ def mode_call(mode: str, norm: Norm, x: Tensor, residual: Tensor | None, paramet
 
 
 class Arena:
-    """The tensors and modules of one row, and the calls to time on them."""
+    """The tensors and modules of one row, and the calls to time on them. copies: how many inputs take turns."""
 
-    def __init__(self, row: Row, device: str = "cpu") -> None:
+    def __init__(self, row: Row, device: str = "cpu", copies: int = 1) -> None:
         self.row = row
 
         def tensor(seed: int) -> Tensor:
@@ -189,8 +242,8 @@ class Arena:
             t = torch.randn(row.layer.shape, device=device, generator=generator)
             return cases.to_layout(t.to(cases.DTYPES[row.dtype]), row.layout).requires_grad_()
 
-        self.x = tensor(0)
-        self.residual = tensor(1) if row.residual else None
+        self.inputs = [(tensor(2 * i), tensor(2 * i + 1) if row.residual else None) for i in range(copies)]
+        self.x, self.residual = self.inputs[0]
         self.modules = {
             "fastnorm": row.layer.build(fastnorm, activation=row.activation).to(device),
             "torch": row.layer.build(nn).to(device),
@@ -200,6 +253,9 @@ class Arena:
             "fastnorm": self.modules["fastnorm"],
             "torch": torch_norm(row, self.modules["torch"]),
         }
+        if device == "cuda" and row.layer.norm.startswith("BatchNorm") and torch.backends.cudnn.is_available():
+            self.modules["cudnn"] = row.layer.build(nn).to(device)
+            self.norms["cudnn"] = torch_norm(row, cudnn_norm(self.modules["cudnn"]))
 
     def calls(self, mode: str, with_compile: bool = False) -> dict[str, Call]:
         """What to time in `mode`, by contestant; "clone" is the copy that measures the floor."""
@@ -207,12 +263,11 @@ class Arena:
             module.train(mode != "eval")
         if with_compile and "compile" not in self.norms:
             self.norms["compile"] = torch.compile(self.norms["torch"], fullgraph=True, dynamic=False)
-        calls = {
-            name: mode_call(mode, norm, self.x, self.residual, list(self.modules[name].parameters()))
-            for name, norm in self.norms.items()
-        }
-        x = self.x.detach()
-        return calls | {"clone": x.clone}
+        calls = {}
+        for name, norm in self.norms.items():
+            parameters = list(self.modules[name].parameters())
+            calls[name] = in_turn([mode_call(mode, norm, x, r, parameters) for x, r in self.inputs])
+        return calls | {"clone": in_turn([x.detach().clone for x, _ in self.inputs])}
 
     def disagreement(self) -> float:
         """The largest difference between our training output and torch.nn's, in epsilons of the

@@ -77,7 +77,7 @@ def commit() -> str:
 
 def describe(device: str) -> dict[str, object]:
     """Machine, versions, commit and date, ready for JSON."""
-    import fastnorm
+    import fastnorm._C
 
     machine: dict[str, object] = {
         "cpu": cpu_model(),
@@ -96,6 +96,12 @@ def describe(device: str) -> dict[str, object]:
         "torch": torch.__version__,
         "fastnorm": str(getattr(fastnorm, "__version__", "unknown")),
     }
+    if device == "cuda":
+        versions |= {
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+            "fastnorm_cuda": str(fastnorm._C.build_info().get("cuda")),
+        }
     return {
         "machine": machine,
         "versions": versions,

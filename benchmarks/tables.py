@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.text import Text
 
 from contestants import MODES
-from results import COPIES_LINE, SPEEDUP_GOAL, SPEEDUP_LINE, Result, geometric_mean, means, summary_lines
+from results import OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines
 
 HEADINGS = {"forward": "forward", "step": "forward + backward", "eval": "eval"}
 PLAIN_WIDTH = 140  # of a file or a pipe
 LABEL = 26
-WIDTHS = {"us": 9, "torch": 7, "compile": 9, "copies": 7, "floor": 6}  # of the columns of one mode
+WIDTHS = {"us": 9, "torch": 7, "compile": 9, "cudnn": 7, "copies": 7, "floor": 6}  # of the columns of one mode
 SHOWN_MISSES = 12
 WRONG_EPSILONS = 64  # ours and torch.nn's roundings differ by a few; more than this is an error
 
@@ -38,20 +38,21 @@ def times(ratio: float) -> str:
     return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}x"
 
 
-def _against(ratio: float) -> Cell:
+def _against(ratio: float, line: float) -> Cell:
     """Speed against another contestant: green from the line upwards, red when slower."""
     good = "bold green" if ratio >= SPEEDUP_GOAL else "green"
-    return times(ratio), good if ratio >= SPEEDUP_LINE else "yellow" if ratio >= 1 else "red"
+    return times(ratio), good if ratio >= line else "yellow" if ratio >= 1 else "red"
 
 
 def _cell(result: Result, mode: str, column: str) -> Cell:
     if column == "us":
         return microseconds(result.seconds(mode)), ""
-    if column in ("torch", "compile"):
-        return _against(result.speedup(mode, column)) if column in result.times[mode] else ("-", "dim")
+    if column in OTHERS:
+        there = column in result.times[mode]
+        return _against(result.speedup(mode, column), result.speedup_line) if there else ("-", "dim")
     if result.is_tiny:
         return "-", "dim"  # a call's host time has nothing to do with bytes
-    good = result.copies(mode) <= COPIES_LINE.get(mode, COPIES_LINE["forward"])
+    good = result.copies(mode) <= result.copies_line(mode)
     text = f"{result.copies(mode):.2f}" if column == "copies" else f"{result.share(mode):.0%}"
     return text, "green" if good else "yellow" if result.share(mode) >= 0.5 else "red"
 
@@ -61,8 +62,9 @@ def _layout(results: Sequence[Result], width: int, modes: Sequence[str]) -> tupl
     the last modes.
     """
     columns = list(WIDTHS)
-    if not any("compile" in r.times[m] for r in results for m in modes):
-        columns.remove("compile")
+    for other in OTHERS[1:]:
+        if not any(other in r.times[m] for r in results for m in modes):
+            columns.remove(other)
     shown = list(modes)
 
     def needed() -> int:
@@ -108,6 +110,7 @@ def print_results(console: Console, results: Sequence[Result], modes: Sequence[s
         "us": "fastnorm's microseconds",
         "torch": "how many times longer torch.nn takes",
         "compile": "likewise torch.compile of torch.nn",
+        "cudnn": "likewise cuDNN's batch norm",
         "copies": "our time, where copying the least bytes that must move takes 1",
         "floor": "that copy's share of our time",
     }
@@ -141,12 +144,16 @@ def print_summary(console: Console, results: list[Result], modes: tuple[str, ...
         if math.isnan(mean["times_torch"]):
             continue
         text = f"  {HEADINGS[mode]:<19} {times(mean['times_torch']):>6} torch.nn"
-        if "times_compile" in mean:
-            text += f", {times(mean['times_compile'])} torch.compile"
+        for other, name in (("times_compile", "torch.compile"), ("times_cudnn", "cuDNN")):
+            if other in mean:
+                text += f", {times(mean[other])} {name}"
         text += f"; {mean['copies']:.2f} copies"
         if not math.isnan(mean["copies_above_cache"]):
             text += f", {mean['copies_above_cache']:.2f} above cache size"
         console.print(text)
+    copies = [r.copy_bandwidth(m) for r in results for m in modes if r.device == "cuda" and not r.is_tiny]
+    if copies:
+        console.print(f"  the copy at most   {max(copies) * 1e-9:6,.0f} GB/s".replace(",", " "))
     console.print("[bold]Lines to reach[/] [dim](reported, never enforced)[/]")
     for line in summary_lines(results, modes):
         met = f"{line.rows - len(line.misses)} of {line.rows}"

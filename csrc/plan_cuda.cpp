@@ -14,14 +14,16 @@ constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
 // Packs that a thread of a team takes in one go (kUnroll in csrc/cuda/rows.cuh): a team is as wide as that needs.
 constexpr int64_t kPacksPerThread = 4;
 
-// A narrower team would split a byte of the mask between teams.
-constexpr int kMinTeam = 8;
+// Lanes that take neighbouring packs: as many as share a byte of the mask, and over rows a sector of 32 bytes.
+int min_lanes(int pack) { return 8 / pack; }
+int min_team(int pack) { return std::max(2, min_lanes(pack)); }
 
 // A multiple of this many packs ends with a byte of the mask, however narrow they are.
 constexpr int64_t kMaskPacks = 8;
 
-// Blocks per place on the device that a split aims at: with two rounds the last, partly filled one costs a quarter.
-constexpr int64_t kRounds = 2;
+// Blocks to a multiprocessor that a split aims at: two or three are there at a time, as registers allow, and either
+// number goes into six whole rounds. More would be more partials: of 12 bytes a channel for columns.
+constexpr int64_t kBlocksPerMultiprocessor = 6;
 
 // The smallest piece worth a block of its own: 16 KB, what one multiprocessor of an H200 must have under way to be
 // busy.
@@ -59,24 +61,21 @@ int64_t shared_limit(const DeviceInfo& device) {
   return std::min(device.shared_per_block, device.shared_per_multiprocessor / 2 - kReservedShared);
 }
 
-// Blocks of kBlockThreads that a split aims at.
-int64_t wanted_blocks(const DeviceInfo& device) {
-  return kRounds * device.multiprocessors * (device.threads_per_multiprocessor / kBlockThreads);
-}
+int64_t wanted_blocks(const DeviceInfo& device) { return kBlocksPerMultiprocessor * device.multiprocessors; }
 
 Grid empty_grid(Traversal traversal, int pack) { return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0}; }
 
 // Threads of a team for so many packs, and teams of a block, spread over the device when there are few items.
-void choose_team(Grid& grid, int64_t packs, int block_threads, const DeviceInfo& device) {
+void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device) {
   const int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
-  grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, kMinTeam, block_threads));
+  grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), kBlockThreads));
   if (grid.threads_x >= kWarp) {
-    const int64_t most = grid.threads_x > kWarp ? 1 : block_threads / kWarp;
+    const int64_t most = grid.threads_x > kWarp ? 1 : kBlockThreads / kWarp;
     grid.threads_y = static_cast<int>(std::clamp<int64_t>(grid.items / device.multiprocessors, 1, most));
   } else {
     const int per_warp = kWarp / grid.threads_x;
     const int64_t warps = grid.items / device.multiprocessors / per_warp;
-    grid.threads_y = per_warp * static_cast<int>(std::clamp<int64_t>(warps, 1, block_threads / kWarp));
+    grid.threads_y = per_warp * static_cast<int>(std::clamp<int64_t>(warps, 1, kBlockThreads / kWarp));
   }
   grid.blocks = std::min(kMaxBlocks, div_up(grid.items, grid.threads_y));
 }
@@ -101,7 +100,7 @@ Grid split_rows(const Geometry& g, DType dtype, int pack, const DeviceInfo& devi
     grid.pieces = div_up(runs.count, grid.piece_runs);
   }
   grid.items = g.sets() * grid.pieces;
-  choose_team(grid, grid.piece_runs * grid.piece_length, kBlockThreads, device);
+  choose_team(grid, grid.piece_runs * grid.piece_length, device);
   grid.shared_bytes = ladder_bytes(grid.threads(), dtype);
   return grid;
 }
@@ -115,7 +114,7 @@ bool fused_rows(const Geometry& g, DType dtype, int pack, int64_t set_bytes, con
   grid.items = g.sets();
   const int64_t packs = grid.piece_runs * grid.piece_length;
   if (dtype == DType::kFloat64 || packs > kMaxPiecePacks) return false;
-  choose_team(grid, packs, kBlockThreads, device);
+  choose_team(grid, packs, device);
   const int64_t ladder = ladder_bytes(kBlockThreads, dtype), limit = shared_limit(device) - ladder;
   const int step = std::max(1, kWarp / grid.threads_x);
   while (grid.threads_y > step && grid.threads_y * set_bytes > limit) {
@@ -135,7 +134,7 @@ int64_t columns_merge_bytes(const Grid& grid, DType dtype) {
 
 Grid split_columns(int64_t outer, int64_t positions, int64_t C, DType dtype, int pack, const DeviceInfo& device) {
   Grid grid = empty_grid(Traversal::kColumns, pack);
-  grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(C / pack), kMinTeam, kMaxTilePacks));
+  grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(C / pack), min_lanes(pack), kMaxTilePacks));
   grid.threads_y = kBlockThreads / grid.threads_x;
   grid.tile = std::min<int64_t>(C, grid.threads_x * pack);
   const int64_t tiles = div_up(C, grid.tile), least = grid.threads_y * 2 * kPacksPerThread;
@@ -156,7 +155,7 @@ bool fused_columns(const Geometry& g, DType dtype, int pack, int streams, const 
   // Whole sets, and whole bytes of the mask.
   const int64_t unit = std::lcm(g.set_channels(), int64_t(8)), size = size_of(dtype);
   grid.tile = std::min(g.C, unit * div_up(kMinTileBytes / size, unit));
-  grid.threads_x = static_cast<int>(std::max<int64_t>(kMinTeam, power_of_two(grid.tile / pack)));
+  grid.threads_x = static_cast<int>(std::max<int64_t>(min_lanes(pack), power_of_two(grid.tile / pack)));
   grid.piece_length = g.positions();
   grid.items = g.outer() * div_up(g.C, grid.tile);
   if (grid.threads_x > kBlockThreads || g.positions() > kMaxPiecePositions) return false;

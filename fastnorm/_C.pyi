@@ -1,13 +1,16 @@
 """The compiled extension. Importing it registers the operators of `torch.ops.fastnorm` (see ops.py)."""
 
 def build_info() -> dict[str, str]:
-    """Version, torch, compiler and instruction sets this extension was built with."""
+    """Version, torch, compiler, instruction sets and CUDA ("none", or as "13.0 sm_80 sm_90") this was built with."""
 
 def cpu_capability() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline"."""
 
 def cpu_capabilities() -> list[str]:
     """The instruction sets that this build and this processor can both run, best first."""
+
+def has_stream() -> bool:
+    """Whether the torch that is loaded has CUDA streams."""
 
 def plan(
     kind: int,
@@ -22,4 +25,167 @@ def plan(
     l3_bytes: int,
     threads: int,
 ) -> str:
-    """How a call on (N, C, S) is cut into tasks, on one line."""
+    """How a call on the CPU, on (N, C, S), is cut into tasks, on one line."""
+
+class Geometry:
+    """What a norm of `kind` (0 batch, 1 group, 2 layer) reduces over in (N, C, S); str tells it on one line."""
+
+    def __init__(self, kind: int, N: int, C: int, S: int, groups: int = 1, channels_last: bool = False) -> None: ...
+    @property
+    def kind(self) -> int: ...
+    @property
+    def N(self) -> int: ...
+    @property
+    def C(self) -> int: ...
+    @property
+    def S(self) -> int: ...
+    @property
+    def G(self) -> int: ...
+    @property
+    def channels_last(self) -> bool: ...
+    @property
+    def D(self) -> int: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def sets(self) -> int: ...
+    @property
+    def set_size(self) -> int: ...
+    @property
+    def set_channels(self) -> int: ...
+    @property
+    def per_element(self) -> bool: ...
+    @property
+    def traversal(self) -> str: ...
+    @property
+    def mask_run(self) -> int: ...
+    @property
+    def outer(self) -> int: ...
+    @property
+    def positions(self) -> int: ...
+
+class DeviceInfo:
+    """The facts about a GPU that plans are made of: csrc/plan_cuda.h. capability: 90 for sm_90."""
+
+    def __init__(
+        self,
+        capability: int,
+        multiprocessors: int,
+        threads_per_multiprocessor: int,
+        shared_per_multiprocessor: int,
+        shared_per_block: int,
+        l2_bytes: int,
+    ) -> None: ...
+    @property
+    def capability(self) -> int: ...
+    @property
+    def multiprocessors(self) -> int: ...
+    @property
+    def threads_per_multiprocessor(self) -> int: ...
+    @property
+    def shared_per_multiprocessor(self) -> int: ...
+    @property
+    def shared_per_block(self) -> int: ...
+    @property
+    def l2_bytes(self) -> int: ...
+
+class Grid:
+    """One CUDA launch: csrc/plan_cuda.h."""
+
+    @property
+    def traversal(self) -> str: ...
+    @property
+    def pack(self) -> int: ...
+    @property
+    def threads_x(self) -> int: ...
+    @property
+    def threads_y(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def pieces(self) -> int: ...
+    @property
+    def piece_runs(self) -> int: ...
+    @property
+    def piece_length(self) -> int: ...
+    @property
+    def tile(self) -> int: ...
+    @property
+    def items(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+
+class Units:
+    """How fused rows add up the cells of a set: csrc/plan_cuda.h."""
+
+    @property
+    def threads(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+class ForwardPlan:
+    """How a forward call is cut into CUDA launches; strategy: "fused", "split" or "apply". str tells it on one line."""
+
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def grid(self) -> Grid: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+
+class BackwardPlan:
+    """How a backward call is cut into CUDA launches; param_sums: "none", "shared", "along" or "apart"."""
+
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def param_sums(self) -> str: ...
+    @property
+    def cells(self) -> Geometry: ...
+    @property
+    def reduce(self) -> Grid: ...
+    @property
+    def apply(self) -> Grid: ...
+    @property
+    def params(self) -> Grid: ...
+    @property
+    def units(self) -> Units: ...
+    @property
+    def sums_bytes(self) -> int: ...
+    @property
+    def params_bytes(self) -> int: ...
+    @property
+    def terms_bytes(self) -> int: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+
+def plan_forward(
+    geometry: Geometry,
+    dtype: str,
+    device: DeviceInfo,
+    *,
+    alignment: int = 16,
+    output: bool = True,
+    frozen: bool = False,
+) -> ForwardPlan:
+    """The plan of a forward call; ValueError for a geometry of no elements. dtype: "float32", "bfloat16", ..."""
+
+def plan_backward(
+    geometry: Geometry,
+    dtype: str,
+    device: DeviceInfo,
+    *,
+    alignment: int = 16,
+    residual: bool = False,
+    frozen: bool = False,
+    input: bool = True,
+    params: bool = True,
+) -> BackwardPlan:
+    """The plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; params: theirs are."""
+
+def pack_width(geometry: Geometry, dtype: str, alignment: int = 16) -> int:
+    """Elements of the widest access that divides every run and keeps every address aligned."""

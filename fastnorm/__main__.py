@@ -71,12 +71,13 @@ def trials() -> Iterator[Trial]:
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, as a share of the largest value; infinite where there is a NaN."""
     scale = theirs.abs().max().item() or 1.0
-    worst = (ours.double() - theirs).abs().max().item() / scale
+    worst = (ours.double().cpu() - theirs).abs().max().item() / scale
     return worst if worst == worst else float("inf")
 
 
-def run_trial(trial: Trial, dtype: torch.dtype) -> Outcome:
-    """Training step and evaluation of one layer, by fastnorm in `dtype` and by torch.nn in float64, on equal values."""
+def run_trial(trial: Trial, dtype: torch.dtype, device: str = "cpu") -> Outcome:
+    """Training step and evaluation of one layer, by fastnorm in `dtype` on `device` and by torch.nn in float64 on the
+    CPU, on equal values."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: torch.Size | tuple[int, ...], round_to: torch.dtype) -> Tensor:
@@ -87,14 +88,14 @@ def run_trial(trial: Trial, dtype: torch.dtype) -> Outcome:
 
     theirs = getattr(nn, trial.norm)(*trial.arguments, **trial.options).double()
     ours = getattr(fastnorm, trial.norm)(*trial.arguments, **trial.options, activation=trial.activation)
-    ours.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    ours.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     with torch.no_grad():
         for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
             mine.copy_(torch.randn(mine.shape, generator=generator))
             reference.copy_(mine)
 
-    inputs = [draw(trial.shape, dtype).requires_grad_() for _ in range(1 + trial.residual)]
-    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    inputs = [draw(trial.shape, dtype).to(device).requires_grad_() for _ in range(1 + trial.residual)]
+    doubles = [x.detach().double().cpu().requires_grad_() for x in inputs]
     dy = draw(trial.shape, dtype)
 
     def reference_output() -> Any:
@@ -103,7 +104,7 @@ def run_trial(trial: Trial, dtype: torch.dtype) -> Outcome:
         return getattr(nn.functional, trial.activation)(z) if trial.activation else z
 
     y, expected = ours(*inputs), reference_output()
-    grads = torch.autograd.grad(y, [*inputs, *ours.parameters()], dy)
+    grads = torch.autograd.grad(y, [*inputs, *ours.parameters()], dy.to(device))
     expected_grads = torch.autograd.grad(expected, [*doubles, *theirs.parameters()], dy.double())
     forward = [(y, expected), *zip(ours.buffers(), theirs.buffers(), strict=True)]
     ours.eval(), theirs.eval()
@@ -116,14 +117,15 @@ def run_trial(trial: Trial, dtype: torch.dtype) -> Outcome:
     return Outcome(*errors, why or ("" if served.startswith("fastnorm") else served))
 
 
-def self_test() -> bool:
+def self_test(device: str = "cpu") -> bool:
     """Runs and prints all trials. True if all agree with torch.nn and all were computed by fastnorm's kernels."""
     names = [str(dtype).removeprefix("torch.") for dtype in LIMITS]
-    rows = [(str(trial), [run_trial(trial, dtype) for dtype in LIMITS]) for trial in trials()]
+    rows = [(str(trial), [run_trial(trial, dtype, device) for dtype in LIMITS]) for trial in trials()]
     width = max(len(label) for label, _ in rows) + 2
 
     print(
-        "\nSelf-test: largest difference from torch.nn in float64, forward backward, as a share of the largest value\n"
+        f"\nSelf-test on {device}: largest difference from torch.nn in float64, forward backward, as a share of the "
+        "largest value\n"
     )
     print(" " * width + "".join(f"{name:18}" for name in names).rstrip())
     for label, outcomes in rows:
@@ -136,7 +138,7 @@ def self_test() -> bool:
         for name, outcome in zip(names, outcomes, strict=True)
         if outcome.why
     ]
-    print(*failures, "Self-test FAILED." if failures else "Self-test: all agree.", sep="\n")
+    print(*failures, f"Self-test on {device}: {'FAILED' if failures else 'all agree'}.", sep="\n")
     return not failures
 
 
@@ -150,12 +152,16 @@ def cpu_model() -> str:
     return (names or [platform.processor() or platform.machine()])[0]
 
 
-def cuda() -> str:
-    """What there is of CUDA, in words."""
-    kernels = "no CUDA kernels in this build"
+def cuda(built: str) -> str:
+    """What there is of CUDA, in words. built: build_info's."""
+    version, *codes = built.split()
+    kernels = f"kernels for {' '.join(codes)} by CUDA {version}" if codes else "no CUDA kernels in this build"
     if not torch.version.cuda:
         return f"{kernels}; torch has no CUDA"
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = [
+        "{} (sm_{}{})".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
     return f"{kernels}; torch has CUDA {torch.version.cuda}, devices: {', '.join(devices) or 'none'}"
 
 
@@ -174,7 +180,7 @@ def facts(build: dict[str, str]) -> Iterator[tuple[str, str]]:
     available = ", ".join(_C.cpu_capabilities())
     yield "kernels", f"{_C.cpu_capability()} in use of {available}; {setting('FASTNORM_CPU')}"
     yield "threads", f"{torch.get_num_threads()}; {setting('OMP_NUM_THREADS')}"
-    yield "CUDA", cuda()
+    yield "CUDA", cuda(build["cuda"])
 
 
 def main() -> int:
@@ -187,7 +193,9 @@ def main() -> int:
             f"\nWARNING: fastnorm was built for torch {build['torch']}, and {torch.__version__} runs: "
             "install it again (`pip install --no-build-isolation --force-reinstall --no-deps .`)."
         )
-    return 0 if self_test() and matches else 1
+    devices = ["cpu"] + ["cuda"] * (build["cuda"] != "none" and torch.cuda.is_available())
+    agree = [self_test(device) for device in devices]
+    return 0 if all(agree) and matches else 1
 
 
 if __name__ == "__main__":

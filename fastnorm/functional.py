@@ -32,13 +32,19 @@ __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "moments"]
 
 #: What a `serve_*` function raises for a call that torch has to answer; not ValueError, which is torch's own check.
 REFUSALS = (RuntimeError, LookupError, TypeError, AttributeError)
+#: RuntimeErrors that are none: a kernel or an allocation failed on the GPU, and torch should not be left to hide it.
+FAILURES = (torch.AcceleratorError, torch.OutOfMemoryError)
 
 _logger = logging.getLogger("fastnorm")
 
 
-def log_refusal(name: str, refusal: Exception) -> None:
-    """Say in the debug log why a call of `name` was left to torch."""
-    if not is_compiling() and _logger.isEnabledFor(logging.DEBUG):
+def leave_to_torch(name: str, refusal: Exception) -> None:
+    """Say in the debug log why a call of `name` is left to torch; raise what is no refusal."""
+    if is_compiling():
+        return
+    if isinstance(refusal, FAILURES):
+        raise refusal
+    if _logger.isEnabledFor(logging.DEBUG):
         _logger.debug("%s left to torch: %s", name, why(refusal))
 
 
@@ -88,7 +94,7 @@ def batch_norm(
             activation_param,
         )
     except REFUSALS as refusal:
-        log_refusal("batch_norm", refusal)
+        leave_to_torch("batch_norm", refusal)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return reference.epilogue(y, residual, code, activation_param)
 
@@ -131,7 +137,7 @@ def instance_norm(
             activation_param,
         )
     except REFUSALS as refusal:
-        log_refusal("instance_norm", refusal)
+        leave_to_torch("instance_norm", refusal)
     y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return reference.epilogue(y, residual, code, activation_param)
 
@@ -157,7 +163,7 @@ def group_norm(
         require_plain(input)
         return serve_group_norm(input, num_groups, weight, bias, eps, residual, code, activation_param)
     except REFUSALS as refusal:
-        log_refusal("group_norm", refusal)
+        leave_to_torch("group_norm", refusal)
     y = F.group_norm(input, num_groups, weight, bias, eps)
     return reference.epilogue(y, residual, code, activation_param)
 
@@ -186,7 +192,7 @@ def layer_norm(
         shape = torch.Size(normalized_shape)  # TypeError for anything but integers
         return serve_layer_norm(input, shape, weight, bias, eps, residual, code, activation_param)
     except REFUSALS as refusal:
-        log_refusal("layer_norm", refusal)
+        leave_to_torch("layer_norm", refusal)
     y = F.layer_norm(input, normalized_shape, weight, bias, eps)
     return reference.epilogue(y, residual, code, activation_param)
 
@@ -208,7 +214,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         mean, var = ops.moments(x)
         return mean, var
     except REFUSALS as refusal:
-        log_refusal("moments", refusal)
+        leave_to_torch("moments", refusal)
     return reference.moments(x)
 
 

@@ -18,7 +18,7 @@ from . import reference
 from .autograd import apply_norm, require_plain
 from .functional import (
     REFUSALS,
-    log_refusal,
+    leave_to_torch,
     serve_group_norm,
     serve_instance_norm,
     serve_layer_norm,
@@ -66,7 +66,7 @@ class Norm(nn.Module):
             require_plain(input)
             return self._serve(input, residual, ACTIVATIONS[self.activation])
         except REFUSALS as refusal:
-            log_refusal(type(self).__name__, refusal)
+            leave_to_torch(type(self).__name__, refusal)
         code = activation_code(self.activation)
         if isinstance(input, torch.fx.Proxy):
             return self._record(input, residual)

@@ -62,6 +62,9 @@ PARAMETER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
     torch.float16: (torch.float16, torch.float32),
 }
 
+#: Types of devices that the kernels of this build serve.
+DEVICES: tuple[str, ...] = ("cpu",) if _C.build_info()["cuda"] == "none" else ("cpu", "cuda")
+
 norm = torch.ops.fastnorm.norm.default
 norm_forward = torch.ops.fastnorm.norm_forward.default
 norm_backward = torch.ops.fastnorm.norm_backward.default
@@ -105,8 +108,8 @@ def why_refused(
     allowed = PARAMETER_DTYPES.get(x.dtype)
     if allowed is None:
         return f"x has dtype {x.dtype}, expected float64, float32, bfloat16 or float16"
-    if x.device.type not in ("cpu", "meta"):
-        return f"x is on {x.device}, expected cpu"
+    if x.device.type not in (*DEVICES, "meta"):
+        return f"x is on {x.device}, expected {' or '.join(DEVICES)}: what this build has kernels for"
     if x.layout is not torch.strided or x.is_nested:
         return "x is sparse or nested, expected a strided tensor"
     if kind == KIND_LAYER:
@@ -132,8 +135,11 @@ def why_refused(
         if parameter.dtype not in allowed or dtype not in (None, parameter.dtype):
             return f"{name} has dtype {parameter.dtype}, which does not go with the other arguments"
         dtype = parameter.dtype
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        return f"residual is {residual.dtype} {tuple(residual.shape)}, expected {x.dtype} {tuple(x.shape)}"
+    if residual is not None:
+        if residual.device != x.device:
+            return f"residual is on {residual.device}, expected {x.device}"
+        if (residual.shape, residual.dtype) != (x.shape, x.dtype):
+            return f"residual is {residual.dtype} {tuple(residual.shape)}, expected {x.dtype} {tuple(x.shape)}"
     return None
 
 

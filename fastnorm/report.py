@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _C, modules, ops
 from .autograd import require_plain
 from .convert import why_left
-from .functional import REFUSALS, why
+from .functional import FAILURES, REFUSALS, why
 
 __all__ = ["Report", "Row", "explain", "report"]
 
@@ -57,7 +57,7 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if isinstance(module, modules.Norm):
             refusal = _why_unserved(module)
-            status, reason = ("left", refusal) if refusal else ("served", _kernels(module))
+            status, reason = ("left", refusal) if refusal else ("served", _kernels(module, _device(module, model)))
         elif _is_norm(module) and "parametrizations" not in name.split("."):
             status, reason = "left", why_left(module) or "fastnorm.convert(model) would serve it"
         else:
@@ -80,13 +80,24 @@ def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str
         require_plain(x)
         with torch.no_grad():
             trial._serve(x, residual, ops.activation_code(module.activation))
+    except FAILURES:
+        raise
     except (*REFUSALS, ValueError) as refusal:
         return f"torch: {why(refusal)}"
-    return f"fastnorm: {_kernels(module)}"
+    return f"fastnorm: {_kernels(module, x.device)}"
 
 
-def _kernels(module: modules.Norm) -> str:
+def _device(*owners: nn.Module) -> torch.device:
+    """That of the first parameter or buffer."""
+    tensors = (tensor for owner in owners for tensor in (*owner.parameters(), *owner.buffers()))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _kernels(module: modules.Norm, device: torch.device) -> str:
+    """Whose kernels serve `module` on `device`."""
     description = f"cpu {_C.cpu_capability()}"
+    if device.type == "cuda":
+        description = "cuda sm_{}{}".format(*torch.cuda.get_device_capability(device))
     return description if module.activation is None else f"{description}, {module.activation} fused"
 
 
@@ -106,8 +117,8 @@ def _why_unserved(module: modules.Norm) -> str | None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name == "num_batches_tracked":
             continue
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device}"
+        if tensor.device.type not in ops.DEVICES:
+            return f"{name} is on {tensor.device}, and this build has kernels for {' and '.join(ops.DEVICES)}"
         if tensor.dtype not in ops.PARAMETER_DTYPES:
             return f"{name} has dtype {tensor.dtype}"
     return None

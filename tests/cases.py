@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -249,6 +249,16 @@ def parity_cases() -> Iterator[Case]:
             layer.layouts, PRECISIONS[1:3], modes(layer), ACTIVATIONS, (False, True)
         ):
             yield Case(layer, layout, precision, activation, residual, mode)
+
+
+def thinned(cases: Iterable[Case], start: int = 0) -> Iterator[Case]:
+    """Every layer x layout x epilogue x mode of `cases` once, each with the next of its precisions."""
+    choices: dict[Case, list[Case]] = {}
+    for case in cases:
+        choices.setdefault(dataclasses.replace(case, precision=PRECISIONS[0]), []).append(case)
+    for i, group in enumerate(choices.values()):
+        # The second term, lest an epilogue always meet the same ones.
+        yield group[(start + i + i // len(group)) % len(group)]
 
 
 def to_layout(t: Tensor, layout: str) -> Tensor:

@@ -176,12 +176,14 @@ def truth(case: Case, module: torch.nn.Module, inputs: Inputs) -> Truth:
         values |= dict(zip(leaves, gradients, strict=True))
         values["dx"] = values["dx"].view(shape)
         scales["dx"] = largest(dz * rstd_of_x * weight.detach() * (1 + shift))
-        for name, factor in (("weight", xhat.detach().abs() + shift), ("bias", torch.ones_like(x))):
+        # Behind an activation the slope turns with z, and z by what the mean was rounded.
+        turned = torch.ones_like(shift) if case.activation is None else 1 + shift
+        for name, factor in (("weight", xhat.detach().abs() + shift), ("bias", turned)):
             if name in parameters:
                 scales[f"d{name}"] = largest(sum_to(dz.abs() * factor, parameters[name], case))
         if residual is not None:
             values["dresidual"] = values["dresidual"].view(shape)
-            scales["dresidual"] = largest(dz)
+            scales["dresidual"] = largest(dz * turned)
     if tracks:
         values |= running_statistics(case, module, sets.detach(), mean, var)
         scales |= {"running_mean": largest(x), "running_var": largest(values["running_var"])}
@@ -300,3 +302,17 @@ def compare(case: Case, device: torch.device, data: str = "normal", plain: bool 
 def scale_of(name: str, exact: Truth, plain: bool) -> float:
     own = largest(exact.values[name].double())
     return own if plain else max(own, exact.scales.get(name, 0.0))
+
+
+def differences(case: Case, inputs: Inputs, device: torch.device, changes: dict[str, Tensor]) -> list[str]:
+    """What becomes different when inputs are replaced by others of the same values: more than another order of the
+    sums can make of it."""
+    expected = run(case, build(case, fastnorm, device), inputs)
+    exact = truth(case, build(case, torch.nn, device), inputs)
+    results = run(case, build(case, fastnorm, device), dataclasses.replace(inputs, **changes))
+    errors = [
+        measure(name, results[name], value, value.double(), scale_of(name, exact, plain=False))
+        for name, value in expected.items()
+        if value.is_floating_point()
+    ]
+    return [f"{error} with another {next(iter(changes))}" for error in errors if not error.ours <= 6]

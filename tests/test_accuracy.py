@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from cases import DATA, PRECISIONS, Case, Layer
+from conftest import Backend
 from numerics import compare
 
 # Two correct roundings of a mean of 1e6 to float32 differ in their last digits, and both errors are large.
 NOISE = 1.02
+SLACK = {"cpu": 1.0, "cuda": 1.5, "emulated": 3.0}  # epsilons
 # Large enough that sums are long, small enough that torch.nn in float64 is quick.
 SIZES = (
     Layer("sums of 3136", "BatchNorm2d", (4, 24, 28, 28), (24,)),
@@ -22,12 +24,16 @@ SIZES = (
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("precision", PRECISIONS, ids="-".join)
 @pytest.mark.parametrize("layer", SIZES, ids=lambda layer: layer.norm)
-def test_error_is_at_most_torchs(layer: Layer, precision: tuple[str, str], data: str, device: torch.device) -> None:
+def test_error_is_at_most_torchs(
+    layer: Layer, precision: tuple[str, str], data: str, device: torch.device, backend: Backend
+) -> None:
     for layout in layer.layouts:
         case = Case(layer, layout, precision)
-        # float64 has nothing wider to sum in, and the truth is rounded as well: there the size of the terms counts.
-        errors = compare(case, device, data, plain=case.dtype != torch.float64)
-        slack = 4 if case.dtype == torch.float64 else 1
+        # Where there is nothing wider to sum in the size of the terms counts: in float64, whose truth is rounded as
+        # well; on a GPU, in float32. (What is emulated is compared with torch's CPU kernels, which have doubles.)
+        wider = backend.name == "cpu" and case.dtype != torch.float64
+        errors = compare(case, device, data, plain=wider)
+        slack = 4 if case.dtype == torch.float64 else SLACK[backend.name]
         too_large = [f"{layout} {error}" for error in errors if not error.ours <= NOISE * error.native + slack]
         assert not too_large
 
@@ -46,9 +52,10 @@ LARGE = (
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:3], ids="-".join)
 @pytest.mark.parametrize("layer", LARGE, ids=lambda layer: layer.id)
-def test_large(layer: Layer, precision: tuple[str, str], device: torch.device) -> None:
+def test_large(layer: Layer, precision: tuple[str, str], device: torch.device, backend: Backend) -> None:
     torch.set_num_threads(2)
     for layout in layer.layouts:
         case = Case(layer, layout, precision, "relu", residual=True)
         errors = compare(case, device, plain=False)
-        assert not [f"{layout} {error}" for error in errors if not error.ours <= NOISE * error.native + 1]
+        slack = SLACK[backend.name]
+        assert not [f"{layout} {error}" for error in errors if not error.ours <= NOISE * error.native + slack]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import DTYPES, make_data
-from fastnorm import functional
+from fastnorm import BatchNorm2d, explain, functional, modules
 from numerics import assert_alike
 
 NAMES = ("batch_norm", "group_norm", "instance_norm", "layer_norm")
@@ -222,3 +222,23 @@ def test_torch_function_override_is_honoured() -> None:
     y = functional.group_norm(x, 3)
     assert isinstance(y, Recorder)
     torch.testing.assert_close(y.as_subclass(Tensor), F.group_norm(r(2, 3, 4), 3))
+
+
+@pytest.mark.parametrize("failure", [torch.AcceleratorError, torch.OutOfMemoryError])
+def test_a_failure_is_not_hidden(failure: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's operators answer what the kernels refuse, and do not cover up a kernel or an allocation that failed."""
+
+    def fail(*args: object) -> Tensor:
+        raise failure("CUDA error: unspecified launch failure")
+
+    x, module = torch.randn(2, 3, 4, 4), BatchNorm2d(3)
+    for place in (functional, modules):
+        monkeypatch.setattr(place, "apply_norm", fail)
+    for call in (
+        lambda: functional.batch_norm(x, None, None, training=True),
+        lambda: functional.layer_norm(x, (4,)),
+        lambda: module(x),
+        lambda: explain(x, module),
+    ):
+        with pytest.raises(failure, match="unspecified launch failure"):
+            call()

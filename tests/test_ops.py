@@ -170,6 +170,7 @@ def update_args(**changes: Any) -> dict[str, Any]:
 
 
 SHARED = torch.rand(6)
+SHARED_STATS = good_stats()
 BAD_UPDATE: dict[str, dict[str, Any]] = {
     "mean too short": {"running_mean": torch.rand(5)},
     "var too long": {"running_var": torch.rand(7)},
@@ -184,6 +185,8 @@ BAD_UPDATE: dict[str, dict[str, Any]] = {
     "negative count": {"count": -1},
     "cumulative without a count of batches": {"momentum": None, "num_batches_tracked": None},
     "mean and var are one tensor": {"running_mean": SHARED, "running_var": SHARED},
+    "mean and var differ in size": {"running_var": torch.rand(3)},
+    "mean is a row of stats": {"running_mean": SHARED_STATS[0], "stats": SHARED_STATS},
     "mean overlaps itself": {"running_mean": torch.rand(1).expand(6)},
 }
 
@@ -311,6 +314,35 @@ def test_outputs_share_no_memory_with_inputs() -> None:
     outputs = ops.norm_forward(**args)
     inputs = {t.data_ptr() for t in args.values() if isinstance(t, Tensor)}
     assert not inputs & {t.data_ptr() for t in outputs if t.numel()}
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """t's values at an address between two elements'."""
+    memory = bytearray(t.nbytes + 1)
+    return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=1).view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "residual", "mean"])
+def test_an_address_between_elements_is_refused(name: str) -> None:
+    args = forward_args()
+    with pytest.raises(RuntimeError, match=rf"\b{name} begins at .* expected a multiple of its elements' size"):
+        ops.norm_forward(**args | {name: misaligned(args[name])})
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["weight", "bias", "residual", "mean", "var"])
+def test_forward_refuses_another_device(name: str) -> None:
+    args = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in forward_args().items()}
+    with pytest.raises(RuntimeError, match=rf"\b{name} is .* on cpu, expected .* cuda:0"):
+        ops.norm_forward(**args | {name: args[name].cpu()})
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_update_refuses_another_device(name: str) -> None:
+    args = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in update_args().items()}
+    with pytest.raises(RuntimeError, match=rf"\b{name} is .* on cpu, expected .* cuda:0"):
+        ops.update_running_stats_(**args | {name: args[name].cpu()})
 
 
 def test_kinds_are_named() -> None:

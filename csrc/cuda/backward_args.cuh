@@ -50,9 +50,8 @@ FASTNORM_DEVICE void gradient(const BackwardTensors<T>& t, const GradientPacks<T
   A residual[W];
   widen<A>(packs.x, x);
   widen<A>(packs.dy, d);
-  if (t.residual != nullptr) widen<A>(packs.residual, residual);
-  multiply_slope<kSmooth>(t.epilogue, x, coefs, t.residual != nullptr ? residual : nullptr, t.mask != nullptr,
-                          packs.bits, d);
+  widen_residual(t.residual != nullptr, packs.residual, residual);
+  multiply_slope<kSmooth>(t.epilogue, x, coefs, residual, t.mask != nullptr, packs.bits, d);
 }
 
 // d, d (x - mean) of a pack, summed.
@@ -71,7 +70,12 @@ FASTNORM_DEVICE void store_gradients(const BackwardTensors<T>& t, const A (&x)[W
   if (t.dresidual != nullptr) store(t.dresidual + element, narrow<T>(d));
   if (t.dx == nullptr) return;
   A dx[W];
-  input_gradient(x, d, coefs, terms, dx);
+  if (t.frozen) {  // nothing of x is in it, not even an infinite one
+#pragma unroll
+    for (int w = 0; w < W; ++w) dx[w] = coefs[w].scale * d[w];
+  } else {
+    input_gradient(x, d, coefs, terms, dx);
+  }
   store(t.dx + element, narrow<T>(dx));
 }
 

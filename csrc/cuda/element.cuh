@@ -96,14 +96,21 @@ FASTNORM_DEVICE void dispatch_smooth(Activation activation, F f) {
 }
 inline bool is_smooth(Activation activation) { return activation != Activation::kNone && !is_two_sided(activation); }
 
-// z = (x - mean) * scale + bias [+ residual].
+// The residual of a pack, widened. In an array always: a pointer that may be null would put it into local memory.
+template <int W, class T, class A>
+FASTNORM_DEVICE void widen_residual(bool present, const Pack<T, W>& pack, A (&residual)[W]) {
+  widen<A>(pack, residual);
+#pragma unroll
+  for (int w = 0; w < W; ++w) residual[w] = present ? residual[w] : A(-0.0);
+}
+
+// z = (x - mean) * scale + bias + residual; -0 where there is none, which changes nothing.
 template <int W, class A, class Coefs>
-FASTNORM_DEVICE void normalize(const A (&x)[W], const Coefs& coefs, const A* residual, A (&z)[W]) {
+FASTNORM_DEVICE void normalize(const A (&x)[W], const Coefs& coefs, const A (&residual)[W], A (&z)[W]) {
 #pragma unroll
   for (int w = 0; w < W; ++w) {
     const auto c = coefs[w];
-    z[w] = std::fma(x[w] - c.mean, c.scale, c.bias);
-    if (residual != nullptr) z[w] += residual[w];
+    z[w] = std::fma(x[w] - c.mean, c.scale, c.bias) + residual[w];
   }
 }
 
@@ -140,7 +147,7 @@ FASTNORM_DEVICE void activate_pack(const Epilogue<A>& e, A (&z)[W]) {
 
 // d = dy * act'(z) in place: by the mask's bits where they were saved, else from z, made of x and residual again.
 template <bool kSmooth, int W, class A, class Coefs>
-FASTNORM_DEVICE void multiply_slope(const Epilogue<A>& e, const A (&x)[W], const Coefs& coefs, const A* residual,
+FASTNORM_DEVICE void multiply_slope(const Epilogue<A>& e, const A (&x)[W], const Coefs& coefs, const A (&residual)[W],
                                     bool masked, unsigned bits, A (&d)[W]) {
   if constexpr (kSmooth) {
     A z[W];

@@ -23,7 +23,7 @@ struct Forward {
   const Geometry& g = args.geometry;
   const DType dtype = args.dtype;
 
-  RowsShape rows() const { return rows_shape(g, g, plan.grid, dtype, args.mask != nullptr); }
+  RowsShape rows() const { return rows_shape(g, g, plan.grid, dtype, true); }
   ColumnsShape columns() const { return columns_shape(g, plan.grid, dtype); }
   bool is_rows() const { return plan.grid.traversal == Traversal::kRows; }
 

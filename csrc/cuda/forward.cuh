@@ -13,8 +13,8 @@ FASTNORM_DEVICE void forward_pack(const ForwardTensors<T>& t, const Pack<T, W>& 
                                   const Coefs& coefs, int64_t element, uint8_t* mask_byte) {
   A values[W], added[W], z[W];
   widen<A>(x, values);
-  if (t.residual != nullptr) widen<A>(residual, added);
-  normalize(values, coefs, t.residual != nullptr ? added : nullptr, z);
+  widen_residual(t.residual != nullptr, residual, added);
+  normalize(values, coefs, added, z);
   if (!kSmooth && t.mask != nullptr) store_mask<W>(mask_byte, upper_side(t.epilogue.activation, z), in);
   activate_pack<kSmooth>(t.epilogue, z);
   if (in) store(t.y + element, narrow<T>(z));

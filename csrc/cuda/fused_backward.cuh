@@ -156,7 +156,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
   }
 }
 
-// The widest of them with a smooth activation takes more registers than two blocks leave it.
+// The widest packs take more registers than two blocks leave them.
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, kSmooth&& W == 8 ? 1 : 2)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {
@@ -203,7 +203,6 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
       if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, position);
       return packs;
     });
-    sync_block();  // before the next item's sums are written
   }
 }
 

@@ -90,7 +90,6 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, int tile_bytes) {
       load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
       forward_columns<kSmooth>(t, piece, coefs, [&](int position) { return staged[position * tile_packs + piece.x]; });
     }
-    sync_block();  // before the next item's moments are written
   }
 }
 

@@ -30,9 +30,14 @@ FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
   const int lane = thread_index() % kWarp;
   for (int lanes = 1; lanes < width; lanes *= 2) {
     const Acc other = shuffle_xor(mine, lanes);
-    // The lower lane's comes first on both sides: merging is not commutative to the last bit.
-    Acc first = lane & lanes ? other : mine;
-    first.merge(lane & lanes ? mine : other);
+    // The lower lane's comes first on both sides: merging is not commutative to the last bit. Copies, not references
+    // to one or the other, which would put both into local memory.
+    Acc first = mine, second = other;
+    if (lane & lanes) {
+      first = other;
+      second = mine;
+    }
+    first.merge(second);
     mine = first;
   }
   return mine;

@@ -37,12 +37,12 @@ FASTNORM_DEVICE T narrow(A v) {
 template <int W, class T>
 FASTNORM_DEVICE Pack<T, W> load(const T* p) {
   note_read(p, sizeof(Pack<T, W>), Access::kStream);
-  return *reinterpret_cast<const Pack<T, W>*>(p);
+  return read_whole(reinterpret_cast<const Pack<T, W>*>(p));
 }
 template <int W, class T>
 FASTNORM_DEVICE void store(T* p, const Pack<T, W>& pack) {
   note_write(p, sizeof(Pack<T, W>), Access::kStream);
-  *reinterpret_cast<Pack<T, W>*>(p) = pack;
+  write_whole(reinterpret_cast<Pack<T, W>*>(p), pack);
 }
 
 template <class A, class T, int W>
@@ -104,14 +104,16 @@ FASTNORM_DEVICE void load_params(const Params& params, int64_t channel, A absent
   } else if (params.dtype != DType::kFloat32 || std::is_same<T, float>::value) {
     const T* p = static_cast<const T*>(params.data) + channel;
     note_read(p, sizeof(Pack<T, W>), Access::kParameter);
-    widen<A>(*reinterpret_cast<const Pack<T, W>*>(p), out);
+    widen<A>(read_whole(reinterpret_cast<const Pack<T, W>*>(p)), out);
   } else {
-    constexpr int kPart = W * sizeof(T) < sizeof(float) ? 1 : W * sizeof(T) / sizeof(float);
+    constexpr int kWhole = static_cast<int>(W * sizeof(T) / sizeof(float)), kPart = kWhole < 1   ? 1
+                                                                                    : kWhole < W ? kWhole
+                                                                                                 : W;
 #pragma unroll
     for (int part = 0; part < W; part += kPart) {
       const float* p = static_cast<const float*>(params.data) + channel + part;
       note_read(p, sizeof(Pack<float, kPart>), Access::kParameter);
-      const Pack<float, kPart> pack = *reinterpret_cast<const Pack<float, kPart>*>(p);
+      const Pack<float, kPart> pack = read_whole(reinterpret_cast<const Pack<float, kPart>*>(p));
 #pragma unroll
       for (int w = 0; w < kPart; ++w) out[part + w] = static_cast<A>(pack.lane[w]);
     }

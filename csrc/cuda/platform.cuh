@@ -106,6 +106,41 @@ FASTNORM_DEVICE float to_float(Float16 v) { return __half2float(__ushort_as_half
 FASTNORM_DEVICE void from_float(float v, BFloat16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 FASTNORM_DEVICE void from_float(float v, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
 
+// One access for all of V's bytes, a power of two up to 16: left to itself the compiler stores a pack of halves two by
+// two.
+template <int kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <class V>
+FASTNORM_DEVICE V read_whole(const V* p) {
+  using Word = typename WordOf<sizeof(V)>::type;
+  const Word word = *reinterpret_cast<const Word*>(p);
+  V v;
+  memcpy(&v, &word, sizeof(V));
+  return v;
+}
+template <class V>
+FASTNORM_DEVICE void write_whole(V* p, const V& v) {
+  typename WordOf<sizeof(V)>::type word;
+  memcpy(&word, &v, sizeof(V));
+  __stwb(reinterpret_cast<decltype(word)*>(p), word);  // an ordinary store, which the compiler does not take apart
+}
+
 // The emulator counts and checks every access of pack.cuh; here they cost nothing.
 enum class Access { kStream, kParameter };
 FASTNORM_DEVICE void note_read(const void*, int, Access) {}

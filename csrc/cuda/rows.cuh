@@ -43,13 +43,15 @@ struct RowsShape {
   int64_t items, pieces, run_pieces;
   int64_t sets_per_stats;  // of these sets share statistics: 1, or the cells of a set
   int piece_runs, piece_length;
-  int length;  // packs between runs of a piece: piece_length, rounded up to a byte of the mask where there is one
+  int length;  // steps from a run of a piece to the next: piece_length, rounded up to whole bytes of a mask
   FastDiv by_length;
   int team;
   bool per_element;  // the channel changes with every element of a run
 };
 
-inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid& grid, DType dtype, bool masked) {
+// whole_bytes: a mask may be written, whose rows begin with a byte. Not whether one is: the order of sums must not
+// depend on it.
+inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid& grid, DType dtype, bool whole_bytes) {
   const Runs runs = g.per_element() ? stat_runs(g) : weight_runs(g);
   const bool batch = g.kind == Kind::kBatch;
   RowsShape s{};
@@ -71,7 +73,7 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   s.sets_per_stats = g.sets() / stats.sets();
   s.piece_runs = static_cast<int>(grid.piece_runs);
   s.piece_length = static_cast<int>(grid.piece_length);
-  const int per_byte = masked && grid.pack < 8 && s.piece_runs > 1 ? 8 / grid.pack : 1;
+  const int per_byte = whole_bytes && grid.pack < 8 && s.piece_runs > 1 ? 8 / grid.pack : 1;
   s.length = (s.piece_length + per_byte - 1) / per_byte * per_byte;
   s.by_length = FastDiv(s.length);
   s.team = grid.threads_x;

@@ -1,8 +1,8 @@
 // The CUDA backend: plan, workspace from torch's allocator, launch on the current stream. The host waits for nothing,
 // so that calls can be captured in a graph.
 //
-//   FASTNORM_CUDA_BUILD  what the kernels are compiled by and for, as "13.0 sm_80 sm_90 compute_90"; absent: there are
-//   none FASTNORM_EMULATE     the library of tests/emulator: the same kernels for tensors on the CPU
+//   FASTNORM_CUDA_BUILD  what the kernels are compiled by and for, as "13.0 sm_80 sm_90 compute_90"; absent: no kernels
+//   FASTNORM_EMULATE     the library of tests/emulator: the same kernels for tensors on the CPU
 #include "backend.h"
 
 #if defined(FASTNORM_CUDA_BUILD) || defined(FASTNORM_EMULATE)
@@ -10,6 +10,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -97,40 +98,53 @@ void* current_stream(at::Device device) {
 
 #endif
 
-// The largest power of two up to 16 that divides the address of every tensor of a call: the lowest bit set in any. Null
-// pointers have none. Where weights lie side by side they are read by packs, as the tensors are.
-template <class Args, class... Pointers>
-int alignment_of(const Args& args, Pointers... tensors) {
-  uintptr_t bits = (16 | ... | reinterpret_cast<uintptr_t>(tensors));
-  if (args.geometry.per_element() || args.geometry.traversal() == Traversal::kColumns) {
-    bits |= reinterpret_cast<uintptr_t>(args.weight.data) | reinterpret_cast<uintptr_t>(args.bias.data);
-  }
+// The largest power of two up to 16 that divides all addresses: the lowest bit set in any. Null pointers have none.
+template <class... Pointers>
+int common_alignment(Pointers... addresses) {
+  const uintptr_t bits = (16 | ... | reinterpret_cast<uintptr_t>(addresses));
   return static_cast<int>(bits & -bits);
 }
+// Whether parameters lie side by side as the elements do, and are read by packs.
+bool packs_params(const Geometry& g) { return g.per_element() || g.traversal() == Traversal::kColumns; }
 
 // Memory that the stream passes before anyone else gets it: torch's allocator goes by the stream, too.
-at::Tensor make_workspace(int64_t bytes, at::Device device) {
-  return make_empty({bytes}, at::kByte, at::MemoryFormat::Contiguous, device);
-}
+class Workspace {
+ public:
+  Workspace(int64_t bytes, at::Device device) {
+    if (bytes > 0) memory_ = make_empty({bytes}, at::kByte, at::MemoryFormat::Contiguous, device);
+  }
+  void* data() const { return memory_.defined() ? memory_.mutable_data_ptr() : nullptr; }
+
+ private:
+  at::Tensor memory_;
+};
 
 void forward(const ForwardArgs& args, at::Device device) {
   const c10::DeviceGuard guard(device);
-  const ForwardNeeds needs{alignment_of(args, args.x, args.residual, args.y), args.y != nullptr,
-                           args.running_mean.data != nullptr};
+  int alignment = common_alignment(args.x, args.residual, args.y);
+  if (packs_params(args.geometry)) {
+    alignment = std::min(
+        alignment, common_alignment(args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data));
+  }
+  const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr};
   const ForwardPlan plan = plan_forward(args.geometry, args.dtype, needs, device_info(device));
-  const at::Tensor workspace = make_workspace(plan.workspace_bytes, device);
-  launch([&] { return cuda::launch_forward(args, plan, workspace.mutable_data_ptr(), current_stream(device)); });
+  const Workspace workspace(plan.workspace_bytes, device);
+  launch([&] { return cuda::launch_forward(args, plan, workspace.data(), current_stream(device)); });
 }
 
 void backward(const BackwardArgs& args, at::Device device) {
   const c10::DeviceGuard guard(device);
-  const BackwardNeeds needs{alignment_of(args, args.dy, args.x, args.residual, args.dx, args.dresidual),
-                            args.residual != nullptr, args.frozen, args.dx != nullptr || args.dresidual != nullptr,
+  int alignment = common_alignment(args.dy, args.x, args.residual, args.dx, args.dresidual);
+  if (packs_params(args.geometry)) {
+    alignment = std::min(alignment, common_alignment(args.weight.data, args.bias.data));
+  }
+  const BackwardNeeds needs{alignment, args.residual != nullptr, args.frozen,
+                            args.dx != nullptr || args.dresidual != nullptr,
                             args.dweight.data != nullptr || args.dbias.data != nullptr};
   if (!needs.input && !needs.params) return;
   const BackwardPlan plan = plan_backward(args.geometry, args.dtype, needs, device_info(device));
-  const at::Tensor workspace = make_workspace(plan.workspace_bytes(), device);
-  launch([&] { return cuda::launch_backward(args, plan, workspace.mutable_data_ptr(), current_stream(device)); });
+  const Workspace workspace(plan.workspace_bytes(), device);
+  launch([&] { return cuda::launch_backward(args, plan, workspace.data(), current_stream(device)); });
 }
 
 void update_running_stats(const RunningArgs& args, at::Device device) {

@@ -1,0 +1,103 @@
+"""setup.py's part that knows CUDA: the toolkit, and what GPUs to compile for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+CUDA_ARCHS = ["75", "80", "86", "90", "100", "120"]
+MIN_CUDA = (12, 0)
+
+
+def stop(sentence: str) -> NoReturn:
+    raise SystemExit(f"fastnorm: {sentence}")
+
+
+class Cuda(NamedTuple):
+    nvcc: str
+    version: str
+    codes: list[str]
+    """What to compile to: sm_90 is machine code, compute_90 code for all that is newer."""
+    link: list[str]
+
+    def __str__(self) -> str:
+        return " ".join([self.version, *self.codes])
+
+
+def cuda_mode(env: Mapping[str, str] = os.environ) -> str:
+    mode = env.get("FASTNORM_CUDA") or "auto"
+    if mode not in ("auto", "0", "1", "check"):
+        stop(f"FASTNORM_CUDA={mode} is none of auto, 0, 1 and check: unset it.")
+    return mode
+
+
+def find_cuda(
+    mode: str, torch_cuda: str = "", gpus: Sequence[str] = (), env: Mapping[str, str] = os.environ
+) -> Cuda | None:
+    """The toolkit and what to compile for; None where this mode goes without.
+
+    torch_cuda: the CUDA torch was built with, "" if none; gpus: those at hand, as "9.0".
+    """
+    if mode == "0" or (mode == "auto" and not torch_cuda):
+        return None
+    nvcc = find_nvcc(env)
+    if nvcc is None and mode == "auto":
+        print("fastnorm: torch has CUDA, and there is no nvcc (set CUDA_HOME): no CUDA kernels.", flush=True)
+        return None
+    if nvcc is None:
+        stop(f"FASTNORM_CUDA={mode}, but there is no nvcc: install a CUDA toolkit, or set CUDA_HOME to where it is.")
+    found = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
+    if found is None or (int(found[1]), int(found[2])) < MIN_CUDA:
+        least = "{}.{}".format(*MIN_CUDA)
+        stop(f"{nvcc} is not of CUDA {least} or newer: set CUDA_HOME to a toolkit that is.")
+    codes = find_cuda_codes(nvcc, gpus, env)
+    return Cuda(nvcc, f"{found[1]}.{found[2]}", codes, find_cuda_libraries(nvcc))
+
+
+def output_of(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def find_nvcc(env: Mapping[str, str] = os.environ, root: Path = Path("/usr/local")) -> str | None:
+    """The toolkit's own nvcc, if it can be had: the one on PATH may be a wrapper somewhere else."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if env.get(name) and not Path(env[name], "bin/nvcc").is_file():
+            stop(f"{name}={env[name]} has no bin/nvcc: set it to a CUDA toolkit's folder, or unset it.")
+    newest_first = sorted(root.glob("cuda-*"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)], reverse=True)
+    for toolkit in (env.get("CUDA_HOME"), env.get("CUDA_PATH"), root / "cuda", *newest_first):
+        if toolkit and Path(toolkit, "bin/nvcc").is_file():
+            return str(Path(toolkit, "bin/nvcc"))
+    return shutil.which("nvcc", path=env.get("PATH"))
+
+
+def find_cuda_codes(nvcc: str, gpus: Sequence[str], env: Mapping[str, str] = os.environ) -> list[str]:
+    known = re.findall(r"sm_(\d+)", output_of(nvcc, "--list-gpu-code"))
+    codes, ptx = [], []
+    for name in env.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split() or sorted(set(gpus)):
+        found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+        if found is None:
+            stop(f"TORCH_CUDA_ARCH_LIST has {name} in it: write numbers, as in 9.0;12.0+PTX.")
+        arch = found[1] + found[2]
+        if arch not in known:
+            stop(f"{nvcc} does not compile for compute capability {name}: set CUDA_HOME to a toolkit that does.")
+        codes.append(f"sm_{arch}")
+        ptx += [f"compute_{arch}"] * bool(found[3])
+    if not codes:
+        codes = [f"sm_{arch}" for arch in CUDA_ARCHS if arch in known]
+        ptx = [codes[-1].replace("sm", "compute")]
+    return codes + ptx
+
+
+def find_cuda_libraries(nvcc: str) -> list[str]:
+    """Linker flags. The runtime is linked in: what is built loads without a driver, too."""
+    dry_run = output_of(nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull)
+    for folder in re.findall(r'"-L([^"]+)"', dry_run):
+        if Path(folder, "libcudart_static.a").is_file():
+            return [f"-L{folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    stop(f"the toolkit of {nvcc} has no libcudart_static.a: set CUDA_HOME to one that is complete.")

@@ -1,0 +1,80 @@
+// The emulator's controls for Python, by ctypes: see backend.py. Part of fastnorm_emulated.so, beside the ops.
+#include <algorithm>
+#include <iterator>
+#include <string>
+
+#include "runtime.h"
+
+#define FASTNORM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace fastnorm;
+
+// What Python calls device facts, in this order.
+constexpr int kFacts = 6;
+
+// Runs f; what it throws comes back as text, null is success.
+template <class F>
+const char* text_of_failure(F f) {
+  static std::string text;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    text = error.what();
+    return text.c_str();
+  }
+}
+
+}  // namespace
+
+FASTNORM_EXPORT const char* fastnorm_emulator_device(const char* name, int64_t* facts) {
+  return text_of_failure([&] {
+    const DeviceInfo d = emulator::device_named(name);
+    const int64_t values[kFacts] = {
+        d.capability,       d.multiprocessors, d.threads_per_multiprocessor, d.shared_per_multiprocessor,
+        d.shared_per_block, d.l2_bytes};
+    std::copy(values, values + kFacts, facts);
+  });
+}
+
+FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint64_t seed, int blocks_together,
+                                                        const int64_t* facts) {
+  return text_of_failure([&] {
+    emulator::Settings settings;
+    settings.order = emulator::order_named(order);
+    settings.seed = seed;
+    settings.blocks_together = blocks_together;
+    settings.device = {static_cast<int>(facts[0]),
+                       static_cast<int>(facts[1]),
+                       static_cast<int>(facts[2]),
+                       facts[3],
+                       facts[4],
+                       facts[5]};
+    emulator::configure(settings);
+  });
+}
+
+FASTNORM_EXPORT void fastnorm_emulator_reset_counters() { emulator::reset_counters(); }
+
+FASTNORM_EXPORT void fastnorm_emulator_traffic(uint64_t* read_stream, uint64_t* read_parameter,
+                                               uint64_t* written_stream, uint64_t* written_parameter) {
+  *read_stream = emulator::traffic.read[0];
+  *read_parameter = emulator::traffic.read[1];
+  *written_stream = emulator::traffic.written[0];
+  *written_parameter = emulator::traffic.written[1];
+}
+
+FASTNORM_EXPORT int64_t fastnorm_emulator_launch_count() { return emulator::launch_count(); }
+
+// Five sizes and four numbers of bytes, as LaunchRecord and Traffic have them.
+FASTNORM_EXPORT const char* fastnorm_emulator_launch(int64_t number, int64_t* values) {
+  return text_of_failure([&] {
+    const emulator::LaunchRecord& r = emulator::launch_record(number);
+    const int64_t found[] = {r.blocks, r.threads, r.shared_bytes, r.cluster, r.cooperative};
+    std::copy(std::begin(found), std::end(found), values);
+    const uint64_t bytes[] = {r.traffic.read[0], r.traffic.read[1], r.traffic.written[0], r.traffic.written[1]};
+    std::copy(std::begin(bytes), std::end(bytes), values + std::size(found));
+  });
+}

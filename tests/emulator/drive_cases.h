@@ -1,0 +1,70 @@
+// The calls that drive_kernels makes: small geometries that between them take every strategy, traversal, storage type,
+// width of access and kind of epilogue.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastnorm::drive {
+
+struct Case {
+  Geometry geometry;  // kind, N, C, S, G, channels_last
+  DType dtype;
+  Activation activation = Activation::kNone;
+  bool residual = false;
+  bool mask = false;    // saved by forward, read by backward
+  bool frozen = false;  // batch only
+  DType params = DType::kFloat32;
+  bool affine = true;
+  int offset = 0;  // elements by which every tensor begins off 16 bytes
+};
+
+inline std::vector<Case> cases() {
+  constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup, kLayer = Kind::kLayer;
+  constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
+  using enum Activation;
+  return {
+      // batch, planar
+      {{kBatch, 3, 5, 49, 5, false}, kF32},
+      {{kBatch, 4, 6, 64, 6, false}, kF32, kRelu, true, true},
+      {{kBatch, 2, 3, 4096, 3, false}, kBF16, kRelu},
+      {{kBatch, 6, 2, 3000, 2, false}, kF16, kSilu, true},
+      {{kBatch, 2, 4, 512, 4, false}, kF32, kLeakyRelu, true, true, true},
+      {{kBatch, 2, 4, 40, 4, false}, kBF16, kGelu, false, false, true, kBF16},
+      {{kBatch, 3, 4, 24, 4, false}, kF64, kTanh, true, false, false, kF64},
+      {{kBatch, 2, 3, 33, 3, false}, kF32, kHardswish, false, false, false, kF32, false},
+      {{kBatch, 2, 3, 64, 3, false}, kF32, kRelu, true, true, false, kF32, true, 1},
+      {{kBatch, 2, 3, 65, 3, false}, kF16, kSilu, true, false, true, kF32, false},
+      // batch, channels last and two-dimensional
+      {{kBatch, 2, 24, 36, 24, true}, kBF16, kRelu, true, true},
+      {{kBatch, 4, 64, 900, 64, true}, kF32, kSigmoid},
+      {{kBatch, 700, 40, 1, 40, false}, kF16, kNone, true},
+      {{kBatch, 3, 7, 50, 7, true}, kF32, kLeakyRelu, true, true},
+      {{kBatch, 3, 16, 50, 16, true}, kF32, kRelu, true, true, true},
+      {{kBatch, 2, 16, 30, 16, true}, kBF16, kLeakyRelu, false, false, true, kF32, false},
+      {{kBatch, 3, 8, 20, 8, true}, kF64, kNone, false, false, false, kF64},
+      // group and instance, planar
+      {{kGroup, 2, 12, 49, 4, false}, kF32, kSilu},
+      {{kGroup, 2, 8, 64, 2, false}, kBF16, kSilu, false, false, false, kBF16},
+      {{kGroup, 1, 8, 5000, 2, false}, kF32, kRelu, true, true},
+      {{kGroup, 3, 6, 100, 6, false}, kF16},
+      {{kGroup, 1, 4, 20000, 2, false}, kBF16, kGeluTanh, true},
+      {{kGroup, 2, 6, 10, 3, false}, kF64, kGelu, true, false, false, kF64},
+      // group, channels last
+      {{kGroup, 2, 32, 49, 8, true}, kF32, kSilu},
+      {{kGroup, 2, 64, 256, 8, true}, kBF16, kRelu, true, true},
+      {{kGroup, 1, 64, 2500, 4, true}, kF32},
+      {{kGroup, 2, 15, 30, 5, true}, kF16, kHardswish, true},
+      // layer
+      {{kLayer, 50, 64, 1, 1, false}, kF32, kGelu},
+      {{kLayer, 9, 768, 1, 1, false}, kBF16, kNone, true, false, false, kBF16},
+      {{kLayer, 300, 40, 1, 1, false}, kF32},
+      {{kLayer, 5, 10007, 1, 1, false}, kF32, kSilu},
+      {{kLayer, 4, 4096, 1, 1, false}, kF16, kRelu, true, true},
+      {{kLayer, 6, 37, 1, 1, false}, kF64, kTanh, false, false, false, kF64},
+      {{kLayer, 8, 96, 1, 1, false}, kBF16, kGelu, false, false, false, kF32, true, 2},
+  };
+}
+
+}  // namespace fastnorm::drive

@@ -1,0 +1,291 @@
+// The production kernels without torch: every case of drive_cases.h, planned for one device, forward and backward under
+// several schedules, whose results must agree to the bit and be finite; then once more in two blocks, which take what
+// the plan gave to many. Built plain and with the sanitizers.
+//
+//   drive_kernels DEVICE LAST_SEED BLOCKS_TOGETHER [BARRIER]    exit status 1 where something differs or is reported
+//
+// LAST_SEED 0: under fifo alone. BARRIER is left out, as "fold.cuh:57".
+// Prints what plans were taken, "forward fused rows" and the like, a line each.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "drive_cases.h"
+#include "runtime.h"
+
+#include "convert.h"
+
+namespace {
+
+using namespace fastnorm;
+using drive::Case;
+
+// Memory of exactly as many elements as asked for, so that AddressSanitizer knows its end.
+class Buffer {
+ public:
+  Buffer(int64_t bytes, int64_t offset) : bytes_(bytes), offset_(offset), memory_(new unsigned char[bytes + offset]) {
+    std::memset(memory_.get(), 0xff, static_cast<size_t>(bytes + offset));  // NaN until written
+  }
+  unsigned char* data() const { return memory_.get() + offset_; }
+  std::vector<unsigned char> bits() const { return {data(), data() + bytes_}; }
+
+ private:
+  int64_t bytes_, offset_;
+  std::unique_ptr<unsigned char[]> memory_;
+};
+
+void write(void* data, DType dtype, int64_t i, double v) {
+  switch (dtype) {
+    case DType::kFloat64: static_cast<double*>(data)[i] = v; break;
+    case DType::kFloat32: static_cast<float*>(data)[i] = static_cast<float>(v); break;
+    case DType::kBFloat16: static_cast<BFloat16*>(data)[i] = emulator::narrow_bfloat16(static_cast<float>(v)); break;
+    default: static_cast<Float16*>(data)[i] = emulator::narrow_float16(static_cast<float>(v)); break;
+  }
+}
+double read(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat64: return static_cast<const double*>(data)[i];
+    case DType::kFloat32: return static_cast<double>(static_cast<const float*>(data)[i]);
+    case DType::kBFloat16: return static_cast<double>(emulator::widen(static_cast<const BFloat16*>(data)[i]));
+    default: return static_cast<double>(emulator::widen(static_cast<const Float16*>(data)[i]));
+  }
+}
+
+// Numbers between -1 and 1 about `middle`, from a sequence of their own.
+Buffer numbers(int64_t count, DType dtype, int offset, uint64_t sequence, double middle = 0) {
+  Buffer buffer(count * size_of(dtype), offset * size_of(dtype));
+  uint64_t state = sequence * 0x9e3779b97f4a7c15u + 1;
+  for (int64_t i = 0; i < count; ++i) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    write(buffer.data(), dtype, i, middle + std::ldexp(static_cast<double>(state >> 33), -30) - 1);
+  }
+  return buffer;
+}
+
+void check_finite(const Buffer& buffer, DType dtype, int64_t count, const std::string& name) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::isfinite(read(buffer.data(), dtype, i))) continue;
+    throw std::runtime_error(name + "[" + std::to_string(i) + "] is not finite");
+  }
+}
+void check_launch(int error) {
+  if (error != 0) throw std::runtime_error(std::string("launch: ") + cuda::error_string(error));
+}
+
+std::string text_of(Strategy strategy, Traversal traversal) {
+  return std::string(strategy == Strategy::kFused   ? "fused"
+                     : strategy == Strategy::kSplit ? "split"
+                                                    : "apply") +
+         (traversal == Traversal::kRows ? " rows" : " columns");
+}
+
+// What a case is made of, and what it comes to under one schedule.
+class Call {
+ public:
+  Call(const Case& c, const DeviceInfo& device, int64_t most_blocks, std::set<std::string>& plans)
+      : case_(c), g_(c.geometry), device_(device), most_blocks_(most_blocks), plans_(plans) {}
+
+  // All outputs, one after the other.
+  std::vector<unsigned char> run() {
+    results_.clear();
+    forward();
+    backward();
+    running();
+    return results_;
+  }
+
+ private:
+  DType accum() const { return case_.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
+  Buffer tensor() const { return Buffer(g_.numel() * size_of(case_.dtype), case_.offset * size_of(case_.dtype)); }
+  int alignment() const {
+    const int64_t bytes = case_.offset * size_of(case_.dtype) | 16;
+    return static_cast<int>(bytes & -bytes);
+  }
+  void limit(Grid& grid) const { grid.blocks = std::min(grid.blocks, most_blocks_); }
+  Params params(const Buffer& buffer) const { return {case_.affine ? buffer.data() : nullptr, case_.params}; }
+  void keep(const Buffer& buffer) {
+    const std::vector<unsigned char> bits = buffer.bits();
+    results_.insert(results_.end(), bits.begin(), bits.end());
+  }
+  void keep(const Buffer& buffer, DType dtype, int64_t count, const std::string& name) {
+    check_finite(buffer, dtype, count, name);
+    keep(buffer);
+  }
+
+  void forward() {
+    ForwardArgs args{};
+    args.geometry = g_;
+    args.dtype = case_.dtype;
+    args.x = x_.data();
+    args.residual = case_.residual ? residual_.data() : nullptr;
+    const Buffer y = tensor();
+    args.y = y.data();
+    args.mask = case_.mask ? mask_.data() : nullptr;
+    args.weight = params(weight_);
+    args.bias = params(bias_);
+    if (case_.frozen) {
+      args.running_mean = {mean_.data(), case_.params};
+      args.running_var = {var_.data(), case_.params};
+    }
+    args.stats = stats_.data();
+    args.eps = 1e-5;
+    args.activation = case_.activation;
+    args.activation_param = 0.01;
+    ForwardPlan plan = plan_forward(g_, case_.dtype, {alignment(), true, case_.frozen}, device_);
+    limit(plan.grid);
+    plans_.insert("forward " + text_of(plan.strategy, plan.grid.traversal));
+    const Buffer workspace(plan.workspace_bytes, 0);
+    check_launch(cuda::launch_forward(args, plan, workspace.data(), nullptr));
+    keep(y, case_.dtype, g_.numel(), "y");
+    keep(stats_, accum(), 4 * g_.sets(), "stats");
+    keep(mask_);
+  }
+
+  void backward() {
+    BackwardArgs args{};
+    args.geometry = g_;
+    args.dtype = case_.dtype;
+    args.dy = dy_.data();
+    args.x = x_.data();
+    const bool reads_residual = case_.residual && !case_.mask && case_.activation != Activation::kNone;
+    args.residual = reads_residual ? residual_.data() : nullptr;
+    args.mask = case_.mask ? mask_.data() : nullptr;
+    args.weight = params(weight_);
+    args.bias = params(bias_);
+    args.stats = stats_.data();
+    args.frozen = case_.frozen;
+    args.activation = case_.activation;
+    args.activation_param = 0.01;
+    const Buffer dx = tensor(), dresidual = tensor();
+    args.dx = dx.data();
+    const bool writes_dresidual = case_.residual && case_.activation != Activation::kNone;
+    args.dresidual = writes_dresidual ? dresidual.data() : nullptr;
+    const Buffer dweight(g_.C * size_of(case_.params), 0), dbias(g_.C * size_of(case_.params), 0);
+    args.dweight = {case_.affine ? dweight.data() : nullptr, case_.params};
+    args.dbias = {case_.affine ? dbias.data() : nullptr, case_.params};
+    const BackwardNeeds needs{alignment(), reads_residual, case_.frozen, true, case_.affine};
+    BackwardPlan plan = plan_backward(g_, case_.dtype, needs, device_);
+    for (Grid* grid : {&plan.reduce, &plan.apply, &plan.params}) limit(*grid);
+    const Grid& grid = plan.strategy == Strategy::kApply ? plan.apply : plan.reduce;
+    plans_.insert("backward " + text_of(plan.strategy, grid.traversal));
+    plans_.insert("parameter sums " + std::to_string(static_cast<int>(plan.param_sums)));
+    const Buffer workspace(plan.workspace_bytes(), 0);
+    check_launch(cuda::launch_backward(args, plan, workspace.data(), nullptr));
+    keep(dx, case_.dtype, g_.numel(), "dx");
+    if (writes_dresidual) keep(dresidual, case_.dtype, g_.numel(), "dresidual");
+    if (!case_.affine) return;
+    keep(dweight, case_.params, g_.C, "dweight");
+    keep(dbias, case_.params, g_.C, "dbias");
+  }
+
+  void running() {
+    if (g_.kind == Kind::kLayer || case_.frozen) return;
+    const Buffer mean = numbers(g_.C, case_.params, 0, 8), var = numbers(g_.C, case_.params, 0, 9, 2);
+    int64_t batches = 3;
+    RunningArgs args{};
+    args.dtype = accum();
+    args.stats = stats_.data();
+    args.sets = g_.kind == Kind::kBatch ? g_.C : g_.N * g_.G;
+    if (args.sets % g_.C != 0) return;
+    args.channels = g_.C;
+    args.count = g_.set_size();
+    args.running_mean = {mean.data(), case_.params};
+    args.running_var = {var.data(), case_.params};
+    args.mean_stride = args.var_stride = 1;
+    args.num_batches_tracked = &batches;
+    args.cumulative = case_.residual;
+    args.momentum = 0.1;
+    check_launch(cuda::launch_update_running_stats(args, nullptr));
+    keep(mean, case_.params, g_.C, "running_mean");
+    keep(var, case_.params, g_.C, "running_var");
+    if (batches != 4) throw std::runtime_error("num_batches_tracked is " + std::to_string(batches));
+  }
+
+  const Case& case_;
+  const Geometry& g_;
+  const DeviceInfo device_;
+  const int64_t most_blocks_;
+  std::set<std::string>& plans_;
+  std::vector<unsigned char> results_;
+  const Buffer x_ = numbers(g_.numel(), case_.dtype, case_.offset, 1, 0.5);
+  const Buffer dy_ = numbers(g_.numel(), case_.dtype, case_.offset, 2);
+  const Buffer residual_ = numbers(g_.numel(), case_.dtype, case_.offset, 3);
+  const Buffer weight_ = numbers(g_.C, case_.params, 0, 4, 1), bias_ = numbers(g_.C, case_.params, 0, 5);
+  const Buffer mean_ = numbers(g_.C, case_.params, 0, 6), var_ = numbers(g_.C, case_.params, 0, 7, 2);
+  const Buffer stats_{4 * g_.sets() * size_of(accum()), 0};
+  const Buffer mask_{case_.mask ? mask_bytes(g_, case_.dtype) : 0, 0};
+};
+
+// fifo, the reference for the others; lifo; random and priority with the seeds from 1 on.
+std::vector<emulator::Settings> schedules(const emulator::Settings& common, int last_seed) {
+  std::vector<emulator::Settings> all;
+  const auto add = [&](emulator::Order order, int seed) {
+    all.push_back(common);
+    all.back().order = order;
+    all.back().seed = static_cast<uint64_t>(seed);
+  };
+  add(emulator::Order::kFifo, 0);
+  if (last_seed > 0) add(emulator::Order::kLifo, 0);
+  for (int seed = 1; seed <= last_seed; ++seed) {
+    add(emulator::Order::kRandom, seed);
+    add(emulator::Order::kPriority, seed);
+  }
+  return all;
+}
+
+// What is wrong with a case; empty where nothing is.
+std::string run_case(const Case& c, const std::vector<emulator::Settings>& all, int64_t most_blocks,
+                     std::set<std::string>& plans) {
+  std::vector<unsigned char> expected;
+  for (const emulator::Settings& settings : all) {
+    std::string failure;
+    try {
+      emulator::configure(settings);
+      const std::vector<unsigned char> found = Call(c, settings.device, most_blocks, plans).run();
+      if (expected.empty()) expected = found;
+      if (found != expected) failure = "other bits than under fifo";
+    } catch (const std::runtime_error& error) {
+      failure = error.what();
+    }
+    if (failure.empty()) continue;
+    return to_string(c.geometry) + " " + name_of(c.dtype) + ", order " +
+           std::to_string(static_cast<int>(settings.order)) + ", seed " + std::to_string(settings.seed) + ": " +
+           failure;
+  }
+  return {};
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  if (count < 4) {
+    std::printf("see the head of drive_kernels.cpp\n");
+    return 2;
+  }
+  emulator::Settings common;
+  common.device = emulator::device_named(words[1]);
+  common.blocks_together = std::atoi(words[3]);
+  common.without = count > 4 ? words[4] : "";
+  const std::vector<emulator::Settings> all = schedules(common, std::atoi(words[2]));
+
+  std::set<std::string> plans;
+  int failures = 0;
+  for (const int64_t most_blocks : {INT32_MAX, 2}) {
+    for (const Case& c : drive::cases()) {
+      const std::string failure = run_case(c, all, most_blocks, plans);
+      if (failure.empty()) continue;
+      ++failures;
+      std::printf("FAILED %s\n", failure.c_str());
+      if (!common.without.empty()) return 1;  // it is missed, and that is all that was asked
+    }
+  }
+  for (const std::string& plan : plans) std::printf("%s\n", plan.c_str());
+  return failures == 0 ? 0 : 1;
+}

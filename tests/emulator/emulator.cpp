@@ -1,0 +1,421 @@
+// Runs launches of kernels on one CPU thread. Every CUDA thread is a fiber that runs until it waits at a barrier; the
+// scheduler picks the next. One block runs at a time, or the blocks of a cluster together, or those of a cooperative
+// grid. A thread gets a stack only when it starts, and threads that never wait follow one another on the same stack:
+// kernels without barriers cost no switch at all.
+//
+// There is one emulator in a library or program, and one launch at a time.
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+#include "cuda/platform.cuh"
+#include "fiber.h"
+#include "memory.h"
+#include "report.h"
+#include "scheduler.h"
+
+namespace fastnorm::emulator {
+
+GridView grid;
+ThreadView* current;
+Traffic traffic;
+
+namespace {
+
+// Threads that run together, at most: two mappings a stack, and 65530 mappings a process; ThreadSanitizer knows 8128
+// threads.
+constexpr int64_t kMostThreads = kThreadSanitizer ? 4096 : 16384;
+
+void fiber_entry();
+
+struct Machine {
+  Settings settings;
+  uint64_t launches = 0;  // since configure()
+  std::vector<LaunchRecord> log;
+  std::mutex one_launch;
+
+  Random random;
+  Scheduler scheduler{Order::kFifo, random};
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<Block> blocks;
+  std::vector<Cluster> clusters;
+  Barrier grid_barrier;
+  std::vector<std::unique_ptr<SharedArena>> arenas;
+
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber*> idle;
+  Context launcher;
+
+  void (*body)(void*);
+  void* context;
+  bool cooperative;
+  int running;  // threads that have not returned
+  std::string failure;
+  char *enter_token, *leave_token;  // by which ThreadSanitizer knows the launch
+
+  void make_fibers(size_t count);
+  Fiber* fiber_for(int slot);
+  void resume(Thread* thread, Context& from);
+  void leave(Context& from) {
+    current = nullptr;
+    switch_context(from, launcher);
+  }
+  void arrange(const cuda::LaunchConfig& config, int blocks_together);
+  void begin_blocks(const cuda::LaunchConfig& config, int64_t first_block);
+  void run_together(const cuda::LaunchConfig& config, int64_t first_block);
+  void run(const cuda::LaunchConfig& config);
+};
+
+Machine& machine() {
+  static Machine& machine = *new Machine{};  // never destroyed: kernels may run while a process ends
+  return machine;
+}
+
+// What fail() throws through the kernel.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+Thread* running_thread() { return static_cast<Thread*>(current); }
+
+void Machine::make_fibers(size_t count) {
+  while (fibers.size() < count) {
+    fibers.push_back(std::make_unique<Fiber>(static_cast<int>(fibers.size()), fiber_entry));
+    idle.push_back(fibers.back().get());
+  }
+}
+
+// To ThreadSanitizer a fiber is a thread: there every slot has its own.
+Fiber* Machine::fiber_for(int slot) {
+  if (kThreadSanitizer) return fibers[static_cast<size_t>(slot)].get();
+  if (idle.empty()) make_fibers(fibers.size() + 1);
+  Fiber* fiber = idle.back();
+  idle.pop_back();
+  return fiber;
+}
+
+void Machine::resume(Thread* thread, Context& from) {
+  if (thread->fiber == nullptr) thread->fiber = fiber_for(thread->slot);
+  current = thread;
+  switch_context(from, *thread->fiber);
+}
+
+// ---- what a fiber does ----
+
+void return_from_kernel(Machine& m) {
+  Thread* self = running_thread();
+  Block& block = *self->home;
+  release(m.leave_token);
+  release(block.exit_token);
+  if (block.running == 1) {
+    acquire(block.exit_token);
+    if (const int64_t at = block.arena->overrun(); at >= 0) {
+      throw Failure("block " + std::to_string(block.index) + " wrote at byte " + std::to_string(at) + " of its " +
+                    std::to_string(block.arena->bytes()) + " bytes of shared memory");
+    }
+    if (grid.cluster > 1) block.arena->block_left();
+  }
+  --block.running;
+  --m.running;
+  self->done = true;
+  self->fiber = nullptr;
+}
+
+void run_thread(Machine& m) {
+  acquire(m.enter_token);
+  try {
+    m.body(m.context);
+    return_from_kernel(m);
+    return;
+  } catch (const Failure& failure) {
+    const Unseen unseen;
+    m.failure = failure.what();
+  } catch (const std::exception& error) {
+    const Unseen unseen;
+    m.failure = std::string("the kernel threw: ") + error.what() + ", in " + text_of(*running_thread());
+  }
+  m.leave(*running_thread()->fiber);
+}
+
+Thread* next_thread(Machine& m) {
+  const Unseen unseen;
+  return m.scheduler.pick();
+}
+
+// Runs one thread after the other, for ever.
+void fiber_entry() {
+  Machine& m = machine();
+  Fiber* self = running_thread()->fiber;
+  self->arrive();
+  for (;;) {
+    run_thread(m);
+    Thread* next = next_thread(m);
+    if (!kThreadSanitizer && next != nullptr && next->fiber == nullptr) {
+      next->fiber = self;
+      current = next;
+      continue;
+    }
+    if (!kThreadSanitizer) m.idle.push_back(self);
+    next != nullptr ? m.resume(next, *self) : m.leave(*self);
+  }
+}
+
+// One more thread waits. Returns who runs next, null where none can.
+Thread* join(Barrier& barrier, Thread* self, Wait wait, Site site, char* token) {
+  const Unseen unseen;
+  Machine& m = machine();
+  self->wait = wait;
+  self->site = site;
+  if (barrier.arrived > 0) {
+    const Thread& first = *barrier.waiting.first;
+    if (first.wait != wait || !same_site(first.site, site)) {
+      fail("divergent barrier: at " + text_of(wait, site) + " while " + text_of(first) + " waits at " +
+           text_of(first.wait, first.site));
+    }
+  }
+  if (wait != Wait::kShuffle) release(token);  // a shuffle orders no memory
+  barrier.waiting.append(self);
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.passed;
+    if (wait == Wait::kBlock) m.scheduler.before_block_wakes(*self->home, grid.threads);
+    m.scheduler.wake(barrier.waiting);
+  }
+  return m.scheduler.pick();
+}
+
+// The thread that runs waits until all have come.
+void arrive(Barrier& barrier, Wait wait, Site site) {
+  Thread* self = running_thread();
+  char* token = barrier.tokens + (barrier.passed & 1);
+  Thread* next = join(barrier, self, wait, site, token);
+  if (next == nullptr) {
+    machine().leave(*self->fiber);  // which reports the deadlock
+  } else if (next != self) {
+    machine().resume(next, *self->fiber);
+  }
+  if (wait != Wait::kShuffle) acquire(token);
+}
+
+bool left_out(Site site) {
+  const std::string& without = machine().settings.without;
+  return !without.empty() &&
+         (std::string(site.file_name()) + ":" + std::to_string(site.line())).ends_with("/" + without);
+}
+
+// ---- a launch ----
+
+void check(const cuda::LaunchConfig& config, const DeviceInfo& device) {
+  const auto refuse = [](const std::string& text) { throw std::runtime_error("emulator: launch refused: " + text); };
+  const auto number = [](int64_t v) { return std::to_string(v); };
+  if (config.threads < 1 || config.threads > 1024) refuse(number(config.threads) + " threads a block");
+  if (config.blocks < 1 || config.blocks > INT32_MAX) refuse(number(config.blocks) + " blocks");
+  if (config.shared_bytes < 0 || config.shared_bytes > device.shared_per_block) {
+    refuse(number(config.shared_bytes) + " bytes of shared memory; a block has " + number(device.shared_per_block));
+  }
+  if (config.cluster < 1 || config.cluster > largest_cluster(device) || config.blocks % config.cluster != 0) {
+    refuse(number(config.blocks) + " blocks in clusters of " + number(config.cluster) + "; a cluster has at most " +
+           number(largest_cluster(device)));
+  }
+  if (config.cooperative) {
+    const int64_t resident = resident_blocks(device, config.threads, config.shared_bytes);
+    if (config.blocks > resident) {
+      refuse("cooperative, with " + number(config.blocks) + " blocks where " + number(resident) + " are resident");
+    }
+  }
+}
+
+// A fresh address for ThreadSanitizer to know something by: an old one would order what comes now after what was then.
+char* fresh_tokens() {
+  static char ring[1 << 14];
+  static size_t used = 0;
+  used = (used + 2) % sizeof ring;
+  return ring + used;
+}
+
+}  // namespace
+
+void Barrier::reset(int threads) { *this = {threads, 0, 0, {}, fresh_tokens()}; }
+
+namespace {
+
+// Threads, warps and blocks find each other; done once a launch.
+void Machine::arrange(const cuda::LaunchConfig& config, int blocks_together) {
+  const int block_warps = (config.threads + kWarp - 1) / kWarp;
+  blocks.resize(static_cast<size_t>(blocks_together));
+  clusters.resize(static_cast<size_t>(blocks_together / config.cluster));
+  threads.resize(static_cast<size_t>(blocks_together) * static_cast<size_t>(config.threads));
+  warps.resize(static_cast<size_t>(blocks_together) * static_cast<size_t>(block_warps));
+  while (arenas.size() < blocks.size()) arenas.push_back(std::make_unique<SharedArena>());
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    Block& block = blocks[b];
+    Cluster& cluster = clusters[b / static_cast<size_t>(config.cluster)];
+    block.cluster_rank = static_cast<int>(b) % config.cluster;
+    if (block.cluster_rank == 0) cluster.blocks = &block;
+    block.cluster = &cluster;
+    block.arena = arenas[b].get();
+    block.shared = block.arena->base();
+    block.threads = &threads[b * static_cast<size_t>(config.threads)];
+    block.warps = &warps[b * static_cast<size_t>(block_warps)];
+    for (int w = 0; w < block_warps; ++w) block.warps[w].lanes = std::min(kWarp, config.threads - w * kWarp);
+    for (int t = 0; t < config.threads; ++t) {
+      Thread& thread = block.threads[t];
+      thread.index = t;
+      thread.block = thread.home = &block;
+      thread.warp = block.warps + t / kWarp;
+      thread.lane = t % kWarp;
+      thread.slot = static_cast<int>(b) * config.threads + t;
+      thread.fiber = nullptr;
+    }
+  }
+}
+
+void Machine::begin_blocks(const cuda::LaunchConfig& config, int64_t first_block) {
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    blocks[b].index = first_block + static_cast<int64_t>(b);
+    blocks[b].arena->begin_block(config.shared_bytes);
+    blocks[b].barrier.reset(config.threads);
+    blocks[b].running = config.threads;
+    blocks[b].exit_token = fresh_tokens();
+  }
+  for (Cluster& cluster : clusters) cluster.barrier.reset(config.cluster * config.threads);
+  grid_barrier.reset(static_cast<int>(threads.size()));
+  for (Warp& warp : warps) warp.barrier.reset(warp.lanes);
+  for (Thread& thread : threads) thread.done = false;
+  running = static_cast<int>(threads.size());
+}
+
+void Machine::run_together(const cuda::LaunchConfig& config, int64_t first_block) {
+  begin_blocks(config, first_block);
+  if (kThreadSanitizer) make_fibers(threads.size());  // here: what made a thread happens before it
+  scheduler.begin(blocks, config.threads);
+  resume(scheduler.pick(), launcher);
+  if (failure.empty() && running > 0) failure = deadlock_report(threads);
+  if (failure.empty()) return;
+  idle.clear();
+  for (auto& fiber : fibers) {
+    fiber->restart(launcher, leave_token);
+    idle.push_back(fiber.get());
+  }
+  std::string text;
+  text.swap(failure);
+  throw std::runtime_error("emulator: " + text);
+}
+
+void Machine::run(const cuda::LaunchConfig& config) {
+  random.seed(settings.seed * 0x9e3779b97f4a7c15u + launches++);
+  scheduler = Scheduler(settings.order, random);
+  launcher.tsan_thread = tsan_current();
+  enter_token = fresh_tokens();
+  leave_token = fresh_tokens();
+  release(enter_token);
+
+  // Sets of blocks that run together, all of the same size but for the last.
+  const int64_t wanted = config.cooperative ? config.blocks : std::max(settings.blocks_together, config.cluster);
+  const int64_t together = std::min(config.blocks, wanted / config.cluster * config.cluster);
+  if (together * config.threads > kMostThreads) {
+    throw std::runtime_error("emulator: " + std::to_string(together) + " blocks of " + std::to_string(config.threads) +
+                             " threads would run together; " + std::to_string(kMostThreads) + " threads can");
+  }
+  const int64_t sets = (config.blocks + together - 1) / together;
+  // Any order of sets without a list of them: steps of a number that shares no factor with theirs.
+  int64_t first = 0, step = 1;
+  if (settings.order == Order::kLifo) {
+    first = sets - 1, step = sets > 1 ? sets - 1 : 1;
+  } else if (settings.order != Order::kFifo) {
+    const int bound = static_cast<int>(sets);
+    first = random.below(bound);
+    do step = 1 + random.below(bound);
+    while (std::gcd(step, sets) != 1);
+  }
+  int arranged = 0;
+  for (int64_t i = 0, set = first; i < sets; ++i, set = (set + step) % sets) {
+    const int here = static_cast<int>(std::min(together, config.blocks - set * together));
+    if (here != arranged) arrange(config, arranged = here);
+    run_together(config, set * together);
+  }
+  acquire(leave_token);
+}
+
+}  // namespace
+
+// ---- runtime.h ----
+
+void sync_block(Site site) {
+  if (!left_out(site)) arrive(running_thread()->home->barrier, Wait::kBlock, site);
+}
+void sync_warp(Site site) {
+  if (!left_out(site)) arrive(running_thread()->warp->barrier, Wait::kWarp, site);
+}
+void sync_cluster(Site site) { arrive(running_thread()->home->cluster->barrier, Wait::kCluster, site); }
+void sync_grid(Site site) {
+  if (!machine().cooperative) fail("sync_grid in a launch that is not cooperative");
+  arrive(machine().grid_barrier, Wait::kGrid, site);
+}
+
+Parcel* outgoing() {
+  const Thread* self = running_thread();
+  return &self->warp->parcels[self->warp->barrier.passed & 1][self->lane];
+}
+const Parcel* exchange(int from, Site site) {
+  Warp& warp = *running_thread()->warp;
+  if (warp.lanes != kWarp) fail("shuffle in a warp of " + std::to_string(warp.lanes) + " threads");
+  if (from < 0 || from >= kWarp) fail("shuffle with lane " + std::to_string(from));
+  const Parcel* parcels = warp.parcels[warp.barrier.passed & 1];
+  arrive(warp.barrier, Wait::kShuffle, site);
+  return parcels + from;
+}
+
+void* remote_shared(void* place, int rank) {
+  const Block& block = *running_thread()->home;
+  const int64_t offset = static_cast<unsigned char*>(place) - block.shared;
+  if (rank < 0 || rank >= grid.cluster) fail("cluster_shared with rank " + std::to_string(rank) + "");
+  if (offset < 0 || offset >= block.arena->bytes()) fail("cluster_shared of what is not the block's shared memory");
+  return block.cluster->blocks[rank].shared + offset;
+}
+
+void fail(const std::string& text) {
+  if (current == nullptr) throw std::runtime_error("emulator: " + text);
+  throw Failure(text + ", in " + text_of(*running_thread()));
+}
+
+void launch(const cuda::LaunchConfig& config, void (*body)(void*), void* context) {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.one_launch);
+  const Unseen unseen;
+  check(config, m.settings.device);
+  grid = {config.blocks, config.threads, config.cluster};
+  m.body = body;
+  m.context = context;
+  m.cooperative = config.cooperative;
+  const Traffic before = traffic;
+  m.run(config);
+  m.log.push_back(
+      {config.blocks, config.threads, config.shared_bytes, config.cluster, config.cooperative, traffic - before});
+}
+
+void configure(const Settings& settings) {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.one_launch);
+  if (settings.device.shared_per_block > SharedArena::kLargest) {
+    throw std::runtime_error("emulator: a block has at most " + std::to_string(SharedArena::kLargest) +
+                             " bytes of shared memory");
+  }
+  if (settings.blocks_together < 1) throw std::runtime_error("emulator: at least one block runs");
+  m.settings = settings;
+  m.launches = 0;
+}
+const Settings& settings() { return machine().settings; }
+
+int64_t launch_count() { return static_cast<int64_t>(machine().log.size()); }
+const LaunchRecord& launch_record(int64_t number) { return machine().log.at(static_cast<size_t>(number)); }
+void reset_counters() {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.one_launch);
+  m.log.clear();
+  traffic = {};
+}
+
+}  // namespace fastnorm::emulator

@@ -1,0 +1,79 @@
+// Cases of the emulator's own test program: primitives that are checked against a table, and mutants, kernels with one
+// deliberate mistake and their correct twins.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cuda/platform.cuh"
+
+namespace fastnorm::self_test {
+
+#if defined(FASTNORM_SANITIZE_THREAD)
+constexpr bool kSlow = true;  // a thread takes a millisecond to make
+#else
+constexpr bool kSlow = false;
+#endif
+
+struct Primitive {
+  std::string name;
+  std::function<void()> run;  // throws what is wrong
+};
+
+// What a kernel computed: its bits tell schedules apart.
+using Output = std::vector<float>;
+
+struct Mutant {
+  std::string name;
+  std::function<Output(bool broken)> run;
+  int blocks_together = 1;
+};
+
+std::vector<Primitive> primitives();
+std::vector<Primitive> conversions();
+std::vector<Mutant> mutants();
+
+template <class A, class B>
+void check_equal(const A& found, const B& expected, std::string_view what) {
+  if (found == static_cast<A>(expected)) return;
+  throw std::runtime_error(std::string(what) + ": " + std::to_string(found) + ", expected " + std::to_string(expected));
+}
+inline void check(bool right, std::string_view what) {
+  if (!right) throw std::runtime_error(std::string(what));
+}
+
+// Runs f under several orders and seeds.
+template <class F>
+void under_all_orders(F f) {
+  using emulator::Order;
+  for (const Order order : {Order::kFifo, Order::kLifo, Order::kRandom, Order::kPriority}) {
+    const bool seeded = order == Order::kRandom || order == Order::kPriority;
+    for (uint64_t seed = 0; seed < (seeded && !kSlow ? 3 : 1); ++seed) {
+      for (const int together : {1, 2}) {
+        emulator::Settings settings;
+        settings.order = order;
+        settings.seed = seed;
+        settings.blocks_together = together;
+        emulator::configure(settings);
+        f();
+      }
+    }
+  }
+}
+
+// What the launch throws; empty where it does not.
+template <class F>
+std::string thrown_by(F f) {
+  try {
+    f();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return {};
+}
+
+}  // namespace fastnorm::self_test

@@ -1,0 +1,38 @@
+// What a test chooses: in which order threads run, and on what device.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+
+namespace fastnorm::emulator {
+
+enum class Order {
+  kFifo,      // blocks and threads ascending, all to the next barrier before one goes on
+  kLifo,      // descending; who passes a barrier last runs on first
+  kRandom,    // any block next; at every switch any thread that can run
+  kPriority,  // any block next; blocks, warps and lanes have random ranks, and the highest that can run always does
+};
+
+inline Order order_named(const std::string& name) {
+  if (name == "fifo") return Order::kFifo;
+  if (name == "lifo") return Order::kLifo;
+  if (name == "random") return Order::kRandom;
+  if (name == "priority") return Order::kPriority;
+  throw std::runtime_error("emulator: no order named " + name + "; there are fifo, lifo, random, priority");
+}
+
+struct Settings {
+  Order order = Order::kFifo;
+  uint64_t seed = 0;
+  // Blocks that run side by side where a launch asks for no more. One after the other is fastest; ThreadSanitizer sees
+  // a race between two blocks only while they do.
+  int blocks_together = 1;
+  DeviceInfo device = device_named("h200");
+  // A barrier that is left out, as "fold.cuh:57": to see whether it is missed.
+  std::string without;
+};
+
+}  // namespace fastnorm::emulator

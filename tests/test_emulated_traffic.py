@@ -1,0 +1,194 @@
+"""What the CUDA kernels move through global memory, counted by the emulator: exactly what their plan says, and of a
+fused one every tensor once. Parameters, statistics and partials are small, and not in these numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from cases import BENCH, LAYERS, Case, Layer
+from conftest import EMULATED, Backend
+from emulator import backend as emulator
+from fastnorm import _C
+from numerics import make_inputs
+from plan_model import DTYPES, Shape, div_up
+from raw_calls import RawCall
+
+CPU = torch.device("cpu")
+PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"), ("float64", "float64"))
+EPILOGUES = ((None, False), ("silu", False), ("relu", True), ("silu", True), (None, True))
+
+
+@pytest.fixture(params=EMULATED, ids=lambda backend: backend.id)
+def emulated(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+def facts_of(settings: emulator.Emulator, backend: Backend) -> _C.DeviceInfo:
+    return _C.DeviceInfo(**dataclasses.asdict(settings.device(backend.plays)))
+
+
+def cases_of(layer: Layer, frozen: bool) -> list[Case]:
+    return [
+        Case(layer, layout, precision, activation, residual, "frozen" if frozen else "train")
+        for layout in layer.layouts
+        for precision in PRECISIONS
+        for activation, residual in EPILOGUES
+    ]
+
+
+def mask_written(shape: Shape) -> int:
+    """A bit an element, every run in bytes of its own."""
+    return shape.N * shape.C * shape.S // shape.mask_run * div_up(shape.mask_run, 8)
+
+
+def check_forward(settings: emulator.Emulator, call: RawCall, facts: _C.DeviceInfo) -> dict[str, torch.Tensor]:
+    case, shape = call.case, call.shape
+    plan = _C.plan_forward(shape.geometry, case.precision[0], facts, frozen=call.frozen)
+    with settings.counting() as counts:
+        outputs = call.forward()
+    tensor = call.x.numel() * DTYPES[case.precision[0]]
+    reads_of_x = {"fused": 1, "split": 2, "apply": 1}[plan.strategy]
+    masked = case.residual and case.activation == "relu"
+    what = f"{case.id}: {plan}"
+    assert counts.traffic.read_stream == (reads_of_x + case.residual) * tensor, what
+    assert counts.traffic.written_stream == tensor + (mask_written(shape) if masked else 0), what
+    launches = {"fused": 1, "split": 3, "apply": 1}[plan.strategy]
+    assert len(counts.launches) == launches, what
+    main = counts.launches[0]
+    grid = plan.grid
+    assert (main.blocks, main.threads) == (grid.blocks, grid.threads_x * grid.threads_y), what
+    if plan.strategy != "apply":
+        assert main.shared_bytes == grid.shared_bytes, what
+    return outputs
+
+
+def check_backward(
+    settings: emulator.Emulator,
+    call: RawCall,
+    facts: _C.DeviceInfo,
+    saved: dict[str, torch.Tensor],
+    needs: tuple[bool, bool, bool],
+) -> None:
+    case, shape = call.case, call.shape
+    masked = saved["mask"].numel() > 0
+    recomputes = case.residual and case.activation is not None and not masked
+    writes = needs[0] + (needs[2] and case.activation is not None)
+    params = needs[1] and call.weight is not None
+    if not writes and not params:
+        return
+    plan = _C.plan_backward(
+        shape.geometry,
+        case.precision[0],
+        facts,
+        residual=recomputes,
+        frozen=call.frozen,
+        input=writes > 0,
+        params=params,
+    )
+    with settings.counting() as counts:
+        call.backward(saved["stats"], saved["mask"], needs)
+    size = DTYPES[case.precision[0]]
+    tensor = call.x.numel() * size
+    read = 0
+    for grid in (plan.reduce, plan.apply, plan.params):
+        if grid.items > 0:  # dy and x, and what z is made of: the residual, or a byte of the mask for every pack
+            read += (2 + recomputes) * tensor + (call.x.numel() // grid.pack if masked else 0)
+    if plan.strategy == "fused" and masked:  # all is staged but the mask
+        read += call.x.numel() // plan.reduce.pack
+    what = f"{case.id}, needs {needs}: {plan}"
+    assert counts.traffic.read_stream == read, what
+    assert counts.traffic.written_stream == writes * tensor, what
+    grids = [grid for grid in (plan.reduce, plan.params, plan.apply) if grid.items > 0]
+    launched = [(launch.blocks, launch.threads) for launch in counts.launches]
+    for grid in grids:
+        assert (grid.blocks, grid.threads_x * grid.threads_y) in launched, what
+    # One more folds partials, where there are any.
+    assert len(launched) - len(grids) in ((1,) if plan.workspace_bytes > 0 else (0, 1)), what
+    assert len(launched) <= (4 if plan.param_sums == "apart" else 3), what
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
+def test_bytes_are_the_plans(layer: Layer, emulated: Backend) -> None:
+    settings = emulator.load()
+    facts = facts_of(settings, emulated)
+    tracks = layer.norm.startswith("Batch") and dict(layer.kwargs).get("track_running_stats", True)
+    with settings.configured(device=emulated.plays):
+        for frozen in {False, bool(tracks)}:
+            for i, case in enumerate(cases_of(layer, frozen)):
+                call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+                saved = check_forward(settings, call, facts)
+                check_backward(settings, call, facts, saved, (True, True, True))
+                needs = [(True, False, False), (False, True, False), (False, False, True)][i % 3]
+                check_backward(settings, call, facts, saved, needs)
+
+
+def test_both_devices_are_of_use() -> None:
+    """Between them, every strategy and traversal meets every epilogue."""
+    settings = emulator.load()
+    seen = set()
+    for backend in EMULATED:
+        facts = facts_of(settings, backend)
+        for layer in LAYERS:
+            for case in cases_of(layer, frozen=False):
+                call = RawCall(case, make_inputs(case, CPU))
+                geometry, dtype = call.shape.geometry, case.precision[0]
+                forward, backward = _C.plan_forward(geometry, dtype, facts), _C.plan_backward(geometry, dtype, facts)
+                for plan, grid in ((forward, forward.grid), (backward, backward.reduce)):
+                    seen.add((type(plan).__name__, plan.strategy, grid.traversal, case.activation, case.residual))
+    plans, strategies = ("ForwardPlan", "BackwardPlan"), ("fused", "split")
+    wanted = {(p, s, t, *e) for p in plans for s in strategies for t in ("rows", "columns") for e in EPILOGUES}
+    assert seen == wanted
+
+
+@pytest.mark.parametrize("layer", [x for x in BENCH if x.norm != "BatchNorm2d"], ids=lambda layer: layer.id)
+def test_a_fused_forward_reads_x_once(layer: Layer) -> None:
+    """Real sets on a real device, if fewer of them: those of one sample, or of a few rows."""
+    rows = 40 if layer.norm == "LayerNorm" else 1
+    layer = Layer(layer.label, layer.norm, (rows, *layer.shape[1:]), layer.args, layer.kwargs)
+    settings = emulator.load()
+    fused = []
+    for precision in PRECISIONS[:2]:
+        case = Case(layer, "planar", precision, "silu")
+        call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+        nbytes = call.x.numel() * call.x.element_size()
+        with settings.configured(device="h200"), settings.counting() as counts:
+            saved = call.forward()
+        plan = _C.plan_forward(call.shape.geometry, precision[0], facts_of(settings, EMULATED[0]))
+        fused.append(plan.strategy == "fused")
+        assert (counts.traffic.read_stream == nbytes) == fused[-1]
+        assert counts.traffic.written_stream == nbytes
+        plan = _C.plan_backward(call.shape.geometry, precision[0], facts_of(settings, EMULATED[0]), params=False)
+        with settings.configured(device="h200"), settings.counting() as counts:
+            call.backward(saved["stats"], saved["mask"], (True, False, False))
+        assert (counts.traffic.read_stream == 2 * nbytes) == (plan.strategy == "fused")
+    assert any(fused) or layer.norm == "InstanceNorm3d"
+
+
+@pytest.mark.parametrize("layout", ["planar", "channels_last"])
+def test_moments_read_once_and_write_nothing(layout: str, emulated: Backend) -> None:
+    layer = Layer("", "BatchNorm2d", (3, 13, 7, 11), (13,))
+    case = Case(layer, layout)
+    call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+    settings = emulator.load()
+    with settings.configured(device=emulated.plays), settings.counting() as counts:
+        mean, var = call.ops.moments(call.x)
+    assert counts.traffic.read_stream == call.x.numel() * 4 and counts.traffic.written_stream == 0
+    exact = call.x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), exact.mean(1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact.var(1, unbiased=False), rtol=1e-6, atol=0)
+
+
+def test_running_statistics_take_two_launches(emulated: Backend) -> None:
+    """And one read of the statistics; nothing comes back to the host, whatever momentum is."""
+    settings = emulator.load()
+    stats = torch.rand(4, 6)
+    mean, var, batches = torch.zeros(3), torch.ones(3), torch.tensor(0)
+    for momentum in (0.1, None):
+        with settings.configured(device=emulated.plays), settings.counting() as counts:
+            torch.ops.fastnorm_emulated.update_running_stats_(mean, var, batches, stats, 20, momentum)
+        assert len(counts.launches) <= 2
+        assert counts.traffic.read_stream == counts.traffic.written_stream == 0
+    assert batches.item() == 2

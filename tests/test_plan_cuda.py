@@ -1,0 +1,200 @@
+"""The CUDA planner: what it promises for any geometry on any device, and its choices for real shapes, reviewed when
+they change.
+
+`python tests/test_plan_cuda.py` writes plans_cuda.txt anew.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cases import BENCH, LAYERS, Layer
+from fastnorm import _C
+from plan_model import BATCH, DEVICES, DTYPES, GROUP, LAYER, Call, Shape, check_everywhere, div_up, shape_of
+
+GOLDEN = Path(__file__).with_name("plans_cuda.txt")
+
+
+def random_call(r: random.Random) -> Call:
+    """Sizes from one to far beyond 2^31 elements, of powers of two, their neighbours and multiples."""
+    scale = r.choice((0.25, 0.5, 0.5, 1.0))
+
+    def size(bits: float) -> int:
+        n = int(2 ** r.uniform(0, bits * scale))
+        return max(1, r.choice((n, n, n // 8 * 8, 1 << n.bit_length(), n + 1)))
+
+    kind = r.choice((BATCH, GROUP, GROUP, LAYER))
+    groups, per_group = size(11), size(9)
+    if kind == LAYER:
+        shape = Shape(kind, size(26), groups * per_group, 1, 1, False)
+    else:
+        C = groups * per_group
+        space = 1 if r.random() < 0.1 else size(24)
+        shape = Shape(kind, size(14), C, space, C if kind == BATCH else groups, r.random() < 0.5)
+    flags = (r.random() < 0.3, r.random() < 0.3, r.random() < 0.8, r.random() < 0.7)
+    dtype = r.choice(list(DTYPES))
+    alignment = r.choice([a for a in (2, 4, 8, 16, 16, 16) if a >= DTYPES[dtype]])
+    residual, frozen, needs_input, params = flags
+    return Call(shape, dtype, alignment, residual, frozen and kind == BATCH, needs_input or not params, params)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_promises(seed: int) -> None:
+    r = random.Random(seed)
+    for _ in range(250):
+        call = random_call(r)
+        try:
+            check_everywhere(call)
+        except AssertionError as error:
+            raise AssertionError(f"{call}: {error}") from error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(GROUP, 2**27, 2**13, 4, 2**10, True),
+     Shape(GROUP, 2**27, 3, 7, 1, True), Shape(GROUP, 2**24, 640, 9, 640, False),
+     Shape(LAYER, 2**40, 16, 1, 1, False), Shape(BATCH, 4, 2**36, 8, 2**36, False),
+     Shape(BATCH, 4, 2**42, 1, 2**42, False)],
+    ids=str,
+)  # fmt: skip
+def test_more_items_than_a_grid_has_blocks(shape: Shape, dtype: str) -> None:
+    for frozen in {False, shape.kind == BATCH}:
+        check_everywhere(Call(shape, dtype, 16, False, frozen, True, True))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.randoms(use_true_random=False))
+def test_promises_of_awkward_numbers(r: random.Random) -> None:
+    """hypothesis draws the numbers behind the sizes, and shrinks what fails."""
+    check_everywhere(random_call(r))
+
+
+def test_the_sweep_reaches_every_choice() -> None:
+    """Else the promises above would say less than they seem to."""
+    seen: set[object] = set()
+    r = random.Random(0)
+    for _ in range(1000):
+        call = random_call(r)
+        for facts in DEVICES.values():
+            forward, backward = call.forward(facts), call.backward(facts)
+            grid = forward.grid
+            seen |= {(forward.strategy, grid.traversal), (backward.strategy, call.shape.traversal), backward.param_sums}
+            seen |= {grid.pack, "pieces of runs" if grid.piece_runs > 1 and grid.pieces > 1 else ""}
+            seen |= {"teams" if grid.threads_y > 1 else "", "parts of runs" if grid.pieces > call.shape.runs[0] else ""}
+            seen.add("segments" if backward.units.segments > 1 else "")
+            seen.add("huge" if call.shape.sets * call.shape.set_size > 2**33 else "")
+    wanted = {(s, t) for s in ("fused", "split", "apply") for t in ("rows", "columns")}
+    wanted |= {
+        "none",
+        "shared",
+        "along",
+        "apart",
+        1,
+        4,
+        8,
+        "pieces of runs",
+        "parts of runs",
+        "teams",
+        "segments",
+        "huge",
+    }
+    assert wanted <= seen, wanted - seen
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
+def test_every_case_of_the_parity_table(layer: Layer) -> None:
+    """The shapes that the kernels are tested on, whatever is asked for."""
+    for layout in layer.layouts:
+        shape = shape_of(layer, layout)
+        for dtype, size in DTYPES.items():
+            for alignment in {size, 16}:
+                for frozen in {False, shape.kind == BATCH}:
+                    for needs in ((True, True), (True, False), (False, True)):
+                        check_everywhere(Call(shape, dtype, alignment, True, frozen, *needs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_width(dtype: str) -> None:
+    """Of 16 bytes where runs and addresses allow, for rows of 8 too; else single elements."""
+    size = DTYPES[dtype]
+    for run in range(1, 33):
+        for alignment in (16, 8, 4, 2):
+            if alignment < size:
+                continue
+            for last in (False, True):
+                shape = Shape(BATCH, 2, run, 5, run, True) if last else Shape(GROUP, 2, 6, run, 3, False)
+                widths = [16 // size] if last else [16 // size, 8 // size]
+                fits = [w for w in widths if w in (4, 8) and run % w == 0 and w * size <= alignment]
+                # One position of a channel is a row of channels.
+                if not last and run == 1:
+                    fits = []
+                assert _C.pack_width(shape.geometry, dtype, alignment) == max(fits, default=1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "layout"),
+    [(Layer("", "GroupNorm", (1, 128, 20, 256, 256), (32, 128)), "planar"),
+     (Layer("", "BatchNorm2d", (256, 64, 112, 112), (64,)), "planar"),
+     (Layer("", "BatchNorm2d", (256, 64, 112, 112), (64,)), "channels_last"),
+     (Layer("", "InstanceNorm3d", (1, 2, 192, 192, 192), (2,)), "planar"),
+     (Layer("", "LayerNorm", (2, 1 << 22), (1 << 22,)), "planar")],
+    ids=lambda value: value if isinstance(value, str) else value.id,
+)  # fmt: skip
+def test_few_large_sets_fill_the_device(layer: Layer, layout: str) -> None:
+    """One block a set is what torch launches, and reaches 3% of an H200."""
+    for facts in DEVICES.values():
+        call = Call(shape_of(layer, layout), "bfloat16", 16, False, False, True, True)
+        backward = call.backward(facts)
+        for grid in (call.forward(facts).grid, backward.reduce, backward.apply):
+            assert grid.blocks >= 4 * facts.multiprocessors
+            assert div_up(grid.items, grid.blocks) == 1
+
+
+# ---- the golden table ----
+
+REAL = (
+    *BENCH,
+    Layer("ResNet-50", "BatchNorm2d", (256, 64, 112, 112), (64,)),
+    Layer("ResNet-50", "BatchNorm2d", (256, 2048, 7, 7), (2048,)),
+    Layer("VAE", "GroupNorm", (1, 128, 20, 256, 256), (32, 128), (), ("silu",)),
+    Layer("VAE", "GroupNorm", (1, 512, 64, 64), (32, 512), (), ("silu",)),
+    Layer("nnU-Net", "InstanceNorm3d", (2, 32, 128, 128, 128), (32,), (("affine", True),)),
+    Layer("nnU-Net", "InstanceNorm3d", (2, 320, 8, 8, 8), (320,), (("affine", True),)),
+    Layer("transformer", "LayerNorm", (1024, 12288), (12288,)),
+    Layer("transformer", "LayerNorm", (16384, 4096), (4096,)),
+)
+
+
+def table() -> str:
+    """Forward in training; backward for input and parameters, no residual."""
+    lines = []
+    for layer in REAL:
+        for layout in layer.layouts:
+            shape = shape_of(layer, layout)
+            lines.append(f"{layer.label}: {shape.geometry}")
+            for dtype in ("bfloat16", "float32"):
+                for name in ("H200", "T4"):
+                    call = Call(shape, dtype, 16, False, False, True, True)
+                    where = f"{dtype} {name}"
+                    lines.append(f"  {where:<14} forward   {call.forward(DEVICES[name])}")
+                    lines.append(f"  {where:<14} backward  {call.backward(DEVICES[name])}")
+    return "\n".join(lines) + "\n"
+
+
+def test_real_shapes() -> None:
+    assert table() == GOLDEN.read_text(), "plans have changed: review, then `python tests/test_plan_cuda.py`"
+
+
+def test_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"int8.*float32"):
+        _C.plan_forward(Shape(BATCH, 2, 8, 4, 8, False).geometry, "int8", DEVICES["H200"])
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(table())
