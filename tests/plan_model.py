@@ -276,7 +276,8 @@ def check_units(plan: _C.BackwardPlan, shape: Shape, staged: int) -> None:
     assert units.threads >= 1 and units.threads & (units.threads - 1) == 0
     assert units.threads <= min(32, grid.threads_x)
     assert units.length >= 1 and (units.segments - 1) * units.length < packs <= units.segments * units.length
-    assert grid.shared_bytes >= grid.threads_y * (staged + cells * units.segments * 8)  # two floats a segment
+    assert grid.team_bytes >= staged + cells * units.segments * 8  # two floats a segment
+    assert grid.shared_bytes >= grid.threads_y * grid.team_bytes and grid.team_bytes % 16 == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,9 @@ apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsS
     const bool valid = first + team.index < shape.items;
     const RowsPiece<W> piece(shape, valid ? first + team.index : first);
     const int64_t set = piece.span.set;
-    apply_gradient_rows<kSmooth>(t, piece, piece.whole(team, valid), load_stats(t.stats, t.sets, set),
-                                 load_terms(terms, set),
-                                 [&](const Place& place) { return load_gradient(t, piece, place); });
+    apply_gradient_rows<kSmooth, kBackwardUnroll<kSmooth, W>>(
+        t, piece, piece.whole(team, valid), load_stats(t.stats, t.sets, set), load_terms(terms, set),
+        [&](const Place& place) { return load_gradient(t, piece, place); });
   }
 }
 
@@ -42,8 +42,8 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
     for (int w = 0; w < W; ++w) {
       if (piece.in) lane_terms.lane[w] = load_terms(terms, piece.set(w));
     }
-    apply_gradient_columns<kSmooth>(t, piece, coefs, lane_terms,
-                                    [&](int position) { return load_gradient(t, piece, position); });
+    apply_gradient_columns<kSmooth, kBackwardUnroll<kSmooth, W>>(
+        t, piece, coefs, lane_terms, [&](int position) { return load_gradient(t, piece, position); });
   }
 }
 

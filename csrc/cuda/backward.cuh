@@ -52,11 +52,10 @@ FASTNORM_DEVICE GradSums<A> accumulate_sums(const BackwardTensors<T>& t, const R
   return total;
 }
 
-// dx and dresidual of a piece.
-template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
+// dx and dresidual of a piece, U packs at a time.
+template <bool kSmooth, int U, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
                                          const SetStats<A>& stats, const SetTerms<A>& terms, Read read) {
-  constexpr int U = kBackwardUnroll<kSmooth, W>;
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
   piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
     GradientPacks<T, W> packs[U];
@@ -125,10 +124,9 @@ FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const Col
   });
 }
 
-template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
+template <bool kSmooth, int U, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_columns(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                             const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
-  constexpr int U = kBackwardUnroll<kSmooth, W>;
   piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
     GradientPacks<T, W> packs[U];
 #pragma unroll

@@ -137,7 +137,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     const A scale = (shape.per_element ? A(1) : stats.rstd) / static_cast<A>(shape.set_size);
     const SetTerms<A> terms = t.frozen ? SetTerms<A>{} : set_terms<A>(sums, stats.rstd, stats.low, scale);
     team.sync();  // staged by other threads
-    apply_gradient_rows<kSmooth>(t, piece, piece.whole(team, valid), stats, terms, [&](const Place& place) {
+    apply_gradient_rows<kSmooth, 1>(t, piece, piece.whole(team, valid), stats, terms, [&](const Place& place) {
       GradientPacks<T, W> packs = staged.get(place.step, with_residual);
       if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
       return packs;
@@ -158,7 +158,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
 
 // The widest packs take more registers than two blocks leave them.
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, kSmooth&& W == 8 ? 1 : 2)
+FASTNORM_KERNEL(kBlockThreads, W == 8 ? 1 : 2)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {
   using A = Accum<T>;
   const bool with_residual = t.residual != nullptr;
@@ -198,7 +198,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     for (int w = 0; w < W; ++w) {
       if (piece.in) terms.lane[w] = set_terms_of[(piece.x * W + w) / set_channels];
     }
-    apply_gradient_columns<kSmooth>(t, piece, coefs, terms, [&](int position) {
+    apply_gradient_columns<kSmooth, 1>(t, piece, coefs, terms, [&](int position) {
       GradientPacks<T, W> packs = staged.get(position * tile_packs + piece.x, with_residual);
       if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, position);
       return packs;

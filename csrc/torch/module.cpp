@@ -131,6 +131,7 @@ void add_planner(py::module_& m) {
       .def_readonly("items", &Grid::items)
       .def_readonly("blocks", &Grid::blocks)
       .def_readonly("shared_bytes", &Grid::shared_bytes)
+      .def_readonly("team_bytes", &Grid::team_bytes)
       .def(py::self == py::self);
   py::class_<Units>(m, "Units")
       .def_readonly("threads", &Units::threads)
