@@ -39,7 +39,7 @@ constexpr int64_t kReservedShared = 1024;
 // Sectors are 32 bytes and come in pairs: narrower tiles read what they do not use.
 constexpr int64_t kMinTileBytes = 64;
 
-// Fused columns merge the channels of a group one after the other.
+// A warp merges the channels of a set in fused columns; the tile of a wider set would have no room for positions.
 constexpr int64_t kMaxMergedChannels = 256;
 
 constexpr int kMaxTilePacks = 32;
