@@ -3,7 +3,8 @@
     python tests/check_sass.py [FILE.cubin ...]
 
 Of every kernel: nothing spills (ptxas's report); the block it is compiled for gets its registers; nothing lies in local
-memory; and a kernel that walks packs of 16 bytes loads and stores 16 bytes at a time. cuobjdump and nvdisasm come from the package index.
+memory; and a kernel that walks packs of 16 bytes loads and stores 16 bytes at a time. cuobjdump and nvdisasm come from
+the package index.
 """
 
 from __future__ import annotations
