@@ -9,11 +9,13 @@
 #
 #   TORCH=2.11.0   another torch (any from 2.10)    PYTHON=python3.12   the Python to make .venv with
 #   VENV=folder    another environment              MAX_JOBS=4          compilations at a time
+#   JOBS=0         tests in one process (default: as many as there are processors)
 
 TORCH ?= 2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= auto
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.torch-$(TORCH)
@@ -27,7 +29,7 @@ demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
 
 test: $(BUILT)
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest tests -n $(JOBS) $(ARGS)
 
 bench: $(BUILT)
 	$(PY) benchmarks/bench.py $(ARGS)
