@@ -73,6 +73,9 @@ inline Runs weight_runs(const Geometry& g) {
   return {g.D(), g.S, g.S};
 }
 
+// What a team of rows walks.
+inline Runs rows_runs(const Geometry& g) { return g.per_element() ? stat_runs(g) : weight_runs(g); }
+
 inline int64_t set_base(const Geometry& g, int64_t set) {
   return g.kind == Kind::kBatch ? set * g.S : set * g.D() * g.S;
 }

@@ -1,182 +1,168 @@
+// Which plans there are for a call, and the cheapest of them.
 #include "plan_cuda.h"
 
 #include <algorithm>
-#include <numeric>
+#include <stdexcept>
+
+#include "plan_cost.h"
+#include "plan_grid.h"
 
 namespace fastnorm {
 
 namespace {
 
-// None of the figures below has been measured on a GPU yet; each says what it rests on.
+// Sectors are 32 bytes and come in pairs: narrower tiles read what they do not use. Wider ones leave less to share out.
+constexpr int64_t kTileBytes[] = {64, 128, 256};
 
-constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+// Two blocks to a multiprocessor wait in turn; one alone has its shared memory for itself. More there are not: kernels
+// are compiled for two.
+constexpr int kResidents[] = {2, 1};
 
-// Packs that a thread of a team takes in one go (kUnroll in csrc/cuda/rows.cuh): a team is as wide as that needs.
-constexpr int64_t kPacksPerThread = 4;
+// How many more waves than the fewest a grid's gangs are tried with: of these some leave fewer blocks idle in the last.
+constexpr int kMoreWaves = 3;
 
-// Lanes that take neighbouring packs: as many as share a byte of the mask, and over rows a sector of 32 bytes.
-int min_lanes(int pack) { return 8 / pack; }
-int min_team(int pack) { return std::max(2, min_lanes(pack)); }
+bool allows(int forced, int64_t value) { return forced < 0 || forced == value; }
 
-// A multiple of this many packs ends with a byte of the mask, however narrow they are.
-constexpr int64_t kMaskPacks = 8;
-
-// Blocks to a multiprocessor that a split aims at: two or three are there at a time, as registers allow, and either
-// number goes into six whole rounds. More would be more partials: of 12 bytes a channel for columns.
-constexpr int64_t kBlocksPerMultiprocessor = 6;
-
-// The smallest piece worth a block of its own: 16 KB, what one multiprocessor of an H200 must have under way to be
-// busy.
-constexpr int64_t kMinPiecePacks = 1024;
-
-// Offsets in a piece fit 32 bits, and its count of elements is exact in float32.
-constexpr int64_t kMaxPiecePacks = int64_t(1) << 20;
-constexpr int64_t kMaxPiecePositions = int64_t(1) << 20;
-
-// Two blocks must fit a multiprocessor, so that one loads while the other stores; the driver keeps 1 KB of each.
-constexpr int64_t kReservedShared = 1024;
-
-// Sectors are 32 bytes and come in pairs: narrower tiles read what they do not use.
-constexpr int64_t kMinTileBytes = 64;
-
-// A warp merges the channels of a set in fused columns; the tile of a wider set would have no room for positions.
-constexpr int64_t kMaxMergedChannels = 256;
-
-constexpr int kMaxTilePacks = 32;
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t align_up(int64_t bytes, int64_t unit = 16) { return div_up(bytes, unit) * unit; }
-int64_t power_of_two(int64_t at_least) {
-  int64_t p = 1;
-  while (p < at_least) p *= 2;
-  return p;
+template <class List>
+std::vector<int64_t> options_of(int forced, const List& list) {
+  if (forced >= 0) return {forced};
+  return {std::begin(list), std::end(list)};
 }
 
-int64_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
-// Shared memory of one block-wide reduction: a partial of three numbers a warp, and the result.
-int64_t ladder_bytes(int threads, DType dtype) { return align_up((threads / kWarp + 1) * 3 * accum_size(dtype)); }
-
-int64_t shared_limit(const DeviceInfo& device) {
-  return std::min(device.shared_per_block, device.shared_per_multiprocessor / 2 - kReservedShared);
-}
-
-int64_t wanted_blocks(const DeviceInfo& device) { return kBlocksPerMultiprocessor * device.multiprocessors; }
-
-Grid empty_grid(Traversal traversal, int pack) { return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0}; }
-
-// Threads of a team for so many packs, and teams of a block, spread over the device when there are few items.
-void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device) {
-  const int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
-  grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), kBlockThreads));
-  if (grid.threads_x >= kWarp) {
-    const int64_t most = grid.threads_x > kWarp ? 1 : kBlockThreads / kWarp;
-    grid.threads_y = static_cast<int>(std::clamp<int64_t>(grid.items / device.multiprocessors, 1, most));
-  } else {
-    const int per_warp = kWarp / grid.threads_x;
-    const int64_t warps = grid.items / device.multiprocessors / per_warp;
-    grid.threads_y = per_warp * static_cast<int>(std::clamp<int64_t>(warps, 1, kBlockThreads / kWarp));
+// Blocks of a gang that takes its share of the grid: as few as hold a set, in as many waves as that makes, and more.
+std::vector<int64_t> grid_pieces(const Shares& shares, const FusedChoice& choice, int streams,
+                                 const DeviceInfo& device) {
+  const int64_t blocks = choice.residents * int64_t(device.multiprocessors);
+  const int64_t limit = std::max<int64_t>(1, shared_limit(choice.residents, device));
+  const int64_t least = std::max<int64_t>(2, div_up(shares.bytes * streams * choice.buffers, limit));
+  const int64_t most_gangs = std::min(shares.count, blocks / least);
+  std::vector<int64_t> pieces;
+  if (most_gangs == 0) return pieces;
+  const int64_t fewest = div_up(shares.count, most_gangs);
+  for (int64_t waves = fewest; waves <= std::min(shares.count, fewest + kMoreWaves); ++waves) {
+    const int64_t each = blocks / div_up(shares.count, waves);
+    if (pieces.empty() || pieces.back() != each) pieces.push_back(each);
   }
-  grid.blocks = std::min(kMaxBlocks, div_up(grid.items, grid.threads_y));
+  return pieces;
 }
 
-Runs rows_runs(const Geometry& g) { return g.per_element() ? stat_runs(g) : weight_runs(g); }
-
-// ---- rows ----
-
-Grid split_rows(const Geometry& g, DType dtype, int pack, const DeviceInfo& device) {
-  Grid grid = empty_grid(Traversal::kRows, pack);
-  const Runs runs = rows_runs(g);
-  const int64_t run_packs = runs.length / pack, packs = runs.count * run_packs;
-  int64_t pieces = div_up(wanted_blocks(device), g.sets());
-  pieces = std::clamp<int64_t>(pieces, 1, std::max<int64_t>(1, packs / kMinPiecePacks));
-  const int64_t piece = std::min(kMaxPiecePacks, div_up(packs, pieces));
-  if (run_packs > piece) {
-    grid.piece_length = align_up(div_up(run_packs, div_up(run_packs, piece)), kMaskPacks);
-    grid.pieces = runs.count * div_up(run_packs, grid.piece_length);
-  } else {
-    grid.piece_length = run_packs;
-    grid.piece_runs = piece / run_packs;
-    grid.pieces = div_up(runs.count, grid.piece_runs);
+// Everything a fused launch could be.
+std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int streams, bool stays,
+                                       const DeviceInfo& device, const Forced& forced) {
+  std::vector<FusedChoice> choices;
+  const int64_t no_tile[] = {1};
+  const auto tiles =
+      g.traversal() == Traversal::kRows ? options_of(-1, no_tile) : options_of(forced.tile_bytes, kTileBytes);
+  const auto add = [&](FusedChoice choice, Gang gang, const std::vector<int64_t>& pieces) {
+    if (!allows(forced.gang, static_cast<int>(gang))) return;
+    choice.gang = gang;
+    choice.stays = stays || choice.buffers == 2 || gang == Gang::kGrid;
+    const bool free = forced.pieces < 0 || gang == Gang::kBlock;
+    for (const int64_t each : free ? pieces : std::vector<int64_t>{forced.pieces}) {
+      choice.pieces = each;
+      choices.push_back(choice);
+    }
+  };
+  for (const int64_t tile : tiles) {
+    for (const int64_t residents : options_of(forced.residents, kResidents)) {
+      for (const int buffers : {1, 2}) {
+        if (!allows(forced.buffers, buffers)) continue;
+        const FusedChoice choice{Gang::kBlock, 1, buffers, static_cast<int>(residents), tile, false};
+        add(choice, Gang::kBlock, {1});
+        std::vector<int64_t> sizes;
+        for (int64_t size = 2; size <= device.largest_cluster; size *= 2) sizes.push_back(size);
+        if (!sizes.empty()) add(choice, Gang::kCluster, sizes);
+        if (device.cooperative) {
+          add(choice, Gang::kGrid, grid_pieces(fused_shares(g, dtype, tile), choice, streams, device));
+        }
+      }
+    }
   }
-  grid.items = g.sets() * grid.pieces;
-  choose_team(grid, grid.piece_runs * grid.piece_length, device);
-  grid.shared_bytes = ladder_bytes(grid.threads(), dtype);
-  return grid;
+  return choices;
 }
 
-// A team to a set; `set_bytes` of shared memory for each. False where no block has as much.
-bool fused_rows(const Geometry& g, DType dtype, int pack, int64_t set_bytes, const DeviceInfo& device, Grid& grid) {
-  grid = empty_grid(Traversal::kRows, pack);
-  const Runs runs = rows_runs(g);
-  grid.piece_runs = runs.count;
-  grid.piece_length = runs.length / pack;
-  grid.items = g.sets();
-  const int64_t packs = grid.piece_runs * grid.piece_length;
-  if (dtype == DType::kFloat64 || packs > kMaxPiecePacks) return false;
-  choose_team(grid, packs, device);
-  const int64_t ladder = ladder_bytes(kBlockThreads, dtype), limit = shared_limit(device) - ladder;
-  const int step = std::max(1, kWarp / grid.threads_x);
-  while (grid.threads_y > step && grid.threads_y * set_bytes > limit) {
-    grid.threads_y = std::max(step, grid.threads_y / 2 / step * step);
+// The second buffer holds a second wave.
+bool buffers_idle(const Grid& grid) { return grid.buffers == 2 && div_up(grid.items, grid.teams()) <= grid.blocks; }
+
+// Calls make(grid, resident blocks) for all fused launches that fit. met: the device that those have whose blocks meet.
+template <class Make>
+void for_each_fused(const Geometry& g, DType dtype, int pack, const Staging& staging, bool stays, bool meets,
+                    const DeviceInfo& device, const DeviceInfo& met, const Forced& forced, Make make) {
+  for (const FusedChoice& choice : fused_choices(g, dtype, staging.streams, stays, met, forced)) {
+    const DeviceInfo& where = meets || choice.gang == Gang::kGrid ? met : device;
+    Grid grid;
+    if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
+    if (buffers_idle(grid) && forced.buffers != 2) continue;
+    make(grid, resident_blocks(grid, staging.partial_numbers == 2, where));
   }
-  grid.blocks = std::min(kMaxBlocks, div_up(grid.items, grid.threads_y));
-  grid.team_bytes = set_bytes;
-  grid.shared_bytes = grid.threads_y * set_bytes + ladder;
-  return grid.threads_y * set_bytes <= limit;
 }
 
-// ---- columns ----
-
-int64_t columns_merge_bytes(const Grid& grid, DType dtype) {
-  return grid.threads() * grid.pack * 2 * accum_size(dtype);
+// What launches whose blocks meet have of a device.
+DeviceInfo leave_free(DeviceInfo device, int multiprocessors) {
+  device.multiprocessors = std::max(1, device.multiprocessors - multiprocessors);
+  device.cluster_multiprocessors = std::max(0, device.cluster_multiprocessors - multiprocessors);
+  return device;
 }
 
-Grid split_columns(int64_t outer, int64_t positions, int64_t C, DType dtype, int pack, const DeviceInfo& device) {
-  Grid grid = empty_grid(Traversal::kColumns, pack);
-  grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(C / pack), min_lanes(pack), kMaxTilePacks));
-  grid.threads_y = kBlockThreads / grid.threads_x;
-  grid.tile = std::min<int64_t>(C, grid.threads_x * pack);
-  const int64_t tiles = div_up(C, grid.tile), least = grid.threads_y * 2 * kPacksPerThread;
-  int64_t pieces = div_up(wanted_blocks(device), outer * tiles);
-  pieces = std::clamp<int64_t>(pieces, 1, std::max<int64_t>(1, positions / least));
-  grid.piece_length = std::min(kMaxPiecePositions, div_up(positions, pieces));
-  grid.pieces = div_up(positions, grid.piece_length);
-  grid.items = outer * grid.pieces * tiles;
-  grid.blocks = std::min(kMaxBlocks, grid.items);
-  grid.shared_bytes = columns_merge_bytes(grid, dtype);
-  return grid;
+// Whether only fused plans will do, and whether others will.
+bool only_fused(const Forced& f) {
+  return f.gang >= 0 || f.pieces >= 0 || f.buffers >= 0 || f.residents >= 0 || f.tile_bytes >= 0;
 }
-
-// A block to a tile of whole sets and all their positions, `streams` tensors of it staged.
-bool fused_columns(const Geometry& g, DType dtype, int pack, int streams, const DeviceInfo& device, Grid& grid) {
-  grid = empty_grid(Traversal::kColumns, pack);
-  if (dtype == DType::kFloat64 || g.set_channels() > kMaxMergedChannels) return false;
-  // Whole sets, and whole bytes of the mask.
-  const int64_t unit = std::lcm(g.set_channels(), int64_t(8)), size = size_of(dtype);
-  grid.tile = std::min(g.C, unit * div_up(kMinTileBytes / size, unit));
-  grid.threads_x = static_cast<int>(std::max<int64_t>(min_lanes(pack), power_of_two(grid.tile / pack)));
-  grid.piece_length = g.positions();
-  grid.items = g.outer() * div_up(g.C, grid.tile);
-  if (grid.threads_x > kBlockThreads || g.positions() > kMaxPiecePositions) return false;
-  grid.threads_y = kBlockThreads / grid.threads_x;
-  grid.blocks = std::min(kMaxBlocks, grid.items);
-  const int64_t staged = streams * align_up(grid.tile * g.positions() * size);
-  // The merge of the threads' sums, and four numbers a set.
-  grid.shared_bytes = staged + columns_merge_bytes(grid, dtype) + align_up(grid.tile * 4 * accum_size(dtype));
-  return grid.shared_bytes <= shared_limit(device);
-}
-
-Grid split_grid(const Geometry& g, DType dtype, int pack, const DeviceInfo& device) {
-  if (g.traversal() == Traversal::kRows) return split_rows(g, dtype, pack, device);
-  return split_columns(g.outer(), g.positions(), g.C, dtype, pack, device);
-}
+bool allows_fused(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kFused)); }
+bool allows_split(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kSplit)) && !only_fused(f); }
 
 // Partials that a fold merges: [outer, pieces, columns].
 int64_t partials(const Geometry& g, const Grid& grid) {
   if (grid.traversal == Traversal::kColumns) return g.outer() * grid.pieces * g.C;
   return g.sets() * grid.pieces;
 }
+
+// Partials of a grid's gangs, of two waves.
+int64_t gang_bytes(const Grid& grid, int numbers, DType dtype) {
+  if (grid.gang != Gang::kGrid) return 0;
+  const int64_t channels = grid.traversal == Traversal::kColumns ? grid.tile : 1;
+  return 2 * grid.blocks * channels * numbers * accum_size(dtype);
+}
+
+// ---- forward ----
+
+struct ForwardPlanner {
+  const Geometry& g;
+  const DType dtype;
+  const ForwardNeeds& needs;
+  const DeviceInfo& device;
+  const PlanOptions& options;
+  const int pack = pack_width(g, dtype, needs.alignment);
+  const Streams streams{1, needs.output, dtype, g.numel(), g.C};
+
+  ForwardPlan separate(Strategy strategy) const {
+    ForwardPlan plan{strategy, split_grid(g, dtype, pack, device), 0, 1, {}};
+    int passes = 1;
+    if (strategy == Strategy::kSplit) {
+      plan.workspace_bytes = partials(g, plan.grid) * 3 * accum_size(dtype);
+      plan.launches = needs.output ? 3 : 2;
+      passes = needs.output ? 2 : 1;
+    }
+    plan.estimate = estimate_passes(plan.grid, streams, passes, device) + estimate_launches(plan.launches, false);
+    return plan;
+  }
+
+  std::vector<ForwardPlan> all() const {
+    if (needs.frozen) return {separate(Strategy::kApply)};
+    std::vector<ForwardPlan> plans;
+    if (allows_fused(options.forced)) {
+      const DeviceInfo met = leave_free(device, options.free_multiprocessors);
+      for_each_fused(g, dtype, pack, {1, 3, Extra::kNone}, false, false, device, met, options.forced,
+                     [&](const Grid& grid, int64_t resident) {
+                       const Estimate estimate = estimate_fused(grid, streams, resident, device) +
+                                                 estimate_launches(1, grid.gang == Gang::kGrid);
+                       plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
+                     });
+    }
+    if (allows_split(options.forced)) plans.push_back(separate(Strategy::kSplit));
+    return plans;
+  }
+};
 
 // ---- backward ----
 
@@ -187,52 +173,125 @@ Geometry cells_of(const Geometry& g) {
   return cells;
 }
 
-Units choose_units(const Geometry& g, const Grid& grid) {
-  const int64_t cells = g.set_channels(), packs = grid.piece_runs * grid.piece_length / cells;
-  Units units{};
-  units.threads = static_cast<int>(std::min<int64_t>({kWarp, grid.threads_x, power_of_two(packs)}));
-  const int64_t slots = grid.threads_x / units.threads;
-  const int64_t segments = std::clamp<int64_t>(div_up(slots, cells), 1, std::max<int64_t>(1, packs / units.threads));
-  units.length = div_up(packs, segments);
-  units.segments = div_up(packs, units.length);
-  return units;
-}
-
-// Shared memory of a team of fused backward rows: the staged tensors, the units' sums, the rows' gathered gradients.
-bool fused_backward_rows(const Geometry& g, DType dtype, int pack, int streams, bool along, const DeviceInfo& device,
-                         BackwardPlan& plan) {
-  const int64_t staged = streams * align_up(g.set_size() * size_of(dtype)), pair = 2 * accum_size(dtype);
-  if (g.per_element()) {
-    const int64_t set_bytes = staged + (along ? align_up(g.D() * pair) : 0);
-    if (!fused_rows(g, dtype, pack, set_bytes, device, plan.reduce)) return false;
-    if (!along) return true;
-    // Blocks stay and gather: as many as fit the device.
-    const int64_t fit =
-        std::min<int64_t>(kResidentThreads / plan.reduce.threads(),
-                          device.shared_per_multiprocessor / (plan.reduce.shared_bytes + kReservedShared));
-    plan.reduce.blocks = std::min(plan.reduce.blocks, std::max<int64_t>(1, fit) * device.multiprocessors);
-    return true;
-  }
-  if (!fused_rows(g, dtype, pack, staged, device, plan.reduce)) return false;
-  plan.units = choose_units(g, plan.reduce);
-  const int64_t unit_sums = align_up(g.set_channels() * plan.units.segments * pair);
-  return fused_rows(g, dtype, pack, staged + unit_sums, device, plan.reduce);
-}
-
-bool plan_fused_backward(const Geometry& g, DType dtype, int pack, const BackwardNeeds& needs, const DeviceInfo& device,
-                         BackwardPlan& plan) {
-  const int streams = needs.residual ? 3 : 2;
-  const bool fits =
-      g.traversal() == Traversal::kColumns
-          ? fused_columns(g, dtype, pack, streams, device, plan.reduce)
-          : fused_backward_rows(g, dtype, pack, streams, plan.param_sums == ParamSums::kAlong, device, plan);
-  if (!fits) return false;
-  plan.strategy = Strategy::kFused;
+struct BackwardPlanner {
+  const Geometry& g;
+  const DType dtype;
+  const BackwardNeeds& needs;
+  const DeviceInfo& device;
+  const PlanOptions& options;
+  const int pack = pack_width(g, dtype, needs.alignment);
+  const bool rows = g.traversal() == Traversal::kRows;
   const int64_t pair = 2 * accum_size(dtype);
-  // A batch norm's fused sums are final, and are written as the gradients themselves.
-  if (plan.param_sums == ParamSums::kShared && g.kind != Kind::kBatch) plan.sums_bytes = g.outer() * g.C * pair;
-  if (plan.param_sums == ParamSums::kAlong) plan.params_bytes = plan.reduce.blocks * g.C * pair;
-  return true;
+  const Streams streams{needs.residual ? 3 : 2, needs.input, dtype, g.numel(), g.C};
+
+  BackwardPlan empty(Strategy strategy, ParamSums sums) const {
+    const Grid none = empty_grid(g.traversal(), pack);
+    return {strategy, sums, g, none, none, none, {}, false, 0, 0, 0, 0, 0, {}};
+  }
+
+  // The gradients of parameters that change with every element, down the rows.
+  void add_params(BackwardPlan& plan) const {
+    if (plan.param_sums != ParamSums::kApart) return;
+    // Rows have half packs of the half types, columns have not.
+    plan.params = split_columns(1, g.N, g.C, dtype, pack * size_of(dtype) == 16 ? pack : 1, device);
+    plan.params_bytes = plan.params.pieces * g.C * pair;
+  }
+
+  void add_fused(ParamSums sums, std::vector<BackwardPlan>& plans) const {
+    const bool along = sums == ParamSums::kAlong, apart = sums == ParamSums::kApart;
+    // A batch norm's fused sums are final, and are written as the gradients themselves.
+    const bool folds = along || (sums == ParamSums::kShared && g.kind != Kind::kBatch);
+    const bool meets = folds && device.cooperative;
+    Staging staging{streams.read, 2, Extra::kNone};
+    if (rows) staging.extra = !g.per_element() ? Extra::kUnits : along ? Extra::kGathered : Extra::kNone;
+    const DeviceInfo met = leave_free(device, options.free_multiprocessors);
+    for_each_fused(g, dtype, pack, staging, meets || along, meets, device, met, options.forced,
+                   [&](const Grid& grid, int64_t resident) {
+                     BackwardPlan plan = empty(Strategy::kFused, sums);
+                     plan.reduce = grid;
+                     plan.meets = meets;
+                     if (staging.extra == Extra::kUnits) plan.units = choose_units(g, grid);
+                     if (folds && !along) {
+                       const int64_t parts = rows && grid.piece_runs == 1 ? grid.pieces / rows_runs(g).count : 1;
+                       plan.sums_bytes = g.outer() * parts * g.C * pair;
+                     }
+                     if (along) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
+                     add_params(plan);
+                     plan.gang_bytes = gang_bytes(grid, 2, dtype);
+                     plan.launches = 1 + (apart ? 2 : 0) + (folds && !meets);
+                     plan.estimate = estimate_fused(grid, streams, resident, device) +
+                                     estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
+                                     estimate_launches(plan.launches, meets || grid.gang == Gang::kGrid);
+                     if (meets) plan.estimate = plan.estimate + estimate_meeting();
+                     if (apart) {
+                       plan.estimate =
+                           plan.estimate +
+                           estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, device);
+                     }
+                     plans.push_back(plan);
+                   });
+  }
+
+  BackwardPlan split(ParamSums sums) const {
+    BackwardPlan plan = empty(Strategy::kSplit, sums);
+    const bool terms = needs.input && !needs.frozen, apart = sums == ParamSums::kApart;
+    if (terms || sums == ParamSums::kShared) {
+      plan.cells = cells_of(g);
+      plan.reduce = split_grid(plan.cells, dtype, pack, device, apart);
+      plan.sums_bytes = partials(plan.cells, plan.reduce) * pair;
+      ++plan.launches;
+    }
+    add_params(plan);
+    if (apart && plan.launches == 0) ++plan.launches;  // else in the launch of reduce
+    if (terms) plan.terms_bytes = g.sets() * pair, ++plan.launches;
+    if (needs.input) plan.apply = split_grid(g, dtype, pack, device);
+    ++plan.launches;  // of apply, or of the fold of the parameters
+    const int passes = (plan.reduce.items > 0) + apart + needs.input;
+    const Grid& main = needs.input ? plan.apply : apart ? plan.params : plan.reduce;
+    plan.estimate = estimate_passes(main, streams, passes, device) + estimate_launches(plan.launches, false) +
+                    estimate_partials(plan.workspace_bytes(), device);
+    return plan;
+  }
+
+  BackwardPlan given() const {
+    BackwardPlan plan = empty(Strategy::kApply, ParamSums::kNone);
+    plan.apply = split_grid(g, dtype, pack, device);
+    plan.launches = 1;
+    plan.estimate = estimate_passes(plan.apply, streams, 1, device) + estimate_launches(1, false);
+    return plan;
+  }
+
+  std::vector<BackwardPlan> all() const {
+    if (needs.frozen && !needs.params) return {given()};
+    // Gathered along the rows a channel has one place in every row, which several groups do not give.
+    const ParamSums sums = !needs.params ? ParamSums::kNone : g.per_element() ? ParamSums::kApart : ParamSums::kShared;
+    std::vector<BackwardPlan> plans;
+    if (needs.input && allows_fused(options.forced)) {
+      if (sums == ParamSums::kApart && g.G == 1) add_fused(ParamSums::kAlong, plans);
+      add_fused(sums, plans);
+    }
+    if (allows_split(options.forced)) plans.push_back(split(sums));
+    return plans;
+  }
+};
+
+template <class Plan>
+bool is_cheaper(const Plan& a, const Plan& b) {
+  return a.estimate.total() < b.estimate.total();
+}
+
+// The first of equals: plans of one block to a set come first.
+template <class Plan>
+Plan cheapest(const std::vector<Plan>& plans) {
+  if (plans.empty()) throw std::invalid_argument("no plan of this call is as the forced one has to be");
+  return *std::min_element(plans.begin(), plans.end(), is_cheaper<Plan>);
+}
+
+template <class Plan>
+std::vector<Plan> compared(std::vector<Plan> plans) {
+  std::stable_sort(plans.begin(), plans.end(), is_cheaper<Plan>);
+  plans.erase(std::unique(plans.begin(), plans.end()), plans.end());
+  return plans;
 }
 
 }  // namespace
@@ -249,98 +308,22 @@ int pack_width(const Geometry& g, DType dtype, int alignment) {
   return 1;
 }
 
-ForwardPlan plan_forward(const Geometry& g, DType dtype, const ForwardNeeds& needs, const DeviceInfo& device) {
-  const int pack = pack_width(g, dtype, needs.alignment);
-  ForwardPlan plan{Strategy::kSplit, {}, 0};
-  if (needs.frozen) {
-    plan.strategy = Strategy::kApply;
-  } else if (g.traversal() == Traversal::kColumns) {
-    if (fused_columns(g, dtype, pack, 1, device, plan.grid)) plan.strategy = Strategy::kFused;
-  } else {
-    const int64_t set_bytes = align_up(g.set_size() * size_of(dtype));
-    if (fused_rows(g, dtype, pack, set_bytes, device, plan.grid)) plan.strategy = Strategy::kFused;
-  }
-  if (plan.strategy == Strategy::kFused) return plan;
-  plan.grid = split_grid(g, dtype, pack, device);
-  if (plan.strategy == Strategy::kSplit) plan.workspace_bytes = partials(g, plan.grid) * 3 * accum_size(dtype);
-  return plan;
+ForwardPlan plan_forward(const Geometry& g, DType dtype, const ForwardNeeds& needs, const DeviceInfo& device,
+                         const PlanOptions& options) {
+  return cheapest(ForwardPlanner{g, dtype, needs, device, options}.all());
+}
+BackwardPlan plan_backward(const Geometry& g, DType dtype, const BackwardNeeds& needs, const DeviceInfo& device,
+                           const PlanOptions& options) {
+  return cheapest(BackwardPlanner{g, dtype, needs, device, options}.all());
 }
 
-BackwardPlan plan_backward(const Geometry& g, DType dtype, const BackwardNeeds& needs, const DeviceInfo& device) {
-  const int pack = pack_width(g, dtype, needs.alignment);
-  const Grid none = empty_grid(g.traversal(), pack);
-  BackwardPlan plan{Strategy::kSplit, ParamSums::kNone, g, none, none, none, {}, 0, 0, 0};
-  if (needs.frozen && !needs.params) {
-    plan.strategy = Strategy::kApply;
-    plan.apply = split_grid(g, dtype, pack, device);
-    return plan;
-  }
-  if (needs.params) {
-    // Gathered along the rows a channel has one place in every row, which several groups do not give.
-    plan.param_sums = !g.per_element() ? ParamSums::kShared : g.G == 1 ? ParamSums::kAlong : ParamSums::kApart;
-  }
-  bool fused = needs.input && plan_fused_backward(g, dtype, pack, needs, device, plan);
-  if (!fused && plan.param_sums == ParamSums::kAlong) {  // without what is gathered a set may fit
-    plan.param_sums = ParamSums::kApart;
-    fused = needs.input && plan_fused_backward(g, dtype, pack, needs, device, plan);
-  }
-  const int64_t pair = 2 * accum_size(dtype);
-  if (!fused) {
-    const bool terms = needs.input && !needs.frozen;
-    plan.units = {};
-    plan.reduce = none;
-    if (terms || plan.param_sums == ParamSums::kShared) {
-      plan.cells = cells_of(g);
-      plan.reduce = split_grid(plan.cells, dtype, pack, device);
-      plan.sums_bytes = partials(plan.cells, plan.reduce) * pair;
-    }
-    if (terms) plan.terms_bytes = g.sets() * pair;
-    if (needs.input) plan.apply = split_grid(g, dtype, pack, device);
-  }
-  if (plan.param_sums == ParamSums::kApart) {
-    // Rows have half packs of the half types, columns have not.
-    plan.params = split_columns(1, g.N, g.C, dtype, pack * size_of(dtype) == 16 ? pack : 1, device);
-    plan.params_bytes = plan.params.pieces * g.C * pair;
-  }
-  return plan;
+std::vector<ForwardPlan> compare_forward(const Geometry& g, DType dtype, const ForwardNeeds& needs,
+                                         const DeviceInfo& device, const PlanOptions& options) {
+  return compared(ForwardPlanner{g, dtype, needs, device, options}.all());
 }
-
-namespace {
-
-std::string to_string(const Grid& grid) {
-  const auto number = [](int64_t n) { return std::to_string(n); };
-  const bool rows = grid.traversal == Traversal::kRows;
-  const std::string team = number(grid.threads_x) + "x" + number(grid.threads_y) + " threads";
-  const std::string pieces =
-      rows ? number(grid.pieces) + " pieces of " + number(grid.piece_runs) + "x" + number(grid.piece_length) + " packs"
-           : number(grid.pieces) + " pieces of " + number(grid.piece_length) + " positions, tile " + number(grid.tile);
-  return std::string(rows ? "rows" : "columns") + ", pack " + number(grid.pack) + ", " + pieces + ", " + team + ", " +
-         number(grid.blocks) + " blocks, " + number(grid.shared_bytes) + " B shared";
-}
-
-const char* name_of(Strategy strategy) {
-  return strategy == Strategy::kFused ? "fused" : strategy == Strategy::kSplit ? "split" : "apply";
-}
-
-}  // namespace
-
-std::string to_string(const ForwardPlan& plan) {
-  return std::string(name_of(plan.strategy)) + ": " + to_string(plan.grid) + "; workspace " +
-         std::to_string(plan.workspace_bytes) + " B";
-}
-
-std::string to_string(const BackwardPlan& plan) {
-  static const char* kSources[] = {"none", "shared", "along", "apart"};
-  std::string text = name_of(plan.strategy);
-  if (plan.reduce.items > 0) text += ": " + to_string(plan.reduce);
-  if (plan.strategy == Strategy::kFused && plan.units.threads > 0) {
-    text += "; units of " + std::to_string(plan.units.threads) + " threads, " + std::to_string(plan.units.segments) +
-            " segments of " + std::to_string(plan.units.length);
-  }
-  if (plan.apply.items > 0) text += "; apply: " + to_string(plan.apply);
-  text += std::string("; parameters ") + kSources[static_cast<int>(plan.param_sums)];
-  if (plan.params.items > 0) text += ": " + to_string(plan.params);
-  return text + "; workspace " + std::to_string(plan.workspace_bytes()) + " B";
+std::vector<BackwardPlan> compare_backward(const Geometry& g, DType dtype, const BackwardNeeds& needs,
+                                           const DeviceInfo& device, const PlanOptions& options) {
+  return compared(BackwardPlanner{g, dtype, needs, device, options}.all());
 }
 
 }  // namespace fastnorm

@@ -2,14 +2,20 @@
 // plan can be printed, compared and tested on a machine without a GPU. Kernels do what the plan says and choose
 // nothing.
 //
-// Three ways:
-//   fused  one launch; a set (rows) or a tile of whole sets (columns) is staged in a block's shared memory: x is read
-//   once split  reduce, fold, apply: sets are cut into pieces until every multiprocessor has work apply  one launch,
-//   statistics are given
+// Three strategies:
+//
+//   fused   one launch; a gang of blocks keeps a set (rows) or a tile of whole sets (columns) in its shared memory, so
+//           that x is read once. A gang is a block, a cluster, or a share of the whole grid.
+//   split   reduce, fold, apply: sets are cut into pieces until every multiprocessor has work; apply walks backwards,
+//           over what reduce has just left in L2
+//   apply   one launch, statistics are given
+//
+// The planner estimates what each way costs (plan_cost.h) and takes the cheapest.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "dtype.h"
 #include "geometry.h"
@@ -22,6 +28,10 @@ struct DeviceInfo {
   int threads_per_multiprocessor;
   int64_t shared_per_multiprocessor, shared_per_block;  // bytes; per block: what a kernel may opt in to
   int64_t l2_bytes;
+  int64_t bytes_per_us;         // between global memory and the chip, at most
+  int largest_cluster;          // blocks; 1: no clusters
+  int cluster_multiprocessors;  // that clusters of the largest size cover at a time, with one block to each
+  bool cooperative;             // the blocks of a launch may meet
 };
 
 // Threads of a block, at most; kernels are compiled for as many (__launch_bounds__), two blocks to a multiprocessor:
@@ -29,17 +39,28 @@ struct DeviceInfo {
 constexpr int kBlockThreads = 256;
 constexpr int kResidentThreads = 2 * kBlockThreads;
 constexpr int kWarp = 32;
+constexpr int kMaxCluster = 16;
 
 enum class Strategy : int { kFused = 0, kSplit = 1, kApply = 2 };
+
+// Who shares a set or a tile in a fused launch, a piece each.
+enum class Gang : int {
+  kBlock = 0,    // one block: nothing to share
+  kCluster = 1,  // a cluster: partials in distributed shared memory, a cluster barrier
+  kGrid = 2,     // `pieces` blocks of a cooperative launch: partials in global memory, the grid's barrier
+};
 
 // One launch. Rows: a team of threads_x threads takes a piece of a set, a block holds threads_y teams (more than one
 // only when a team is a warp or less). Columns: a block takes threads_x packs of channels side by side and walks down
 // a piece of the positions, threads_y at a time.
+//
+// Items are pieces. Fused: the pieces of a set or tile are neighbours, and so are the blocks of a gang; a wave is an
+// item for every team of the launch, and waves follow each other.
 struct Grid {
   Traversal traversal;
   int pack;  // elements of one access; divides every run, and every access is aligned
   int threads_x, threads_y;
-  int64_t pieces;        // of a set (rows) or of the positions of an outer (columns)
+  int64_t pieces;        // of a set (rows) or of the positions of an outer (columns); fused: the blocks of a gang
   int64_t piece_runs;    // rows: runs of a piece, each whole when there is more than one; columns: 1
   int64_t piece_length;  // rows: packs of a run in a piece; columns: positions
   int64_t tile;          // columns: channels of a block, at most threads_x * pack; rows: 0
@@ -47,26 +68,45 @@ struct Grid {
   int64_t blocks;        // of the launch; a block takes items in strides where there are more
   int64_t shared_bytes;  // dynamic shared memory of a block
   int64_t team_bytes;    // fused rows: what of it is each team's own; else 0
+  Gang gang;             // fused; else kBlock
+  int buffers;           // fused: 2 where the next wave is loaded during this one; else 1
 
   int threads() const { return threads_x * threads_y; }
+  // Items that a block takes at a time.
+  int teams() const { return traversal == Traversal::kRows ? threads_y : 1; }
   bool operator==(const Grid& o) const {
     return traversal == o.traversal && pack == o.pack && threads_x == o.threads_x && threads_y == o.threads_y &&
            pieces == o.pieces && piece_runs == o.piece_runs && piece_length == o.piece_length && tile == o.tile &&
-           items == o.items && blocks == o.blocks && shared_bytes == o.shared_bytes && team_bytes == o.team_bytes;
+           items == o.items && blocks == o.blocks && shared_bytes == o.shared_bytes && team_bytes == o.team_bytes &&
+           gang == o.gang && buffers == o.buffers;
+  }
+};
+
+// What the planner expects a call to take, in microseconds; for comparing plans, not for promises.
+struct Estimate {
+  double memory;    // bytes over what of the bandwidth the launch can use
+  double barriers;  // of clusters and grids, and the latency of memory where nothing hides it
+  double launches;
+
+  double total() const { return memory + barriers + launches; }
+  Estimate operator+(const Estimate& o) const {
+    return {memory + o.memory, barriers + o.barriers, launches + o.launches};
   }
 };
 
 struct ForwardPlan {
   Strategy strategy;
   Grid grid;                // of every launch but fold
-  int64_t workspace_bytes;  // the partials of split
+  int64_t workspace_bytes;  // partials: of split, or of gangs that are grids
+  int launches;
+  Estimate estimate;
 
   bool operator==(const ForwardPlan& o) const {
-    return strategy == o.strategy && grid == o.grid && workspace_bytes == o.workspace_bytes;
+    return strategy == o.strategy && grid == o.grid && workspace_bytes == o.workspace_bytes && launches == o.launches;
   }
 };
 
-// Fused rows reduce a set by units, so that every cell's own sums come out: a unit is a segment of a cell, taken by
+// Fused rows reduce a piece by units, so that every cell's own sums come out: a unit is a segment of a cell, taken by
 // unit_threads neighbouring threads.
 struct Units {
   int threads;       // a power of two, at most a warp and at most the team
@@ -80,8 +120,8 @@ struct Units {
 enum class ParamSums : int {
   kNone = 0,    // not wanted
   kShared = 1,  // the sums of the cells, which dx needs too
-  kAlong = 2,   // gathered by each fused block over its rows; partials [blocks, C]
-  kApart = 3,   // a launch of their own, over columns
+  kAlong = 2,   // gathered by each fused gang over its rows; partials [gangs, C]
+  kApart = 3,   // over columns: by blocks of their own in the launch of reduce, or in a launch of their own
 };
 
 struct BackwardPlan {
@@ -90,15 +130,19 @@ struct BackwardPlan {
   Geometry cells;  // whose sets the sums are taken over: every cell a set of its own, unless weights change in a run
   Grid reduce;     // fused: the one launch
   Grid apply;      // split and apply
-  Grid params;     // kApart
+  Grid params;     // kApart; as many threads as `reduce` has, where that is launched too
   Units units;     // fused rows
-  int64_t sums_bytes, params_bytes, terms_bytes;  // of the workspace, in this order
+  bool meets;      // fused: a cooperative launch, whose blocks meet at the end and fold the parameters' gradients
+  int64_t sums_bytes, params_bytes, terms_bytes, gang_bytes;  // of the workspace, in this order
+  int launches;
+  Estimate estimate;
 
-  int64_t workspace_bytes() const { return sums_bytes + params_bytes + terms_bytes; }
+  int64_t workspace_bytes() const { return sums_bytes + params_bytes + terms_bytes + gang_bytes; }
   bool operator==(const BackwardPlan& o) const {
     return strategy == o.strategy && param_sums == o.param_sums && cells == o.cells && reduce == o.reduce &&
-           apply == o.apply && params == o.params && units == o.units && sums_bytes == o.sums_bytes &&
-           params_bytes == o.params_bytes && terms_bytes == o.terms_bytes;
+           apply == o.apply && params == o.params && units == o.units && meets == o.meets &&
+           sums_bytes == o.sums_bytes && params_bytes == o.params_bytes && terms_bytes == o.terms_bytes &&
+           gang_bytes == o.gang_bytes && launches == o.launches;
   }
 };
 
@@ -117,13 +161,42 @@ struct BackwardNeeds {
   bool params;
 };
 
-ForwardPlan plan_forward(const Geometry& geometry, DType dtype, const ForwardNeeds& needs, const DeviceInfo& device);
-BackwardPlan plan_backward(const Geometry& geometry, DType dtype, const BackwardNeeds& needs, const DeviceInfo& device);
+// What a plan has to be, for tests and tuning; -1: whatever is cheapest. Where no plan is so, planning throws
+// std::invalid_argument.
+struct Forced {
+  int strategy = -1;    // Strategy; not of calls with given statistics, whose strategy is apply
+  int gang = -1;        // Gang
+  int pieces = -1;      // blocks of a gang, at most
+  int buffers = -1;     // 1 or 2
+  int residents = -1;   // blocks to a multiprocessor that shared memory is shared out to
+  int tile_bytes = -1;  // columns
+};
+struct PlanOptions {
+  int free_multiprocessors = 0;  // that launches whose blocks meet leave free, for communication beside them
+  Forced forced;
+};
+
+ForwardPlan plan_forward(const Geometry& geometry, DType dtype, const ForwardNeeds& needs, const DeviceInfo& device,
+                         const PlanOptions& options = {});
+BackwardPlan plan_backward(const Geometry& geometry, DType dtype, const BackwardNeeds& needs, const DeviceInfo& device,
+                           const PlanOptions& options = {});
 
 // Elements of the widest access that divides every run and keeps every address aligned.
 int pack_width(const Geometry& geometry, DType dtype, int alignment);
 
+const char* name_of(Strategy strategy);
+const char* name_of(Gang gang);
+const char* name_of(Traversal traversal);
+const char* name_of(ParamSums sums);
+
+// The plan and its estimate, on one line.
 std::string to_string(const ForwardPlan& plan);
 std::string to_string(const BackwardPlan& plan);
+
+// All that was compared, cheapest first.
+std::vector<ForwardPlan> compare_forward(const Geometry& geometry, DType dtype, const ForwardNeeds& needs,
+                                         const DeviceInfo& device, const PlanOptions& options = {});
+std::vector<BackwardPlan> compare_backward(const Geometry& geometry, DType dtype, const BackwardNeeds& needs,
+                                           const DeviceInfo& device, const PlanOptions& options = {});
 
 }  // namespace fastnorm

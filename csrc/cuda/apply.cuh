@@ -2,7 +2,7 @@
 //
 // What: y = act((x - mean) * rstd * weight + bias + residual), the mask's bits of a two-sided activation; statistics as
 //   folded, or given (evaluation), then passed on in `stats`.
-// Who: the pieces of reduce, by the same threads.
+// Who: the pieces of reduce, by the same threads, from the last piece to the first: what reduce read last is in L2.
 // Traffic: reads x (and residual) once, writes y (and a bit an element) once.
 // Needs: pack divides every run and every address; where packs are narrower than 8, lanes that share a byte of the mask
 //   neighbour each other (RowsShape::length, ColumnsShape::tile).
@@ -17,11 +17,7 @@ template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
 apply_rows(ForwardTensors<T> t, RowsShape shape) {
   using A = Accum<T>;
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width;
-  for (int64_t first = block_index() * teams; first < shape.items; first += grid_blocks() * teams) {
-    const bool valid = first + team.index < shape.items;
-    const RowsPiece<W> piece(shape, valid ? first + team.index : first);
+  for_rows<W>(shape, all_blocks(), [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const bool writes = valid && team.lane == 0 && piece.span.piece == 0;
     const int64_t set = piece.span.set;
     const auto stats = t.frozen() ? given_stats(t, set, load_param_of<T>(t.running_mean, set, A(0)),
@@ -29,15 +25,14 @@ apply_rows(ForwardTensors<T> t, RowsShape shape) {
                                   : load_stats(t.stats, t.sets, set);
     forward_rows<kSmooth>(t, piece, piece.whole(team, valid), stats,
                           [&](const Place& place) { return load<W>(t.x + piece.element(place)); });
-  }
+  });
 }
 
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
 apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
   using A = Accum<T>;
-  for (int64_t item = block_index(); item < shape.items; item += grid_blocks()) {
-    const ColumnsPiece<W> piece(shape, item);
+  for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
     const bool writes = piece.y == 0 && piece.piece == 0;
     SetStats<A> stats[W] = {};
     if (piece.in && t.frozen()) {
@@ -53,7 +48,7 @@ apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
     LaneCoefs<A, W> coefs;
     load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
     forward_columns<kSmooth>(t, piece, coefs, [&](int position) { return load<W>(t.x + piece.element(position)); });
-  }
+  });
 }
 
 }  // namespace fastnorm::cuda

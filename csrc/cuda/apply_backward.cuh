@@ -1,11 +1,14 @@
 // Apply, backward.
 //
 // What: dx = scale * d - (offset + xhat * slope), dresidual = d; terms as folded, or none where statistics are given.
-// Who: the pieces of the plan's `apply` grid.
+//   Beside it the gradients of weight and bias, whose partials reduce has left: nothing waits for them.
+// Who: the first blocks fold the parameters' partials, the others take the pieces of the plan's `apply` grid, from the
+//   last to the first.
 // Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once.
 #pragma once
 
 #include "backward.cuh"
+#include "fold.cuh"
 
 namespace fastnorm::cuda {
 
@@ -16,25 +19,27 @@ FASTNORM_DEVICE SetTerms<A> load_terms(const SetTerms<A>* terms, int64_t set) {
 
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
-apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsShape shape) {
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width;
-  for (int64_t first = block_index() * teams; first < shape.items; first += grid_blocks() * teams) {
-    const bool valid = first + team.index < shape.items;
-    const RowsPiece<W> piece(shape, valid ? first + team.index : first);
-    const int64_t set = piece.span.set;
-    apply_gradient_rows<kSmooth, kBackwardUnroll<kSmooth, W>>(
-        t, piece, piece.whole(team, valid), load_stats(t.stats, t.sets, set), load_terms(terms, set),
-        [&](const Place& place) { return load_gradient(t, piece, place); });
-  }
+apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsShape shape,
+                    FoldParamsArgs<Accum<T>> fold, int64_t fold_blocks) {
+  const Blocks all = all_blocks();
+  if (all.index < fold_blocks) return fold_params(fold, {all.index, fold_blocks});
+  for_rows<W>(shape, {all.index - fold_blocks, all.count - fold_blocks},
+              [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
+                const int64_t set = piece.span.set;
+                apply_gradient_rows<kSmooth, kBackwardUnroll<kSmooth, W>>(
+                    t, piece, piece.whole(team, valid), load_stats(t.stats, t.sets, set), load_terms(terms, set),
+                    [&](const Place& place) { return load_gradient(t, piece, place); });
+              });
 }
 
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
-apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, ColumnsShape shape) {
+apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, ColumnsShape shape,
+                       FoldParamsArgs<Accum<T>> fold, int64_t fold_blocks) {
   using A = Accum<T>;
-  for (int64_t item = block_index(); item < shape.items; item += grid_blocks()) {
-    const ColumnsPiece<W> piece(shape, item);
+  const Blocks all = all_blocks();
+  if (all.index < fold_blocks) return fold_params(fold, {all.index, fold_blocks});
+  for_columns<W>(shape, {all.index - fold_blocks, all.count - fold_blocks}, [&](const ColumnsPiece<W>& piece) {
     LaneCoefs<A, W> coefs;
     load_lane_coefs(t, piece, coefs);
     LaneTerms<A, W> lane_terms{};
@@ -44,7 +49,7 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
     }
     apply_gradient_columns<kSmooth, kBackwardUnroll<kSmooth, W>>(
         t, piece, coefs, lane_terms, [&](int position) { return load_gradient(t, piece, position); });
-  }
+  });
 }
 
 }  // namespace fastnorm::cuda

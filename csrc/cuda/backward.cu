@@ -1,4 +1,6 @@
 // The backward kernels of one storage type: compiled once for each, as FASTNORM_DTYPE.
+#include <algorithm>
+
 #include "apply_backward.cuh"
 #include "fused_backward.cuh"
 #include "launch.cuh"
@@ -21,18 +23,44 @@ struct Backward {
   const DType dtype = args.dtype;
   const bool rows = g.traversal() == Traversal::kRows;
 
-  GradSums<A>* sums() const { return plan.sums_bytes > 0 ? reinterpret_cast<GradSums<A>*>(workspace) : nullptr; }
-  GradSums<A>* params() const {
-    return plan.params_bytes > 0 ? reinterpret_cast<GradSums<A>*>(workspace + plan.sums_bytes) : nullptr;
+  // The parts of the workspace, null where they are empty.
+  template <class V>
+  V* part(int64_t begin, int64_t bytes) const {
+    return bytes > 0 ? reinterpret_cast<V*>(workspace + begin) : nullptr;
   }
-  SetTerms<A>* terms() const {
-    if (plan.terms_bytes == 0) return nullptr;
-    return reinterpret_cast<SetTerms<A>*>(workspace + plan.sums_bytes + plan.params_bytes);
+  GradSums<A>* sums() const { return part<GradSums<A>>(0, plan.sums_bytes); }
+  GradSums<A>* params() const { return part<GradSums<A>>(plan.sums_bytes, plan.params_bytes); }
+  SetTerms<A>* terms() const { return part<SetTerms<A>>(plan.sums_bytes + plan.params_bytes, plan.terms_bytes); }
+  void* gang_partials() const {
+    return part<void>(plan.sums_bytes + plan.params_bytes + plan.terms_bytes, plan.gang_bytes);
   }
+
   RowsShape rows_of(const Geometry& cells, const Grid& grid) const { return rows_shape(cells, g, grid, dtype, false); }
+  template <class Shape>
+  Shape after_reduce(Shape shape) const {
+    shape.backwards = plan.strategy == Strategy::kSplit;
+    return shape;
+  }
+
+  // Along the rows (where `along`) and down them, beside each other.
+  template <int W, bool kSmooth>
+  int reduce_elements_of(bool along) const {
+    constexpr int kPack = kColumnsPack<T, W> ? W : 1;
+    if (plan.params.pack != kPack) return kNoSuchKernel;
+    LaunchConfig config = config_of(plan.params, plan.params.shared_bytes, stream);
+    RowsShape along_rows{};
+    if (along) {
+      config.blocks += plan.reduce.blocks;
+      config.shared_bytes = std::max(config.shared_bytes, plan.reduce.shared_bytes);
+      along_rows = rows_of(plan.cells, plan.reduce);
+    }
+    return launch(reduce_elements<T, W, kPack, kSmooth>, config, tensors, sums(), along_rows,
+                  along ? plan.reduce.blocks : 0, params(), columns_shape(g, plan.params, dtype));
+  }
 
   template <int W, bool kSmooth>
   int reduce() const {
+    if (plan.param_sums == ParamSums::kApart) return reduce_elements_of<W, kSmooth>(plan.reduce.items > 0);
     if (plan.reduce.items == 0) return 0;
     const LaunchConfig config = config_of(plan.reduce, plan.reduce.shared_bytes, stream);
     if (rows) {
@@ -45,64 +73,8 @@ struct Backward {
     return kNoSuchKernel;
   }
 
-  template <int W, bool kSmooth>
-  int apply() const {
-    if (plan.apply.items == 0) return 0;
-    const LaunchConfig config = config_of(plan.apply, 0, stream);
-    const SetTerms<A>* const set_terms = terms();
-    if (rows) {
-      return launch(apply_backward_rows<T, W, kSmooth>, config, tensors, set_terms, rows_of(g, plan.apply));
-    }
-    if constexpr (kColumnsPack<T, W>) {
-      return launch(apply_backward_columns<T, W, kSmooth>, config, tensors, set_terms,
-                    columns_shape(g, plan.apply, dtype));
-    }
-    return kNoSuchKernel;
-  }
-
-  template <int W, bool kSmooth>
-  int reduce_params_apart() const {
-    if (plan.param_sums != ParamSums::kApart) return 0;
-    const LaunchConfig config = config_of(plan.params, plan.params.shared_bytes, stream);
-    constexpr int kPack = kColumnsPack<T, W> ? W : 1;
-    if (plan.params.pack != kPack) return kNoSuchKernel;
-    return launch(reduce_params<T, kPack, kSmooth>, config, tensors, params(), columns_shape(g, plan.params, dtype));
-  }
-
-  FusedBackward<A> fused_shape() const {
-    FusedBackward<A> f{};
-    const int64_t staged = rows ? g.set_size() : plan.reduce.tile * g.positions();
-    f.stream_bytes = static_cast<int>(align16(staged * sizeof(T)));
-    if (rows) f.team_bytes = static_cast<int>(plan.reduce.team_bytes);
-    f.unit_threads = plan.units.threads;
-    f.segments = static_cast<int>(plan.units.segments);
-    f.unit_length = static_cast<int>(plan.units.length);
-    f.cells = static_cast<int>(g.set_channels());
-    f.cell_packs = static_cast<int>(plan.reduce.piece_runs * plan.reduce.piece_length / f.cells);
-    f.sums = sums();
-    if (plan.param_sums == ParamSums::kAlong) f.gathered = params();
-    if (plan.param_sums == ParamSums::kShared && g.kind == Kind::kBatch) f.dweight = args.dweight, f.dbias = args.dbias;
-    return f;
-  }
-
-  template <int W, bool kSmooth>
-  int fused() const {
-    if constexpr (!std::is_same<T, double>::value) {  // float64 goes by the plain path
-      const LaunchConfig config = config_of(plan.reduce, plan.reduce.shared_bytes, stream);
-      if (rows) {
-        return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_shape(), rows_of(g, plan.reduce));
-      }
-      if constexpr (kColumnsPack<T, W>) {
-        return launch(fused_backward_columns<T, W, kSmooth>, config, tensors, fused_shape(),
-                      columns_shape(g, plan.reduce, dtype));
-      }
-    }
-    return kNoSuchKernel;
-  }
-
   int fold() const {
-    FoldBackwardArgs<A> f{};
-    const bool fused = plan.strategy == Strategy::kFused;
+    FoldTermsArgs<A> f{};
     f.sums = sums();
     f.stats = tensors.stats;
     f.sets = g.sets();
@@ -113,31 +85,95 @@ struct Backward {
     f.weight = args.weight;
     f.weighted = g.per_element();
     f.terms = reinterpret_cast<A*>(terms());
+    return launch_fold_terms(f, stream);
+  }
+
+  // The partials of the parameters' gradients, wherever they come from; none where the sums were final.
+  bool has_partials() const { return fold_of_params().sums != nullptr; }
+  FoldParamsArgs<A> fold_of_params() const {
+    FoldParamsArgs<A> f{};
+    f.stats = tensors.stats;
+    f.sets = g.sets();
     f.channels = g.C;
     f.set_channels = g.set_channels();
     f.dweight = args.dweight;
     f.dbias = args.dbias;
+    const bool fused = plan.strategy == Strategy::kFused;
     if (plan.param_sums == ParamSums::kShared) {
-      f.param_sums = sums();
-      f.param_outer = g.outer();
-      f.param_pieces = fused ? 1 : plan.reduce.pieces;
+      f.sums = sums();
+      f.outer = g.outer();
+      f.pieces = !fused ? plan.reduce.pieces : rows ? rows_of(g, plan.reduce).run_pieces : 1;
     } else if (plan.param_sums != ParamSums::kNone) {
-      f.param_sums = params();
-      f.param_outer = 1;
-      f.param_pieces = plan.param_sums == ParamSums::kAlong ? plan.reduce.blocks : plan.params.pieces;
+      f.sums = params();
+      f.outer = 1;
+      f.pieces = plan.param_sums == ParamSums::kAlong ? plan.reduce.blocks / plan.reduce.pieces : plan.params.pieces;
       f.scaled = true;
     }
-    return launch_fold_backward(f, stream);
+    return f;
+  }
+
+  template <int W, bool kSmooth>
+  int apply() const {
+    const FoldParamsArgs<A> f = fold_of_params();
+    const int64_t fold_blocks =
+        f.sums == nullptr ? 0 : fold_params_blocks(f.channels, f.outer * f.pieces, plan.apply.threads());
+    LaunchConfig config = config_of(plan.apply, 0, stream);
+    config.blocks += fold_blocks;
+    const SetTerms<A>* const set_terms = terms();
+    if (rows) {
+      return launch(apply_backward_rows<T, W, kSmooth>, config, tensors, set_terms,
+                    after_reduce(rows_of(g, plan.apply)), f, fold_blocks);
+    }
+    if constexpr (kColumnsPack<T, W>) {
+      return launch(apply_backward_columns<T, W, kSmooth>, config, tensors, set_terms,
+                    after_reduce(columns_shape(g, plan.apply, dtype)), f, fold_blocks);
+    }
+    return kNoSuchKernel;
+  }
+
+  FusedBackward<A> fused_args() const {
+    FusedBackward<A> f{};
+    f.shape = fused_shape(plan.reduce, dtype, gang_partials());
+    f.unit_threads = plan.units.threads;
+    f.segments = static_cast<int>(plan.units.segments);
+    f.unit_length = static_cast<int>(plan.units.length);
+    f.batch = g.kind == Kind::kBatch;
+    f.sums = sums();
+    if (plan.param_sums == ParamSums::kAlong) f.gathered = params();
+    if (plan.param_sums == ParamSums::kShared && f.batch) f.dweight = args.dweight, f.dbias = args.dbias;
+    f.meets = plan.meets;
+    f.fold = fold_of_params();
+    return f;
+  }
+
+  template <int W, bool kSmooth>
+  int fused() const {
+    if constexpr (!std::is_same<T, double>::value) {  // float64 goes by the plain path
+      const LaunchConfig config = fused_config(plan.reduce, plan.meets, stream);
+      if (rows) {
+        return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_args(), rows_of(g, plan.reduce));
+      }
+      if constexpr (kColumnsPack<T, W>) {
+        return launch(fused_backward_columns<T, W, kSmooth>, config, tensors, fused_args(),
+                      columns_shape(g, plan.reduce, dtype));
+      }
+    }
+    return kNoSuchKernel;
   }
 
   template <int W, bool kSmooth>
   int run() const {
-    const bool fused_first = plan.strategy == Strategy::kFused;
-    int error = fused_first ? fused<W, kSmooth>() : reduce<W, kSmooth>();
-    if (!error) error = reduce_params_apart<W, kSmooth>();
-    if (!error) error = fold();
-    if (!error) error = apply<W, kSmooth>();
-    return error;
+    if (plan.strategy == Strategy::kFused) {
+      int error = fused<W, kSmooth>();
+      if (!error && plan.param_sums == ParamSums::kApart) error = reduce_elements_of<W, kSmooth>(false);
+      if (!error && has_partials() && !plan.meets) error = launch_fold_params(fold_of_params(), stream);
+      return error;
+    }
+    int error = reduce<W, kSmooth>();
+    if (!error && plan.terms_bytes > 0) error = fold();
+    if (error) return error;
+    if (plan.apply.items > 0) return apply<W, kSmooth>();
+    return has_partials() ? launch_fold_params(fold_of_params(), stream) : 0;
   }
 };
 

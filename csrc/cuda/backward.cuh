@@ -7,47 +7,45 @@
 
 namespace fastnorm::cuda {
 
-// ---- rows ----
-
-// What there is to read at a place in global memory.
-template <int W, class T>
-FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
-                                                  const Place& place) {
+// What there is to read at a place in global memory; bits(): of the mask.
+template <int W, class T, class Bits>
+FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, int64_t element, Bits bits) {
   GradientPacks<T, W> packs{};
-  const int64_t element = piece.element(place);
   packs.x = load<W>(t.x + element);
   packs.dy = load<W>(t.dy + element);
   if (t.residual != nullptr) packs.residual = load<W>(t.residual + element);
-  if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
+  if (t.mask != nullptr) packs.bits = bits();
   return packs;
 }
+template <int W, class T>
+FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
+                                                  const Place& place) {
+  return load_gradient<W>(t, piece.element(place), [&] { return piece.mask_bits(t.mask, place); });
+}
+template <int W, class T>
+FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
+                                                  int position) {
+  return load_gradient<W>(t, piece.element(position), [&] { return piece.mask_bits(t.mask, position); });
+}
 
-// This thread's share of the sums of a piece; keep(place, packs, x, d) sees every pack.
-template <bool kSmooth, int W, class T, class Read, class Keep, class A = Accum<T>>
+// ---- rows ----
+
+// This thread's share of the sums of a piece, U packs at a time; keep(place, x, d) sees every pack.
+template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
 FASTNORM_DEVICE GradSums<A> accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
                                             const Stretch& stretch, const SetStats<A>& stats, Read read, Keep keep) {
-  constexpr int U = kBackwardUnroll<kSmooth, W>;
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
   GradSums<A> total{};
-  piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
-    GradientPacks<T, W> packs[U];
+  piece.template walk_read<U>(stretch, read, [&](const Place& place, const GradientPacks<T, W>& packs) {
+    const RowCoefs<A, W>& c = coefs.at(piece, place);
+    A x[W], d[W];
+    gradient<kSmooth>(t, packs, c, x, d);
+    keep(place, x, d);
+    if (piece.shape.per_element) {  // cells of one element: their weights go in here
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (places[u].in) packs[u] = read(places[u]);
+      for (int w = 0; w < W; ++w) d[w] *= c.scale[w];
     }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (!places[u].in) continue;
-      const RowCoefs<A, W>& c = coefs.at(piece, places[u]);
-      A x[W], d[W];
-      gradient<kSmooth>(t, packs[u], c, x, d);
-      keep(places[u], packs[u], x, d);
-      if (piece.shape.per_element) {  // cells of one element: their weights go in here
-#pragma unroll
-        for (int w = 0; w < W; ++w) d[w] *= c.scale[w];
-      }
-      total.merge(pack_sums(x, d, c));
-    }
+    total.merge(pack_sums(x, d, c));
   });
   return total;
 }
@@ -57,36 +55,15 @@ template <bool kSmooth, int U, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
                                          const SetStats<A>& stats, const SetTerms<A>& terms, Read read) {
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
-    GradientPacks<T, W> packs[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (places[u].in) packs[u] = read(places[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (!places[u].in) continue;
-      const RowCoefs<A, W>& c = coefs.at(piece, places[u]);
-      A x[W], d[W];
-      gradient<kSmooth>(t, packs[u], c, x, d);
-      store_gradients(t, x, d, c, SharedTerms<A>{terms}, piece.element(places[u]));
-    }
+  piece.template walk_read<U>(stretch, read, [&](const Place& place, const GradientPacks<T, W>& packs) {
+    const RowCoefs<A, W>& c = coefs.at(piece, place);
+    A x[W], d[W];
+    gradient<kSmooth>(t, packs, c, x, d);
+    store_gradients(t, x, d, c, SharedTerms<A>{terms}, piece.element(place));
   });
 }
 
 // ---- columns ----
-
-template <int W, class T>
-FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                                  int position) {
-  GradientPacks<T, W> packs{};
-  const int64_t element = piece.element(position);
-  packs.x = load<W>(t.x + element);
-  packs.dy = load<W>(t.dy + element);
-  if (t.residual != nullptr) packs.residual = load<W>(t.residual + element);
-  if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, position);
-  return packs;
-}
 
 template <int W, class T, class A>
 FASTNORM_DEVICE void load_lane_coefs(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
@@ -99,47 +76,28 @@ FASTNORM_DEVICE void load_lane_coefs(const BackwardTensors<T>& t, const ColumnsP
   load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
 }
 
-// This thread's share of its channels' sums; keep(position, packs) sees every pack.
-template <bool kSmooth, int W, class T, class Keep, class A = Accum<T>>
+// This thread's share of its channels' sums; keep(position, d) sees every pack.
+template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
 FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                          const LaneCoefs<A, W>& coefs, GradSums<A> (&sums)[W], Keep keep) {
-  constexpr int U = kBackwardUnroll<kSmooth, W>;
+                                          const LaneCoefs<A, W>& coefs, GradSums<A> (&sums)[W], Read read, Keep keep) {
 #pragma unroll
   for (int w = 0; w < W; ++w) sums[w] = {};
-  piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
-    GradientPacks<T, W> packs[U];
+  piece.template walk_read<U>(read, [&](int position, const GradientPacks<T, W>& packs) {
+    A x[W], d[W];
+    gradient<kSmooth>(t, packs, coefs, x, d);
+    keep(position, d);
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (in[u]) packs[u] = load_gradient(t, piece, position[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (!in[u]) continue;
-      keep(position[u], packs[u]);
-      A x[W], d[W];
-      gradient<kSmooth>(t, packs[u], coefs, x, d);
-#pragma unroll
-      for (int w = 0; w < W; ++w) sums[w].merge({d[w], d[w] * (x[w] - coefs.lane[w].mean)});
-    }
+    for (int w = 0; w < W; ++w) sums[w].merge({d[w], d[w] * (x[w] - coefs.lane[w].mean)});
   });
 }
 
 template <bool kSmooth, int U, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_columns(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                             const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
-  piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
-    GradientPacks<T, W> packs[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (in[u]) packs[u] = read(position[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (!in[u]) continue;
-      A x[W], d[W];
-      gradient<kSmooth>(t, packs[u], coefs, x, d);
-      store_gradients(t, x, d, coefs, terms, piece.element(position[u]));
-    }
+  piece.template walk_read<U>(read, [&](int position, const GradientPacks<T, W>& packs) {
+    A x[W], d[W];
+    gradient<kSmooth>(t, packs, coefs, x, d);
+    store_gradients(t, x, d, coefs, terms, piece.element(position));
   });
 }
 

@@ -19,7 +19,9 @@ struct ColumnsShape {
   int64_t items, pieces, piece_length, tiles;
   int tile, threads_x, threads_y;
   int64_t mask_row_bytes;
-  bool per_position;  // every position has statistics of its own: weight gradients of a LayerNorm
+  bool per_position;   // every position has statistics of its own: weight gradients of a LayerNorm
+  bool pieces_adjoin;  // of a tile, as gangs have them; else the tiles of a piece do, side by side in memory
+  bool backwards;      // from the last item to the first
 };
 
 inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dtype) {
@@ -41,6 +43,7 @@ inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dty
   s.tiles = (g.C + grid.tile - 1) / grid.tile;
   s.threads_x = grid.threads_x;
   s.threads_y = grid.threads_y;
+  s.pieces_adjoin = grid.gang != Gang::kBlock;
   // Where positions have statistics of their own the mask was written along the sets' runs.
   s.mask_row_bytes = mask_row_bytes(g.mask_run(), dtype);
   return s;
@@ -56,14 +59,17 @@ struct ColumnsPiece {
   int64_t channel;          // of its first lane
   bool in;                  // it has channels
 
-  FASTNORM_DEVICE ColumnsPiece(const ColumnsShape& s, int64_t item) : shape(s) {
-    const int64_t row = item / s.tiles;
-    outer = row / s.pieces;
-    piece = row - outer * s.pieces;
+  // Nothing where the item is not `valid`.
+  FASTNORM_DEVICE explicit ColumnsPiece(const ColumnsShape& s, int64_t item, bool valid = true) : shape(s) {
+    const int64_t fast = s.pieces_adjoin ? s.pieces : s.tiles, slow = s.pieces_adjoin ? s.tiles : s.pieces;
+    const int64_t row = item / fast, in_row = item - row * fast;
+    outer = row / slow;
+    const int64_t in_outer = row - outer * slow, tile = s.pieces_adjoin ? in_outer : in_row;
+    piece = s.pieces_adjoin ? in_row : in_outer;
     first_position = piece * s.piece_length;
-    first_channel = (item - row * s.tiles) * s.tile;
-    positions = static_cast<int>(std::min(s.piece_length, s.positions - first_position));
-    channels = static_cast<int>(std::min(static_cast<int64_t>(s.tile), s.C - first_channel));
+    first_channel = tile * s.tile;
+    positions = valid ? static_cast<int>(std::min(s.piece_length, s.positions - first_position)) : 0;
+    channels = valid ? static_cast<int>(std::min(static_cast<int64_t>(s.tile), s.C - first_channel)) : 0;
     x = thread_index() % s.threads_x;
     y = thread_index() / s.threads_x;
     channel = first_channel + x * W;
@@ -94,6 +100,12 @@ struct ColumnsPiece {
   // Where a partial of channel first_channel + c of this item goes among [outer, pieces, C].
   FASTNORM_DEVICE int64_t partial(int c) const { return (outer * shape.pieces + piece) * shape.C + first_channel + c; }
 
+  // The tile's first set.
+  FASTNORM_DEVICE int64_t first_set() const { return outer * shape.groups + first_channel / shape.set_channels; }
+
+  // Where a staged piece keeps the pack of this thread's column.
+  FASTNORM_DEVICE int slot(int position) const { return position * (shape.tile / W) + x; }
+
   // How many positions the threads of row y take.
   FASTNORM_DEVICE int count(int row_y) const {
     return positions / shape.threads_y + (row_y < positions % shape.threads_y);
@@ -113,7 +125,41 @@ struct ColumnsPiece {
       body(position, inside);
     }
   }
+  // use(position, read(position)) for every position of this thread, U of them read before the first is used.
+  template <int U, class Read, class Use>
+  FASTNORM_DEVICE void walk_read(Read read, Use use) const {
+    walk<U>([&](const int (&position)[U], const bool (&inside)[U]) {
+      decltype(read(0)) what[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (inside[u]) what[u] = read(position[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (inside[u]) use(position[u], what[u]);
+      }
+    });
+  }
 };
+
+// body(piece) for the items of these blocks.
+template <int W, class Body>
+FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const Blocks& blocks, Body body) {
+  for (int64_t item = blocks.index; item < shape.items; item += blocks.count) {
+    body(ColumnsPiece<W>(shape, shape.backwards ? shape.items - 1 - item : item));
+  }
+}
+
+// Begins to copy a piece of x to shared memory; every thread what it reads itself.
+template <int W, class T>
+FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, const T* x, Pack<T, W>* staged) {
+  piece.template walk<kUnroll>([&](const int (&position)[kUnroll], const bool (&in)[kUnroll]) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (in[u]) stage<W>(staged + piece.slot(position[u]), x + piece.element(position[u]));
+    }
+  });
+}
 
 // Packs below one another, lane by lane, as moments relative to `origin`, over their own mean; merged into those of the
 // lanes.
@@ -145,23 +191,19 @@ FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], cons
   count += batch;
 }
 
-// This thread's share of its channels' moments, each relative to its set's origin; keep(position, pack) sees what was
-// read.
-template <int W, class T, class A, class Keep>
-FASTNORM_DEVICE void accumulate_lanes(const ColumnsPiece<W>& piece, const T* x, const A (&origin)[W],
-                                      Moments<A> (&moments)[W], Keep keep) {
+// This thread's share of its channels' moments, each relative to its set's origin; read(position): the pack of x there.
+template <class T, int W, class A, class Read>
+FASTNORM_DEVICE void accumulate_lanes(const ColumnsPiece<W>& piece, const A (&origin)[W], Moments<A> (&moments)[W],
+                                      Read read) {
+  constexpr int U = kLaneUnroll<W>;
   A count = 0;
 #pragma unroll
   for (int w = 0; w < W; ++w) moments[w] = {};
-  piece.template walk<kLaneUnroll<W>>([&](const int (&position)[kLaneUnroll<W>], const bool (&in)[kLaneUnroll<W>]) {
-    Pack<T, W> packs[kLaneUnroll<W>];
+  piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
+    Pack<T, W> packs[U];
 #pragma unroll
-    for (int u = 0; u < kLaneUnroll<W>; ++u) {
-      if (in[u]) packs[u] = load<W>(x + piece.element(position[u]));
-    }
-#pragma unroll
-    for (int u = 0; u < kLaneUnroll<W>; ++u) {
-      if (in[u]) keep(position[u], packs[u]);
+    for (int u = 0; u < U; ++u) {
+      if (in[u]) packs[u] = read(position[u]);
     }
     merge_lanes(packs, in, origin, count, moments);
   });
@@ -186,14 +228,22 @@ FASTNORM_DEVICE void load_lane_coefs(const ColumnsPiece<W>& piece, const SetStat
   for (int w = 0; w < W; ++w) coefs.lane[w] = make_affine(stats[w], weights[w], biases[w]);
 }
 
-// The sums of all threads of a column, downwards: use(c, total) is called once for each channel c of the item, by some
-// thread. `merged` holds W accumulators for every thread.
-template <int W, class Acc, class Use>
-FASTNORM_DEVICE void merge_down(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged, Use use) {
+// What the threads of every column have, into `merged`, which holds W accumulators for each thread: those of channel c
+// of the item are then at c, c + width, ... Returns the width.
+template <int W, class Acc>
+FASTNORM_DEVICE int put_down(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged) {
   const int width = piece.shape.threads_x * W;
 #pragma unroll
   for (int w = 0; w < W; ++w) merged[piece.y * width + piece.x * W + w] = mine[w];
   sync_block();
+  return width;
+}
+
+// The sums of all threads of a column, downwards: use(c, total) is called once for each channel c of the item, by some
+// thread.
+template <int W, class Acc, class Use>
+FASTNORM_DEVICE void merge_down(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged, Use use) {
+  const int width = put_down(piece, mine, merged);
   for (int c = thread_index(); c < piece.channels; c += block_threads()) {
     Acc total = merged[c];
     for (int y = 1; y < piece.shape.threads_y; ++y) total.merge(merged[y * width + c]);
@@ -203,12 +253,9 @@ FASTNORM_DEVICE void merge_down(const ColumnsPiece<W>& piece, const Acc (&mine)[
 
 // The same for moments, whose counts follow from the positions: their mean first, so that there is one division.
 template <int W, class A, class Use>
-FASTNORM_DEVICE void merge_moments_down(const ColumnsPiece<W>& piece, const Moments<A> (&mine)[W], Moments<A>* merged,
-                                        Use use) {
-  const int width = piece.shape.threads_x * W;
-#pragma unroll
-  for (int w = 0; w < W; ++w) merged[piece.y * width + piece.x * W + w] = mine[w];
-  sync_block();
+FASTNORM_DEVICE void merge_down(const ColumnsPiece<W>& piece, const Moments<A> (&mine)[W], Moments<A>* merged,
+                                Use use) {
+  const int width = put_down(piece, mine, merged);
   for (int c = thread_index(); c < piece.channels; c += block_threads()) {
     const int rows = std::min(piece.shape.threads_y, piece.positions);
     A sum = 0;
@@ -220,7 +267,7 @@ FASTNORM_DEVICE void merge_moments_down(const ColumnsPiece<W>& piece, const Mome
       m2 += row.m2;
       deviations += static_cast<A>(piece.count(y)) * (row.mean - mean) * (row.mean - mean);
     }
-    use(c, Moments<A>{mean, m2 + deviations});
+    use(c, Welford<A>{static_cast<A>(piece.positions), {mean, m2 + deviations}});
   }
 }
 

@@ -36,6 +36,15 @@ struct RowCoefs {
   A mean, rstd, scale[W], bias[W];
   FASTNORM_DEVICE Affine<A> operator[](int w) const { return {mean, rstd, scale[w], bias[w]}; }
 };
+template <class A, int W>
+FASTNORM_DEVICE void set_affine(const SetStats<A>& s, const A (&weight)[W], const A (&bias)[W], RowCoefs<A, W>& coefs) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    const Affine<A> c = make_affine(s, weight[w], bias[w]);
+    coefs.scale[w] = c.scale;
+    coefs.bias[w] = c.bias;
+  }
+}
 // Channels side by side, each with statistics of its own.
 template <class A, int W>
 struct LaneCoefs {

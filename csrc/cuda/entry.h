@@ -26,24 +26,32 @@ struct FoldForwardArgs {
 int launch_fold_forward(const FoldForwardArgs<float>& args, void* stream);
 int launch_fold_forward(const FoldForwardArgs<double>& args, void* stream);
 
-// `terms` of sets and gradients of channels, in one launch; either may be absent. Sums of sets lie as [outer, pieces,
-// groups * columns] and are weighted here, unless they have been, by rstd too; those of channels as [param_outer,
-// param_pieces, C].
+// The terms of dx of sets. Sums lie as [outer, pieces, groups * columns] and are weighted here, unless they have been,
+// by rstd too.
 template <class A>
-struct FoldBackwardArgs {
+struct FoldTermsArgs {
   const GradSums<A>* sums;
   const A* stats;
   int64_t sets, pieces, groups, columns, set_size;
   Params weight;
   bool weighted;
-  A* terms;  // [sets, 2], or null
+  A* terms;  // [sets, 2]
+};
+int launch_fold_terms(const FoldTermsArgs<float>& args, void* stream);
+int launch_fold_terms(const FoldTermsArgs<double>& args, void* stream);
 
-  const GradSums<A>* param_sums;
-  int64_t channels, param_outer, param_pieces, set_channels;
+// The gradients of weight and bias, from sums that lie as [outer, pieces, C]: alone, or beside another launch's work.
+template <class A>
+struct FoldParamsArgs {
+  const GradSums<A>* sums;
+  const A* stats;
+  int64_t sets, channels, outer, pieces, set_channels;
   bool scaled;                // sums of d xhat already, not of d (x - mean)
   ParamGrads dweight, dbias;  // or null
 };
-int launch_fold_backward(const FoldBackwardArgs<float>& args, void* stream);
-int launch_fold_backward(const FoldBackwardArgs<double>& args, void* stream);
+int launch_fold_params(const FoldParamsArgs<float>& args, void* stream);
+int launch_fold_params(const FoldParamsArgs<double>& args, void* stream);
+// Blocks of so many threads that are of use to it.
+int64_t fold_params_blocks(int64_t channels, int64_t partials, int threads);
 
 }  // namespace fastnorm::cuda

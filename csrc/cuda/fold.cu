@@ -16,9 +16,9 @@ LaunchConfig fold_config(int64_t warps, void* stream) {
 }
 
 template <class A>
-int fold_backward_on(const FoldBackwardArgs<A>& f, void* stream) {
-  const int64_t items = (f.terms == nullptr ? 0 : f.sets) + (f.param_sums == nullptr ? 0 : f.channels);
-  return items == 0 ? 0 : launch(fold_backward<A>, fold_config(items, stream), f);
+int fold_params_on(const FoldParamsArgs<A>& f, void* stream) {
+  const int64_t blocks = fold_params_blocks(f.channels, f.outer * f.pieces, kBlockThreads);
+  return launch(fold_params_alone<A>, LaunchConfig{blocks, kBlockThreads, 0, stream}, f);
 }
 
 }  // namespace
@@ -29,22 +29,28 @@ int launch_fold_forward(const FoldForwardArgs<float>& f, void* stream) {
 int launch_fold_forward(const FoldForwardArgs<double>& f, void* stream) {
   return launch(fold_forward<double>, fold_config(f.sets, stream), f);
 }
-int launch_fold_backward(const FoldBackwardArgs<float>& f, void* stream) { return fold_backward_on(f, stream); }
-int launch_fold_backward(const FoldBackwardArgs<double>& f, void* stream) { return fold_backward_on(f, stream); }
+int launch_fold_terms(const FoldTermsArgs<float>& f, void* stream) {
+  return launch(fold_terms<float>, fold_config(f.sets, stream), f);
+}
+int launch_fold_terms(const FoldTermsArgs<double>& f, void* stream) {
+  return launch(fold_terms<double>, fold_config(f.sets, stream), f);
+}
+int launch_fold_params(const FoldParamsArgs<float>& f, void* stream) { return fold_params_on(f, stream); }
+int launch_fold_params(const FoldParamsArgs<double>& f, void* stream) { return fold_params_on(f, stream); }
+int64_t fold_params_blocks(int64_t channels, int64_t partials, int threads) {
+  return std::clamp<int64_t>((channels * fold_lanes(partials) + threads - 1) / threads, 1, kMaxFoldBlocks);
+}
 
 int launch_update_running_stats(const RunningArgs& r, void* stream) {
-  if (r.count > 0 && r.channels > 0 && (r.running_mean.data != nullptr || r.running_var.data != nullptr)) {
-    const int64_t blocks = std::min((r.channels + kBlockThreads - 1) / kBlockThreads, kMaxFoldBlocks);
-    const LaunchConfig config{blocks, kBlockThreads, 0, stream};
-    const int error = r.dtype == DType::kFloat64 ? launch(update_running<double>, config, r)
-                                                 : launch(update_running<float>, config, r);
-    if (error) return error;
-  }
-  if (r.num_batches_tracked == nullptr) return 0;
-  return launch(count_batch<int64_t>, LaunchConfig{1, kWarp, 0, stream}, r.num_batches_tracked);
+  const int64_t wanted = std::clamp<int64_t>((r.channels + kBlockThreads - 1) / kBlockThreads, 1, kMaxFoldBlocks);
+  const LaunchConfig config{r.cumulative ? 1 : wanted, kBlockThreads, 0, stream};
+  return r.dtype == DType::kFloat64 ? launch(update_running<double>, config, r)
+                                    : launch(update_running<float>, config, r);
 }
 
 const char* error_string(int error) { return platform_error_string(error); }
-int device_info(int device, DeviceInfo* info) { return query_device(device, info); }
+int device_info(int device, DeviceInfo* info) {
+  return query_device(device, reinterpret_cast<const void*>(&update_running<float>), info);
+}
 
 }  // namespace fastnorm::cuda

@@ -1,6 +1,8 @@
 // Fold: partials -> statistics, terms of dx, gradients of weight and bias. And the running statistics.
 //
-// Who: a warp to a set or to a channel; its lanes take the partials in strides and merge their shares in a fixed order.
+// Who: a warp to a set; neighbouring lanes to a channel, its neighbour's next to them. They take the partials in
+// strides
+//   and merge their shares in a fixed order.
 // Traffic: the partials once; a few numbers a set.
 // Numerics: double throughout: partials are few, and their number must not be seen in the result.
 #pragma once
@@ -55,58 +57,65 @@ FASTNORM_DEVICE void merge_weighted(GradSums<double>& total, double d, double d_
   total.d_centered += weight * d_centered;
 }
 
-// The terms of dx of one set, by a warp.
-template <class A>
-FASTNORM_DEVICE void fold_terms(const FoldBackwardArgs<A>& f, int64_t set, int lane) {
-  const int64_t outer = set / f.groups, group = set - outer * f.groups;
-  GradSums<double> total{};
-  for_partials(outer, group, f.pieces, f.groups, f.columns, lane, [&](int64_t at, int64_t column) {
-    const GradSums<A> p = load_one(f.sums + at);
-    const double weight = f.weighted ? 1.0 : load_param(f.weight, group * f.columns + column, 1.0);
-    merge_weighted(total, p.d, p.d_centered, weight);
-  });
-  total = reduce_lanes(total, kWarp);
-  if (lane != 0) return;
-  const SetStats<A> s = load_stats(f.stats, f.sets, set);
-  const double rstd = s.rstd, scale = (f.weighted ? 1.0 : rstd) / static_cast<double>(f.set_size);
-  const SetTerms<A> terms = set_terms<A>(total, rstd, static_cast<double>(s.low), scale);
-  store_one(reinterpret_cast<SetTerms<A>*>(f.terms) + set, terms);
-}
-
-// dweight and dbias of one channel, by a warp.
-template <class A>
-FASTNORM_DEVICE void fold_params(const FoldBackwardArgs<A>& f, int64_t channel, int lane) {
-  GradSums<double> total{};
-  for (int64_t i = lane; i < f.param_outer * f.param_pieces; i += kWarp) {
-    const GradSums<A> p = load_one(f.param_sums + i * f.channels + channel);
-    if (f.scaled) {
-      merge_weighted(total, p.d, p.d_centered, 1);
-    } else {
-      const int64_t outer = i / f.param_pieces;
-      const SetStats<A> s =
-          load_stats(f.stats, f.sets, outer * (f.channels / f.set_channels) + channel / f.set_channels);
-      total.d += p.d;
-      total.d_centered += (double(p.d_centered) - double(s.low) * double(p.d)) * double(s.rstd);
-    }
-  }
-  total = reduce_lanes(total, kWarp);
-  if (lane != 0) return;
-  if (f.dweight.data != nullptr) store_number(f.dweight.data, f.dweight.dtype, channel, total.d_centered);
-  if (f.dbias.data != nullptr) store_number(f.dbias.data, f.dbias.dtype, channel, total.d);
-}
-
-// Sets first, then channels: one launch for both.
 template <class A>
 FASTNORM_KERNEL(kBlockThreads, 1)
-fold_backward(FoldBackwardArgs<A> f) {
-  const int64_t sets = f.terms == nullptr ? 0 : f.sets, channels = f.param_sums == nullptr ? 0 : f.channels;
-  for_each_by_warp(sets + channels, [&](int64_t i, int lane) {
-    if (i < sets) {
-      fold_terms(f, i, lane);
-    } else {
-      fold_params(f, i - sets, lane);
-    }
+fold_terms(FoldTermsArgs<A> f) {
+  for_each_by_warp(f.sets, [&](int64_t set, int lane) {
+    const int64_t outer = set / f.groups, group = set - outer * f.groups;
+    GradSums<double> total{};
+    for_partials(outer, group, f.pieces, f.groups, f.columns, lane, [&](int64_t at, int64_t column) {
+      const GradSums<A> p = load_one(f.sums + at);
+      const double weight = f.weighted ? 1.0 : load_param(f.weight, group * f.columns + column, 1.0);
+      merge_weighted(total, p.d, p.d_centered, weight);
+    });
+    total = reduce_lanes(total, kWarp);
+    if (lane != 0) return;
+    const SetStats<A> s = load_stats(f.stats, f.sets, set);
+    const double rstd = s.rstd, scale = (f.weighted ? 1.0 : rstd) / static_cast<double>(f.set_size);
+    const SetTerms<A> terms = set_terms<A>(total, rstd, static_cast<double>(s.low), scale);
+    store_one(reinterpret_cast<SetTerms<A>*>(f.terms) + set, terms);
   });
+}
+
+// Lanes to a channel: as many as have eight partials each. Few channels side by side share the sectors that are read.
+FASTNORM_HOST_DEVICE inline int fold_lanes(int64_t partials) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes * 8 < partials) lanes *= 2;
+  return lanes;
+}
+
+// dweight and dbias, by these blocks.
+template <class A>
+FASTNORM_DEVICE void fold_params(const FoldParamsArgs<A>& f, const Blocks& blocks) {
+  const int64_t partials = f.outer * f.pieces;
+  const int lanes = fold_lanes(partials), lane = thread_index() % lanes;
+  const int64_t width = block_threads() / lanes;
+  for (int64_t first = blocks.index * width; first < f.channels; first += blocks.count * width) {
+    const int64_t channel = first + thread_index() / lanes;
+    const bool in = channel < f.channels;
+    GradSums<double> total{};
+    for (int64_t i = lane; in && i < partials; i += lanes) {
+      const GradSums<A> p = load_one(f.sums + i * f.channels + channel);
+      double low = 0, rstd = 1;
+      if (!f.scaled) {
+        const int64_t outer = f.pieces == 1 ? i : i / f.pieces;
+        const SetStats<A> s =
+            load_stats(f.stats, f.sets, outer * (f.channels / f.set_channels) + channel / f.set_channels);
+        low = s.low, rstd = s.rstd;
+      }
+      merge_weighted(total, p.d, (double(p.d_centered) - low * double(p.d)) * rstd, 1);
+    }
+    total = reduce_lanes(total, lanes);
+    if (!in || lane != 0) continue;
+    if (f.dweight.data != nullptr) store_number(f.dweight.data, f.dweight.dtype, channel, total.d_centered);
+    if (f.dbias.data != nullptr) store_number(f.dbias.data, f.dbias.dtype, channel, total.d);
+  }
+}
+
+template <class A>
+FASTNORM_KERNEL(kBlockThreads, 1)
+fold_params_alone(FoldParamsArgs<A> f) {
+  fold_params(f, all_blocks());
 }
 
 // ---- running statistics ----
@@ -123,11 +132,18 @@ FASTNORM_DEVICE void blend(const ParamGrads& running, int64_t stride, int64_t ch
 }
 
 // What: running = (1 - momentum) running + momentum * stats, the mean over samples where there are several.
-// Who: a thread to a channel. num_batches_tracked is read before and written after, by count_batch.
+// Who: a thread to a channel. Where the average is cumulative there is one block, so that num_batches_tracked is read
+// by
+//   all before it is raised.
 template <class A>
 FASTNORM_KERNEL(kBlockThreads, 1)
 update_running(RunningArgs r) {
   const double momentum = r.cumulative ? 1.0 / static_cast<double>(load_one(r.num_batches_tracked) + 1) : r.momentum;
+  if (r.cumulative) sync_block();
+  if (r.num_batches_tracked != nullptr && block_index() == 0 && thread_index() == 0) {
+    store_one(r.num_batches_tracked, load_one(r.num_batches_tracked) + 1);
+  }
+  if (r.count == 0) return;
   const double count = static_cast<double>(r.count);
   const A* stats = static_cast<const A*>(r.stats);
   for (int64_t c = block_index() * block_threads() + thread_index(); c < r.channels;
@@ -135,13 +151,6 @@ update_running(RunningArgs r) {
     blend(r.running_mean, r.mean_stride, c, stats, r.sets, r.channels, momentum, 1.0);
     blend(r.running_var, r.var_stride, c, stats + 2 * r.sets, r.sets, r.channels, momentum, count / (count - 1));
   }
-}
-
-// A kernel of its own where the average is cumulative: no block may read the number after another has raised it.
-template <class Count>
-FASTNORM_KERNEL(kWarp, 1)
-count_batch(Count* num_batches_tracked) {
-  if (thread_index() == 0) store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
 }
 
 }  // namespace fastnorm::cuda

@@ -25,13 +25,21 @@ struct Forward {
 
   RowsShape rows() const { return rows_shape(g, g, plan.grid, dtype, true); }
   ColumnsShape columns() const { return columns_shape(g, plan.grid, dtype); }
+  // What reduce has read last is met first.
+  template <class Shape>
+  Shape after_reduce(Shape shape) const {
+    shape.backwards = plan.strategy == Strategy::kSplit;
+    return shape;
+  }
   bool is_rows() const { return plan.grid.traversal == Traversal::kRows; }
 
   template <int W, bool kSmooth>
   int apply() const {
     const LaunchConfig config = config_of(plan.grid, 0, stream);
-    if (is_rows()) return launch(apply_rows<T, W, kSmooth>, config, tensors, rows());
-    if constexpr (kColumnsPack<T, W>) return launch(apply_columns<T, W, kSmooth>, config, tensors, columns());
+    if (is_rows()) return launch(apply_rows<T, W, kSmooth>, config, tensors, after_reduce(rows()));
+    if constexpr (kColumnsPack<T, W>) {
+      return launch(apply_columns<T, W, kSmooth>, config, tensors, after_reduce(columns()));
+    }
     return kNoSuchKernel;
   }
 
@@ -63,14 +71,11 @@ struct Forward {
   template <int W, bool kSmooth>
   int fused() const {
     if constexpr (kFuses) {
-      const LaunchConfig config = config_of(plan.grid, plan.grid.shared_bytes, stream);
-      if (is_rows()) {
-        const int team_bytes = static_cast<int>(plan.grid.team_bytes);
-        return launch(fused_forward_rows<T, W, kSmooth>, config, tensors, rows(), team_bytes);
-      }
+      const LaunchConfig config = fused_config(plan.grid, false, stream);
+      const FusedShape shape = fused_shape(plan.grid, dtype, workspace);
+      if (is_rows()) return launch(fused_forward_rows<T, W, kSmooth>, config, tensors, rows(), shape);
       if constexpr (kColumnsPack<T, W>) {
-        const int tile_bytes = static_cast<int>(align16(plan.grid.tile * g.positions() * sizeof(T)));
-        return launch(fused_forward_columns<T, W, kSmooth>, config, tensors, columns(), tile_bytes);
+        return launch(fused_forward_columns<T, W, kSmooth>, config, tensors, columns(), shape);
       }
     }
     return kNoSuchKernel;

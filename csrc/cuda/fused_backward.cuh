@@ -1,31 +1,33 @@
-// Fused backward: both halves in one launch, dy and x (and residual) in shared memory meanwhile.
+// Fused backward: both halves in one launch, dy and x (and residual) in the shared memory of a gang meanwhile.
 //
-// What: as reduce_backward.cuh and apply_backward.cuh; and the sums of dweight and dbias as they come by.
-// Who: rows: a team to a set, whose units (Units in plan_cuda.h) first reduce a segment of a cell each; columns: a
-// block
-//   to a tile of whole sets.
-// Traffic: reads dy, x (and residual) once, the mask twice, writes dx (and dresidual) once: the least there is but for
-//   the mask; 8 bytes a cell for the parameters.
+// What: as reduce_backward.cuh and apply_backward.cuh, and the sums of dweight and dbias as they come by. Where the
+//   launch is cooperative (meets) the blocks meet after the last wave and fold those, too.
+// Who: as fused_forward.cuh. Rows: a team's units (Units in plan_cuda.h) first reduce a segment of a cell each.
+// Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once: the least there is; but a leaky
+//   relu's mask twice. 8 bytes a cell for the parameters, and for a grid's gangs as fused_forward.cuh says.
 // Needs: as fused_forward.cuh, with two or three tensors staged.
-// Numerics: float32 sums: packs as trees, units as trees, cells of a set as a tree.
+// Numerics: float32 sums: packs as trees, units as trees, cells of a set as a tree, a gang's blocks as a tree.
 #pragma once
 
 #include "backward.cuh"
+#include "fold.cuh"
+#include "gang.cuh"
 
 namespace fastnorm::cuda {
 
-// What the fused kernels know besides the shape. Bytes are of shared memory.
 template <class A>
 struct FusedBackward {
-  int stream_bytes;  // one staged tensor
-  int team_bytes;    // rows: all that a team has
-  int unit_threads, segments, unit_length, cells, cell_packs;
-  GradSums<A>* sums;          // [outer, C] for fold, or null
-  GradSums<A>* gathered;      // [blocks, C] of d xhat and d, or null
-  ParamGrads dweight, dbias;  // batch norm: written here
+  FusedShape shape;
+  int unit_threads, segments, unit_length;
+  bool batch;                 // sets are cells: the sums are final, and written as gradients here
+  GradSums<A>* sums;          // of cells, for fold: [outer, parts of a cell, C], or null
+  GradSums<A>* gathered;      // [gangs, C] of d xhat and d, or null
+  ParamGrads dweight, dbias;  // batch
+  bool meets;
+  FoldParamsArgs<A> fold;  // what is done when the blocks have met
 };
 
-// The tensors of a set or a tile in shared memory.
+// The tensors of a wave in shared memory.
 template <class T, int W>
 struct Staged {
   Pack<T, W>*x, *dy, *residual;
@@ -34,15 +36,26 @@ struct Staged {
       : x(reinterpret_cast<Pack<T, W>*>(memory)),
         dy(reinterpret_cast<Pack<T, W>*>(memory + stream_bytes)),
         residual(reinterpret_cast<Pack<T, W>*>(memory + 2 * stream_bytes)) {}
-  FASTNORM_DEVICE void put(int slot, const GradientPacks<T, W>& packs, bool with_residual) const {
-    x[slot] = packs.x;
-    dy[slot] = packs.dy;
-    if (with_residual) residual[slot] = packs.residual;
-  }
   FASTNORM_DEVICE GradientPacks<T, W> get(int slot, bool with_residual) const {
-    return {x[slot], dy[slot], with_residual ? residual[slot] : Pack<T, W>{}, 0};
+    GradientPacks<T, W> packs{x[slot], dy[slot], {}, 0};
+    if (with_residual) packs.residual = residual[slot];
+    return packs;
   }
 };
+
+// A relu's mask is read once: what it lets through of dy takes dy's place, and is not masked again.
+template <class T>
+FASTNORM_DEVICE bool masks_once(const BackwardTensors<T>& t) {
+  return t.mask != nullptr && t.epilogue.activation == Activation::kRelu;
+}
+template <class T>
+FASTNORM_DEVICE BackwardTensors<T> without_mask(BackwardTensors<T> t) {
+  if (masks_once(t)) {
+    t.mask = nullptr;
+    t.epilogue.activation = Activation::kNone;
+  }
+  return t;
+}
 
 template <class A>
 FASTNORM_DEVICE void store_param_gradients(const FusedBackward<A>& f, int64_t channel, const GradSums<A>& sums,
@@ -53,53 +66,66 @@ FASTNORM_DEVICE void store_param_gradients(const FusedBackward<A>& f, int64_t ch
   if (f.dbias.data != nullptr) store_number(f.dbias.data, f.dbias.dtype, channel, sums.d);
 }
 
-// The sums of each cell of a set, by its units, and from them those of the set, weighted.
+// The sums of a piece, by its units, each cell's times its weight; a batch norm's weight, that of all, is left out.
 template <bool kSmooth, int W, class T, class A>
 FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const FusedBackward<A>& f,
                                           const RowsPiece<W>& piece, const Team& team, bool valid,
                                           const SetStats<A>& stats, const Staged<T, W>& staged,
                                           GradSums<A>* unit_sums) {
-  const bool with_residual = t.residual != nullptr;
-  const int slots = team.width / f.unit_threads, slot = team.lane / f.unit_threads, units = f.cells * f.segments;
+  const RowsShape& shape = piece.shape;
+  const Span& span = piece.span;
+  const int cells = f.batch ? 1 : span.runs, cell_packs = f.batch ? span.runs * span.packs : span.packs;
+  const int slots = team.width / f.unit_threads, slot = team.lane / f.unit_threads, units = cells * f.segments;
+  const bool with_residual = t.residual != nullptr, masks = masks_once(t);
   for (int first = 0; first < units; first += slots) {
     const int unit = first + slot, cell = unit / f.segments, begin = (unit - cell * f.segments) * f.unit_length;
-    const int steps = valid && unit < units ? std::min(f.unit_length, f.cell_packs - begin) : 0;
-    const Stretch stretch{cell * f.cell_packs + begin, steps, f.unit_length, team.lane % f.unit_threads,
-                          f.unit_threads};
-    const GradSums<A> mine = accumulate_sums<kSmooth>(
-        t, piece, stretch, stats, [&](const Place& place) { return load_gradient(t, piece, place); },
-        [&](const Place& place, const GradientPacks<T, W>& packs, const A(&)[W], const A(&)[W]) {
-          staged.put(place.step, packs, with_residual);
+    const int steps = valid && unit < units ? std::min(f.unit_length, cell_packs - begin) : 0;
+    const Stretch stretch{cell * cell_packs + begin, steps, f.unit_length, team.lane % f.unit_threads, f.unit_threads};
+    const GradSums<A> mine = accumulate_sums<kSmooth, 1>(
+        t, piece, stretch, stats,
+        [&](const Place& place) {
+          GradientPacks<T, W> packs = staged.get(piece.slot(place), with_residual);
+          if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
+          return packs;
+        },
+        [&](const Place& place, const A(&)[W], const A(&d)[W]) {
+          if (masks) staged.dy[piece.slot(place)] = narrow<T>(d);
         });
     const GradSums<A> total = reduce_lanes(mine, f.unit_threads);
     if (unit < units && team.lane % f.unit_threads == 0) unit_sums[unit] = total;
   }
   team.sync();
+  const int part = shape.run_pieces == 1 ? 0 : static_cast<int>(span.piece % shape.run_pieces);
+  const int64_t row = span.set / shape.groups * shape.run_pieces + part, C = shape.groups * shape.set_channels;
   GradSums<A> weighted{};
-  for (int cell = team.lane; cell < f.cells; cell += team.width) {
+  for (int cell = team.lane; cell < cells; cell += team.width) {
     GradSums<A> sums = unit_sums[cell * f.segments];
     for (int s = 1; s < f.segments; ++s) sums.merge(unit_sums[cell * f.segments + s]);
     if (!valid) continue;
     const int64_t channel = piece.channel + cell;
-    if (f.sums != nullptr) store_one(f.sums + piece.span.set * f.cells + cell, sums);
-    store_param_gradients(f, channel, sums, stats);
-    const A weight = load_param_of<T>(t.weight, channel, A(1));
+    if (f.sums != nullptr) store_one(f.sums + row * C + channel, sums);
+    const A weight = f.batch ? A(1) : load_param_of<T>(t.weight, channel, A(1));
     weighted.merge({weight * sums.d, weight * sums.d_centered});
   }
   return weighted;
 }
 
-// The sums of a set whose weights change with every element, times rstd; each row's share of the weights' own gradients
-// is gathered in shared memory, where a thread meets none but its own.
+// The sums of a piece whose weights change with every element, times rstd; each row's share of the weights' own
+// gradients is gathered in shared memory, where a thread meets none but its own.
 template <bool kSmooth, int W, class T, class A>
 FASTNORM_DEVICE GradSums<A> sums_by_elements(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Team& team,
                                              bool valid, const SetStats<A>& stats, const Staged<T, W>& staged,
                                              GradSums<A>* gathered) {
-  const bool with_residual = t.residual != nullptr;
-  return accumulate_sums<kSmooth>(
-      t, piece, piece.whole(team, valid), stats, [&](const Place& place) { return load_gradient(t, piece, place); },
-      [&](const Place& place, const GradientPacks<T, W>& packs, const A(&x)[W], const A(&d)[W]) {
-        staged.put(place.step, packs, with_residual);
+  const bool with_residual = t.residual != nullptr, masks = masks_once(t);
+  return accumulate_sums<kSmooth, 1>(
+      t, piece, piece.whole(team, valid), stats,
+      [&](const Place& place) {
+        GradientPacks<T, W> packs = staged.get(piece.slot(place), with_residual);
+        if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
+        return packs;
+      },
+      [&](const Place& place, const A(&x)[W], const A(&d)[W]) {
+        if (masks) staged.dy[piece.slot(place)] = narrow<T>(d);
         if (gathered == nullptr) return;
 #pragma unroll
         for (int w = 0; w < W; ++w) {
@@ -109,51 +135,105 @@ FASTNORM_DEVICE GradSums<A> sums_by_elements(const BackwardTensors<T>& t, const 
       });
 }
 
+// What the teams of a block have gathered over their rows, or one block of a gang over its piece of them: those of
+// lane w of pack p at w * packs + p.
+template <int W, class A>
+FASTNORM_DEVICE void store_gathered(const FusedBackward<A>& f, const RowsShape& shape, const GradSums<A>* gathered,
+                                    int teams) {
+  sync_block();
+  const Span span(shape, block_index() % f.shape.pieces);
+  const int step = f.shape.team_bytes / static_cast<int>(sizeof(GradSums<A>));
+  GradSums<A>* const out = f.gathered + block_index() / f.shape.pieces * shape.set_size + span.first_pack * W;
+  for (int c = thread_index(); c < span.packs * W; c += block_threads()) {
+    const int at = c % W * span.packs + c / W;
+    GradSums<A> total = gathered[at];
+    for (int i = 1; i < teams; ++i) total.merge(gathered[i * step + at]);
+    store_one(out + c, total);
+  }
+}
+
+template <class A>
+FASTNORM_DEVICE void leave_fused(const FusedBackward<A>& f, const GangPartials<GradSums<A>>& gang) {
+  gang.leave();
+  if (!f.meets) return;
+  sync_grid();
+  fold_params(f.fold, all_blocks());
+}
+
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
 fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape shape) {
   using A = Accum<T>;
   const Team team(shape.team);
   const int teams = block_threads() / team.width, streams = t.residual != nullptr ? 3 : 2;
-  const bool with_residual = t.residual != nullptr;
-  unsigned char* mine = shared_memory() + team.index * f.team_bytes;
-  const Staged<T, W> staged(mine, f.stream_bytes);
-  auto* extra = reinterpret_cast<GradSums<A>*>(mine + streams * f.stream_bytes);  // of units, or gathered
-  void* scratch = shared_memory() + teams * f.team_bytes;
-  const int row = static_cast<int>(shape.set_size);
+  const int buffer_bytes = streams * f.shape.stream_bytes;
+  unsigned char* const mine = shared_memory() + team.index * f.shape.team_bytes;
+  auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.buffers * buffer_bytes);  // of units, or gathered
+  unsigned char* const scratch = shared_memory() + teams * f.shape.team_bytes;
+  const GangPartials<GradSums<A>> gang(f.shape, scratch + ladder_bytes<A>(block_threads()), 1);
   if (f.gathered != nullptr) {
-    for (int i = team.lane; i < row; i += team.width) extra[i] = {};
+    for (int i = team.lane; i < shape.piece_length * W; i += team.width) extra[i] = {};
     team.sync();
   }
-  for (int64_t first = block_index() * teams; first < shape.items; first += grid_blocks() * teams) {
-    const bool valid = first + team.index < shape.items;
-    const RowsPiece<W> piece(shape, valid ? first + team.index : first);
+  const auto buffer_of = [&](int buffer) { return Staged<T, W>(mine + buffer * buffer_bytes, f.shape.stream_bytes); };
+  const auto load_wave = [&](int64_t item, int buffer) {
+    if (item >= shape.items) return;
+    const RowsPiece<W> piece(shape, item);
+    const Staged<T, W> staged = buffer_of(buffer);
+    stage_rows(piece, team, t.x, staged.x);
+    stage_rows(piece, team, t.dy, staged.dy);
+    if (t.residual != nullptr) stage_rows(piece, team, t.residual, staged.residual);
+  };
+  const auto use_wave = [&](int64_t item, int buffer, int parity) {
+    const bool valid = item < shape.items;
+    const RowsPiece<W> piece(shape, valid ? item : 0);
+    const Staged<T, W> staged = buffer_of(buffer);
     const SetStats<A> stats = load_stats(t.stats, t.sets, piece.span.set);
+    if (!shape.per_element) team.sync();  // staged by other threads
     const GradSums<A> share =
         shape.per_element
             ? sums_by_elements<kSmooth>(t, piece, team, valid, stats, staged, f.gathered != nullptr ? extra : nullptr)
             : sums_by_cells<kSmooth>(t, f, piece, team, valid, stats, staged, extra);
-    const GradSums<A> sums = reduce_team(team, share, scratch);
-    const A scale = (shape.per_element ? A(1) : stats.rstd) / static_cast<A>(shape.set_size);
+    const GradSums<A> sums = gang.exchange(parity, reduce_team(team, share, scratch));
+    A scale = (shape.per_element ? A(1) : stats.rstd) / static_cast<A>(shape.set_size);
+    if (f.batch) {
+      if (valid && team.lane == 0 && piece.span.piece == 0) store_param_gradients(f, piece.span.set, sums, stats);
+      scale *= load_param_of<T>(t.weight, piece.span.set, A(1));
+    }
     const SetTerms<A> terms = t.frozen ? SetTerms<A>{} : set_terms<A>(sums, stats.rstd, stats.low, scale);
-    team.sync();  // staged by other threads
-    apply_gradient_rows<kSmooth, 1>(t, piece, piece.whole(team, valid), stats, terms, [&](const Place& place) {
-      GradientPacks<T, W> packs = staged.get(place.step, with_residual);
-      if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
+    if (!shape.per_element) team.sync();  // dy was changed by other threads, and this wave's place is loaded again
+    const BackwardTensors<T> rest = without_mask(t);
+    apply_gradient_rows<kSmooth, 1>(rest, piece, piece.whole(team, valid), stats, terms, [&](const Place& place) {
+      GradientPacks<T, W> packs = staged.get(piece.slot(place), rest.residual != nullptr);
+      if (rest.mask != nullptr) packs.bits = piece.mask_bits(rest.mask, place);
       return packs;
     });
-    team.sync();  // before the next set is staged
+  };
+  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_wave, use_wave);
+  if (f.gathered != nullptr) {
+    store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.buffers * buffer_bytes),
+                      teams);
   }
-  if (f.gathered == nullptr) return;
-  sync_block();
-  const int packs = row / W, step = f.team_bytes / static_cast<int>(sizeof(GradSums<A>));
-  const auto* gathered = reinterpret_cast<const GradSums<A>*>(shared_memory() + streams * f.stream_bytes);
-  for (int c = thread_index(); c < row; c += block_threads()) {
-    const int at = c % W * packs + c / W;
-    GradSums<A> total = gathered[at];
-    for (int i = 1; i < teams; ++i) total.merge(gathered[i * step + at]);
-    store_one(f.gathered + block_index() * row + c, total);
-  }
+  leave_fused(f, gang);
+}
+
+// The terms of a tile's sets, from the sums of its channels over all positions.
+template <int W, class T, class A>
+FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
+                                    const GradSums<A>* merged, SetTerms<A>* set_terms_of) {
+  const int set_channels = static_cast<int>(piece.shape.set_channels);
+  for_each_set(piece, [&](int s, int lane, int lanes) {
+    GradSums<A> total{};
+    for (int c = s * set_channels + lane; s >= 0 && c < (s + 1) * set_channels; c += lanes) {
+      const A weight = load_param_of<T>(t.weight, piece.first_channel + c, A(1));
+      total.merge({weight * merged[c].d, weight * merged[c].d_centered});
+    }
+    total = reduce_lanes(total, lanes);
+    if (s < 0 || lane != 0) return;
+    const SetStats<A> stats = load_stats(t.stats, t.sets, piece.first_set() + s);
+    const A scale = stats.rstd / static_cast<A>(piece.shape.positions * set_channels);
+    set_terms_of[s] = t.frozen ? SetTerms<A>{} : set_terms<A>(total, stats.rstd, stats.low, scale);
+  });
 }
 
 // The widest packs take more registers than two blocks leave them.
@@ -161,49 +241,67 @@ template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, W == 8 ? 1 : 2)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {
   using A = Accum<T>;
-  const bool with_residual = t.residual != nullptr;
-  const Staged<T, W> staged(shared_memory(), f.stream_bytes);
-  auto* merged = reinterpret_cast<GradSums<A>*>(shared_memory() + (with_residual ? 3 : 2) * f.stream_bytes);
-  auto* set_terms_of = reinterpret_cast<SetTerms<A>*>(merged + block_threads() * W);
-  const int tile_packs = shape.tile / W, set_channels = static_cast<int>(shape.set_channels);
-  for (int64_t item = block_index(); item < shape.items; item += grid_blocks()) {
+  const int buffer_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
+  auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.buffers * buffer_bytes);
+  auto* const set_terms_of = reinterpret_cast<SetTerms<A>*>(merged + block_threads() * W);
+  const GangPartials<GradSums<A>> gang(f.shape, reinterpret_cast<A*>(set_terms_of) + 4 * shape.tile, shape.tile);
+  const auto buffer_of = [&](int buffer) {
+    return Staged<T, W>(shared_memory() + buffer * buffer_bytes, f.shape.stream_bytes);
+  };
+  const auto load_wave = [&](int64_t item, int buffer) {
+    if (item >= shape.items) return;
     const ColumnsPiece<W> piece(shape, item);
+    const Staged<T, W> staged = buffer_of(buffer);
+    stage_columns(piece, t.x, staged.x);
+    stage_columns(piece, t.dy, staged.dy);
+    if (t.residual != nullptr) stage_columns(piece, t.residual, staged.residual);
+  };
+  const auto use_wave = [&](int64_t item, int buffer, int parity) {
+    const bool valid = item < shape.items;
+    const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
+    const Staged<T, W> staged = buffer_of(buffer);
     LaneCoefs<A, W> coefs;
     load_lane_coefs(t, piece, coefs);
+    const auto read = [&](const BackwardTensors<T>& of, int position) {
+      GradientPacks<T, W> packs = staged.get(piece.slot(position), of.residual != nullptr);
+      if (of.mask != nullptr) packs.bits = piece.mask_bits(of.mask, position);
+      return packs;
+    };
+    const bool masks = masks_once(t);
     GradSums<A> mine[W];
-    accumulate_lane_sums<kSmooth>(t, piece, coefs, mine, [&](int position, const GradientPacks<T, W>& packs) {
-      staged.put(position * tile_packs + piece.x, packs, with_residual);
-    });
-    const int64_t first_set = piece.outer * shape.groups + piece.first_channel / set_channels;
-    merge_down(piece, mine, merged, [&](int c, const GradSums<A>& total) {
+    accumulate_lane_sums<kSmooth, 1>(
+        t, piece, coefs, mine, [&](int position) { return read(t, position); },
+        [&](int position, const A(&d)[W]) {
+          if (masks) staged.dy[piece.slot(position)] = narrow<T>(d);
+        });
+    const auto take = [&](int c, const GradSums<A>& total) {  // of all positions
       merged[c] = total;
+      if (piece.piece != 0) return;
       const int64_t channel = piece.first_channel + c;
       if (f.sums != nullptr) store_one(f.sums + piece.outer * shape.C + channel, total);
-      store_param_gradients(f, channel, total, load_stats(t.stats, t.sets, first_set + c / set_channels));
-    });
-    sync_block();
-    for (int s = thread_index(); s < piece.channels / set_channels; s += block_threads()) {
-      GradSums<A> total{};
-      for (int c = s * set_channels; c < (s + 1) * set_channels; ++c) {
-        const A weight = load_param_of<T>(t.weight, piece.first_channel + c, A(1));
-        total.merge({weight * merged[c].d, weight * merged[c].d_centered});
+      if (f.batch) store_param_gradients(f, channel, total, load_stats(t.stats, t.sets, channel));
+    };
+    merge_down(piece, mine, merged, [&](int c, const GradSums<A>& total) {
+      if (gang.is_block()) {
+        take(c, total);
+      } else {
+        gang.put(parity, c, total);
       }
-      const SetStats<A> stats = load_stats(t.stats, t.sets, first_set + s);
-      const A scale = stats.rstd / static_cast<A>(shape.positions * set_channels);
-      set_terms_of[s] = t.frozen ? SetTerms<A>{} : set_terms<A>(total, stats.rstd, stats.low, scale);
-    }
+    });
+    if (!gang.is_block()) gang.exchange_channels(parity, piece.channels, take);
+    sync_block();
+    merge_channels(t, piece, merged, set_terms_of);
     sync_block();
     LaneTerms<A, W> terms{};
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      if (piece.in) terms.lane[w] = set_terms_of[(piece.x * W + w) / set_channels];
+      if (piece.in) terms.lane[w] = set_terms_of[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
     }
-    apply_gradient_columns<kSmooth, 1>(t, piece, coefs, terms, [&](int position) {
-      GradientPacks<T, W> packs = staged.get(position * tile_packs + piece.x, with_residual);
-      if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, position);
-      return packs;
-    });
-  }
+    const BackwardTensors<T> rest = without_mask(t);
+    apply_gradient_columns<kSmooth, 1>(rest, piece, coefs, terms, [&](int position) { return read(rest, position); });
+  };
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_wave, use_wave);
+  leave_fused(f, gang);
 }
 
 }  // namespace fastnorm::cuda

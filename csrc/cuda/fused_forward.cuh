@@ -1,96 +1,133 @@
-// Fused forward: reduce and apply in one launch, x in shared memory meanwhile.
+// Fused forward: reduce and apply in one launch, x in the shared memory of a gang meanwhile.
 //
 // What: as apply.cuh, with the statistics of x itself.
-// Who: rows: a team to a set; columns: a block to a tile of whole sets, all their positions. A thread reads back what
-// it
-//   staged itself, so that staging needs no barrier.
-// Traffic: reads x (and residual) once, writes y (and a bit an element) once: the least there is.
-// Needs: the set (rows) or the tile (columns) staged in shared memory, two blocks to a multiprocessor; float32
-//   accumulation.
-// Numerics: moments as reduce.cuh takes them; the merge of the block replaces fold.
-// Why not registers: their number would be a template parameter, and every set size a kernel.
+// Who: rows: a gang to a set (or a team of a block to a small one); columns: a gang to a tile of whole sets.
+//
+//   block of a gang   [ wave 0 ][ wave 1 ] ...     a piece each; with two buffers wave 1 is loaded during wave 0
+//   of a wave         wait for x | moments | exchange partials with the gang | normalize, activate, store
+//
+//   A thread reads back what it staged itself, so that staging needs no barrier.
+// Traffic: reads x (and residual) once, writes y (and a bit an element) once: the least there is. A grid's gangs write
+// 12
+//   bytes a piece and channel, and each of their blocks reads all of its gang's.
+// Needs: the pieces of a wave in shared memory; the blocks of a gang resident together; float32 accumulation.
+// Numerics: moments as reduce.cuh takes them; every block merges the partials of its gang in the same order.
+// Why not registers: their number would be a template parameter, and every set size a kernel. Why not loads through
+//   registers: what is under way would be bounded by them, at 32 KB a multiprocessor; copies are not.
 #pragma once
 
 #include "forward.cuh"
+#include "gang.cuh"
 
 namespace fastnorm::cuda {
 
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
-fused_forward_rows(ForwardTensors<T> t, RowsShape shape, int team_bytes) {
+fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   using A = Accum<T>;
   const Team team(shape.team);
   const int teams = block_threads() / team.width;
-  auto* staged = reinterpret_cast<Pack<T, W>*>(shared_memory() + team.index * team_bytes);
-  void* scratch = shared_memory() + teams * team_bytes;
-  for (int64_t first = block_index() * teams; first < shape.items; first += grid_blocks() * teams) {
-    const bool valid = first + team.index < shape.items;
-    const RowsPiece<W> piece(shape, valid ? first + team.index : first);
-    const int64_t set = piece.span.set;
-    const A origin = origin_of<A>(t.x + set * shape.set_stride);
-    const auto slot = [&](const Place& place) { return place.run * piece.span.packs + place.pack; };
-    const Welford<A> mine = accumulate_moments<kLaneUnroll<W>>(
-        piece, piece.whole(team, valid), t.x, origin,
-        [&](const Place& place, const Pack<T, W>& pack) { staged[slot(place)] = pack; });
-    const Moments<A> moments = reduce_team(team, mine, scratch).moments;
-    const A var = moments.m2 / static_cast<A>(shape.set_size);
-    const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
-    if (valid && team.lane == 0) store_stats(t.stats, t.sets, set, stats, var);
-    if (t.y != nullptr) {
-      forward_rows<kSmooth>(t, piece, piece.whole(team, valid), stats,
-                            [&](const Place& place) { return staged[slot(place)]; });
+  unsigned char* const mine = shared_memory() + team.index * f.team_bytes;
+  unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
+  const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes<A>(block_threads()), 1);
+  const auto buffer_of = [&](int buffer) { return reinterpret_cast<Pack<T, W>*>(mine + buffer * f.stream_bytes); };
+  const auto load_wave = [&](int64_t item, int buffer) {
+    if (item < shape.items) stage_rows(RowsPiece<W>(shape, item), team, t.x, buffer_of(buffer));
+  };
+  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_wave,
+            [&](int64_t item, int buffer, int parity) {
+              const bool valid = item < shape.items;
+              const RowsPiece<W> piece(shape, valid ? item : 0);
+              const int64_t set = piece.span.set;
+              const Pack<T, W>* const staged = buffer_of(buffer);
+              const auto read = [&](const Place& place) { return staged[piece.slot(place)]; };
+              const A origin = origin_of<A>(t.x + set * shape.set_stride);
+              const Welford<A> share =
+                  accumulate_moments<kLaneUnroll<W>, T>(piece, piece.whole(team, valid), origin, read);
+              const Moments<A> moments = gang.exchange(parity, reduce_team(team, share, scratch)).moments;
+              const A var = moments.m2 / static_cast<A>(shape.set_size);
+              const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
+              if (valid && team.lane == 0 && piece.span.piece == 0) store_stats(t.stats, t.sets, set, stats, var);
+              if (t.y != nullptr) forward_rows<kSmooth>(t, piece, piece.whole(team, valid), stats, read);
+            });
+  gang.leave();
+}
+
+// The statistics of a tile's sets, from the moments of its channels over all positions.
+template <int W, class T, class A>
+FASTNORM_DEVICE void merge_channels(const ForwardTensors<T>& t, const ColumnsPiece<W>& piece, const Moments<A>* merged,
+                                    SetStats<A>* set_stats) {
+  const ColumnsShape& shape = piece.shape;
+  const int set_channels = static_cast<int>(shape.set_channels);
+  const A positions = static_cast<A>(shape.positions), channels = static_cast<A>(set_channels);
+  for_each_set(piece, [&](int s, int lane, int lanes) {
+    const Moments<A>* of_set = merged + s * set_channels;
+    Sum<A> sum{};
+    for (int c = lane; s >= 0 && c < set_channels; c += lanes) sum.merge({of_set[c].mean});
+    const A mean = reduce_lanes(sum, lanes).value / channels;
+    sum = {};
+    for (int c = lane; s >= 0 && c < set_channels; c += lanes) {
+      sum.merge({of_set[c].m2 + positions * (of_set[c].mean - mean) * (of_set[c].mean - mean)});
     }
-  }
+    const A m2 = reduce_lanes(sum, lanes).value;
+    if (s < 0 || lane != 0) return;
+    const int64_t base = piece.outer * shape.positions * shape.C + piece.first_channel + s * set_channels;
+    const A var = m2 / (positions * channels);
+    set_stats[s] = finish_stats(mean, var, origin_of<A>(t.x + base), t.eps);
+    if (piece.piece == 0) store_stats(t.stats, t.sets, piece.first_set() + s, set_stats[s], var);
+  });
 }
 
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
-fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, int tile_bytes) {
+fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   using A = Accum<T>;
-  auto* staged = reinterpret_cast<Pack<T, W>*>(shared_memory());
-  auto* merged = reinterpret_cast<Moments<A>*>(shared_memory() + tile_bytes);
-  auto* set_stats = reinterpret_cast<SetStats<A>*>(merged + block_threads() * W);
-  const int tile_packs = shape.tile / W, set_channels = static_cast<int>(shape.set_channels);
-  for (int64_t item = block_index(); item < shape.items; item += grid_blocks()) {
-    const ColumnsPiece<W> piece(shape, item);
+  unsigned char* const extra = shared_memory() + f.buffers * f.stream_bytes;
+  auto* const merged = reinterpret_cast<Moments<A>*>(extra);
+  auto* const set_stats = reinterpret_cast<SetStats<A>*>(merged + block_threads() * W);
+  const GangPartials<Welford<A>> gang(f, reinterpret_cast<A*>(set_stats) + 4 * shape.tile, shape.tile);
+  const auto buffer_of = [&](int buffer) {
+    return reinterpret_cast<Pack<T, W>*>(shared_memory() + buffer * f.stream_bytes);
+  };
+  const auto load_wave = [&](int64_t item, int buffer) {
+    if (item < shape.items) stage_columns(ColumnsPiece<W>(shape, item), t.x, buffer_of(buffer));
+  };
+  for_waves(f, shape.items, grid_blocks(), block_index(), load_wave, [&](int64_t item, int buffer, int parity) {
+    const bool valid = item < shape.items;
+    const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
+    const Pack<T, W>* const staged = buffer_of(buffer);
+    const auto read = [&](int position) { return staged[piece.slot(position)]; };
     A origin[W];
     load_origins(piece, t.x, origin);
     Moments<A> moments[W];
-    accumulate_lanes(piece, t.x, origin, moments,
-                     [&](int position, const Pack<T, W>& pack) { staged[position * tile_packs + piece.x] = pack; });
+    accumulate_lanes<T>(piece, origin, moments, read);
     // Rows of `merged` below the first are read by no one else after their channel is done.
-    merge_moments_down(piece, moments, merged, [&](int c, const Moments<A>& total) { merged[c] = total; });
-    sync_block();
-    for_each_set(piece, [&](int s, int lane, int lanes) {
-      const Moments<A>* channels = merged + s * set_channels;
-      const A positions = static_cast<A>(piece.positions);
-      Sum<A> sum{};
-      for (int c = lane; s >= 0 && c < set_channels; c += lanes) sum.merge({channels[c].mean});
-      const A mean = reduce_lanes(sum, lanes).value / static_cast<A>(set_channels);
-      sum = {};
-      for (int c = lane; s >= 0 && c < set_channels; c += lanes) {
-        sum.merge({channels[c].m2 + positions * (channels[c].mean - mean) * (channels[c].mean - mean)});
+    merge_down(piece, moments, merged, [&](int c, const Welford<A>& total) {
+      if (gang.is_block()) {
+        merged[c] = total.moments;
+      } else {
+        gang.put(parity, c, total);
       }
-      const A m2 = reduce_lanes(sum, lanes).value;
-      if (s < 0 || lane != 0) return;
-      const int64_t base = piece.outer * shape.positions * shape.C + piece.first_channel + s * set_channels;
-      const A var = m2 / (positions * static_cast<A>(set_channels));
-      set_stats[s] = finish_stats(mean, var, origin_of<A>(t.x + base), t.eps);
-      store_stats(t.stats, t.sets, piece.outer * shape.groups + piece.first_channel / set_channels + s, set_stats[s],
-                  var);
     });
+    if (!gang.is_block()) {
+      gang.exchange_channels(parity, piece.channels,
+                             [&](int c, const Welford<A>& total) { merged[c] = total.moments; });
+    }
+    sync_block();
+    merge_channels(t, piece, merged, set_stats);
     sync_block();
     if (t.y != nullptr) {
       SetStats<A> stats[W] = {};
 #pragma unroll
       for (int w = 0; w < W; ++w) {
-        if (piece.in) stats[w] = set_stats[(piece.x * W + w) / set_channels];
+        if (piece.in) stats[w] = set_stats[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
       }
       LaneCoefs<A, W> coefs;
       load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
-      forward_columns<kSmooth>(t, piece, coefs, [&](int position) { return staged[position * tile_packs + piece.x]; });
+      forward_columns<kSmooth>(t, piece, coefs, read);
     }
-  }
+  });
+  gang.leave();
 }
 
 }  // namespace fastnorm::cuda

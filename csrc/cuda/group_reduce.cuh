@@ -24,6 +24,12 @@ struct Team {
   }
 };
 
+// Blocks that go through items together: all of a launch, or some of it.
+struct Blocks {
+  int64_t index, count;
+};
+FASTNORM_DEVICE Blocks all_blocks() { return {block_index(), grid_blocks()}; }
+
 // Over `width` neighbouring lanes, a power of two. All lanes of the warp take part.
 template <class Acc>
 FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
@@ -41,6 +47,12 @@ FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
     mine = first;
   }
   return mine;
+}
+
+// Shared memory of reduce_team in a block of so many threads: accumulators of at most three numbers.
+template <class A>
+FASTNORM_DEVICE int ladder_bytes(int threads) {
+  return ((threads / kWarp + 1) * 3 * static_cast<int>(sizeof(A)) + 15) / 16 * 16;
 }
 
 // Over the team. All threads of the block take part. `scratch`: an Acc for every warp of the block and one more.

@@ -1,8 +1,8 @@
 // From a plan to launches: configurations, and the choice of a kernel among its instantiations.
 #pragma once
 
-#include "element.cuh"
 #include "entry.h"
+#include "gang.cuh"
 
 namespace fastnorm::cuda {
 
@@ -12,7 +12,24 @@ constexpr int kNoSuchKernel = 1;
 inline LaunchConfig config_of(const Grid& grid, int64_t shared_bytes, void* stream) {
   return {grid.blocks, grid.threads(), shared_bytes, stream};
 }
+// meets: the blocks of the launch, whatever its gangs are.
+inline LaunchConfig fused_config(const Grid& grid, bool meets, void* stream) {
+  LaunchConfig config = config_of(grid, grid.shared_bytes, stream);
+  if (grid.gang == Gang::kCluster) config.cluster = static_cast<int>(grid.pieces);
+  config.cooperative = meets || grid.gang == Gang::kGrid;
+  return config;
+}
 inline int64_t align16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
+  const int64_t piece = grid.traversal == Traversal::kRows ? grid.piece_runs * grid.piece_length * grid.pack
+                                                           : grid.tile * grid.piece_length;
+  return {grid.gang,
+          static_cast<int>(grid.gang == Gang::kBlock ? 1 : grid.pieces),
+          grid.buffers,
+          static_cast<int>(align16(piece * size_of(dtype))),
+          static_cast<int>(grid.team_bytes),
+          partials};
+}
 
 // Columns are compiled for whole packs and for single elements only (pack_width in plan_cuda.cpp).
 template <class T, int W>

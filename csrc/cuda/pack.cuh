@@ -45,6 +45,17 @@ FASTNORM_DEVICE void store(T* p, const Pack<T, W>& pack) {
   write_whole(reinterpret_cast<Pack<T, W>*>(p), pack);
 }
 
+// Begins to copy a pack to shared memory; it is there after this thread's wait_copies().
+template <int W, class T>
+FASTNORM_DEVICE void stage(Pack<T, W>* place, const T* p) {
+  note_read(p, sizeof(Pack<T, W>), Access::kStream);
+  if constexpr (sizeof(Pack<T, W>) >= 4) {
+    copy_async<sizeof(Pack<T, W>)>(place, p);
+  } else {
+    *place = read_whole(reinterpret_cast<const Pack<T, W>*>(p));
+  }
+}
+
 template <class A, class T, int W>
 FASTNORM_DEVICE void widen(const Pack<T, W>& pack, A (&out)[W]) {
 #pragma unroll

@@ -5,8 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../dtype.h"
-#include "../plan_cuda.h"
+#include "../kernels.h"
 
 namespace fastnorm::cuda {
 
@@ -31,6 +30,7 @@ struct LaunchConfig {
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #define FASTNORM_DEVICE __device__ __forceinline__
@@ -141,50 +141,113 @@ FASTNORM_DEVICE void write_whole(V* p, const V& v) {
   __stwb(reinterpret_cast<decltype(word)*>(p), word);  // an ordinary store, which the compiler does not take apart
 }
 
+// Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers; below sm_80 copies at once.
+template <int kBytes>
+FASTNORM_DEVICE void copy_async(void* place, const void* p) {
+  __pipeline_memcpy_async(place, p, kBytes);
+}
+// All that this thread has begun to copy is there. Other threads see it after a barrier.
+FASTNORM_DEVICE void wait_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
 // The emulator counts and checks every access of pack.cuh; here they cost nothing.
 enum class Access { kStream, kParameter };
 FASTNORM_DEVICE void note_read(const void*, int, Access) {}
 FASTNORM_DEVICE void note_write(const void*, int, Access) {}
 
-// Raises the kernel's limit of dynamic shared memory where it has to.
-inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (bytes <= kWithoutAsking) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+// Raises the kernel's limits where the launch needs it: of dynamic shared memory, of the size of a cluster.
+inline cudaError_t allow(const void* kernel, int64_t shared_bytes, int cluster) {
+  constexpr int64_t kSharedWithoutAsking = 48 << 10;
+  constexpr int kClusterWithoutAsking = 8;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kSharedWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  }
+  if (!error && cluster > kClusterWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return error;
 }
 
+// cudaLaunchConfig_t, which points to attributes beside it.
+struct LaunchWords {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+
+  explicit LaunchWords(const LaunchConfig& c) {
+    config.gridDim = dim3(static_cast<unsigned>(c.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(c.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(c.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(c.stream);
+    config.attrs = attributes;
+    if (c.cooperative) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+    if (c.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = static_cast<unsigned>(c.cluster);
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+  }
+  LaunchWords(const LaunchWords&) = delete;
+};
+
+// CUDA's words for a launch whose blocks cannot be on the device together, where it is shared or partitioned.
+inline bool refuses_gangs(cudaError_t error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorLaunchOutOfResources ||
+         error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
+}
+
+// 0, kGangRefused, or CUDA's error code.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
-  if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), config.shared_bytes)) return error;
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t launch_config{};
-  launch_config.gridDim = dim3(static_cast<unsigned>(config.blocks));
-  launch_config.blockDim = dim3(static_cast<unsigned>(config.threads));
-  launch_config.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
-  launch_config.stream = static_cast<cudaStream_t>(config.stream);
-  launch_config.attrs = attributes;
-  if (config.cooperative) {
-    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+  cudaError_t error = allow(reinterpret_cast<const void*>(kernel), config.shared_bytes, config.cluster);
+  if (!error) {
+    const LaunchWords words(config);
+    error = cudaLaunchKernelEx(&words.config, kernel, static_cast<Parameters>(arguments)...);
   }
-  if (config.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[launch_config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(config.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
-  return cudaLaunchKernelEx(&launch_config, kernel, static_cast<Parameters>(arguments)...);
+  if (!error || !(config.cooperative || config.cluster > 1) || !refuses_gangs(error)) return error;
+  cudaGetLastError();  // it is dealt with: whoever asks next is not told
+  return kGangRefused;
 }
 
-inline int query_device(int device, DeviceInfo* info) {
+// Clusters of so many blocks that are on the device at a time, each block with a multiprocessor of its own.
+inline int resident_clusters(const void* kernel, int cluster, int64_t shared_per_block) {
+  int clusters = 0;
+  if (allow(kernel, shared_per_block, kMaxCluster)) return 0;
+  const LaunchWords words({cluster, kBlockThreads, shared_per_block, nullptr, cluster});
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &words.config)) clusters = 0;
+  cudaGetLastError();  // a device that has none says so as an error
+  return clusters;
+}
+
+// The largest clusters that lose no multiprocessors to smaller ones: a graphics processing cluster may lack a few.
+inline void query_clusters(const void* kernel, DeviceInfo* info) {
+  info->largest_cluster = 1;
+  info->cluster_multiprocessors = 0;
+  if (info->capability < 90) return;
+  for (int cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
+    const int covered = cluster * resident_clusters(kernel, cluster, info->shared_per_block);
+    if (covered == 0 || covered * 10 < info->cluster_multiprocessors * 9) return;
+    info->largest_cluster = cluster;
+    info->cluster_multiprocessors = covered;
+  }
+}
+
+// kernel: any that asks for no memory of its own.
+inline int query_device(int device, const void* kernel, DeviceInfo* info) {
   const auto ask = [&](cudaDeviceAttr attribute, auto* value) {
     int answer = 0;
     const cudaError_t error = cudaDeviceGetAttribute(&answer, attribute, device);
     *value = answer;
     return error;
   };
-  int major = 0, minor = 0;
+  int major = 0, minor = 0, kilohertz = 0, bus_bits = 0;
   cudaError_t error = ask(cudaDevAttrComputeCapabilityMajor, &major);
   if (!error) error = ask(cudaDevAttrComputeCapabilityMinor, &minor);
   if (!error) error = ask(cudaDevAttrMultiProcessorCount, &info->multiprocessors);
@@ -192,8 +255,16 @@ inline int query_device(int device, DeviceInfo* info) {
   if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &info->shared_per_multiprocessor);
   if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &info->shared_per_block);
   if (!error) error = ask(cudaDevAttrL2CacheSize, &info->l2_bytes);
+  if (!error) error = ask(cudaDevAttrCooperativeLaunch, &info->cooperative);
+  if (!error) error = ask(cudaDevAttrMemoryClockRate, &kilohertz);
+  if (!error) error = ask(cudaDevAttrGlobalMemoryBusWidth, &bus_bits);
+  if (error) return error;
   info->capability = 10 * major + minor;
-  return error;
+  // Two transfers a clock. A virtual device may not tell: then as an H200 has it for each multiprocessor.
+  info->bytes_per_us = int64_t(2) * kilohertz * (bus_bits / 8) / 1000;
+  if (info->bytes_per_us <= 0) info->bytes_per_us = int64_t(36000) * info->multiprocessors;
+  query_clusters(kernel, info);
+  return 0;
 }
 
 inline const char* platform_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

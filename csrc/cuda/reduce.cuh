@@ -18,36 +18,28 @@ template <class T, int W>
 FASTNORM_KERNEL(kBlockThreads, 2)
 reduce_rows(const T* x, Welford<Accum<T>>* partials, RowsShape shape) {
   using A = Accum<T>;
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width;
-  for (int64_t first = block_index() * teams; first < shape.items; first += grid_blocks() * teams) {
-    const bool valid = first + team.index < shape.items;
-    const RowsPiece<W> piece(shape, valid ? first + team.index : first);
-    const Span& span = piece.span;
-    const A origin = origin_of<A>(x + span.set * shape.set_stride);
-    const Welford<A> mine =
-        accumulate_moments<kUnroll>(piece, piece.whole(team, valid), x, origin, [](const Place&, const Pack<T, W>&) {});
+  for_rows<W>(shape, all_blocks(), [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
+    const A origin = origin_of<A>(x + piece.span.set * shape.set_stride);
+    const Welford<A> mine = accumulate_moments<kUnroll, T>(
+        piece, piece.whole(team, valid), origin, [&](const Place& place) { return load<W>(x + piece.element(place)); });
     const Welford<A> total = reduce_team(team, mine, shared_memory());
-    if (valid && team.lane == 0) store_one(partials + partial_of(shape, span), total);
-  }
+    if (valid && team.lane == 0) store_one(partials + partial_of(shape, piece.span), total);
+  });
 }
 
 template <class T, int W>
 FASTNORM_KERNEL(kBlockThreads, 2)
 reduce_columns(const T* x, Welford<Accum<T>>* partials, ColumnsShape shape) {
   using A = Accum<T>;
-  auto* merged = reinterpret_cast<Moments<A>*>(shared_memory());
-  for (int64_t item = block_index(); item < shape.items; item += grid_blocks()) {
-    const ColumnsPiece<W> piece(shape, item);
+  for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
     A origin[W];
     load_origins(piece, x, origin);
     Moments<A> moments[W];
-    accumulate_lanes(piece, x, origin, moments, [](int, const Pack<T, W>&) {});
-    merge_moments_down(piece, moments, merged, [&](int c, const Moments<A>& total) {
-      store_one(partials + piece.partial(c), Welford<A>{static_cast<A>(piece.positions), total});
-    });
+    accumulate_lanes<T>(piece, origin, moments, [&](int position) { return load<W>(x + piece.element(position)); });
+    merge_down(piece, moments, reinterpret_cast<Moments<A>*>(shared_memory()),
+               [&](int c, const Welford<A>& total) { store_one(partials + piece.partial(c), total); });
     sync_block();  // before the next item's moments are written
-  }
+  });
 }
 
 }  // namespace fastnorm::cuda

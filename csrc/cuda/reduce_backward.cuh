@@ -1,86 +1,95 @@
 // Reduce, backward.
 //
 // What: sum of d and of d (x - mean) for every piece of every cell; of a set where weights change with every element,
-//   then times rstd * weight (rows), or of d xhat down the rows for the weights themselves (columns, per_position).
-// Who: as reduce.cuh; sets are the plan's `cells`.
-// Traffic: reads dy, x (and residual or mask) once, writes 8 bytes a piece.
-// Numerics: Accum<T>; a pack as a tree, a thread in its order, threads as a tree, pieces in double by fold. d (x -
-// mean)
-//   instead of d xhat: one rounding less an element.
+//   then times rstd * weight, and beside it d and d xhat down the rows, for the weights themselves.
+// Who: as reduce.cuh; sets are the plan's `cells`. reduce_elements: some blocks go along the rows, the others down.
+// Traffic: reads dy, x (and residual or mask) once, writes 8 bytes a piece; reduce_elements each way once.
+// Numerics: Accum<T>; a pack as a tree, a thread in its order, threads as a tree, pieces in double by fold.
+//   d (x - mean) instead of d xhat: one rounding less an element.
 #pragma once
 
 #include "backward.cuh"
 
 namespace fastnorm::cuda {
 
-template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
-reduce_backward_rows(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape shape) {
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width;
-  for (int64_t first = block_index() * teams; first < shape.items; first += grid_blocks() * teams) {
-    const bool valid = first + team.index < shape.items;
-    const RowsPiece<W> piece(shape, valid ? first + team.index : first);
+template <bool kSmooth, int W, class T, class A = Accum<T>>
+FASTNORM_DEVICE void sum_rows(const BackwardTensors<T>& t, GradSums<A>* sums, const RowsShape& shape,
+                              const Blocks& blocks) {
+  for_rows<W>(shape, blocks, [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const auto stats = load_stats(t.stats, t.sets, piece.span.stats(shape));
-    const auto mine = accumulate_sums<kSmooth>(
+    const auto mine = accumulate_sums<kSmooth, kBackwardUnroll<kSmooth, W>>(
         t, piece, piece.whole(team, valid), stats, [&](const Place& place) { return load_gradient(t, piece, place); },
         [](const auto&...) {});
     const auto total = reduce_team(team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(sums + partial_of(shape, piece.span), total);
-  }
+  });
+}
+
+template <class T, int W, bool kSmooth>
+FASTNORM_KERNEL(kBlockThreads, 2)
+reduce_backward_rows(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape shape) {
+  sum_rows<kSmooth, W>(t, sums, shape, all_blocks());
+}
+
+// The sums of an item's channels, from those of its threads.
+template <int W, class A>
+FASTNORM_DEVICE void store_sums(const ColumnsPiece<W>& piece, const GradSums<A> (&mine)[W], GradSums<A>* sums) {
+  merge_down(piece, mine, reinterpret_cast<GradSums<A>*>(shared_memory()),
+             [&](int c, const GradSums<A>& total) { store_one(sums + piece.partial(c), total); });
+  sync_block();  // before the next item's sums are written
 }
 
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
 reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsShape shape) {
   using A = Accum<T>;
-  auto* merged = reinterpret_cast<GradSums<A>*>(shared_memory());
-  for (int64_t item = block_index(); item < shape.items; item += grid_blocks()) {
-    const ColumnsPiece<W> piece(shape, item);
+  for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
     LaneCoefs<A, W> coefs;
     load_lane_coefs(t, piece, coefs);
     GradSums<A> mine[W];
-    accumulate_lane_sums<kSmooth>(t, piece, coefs, mine, [](int, const GradientPacks<T, W>&) {});
-    merge_down(piece, mine, merged,
-               [&](int c, const GradSums<A>& total) { store_one(sums + piece.partial(c), total); });
-    sync_block();  // before the next item's sums are written
-  }
+    accumulate_lane_sums<kSmooth, kBackwardUnroll<kSmooth, W>>(
+        t, piece, coefs, mine, [&](int position) { return load_gradient(t, piece, position); }, [](const auto&...) {});
+    store_sums(piece, mine, sums);
+  });
 }
 
 // Statistics change with the position, weights with the channel: sums of d xhat for dweight, of d for dbias.
-template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
-reduce_params(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsShape shape) {
-  using A = Accum<T>;
-  auto* merged = reinterpret_cast<GradSums<A>*>(shared_memory());
-  for (int64_t item = block_index(); item < shape.items; item += grid_blocks()) {
-    const ColumnsPiece<W> piece(shape, item);
+template <bool kSmooth, int W, class T, class A = Accum<T>>
+FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, const ColumnsShape& shape,
+                                const Blocks& blocks) {
+  for_columns<W>(shape, blocks, [&](const ColumnsPiece<W>& piece) {
     A weight[W] = {}, bias[W] = {};
     if (piece.in) {
       load_params<T>(t.weight, piece.channel, A(1), weight);
       load_params<T>(t.bias, piece.channel, A(0), bias);
     }
     GradSums<A> mine[W] = {};
-    piece.template walk<1>([&](const int (&position)[1], const bool (&in)[1]) {
-      if (!in[0]) return;
-      const GradientPacks<T, W> packs = load_gradient(t, piece, position[0]);
-      // A pack lies in one group: its statistics are those of its first lane.
-      const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, position[0]));
-      RowCoefs<A, W> coefs{s.mean, s.rstd, {}, {}};
+    piece.template walk_read<1>([&](int position) { return load_gradient(t, piece, position); },
+                                [&](int position, const GradientPacks<T, W>& packs) {
+                                  // A pack lies in one group: its statistics are those of its first lane.
+                                  const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, position));
+                                  RowCoefs<A, W> coefs{s.mean, s.rstd, {}, {}};
+                                  set_affine(s, weight, bias, coefs);
+                                  A x[W], d[W];
+                                  gradient<kSmooth>(t, packs, coefs, x, d);
 #pragma unroll
-      for (int w = 0; w < W; ++w) {
-        const Affine<A> c = make_affine(s, weight[w], bias[w]);
-        coefs.scale[w] = c.scale;
-        coefs.bias[w] = c.bias;
-      }
-      A x[W], d[W];
-      gradient<kSmooth>(t, packs, coefs, x, d);
-#pragma unroll
-      for (int w = 0; w < W; ++w) mine[w].merge({d[w], d[w] * ((x[w] - s.mean) * s.rstd - s.low * s.rstd)});
-    });
-    merge_down(piece, mine, merged,
-               [&](int c, const GradSums<A>& total) { store_one(sums + piece.partial(c), total); });
-    sync_block();  // before the next item's sums are written
+                                  for (int w = 0; w < W; ++w)
+                                    mine[w].merge({d[w], d[w] * ((x[w] - s.mean) * s.rstd - s.low * s.rstd)});
+                                });
+    store_sums(piece, mine, sums);
+  });
+}
+
+// The first blocks, as many as the rows' grid has (none where dx is not wanted), go along the rows, the others down.
+template <class T, int W, int kColumnsW, bool kSmooth>
+FASTNORM_KERNEL(kBlockThreads, 2)
+reduce_elements(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape rows, int64_t rows_blocks,
+                GradSums<Accum<T>>* params, ColumnsShape columns) {
+  const Blocks all = all_blocks();
+  if (all.index < rows_blocks) {
+    sum_rows<kSmooth, W>(t, sums, rows, {all.index, rows_blocks});
+  } else {
+    sum_params<kSmooth, kColumnsW>(t, params, columns, {all.index - rows_blocks, all.count - rows_blocks});
   }
 }
 

@@ -47,12 +47,13 @@ struct RowsShape {
   FastDiv by_length;
   int team;
   bool per_element;  // the channel changes with every element of a run
+  bool backwards;    // from the last item to the first
 };
 
 // whole_bytes: a mask may be written, whose rows begin with a byte. Not whether one is: the order of sums must not
 // depend on it.
 inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid& grid, DType dtype, bool whole_bytes) {
-  const Runs runs = g.per_element() ? stat_runs(g) : weight_runs(g);
+  const Runs runs = rows_runs(g);
   const bool batch = g.kind == Kind::kBatch;
   RowsShape s{};
   s.sets = g.sets();
@@ -156,6 +157,9 @@ struct RowsPiece {
     return load_mask<W>(mask + (mask_row + p.run * shape.run_masks) * shape.mask_row_bytes, run_element(p));
   }
 
+  // Where a staged piece keeps the pack of a place.
+  FASTNORM_DEVICE int slot(const Place& p) const { return p.run * span.packs + p.pack; }
+
   // The whole piece by a team; nothing of it where the item is not `valid`.
   FASTNORM_DEVICE Stretch whole(const Team& team, bool valid) const {
     const int steps = span.steps(shape);
@@ -175,7 +179,46 @@ struct RowsPiece {
       body(places);
     }
   }
+  // use(place, read(place)) for every place, U of them read before the first is used.
+  template <int U, class Read, class Use>
+  FASTNORM_DEVICE void walk_read(const Stretch& stretch, Read read, Use use) const {
+    walk<U>(stretch, [&](const Place(&places)[U]) {
+      decltype(read(places[0])) what[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (places[u].in) what[u] = read(places[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (places[u].in) use(places[u], what[u]);
+      }
+    });
+  }
 };
+
+// body(team, piece, valid) for the items of these blocks' teams. All threads make as many calls: where no item is left,
+// `valid` is false and the piece is another's.
+template <int W, class Body>
+FASTNORM_DEVICE void for_rows(const RowsShape& shape, const Blocks& blocks, Body body) {
+  const Team team(shape.team);
+  const int teams = block_threads() / team.width;
+  for (int64_t first = blocks.index * teams; first < shape.items; first += blocks.count * teams) {
+    const bool valid = first + team.index < shape.items;
+    const int64_t item = valid ? first + team.index : first;
+    body(team, RowsPiece<W>(shape, shape.backwards ? shape.items - 1 - item : item), valid);
+  }
+}
+
+// Begins to copy a team's piece of x to shared memory; every thread what it reads itself on a walk over the whole.
+template <int W, class T>
+FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, const T* x, Pack<T, W>* staged) {
+  piece.template walk<kUnroll>(piece.whole(team, true), [&](const Place(&places)[kUnroll]) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (places[u].in) stage<W>(staged + piece.slot(places[u]), x + piece.element(places[u]));
+    }
+  });
+}
 
 // The moments of several packs relative to `origin`, taken over their own mean before they are merged: one division a
 // batch, and no difference of large squares.
@@ -216,10 +259,9 @@ FASTNORM_DEVICE A origin_of(const T* first) {
   return value - value == A(0) ? value : A(0);  // not finite: 0
 }
 
-// This thread's share of a piece's moments, relative to `origin`; keep(place, pack) sees what was read.
-template <int U, int W, class T, class A, class Keep>
-FASTNORM_DEVICE Welford<A> accumulate_moments(const RowsPiece<W>& piece, const Stretch& stretch, const T* x, A origin,
-                                              Keep keep) {
+// This thread's share of a piece's moments, relative to `origin`; read(place): the pack of x there.
+template <int U, class T, int W, class A, class Read>
+FASTNORM_DEVICE Welford<A> accumulate_moments(const RowsPiece<W>& piece, const Stretch& stretch, A origin, Read read) {
   Welford<A> total{};
   piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
     Pack<T, W> packs[U];
@@ -227,11 +269,7 @@ FASTNORM_DEVICE Welford<A> accumulate_moments(const RowsPiece<W>& piece, const S
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       in[u] = places[u].in;
-      if (in[u]) packs[u] = load<W>(x + piece.element(places[u]));
-    }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (in[u]) keep(places[u], packs[u]);
+      if (in[u]) packs[u] = read(places[u]);
     }
     total.merge(batch_moments(packs, in, origin));
   });
@@ -260,12 +298,7 @@ class RowCoefsReader {
 #pragma unroll
       for (int w = 1; w < W; ++w) weight[w] = weight[0], bias[w] = bias[0];
     }
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      const Affine<A> c = make_affine({coefs_.mean, coefs_.rstd, low_}, weight[w], bias[w]);
-      coefs_.scale[w] = c.scale;
-      coefs_.bias[w] = c.bias;
-    }
+    set_affine({coefs_.mean, coefs_.rstd, low_}, weight, bias, coefs_);
     return coefs_;
   }
   FASTNORM_DEVICE const RowCoefs<A, W>& last() const { return coefs_; }

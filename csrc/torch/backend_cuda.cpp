@@ -11,12 +11,15 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
 #include <string>
 
+#include "../plan_options.h"
 #include "cuda_stream.h"
+#include "plan_cache.h"
 
 namespace fastnorm::ops {
 
@@ -38,9 +41,9 @@ void check_cuda(int error) {
 
 // What the emulator finds is thrown, and its device changes from test to test.
 template <class F>
-void launch(F&& f) {
+int launch(F&& f) {
   try {
-    check_cuda(f());
+    return f();
   } catch (const std::runtime_error& found) {
     fail(-1, found.what());
   }
@@ -57,8 +60,8 @@ void* current_stream(at::Device) { return nullptr; }
 #else
 
 template <class F>
-void launch(F&& f) {
-  check_cuda(f());
+int launch(F&& f) {
+  return f();
 }
 
 // Machine code (sm_*) runs on its own major version from its minor one on, intermediate code (compute_*) on all that is
@@ -119,7 +122,30 @@ class Workspace {
   at::Tensor memory_;
 };
 
+DeviceInfo without_gangs(DeviceInfo device) {
+  device.largest_cluster = 1;
+  device.cluster_multiprocessors = 0;
+  device.cooperative = false;
+  return device;
+}
+
+// Launches a call as planned. A device that is shared or partitioned may refuse blocks that wait for each other: then
+// the call goes, now and in future, by a plan that has none.
+template <class Plan, class MakePlan, class Launch>
+void run_planned(PlanCache<Plan>& cache, const Geometry& g, DType dtype, const std::array<int64_t, 5>& needs,
+                 const DeviceInfo& device, MakePlan make_plan, Launch launch_plan) {
+  const PlanKey key = plan_key(g, dtype, needs, device, plan_options());
+  int error = launch([&] { return launch_plan(cache.get(key, [&] { return make_plan(device, plan_options()); })); });
+  if (error == cuda::kGangRefused) {
+    const Plan plan = make_plan(without_gangs(device), PlanOptions{});
+    error = launch([&] { return launch_plan(plan); });
+    if (error == 0) cache.put(key, plan);
+  }
+  check_cuda(error);
+}
+
 void forward(const ForwardArgs& args, at::Device device) {
+  static PlanCache<ForwardPlan> cache;
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.x, args.residual, args.y);
   if (packs_params(args.geometry)) {
@@ -127,12 +153,19 @@ void forward(const ForwardArgs& args, at::Device device) {
         alignment, common_alignment(args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data));
   }
   const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr};
-  const ForwardPlan plan = plan_forward(args.geometry, args.dtype, needs, device_info(device));
-  const Workspace workspace(plan.workspace_bytes, device);
-  launch([&] { return cuda::launch_forward(args, plan, workspace.data(), current_stream(device)); });
+  run_planned(
+      cache, args.geometry, args.dtype, {needs.alignment, needs.output, needs.frozen, 0, 0}, device_info(device),
+      [&](const DeviceInfo& info, const PlanOptions& options) {
+        return plan_forward(args.geometry, args.dtype, needs, info, options);
+      },
+      [&](const ForwardPlan& plan) {
+        const Workspace workspace(plan.workspace_bytes, device);
+        return cuda::launch_forward(args, plan, workspace.data(), current_stream(device));
+      });
 }
 
 void backward(const BackwardArgs& args, at::Device device) {
+  static PlanCache<BackwardPlan> cache;
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.dy, args.x, args.residual, args.dx, args.dresidual);
   if (packs_params(args.geometry)) {
@@ -142,14 +175,21 @@ void backward(const BackwardArgs& args, at::Device device) {
                             args.dx != nullptr || args.dresidual != nullptr,
                             args.dweight.data != nullptr || args.dbias.data != nullptr};
   if (!needs.input && !needs.params) return;
-  const BackwardPlan plan = plan_backward(args.geometry, args.dtype, needs, device_info(device));
-  const Workspace workspace(plan.workspace_bytes(), device);
-  launch([&] { return cuda::launch_backward(args, plan, workspace.data(), current_stream(device)); });
+  run_planned(
+      cache, args.geometry, args.dtype, {needs.alignment, needs.residual, needs.frozen, needs.input, needs.params},
+      device_info(device),
+      [&](const DeviceInfo& info, const PlanOptions& options) {
+        return plan_backward(args.geometry, args.dtype, needs, info, options);
+      },
+      [&](const BackwardPlan& plan) {
+        const Workspace workspace(plan.workspace_bytes(), device);
+        return cuda::launch_backward(args, plan, workspace.data(), current_stream(device));
+      });
 }
 
 void update_running_stats(const RunningArgs& args, at::Device device) {
   const c10::DeviceGuard guard(device);
-  launch([&] { return cuda::launch_update_running_stats(args, current_stream(device)); });
+  check_cuda(launch([&] { return cuda::launch_update_running_stats(args, current_stream(device)); }));
 }
 
 }  // namespace

@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <variant>
 
 #include "../cpu/dispatch.h"
+#include "../kernels.h"
+#include "../plan_options.h"
 #include "cuda_stream.h"
 
 namespace py = pybind11;
@@ -46,17 +49,55 @@ void check_plannable(const Geometry& g, DType dtype, int alignment) {
           "alignment is " + std::to_string(alignment) + ", expected a power of two from the element's size to 16");
 }
 
-ForwardPlan plan_cuda_forward(const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment,
-                              bool output, bool frozen) {
-  check_plannable(g, parse_dtype(dtype), alignment);
-  return plan_forward(g, parse_dtype(dtype), {alignment, output, frozen}, device);
+ForwardNeeds forward_needs(const Geometry& g, DType dtype, int alignment, bool output, bool frozen) {
+  check_plannable(g, dtype, alignment);
+  return {alignment, output, frozen};
+}
+BackwardNeeds backward_needs(const Geometry& g, DType dtype, int alignment, bool residual, bool frozen, bool input,
+                             bool params) {
+  check_plannable(g, dtype, alignment);
+  require(input || params, "neither input nor params is wanted");
+  return {alignment, residual, frozen, input, params};
 }
 
-BackwardPlan plan_cuda_backward(const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment,
-                                bool residual, bool frozen, bool input, bool params) {
-  check_plannable(g, parse_dtype(dtype), alignment);
-  require(input || params, "neither input nor params is wanted");
-  return plan_backward(g, parse_dtype(dtype), {alignment, residual, frozen, input, params}, device);
+// Names as plans print them, numbers as they are.
+using ForcedByName = std::map<std::string, std::variant<std::string, int>>;
+
+template <class Enum>
+int value_named(const std::string& key, const std::string& name, std::initializer_list<Enum> values) {
+  for (const Enum value : values) {
+    if (name == name_of(value)) return static_cast<int>(value);
+  }
+  throw std::invalid_argument("forced " + key + " is '" + name + "', which there is not");
+}
+
+PlanOptions make_options(const ForcedByName& forced, int free_multiprocessors) {
+  require(free_multiprocessors >= 0,
+          "free_multiprocessors is " + std::to_string(free_multiprocessors) + ", expected 0 or more");
+  PlanOptions options;
+  options.free_multiprocessors = free_multiprocessors;
+  Forced& f = options.forced;
+  const std::map<std::string, int*> numbers = {
+      {"pieces", &f.pieces}, {"buffers", &f.buffers}, {"residents", &f.residents}, {"tile_bytes", &f.tile_bytes}};
+  for (const auto& [key, value] : forced) {
+    const std::string* name = std::get_if<std::string>(&value);
+    const auto number = numbers.find(key);
+    if (key == "strategy" && name) {
+      f.strategy = value_named(key, *name, {Strategy::kFused, Strategy::kSplit, Strategy::kApply});
+    } else if (key == "gang" && name) {
+      f.gang = value_named(key, *name, {Gang::kBlock, Gang::kCluster, Gang::kGrid});
+    } else {
+      require(number != numbers.end() && !name,
+              "forced has '" + key +
+                  "', expected names of strategy and gang, numbers of pieces, buffers, residents and "
+                  "tile_bytes");
+      *number->second = std::get<int>(value);
+      require(*number->second >= 1,
+              "forced " + key + " is " + std::to_string(*number->second) + ", expected 1 or more");
+    }
+  }
+  require(f.buffers <= 2, "forced buffers is " + std::to_string(f.buffers) + ", expected 1 or 2");
+  return options;
 }
 
 std::vector<std::string> capabilities() {
@@ -65,8 +106,17 @@ std::vector<std::string> capabilities() {
   return names;
 }
 
-#if !defined(FASTNORM_CUDA_BUILD)
+#if defined(FASTNORM_CUDA_BUILD)
+// Of the current device's context: the driver is asked what clusters it takes.
+DeviceInfo cuda_device_info(int index) {
+  DeviceInfo info{};
+  const int error = cuda::device_info(index, &info);
+  if (error != 0) throw std::runtime_error(std::string("CUDA error: ") + cuda::error_string(error));
+  return info;
+}
+#else
 #define FASTNORM_CUDA_BUILD "none"
+DeviceInfo cuda_device_info(int) { throw std::runtime_error("this build has no CUDA kernels"); }
 #endif
 
 std::map<std::string, std::string> build_info() {
@@ -75,15 +125,6 @@ std::map<std::string, std::string> build_info() {
           {"compiler", FASTNORM_COMPILER},
           {"cpu_capabilities", FASTNORM_CPU_CAPABILITIES},
           {"cuda", FASTNORM_CUDA_BUILD}};
-}
-
-const char* name_of(Traversal traversal) { return traversal == Traversal::kRows ? "rows" : "columns"; }
-const char* name_of(Strategy s) { return s == Strategy::kFused ? "fused" : s == Strategy::kSplit ? "split" : "apply"; }
-const char* name_of(ParamSums s) {
-  return s == ParamSums::kNone     ? "none"
-         : s == ParamSums::kShared ? "shared"
-         : s == ParamSums::kAlong  ? "along"
-                                   : "apart";
 }
 
 void add_planner(py::module_& m) {
@@ -109,15 +150,25 @@ void add_planner(py::module_& m) {
       .def(py::self == py::self)
       .def("__repr__", [](const Geometry& g) { return to_string(g); });
   py::class_<DeviceInfo>(m, "DeviceInfo")
-      .def(py::init<int, int, int, int64_t, int64_t, int64_t>(), py::arg("capability"), py::arg("multiprocessors"),
-           py::arg("threads_per_multiprocessor"), py::arg("shared_per_multiprocessor"), py::arg("shared_per_block"),
-           py::arg("l2_bytes"))
+      .def(py::init<int, int, int, int64_t, int64_t, int64_t, int64_t, int, int, bool>(), py::arg("capability"),
+           py::arg("multiprocessors"), py::arg("threads_per_multiprocessor"), py::arg("shared_per_multiprocessor"),
+           py::arg("shared_per_block"), py::arg("l2_bytes"), py::arg("bytes_per_us"), py::arg("largest_cluster"),
+           py::arg("cluster_multiprocessors"), py::arg("cooperative"))
       .def_readonly("capability", &DeviceInfo::capability)
       .def_readonly("multiprocessors", &DeviceInfo::multiprocessors)
       .def_readonly("threads_per_multiprocessor", &DeviceInfo::threads_per_multiprocessor)
       .def_readonly("shared_per_multiprocessor", &DeviceInfo::shared_per_multiprocessor)
       .def_readonly("shared_per_block", &DeviceInfo::shared_per_block)
-      .def_readonly("l2_bytes", &DeviceInfo::l2_bytes);
+      .def_readonly("l2_bytes", &DeviceInfo::l2_bytes)
+      .def_readonly("bytes_per_us", &DeviceInfo::bytes_per_us)
+      .def_readonly("largest_cluster", &DeviceInfo::largest_cluster)
+      .def_readonly("cluster_multiprocessors", &DeviceInfo::cluster_multiprocessors)
+      .def_readonly("cooperative", &DeviceInfo::cooperative);
+  py::class_<Estimate>(m, "Estimate")
+      .def_readonly("memory", &Estimate::memory)
+      .def_readonly("barriers", &Estimate::barriers)
+      .def_readonly("launches", &Estimate::launches)
+      .def_property_readonly("total", &Estimate::total);
   py::class_<Grid>(m, "Grid")
       .def_property_readonly("traversal", [](const Grid& g) { return name_of(g.traversal); })
       .def_readonly("pack", &Grid::pack)
@@ -132,6 +183,8 @@ void add_planner(py::module_& m) {
       .def_readonly("blocks", &Grid::blocks)
       .def_readonly("shared_bytes", &Grid::shared_bytes)
       .def_readonly("team_bytes", &Grid::team_bytes)
+      .def_property_readonly("gang", [](const Grid& g) { return name_of(g.gang); })
+      .def_readonly("buffers", &Grid::buffers)
       .def(py::self == py::self);
   py::class_<Units>(m, "Units")
       .def_readonly("threads", &Units::threads)
@@ -142,6 +195,8 @@ void add_planner(py::module_& m) {
       .def_property_readonly("strategy", [](const ForwardPlan& p) { return name_of(p.strategy); })
       .def_readonly("grid", &ForwardPlan::grid)
       .def_readonly("workspace_bytes", &ForwardPlan::workspace_bytes)
+      .def_readonly("launches", &ForwardPlan::launches)
+      .def_readonly("estimate", &ForwardPlan::estimate)
       .def(py::self == py::self)
       .def("__repr__", [](const ForwardPlan& p) { return to_string(p); });
   py::class_<BackwardPlan>(m, "BackwardPlan")
@@ -155,15 +210,52 @@ void add_planner(py::module_& m) {
       .def_readonly("sums_bytes", &BackwardPlan::sums_bytes)
       .def_readonly("params_bytes", &BackwardPlan::params_bytes)
       .def_readonly("terms_bytes", &BackwardPlan::terms_bytes)
+      .def_readonly("gang_bytes", &BackwardPlan::gang_bytes)
       .def_property_readonly("workspace_bytes", &BackwardPlan::workspace_bytes)
+      .def_readonly("meets", &BackwardPlan::meets)
+      .def_readonly("launches", &BackwardPlan::launches)
+      .def_readonly("estimate", &BackwardPlan::estimate)
       .def(py::self == py::self)
       .def("__repr__", [](const BackwardPlan& p) { return to_string(p); });
-  m.def("plan_forward", &plan_cuda_forward, "How a forward call is cut into CUDA launches.", py::arg("geometry"),
-        py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16, py::arg("output") = true,
-        py::arg("frozen") = false);
-  m.def("plan_backward", &plan_cuda_backward, "How a backward call is cut into CUDA launches.", py::arg("geometry"),
-        py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16, py::arg("residual") = false,
-        py::arg("frozen") = false, py::arg("input") = true, py::arg("params") = true);
+  m.def("cuda_device_info", &cuda_device_info, "The facts of a GPU of this machine.", py::arg("index") = 0);
+  // One plan, the cheapest, or all that were compared.
+  const auto def_forward = [&](const char* name, const char* doc, auto plan) {
+    m.def(
+        name,
+        [plan](const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment, bool output,
+               bool frozen, const ForcedByName& forced, int free_multiprocessors) {
+          const DType type = parse_dtype(dtype);
+          return plan(g, type, forward_needs(g, type, alignment, output, frozen), device,
+                      make_options(forced, free_multiprocessors));
+        },
+        doc, py::arg("geometry"), py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16,
+        py::arg("output") = true, py::arg("frozen") = false, py::arg("forced") = ForcedByName{},
+        py::arg("free_multiprocessors") = 0);
+  };
+  const auto def_backward = [&](const char* name, const char* doc, auto plan) {
+    m.def(
+        name,
+        [plan](const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment, bool residual,
+               bool frozen, bool input, bool params, const ForcedByName& forced, int free_multiprocessors) {
+          const DType type = parse_dtype(dtype);
+          return plan(g, type, backward_needs(g, type, alignment, residual, frozen, input, params), device,
+                      make_options(forced, free_multiprocessors));
+        },
+        doc, py::arg("geometry"), py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16,
+        py::arg("residual") = false, py::arg("frozen") = false, py::arg("input") = true, py::arg("params") = true,
+        py::arg("forced") = ForcedByName{}, py::arg("free_multiprocessors") = 0);
+  };
+  def_forward("plan_forward", "How a forward call is cut into CUDA launches.", &plan_forward);
+  def_backward("plan_backward", "How a backward call is cut into CUDA launches.", &plan_backward);
+  def_forward("compare_forward", "All plans of a forward call, cheapest first.", &compare_forward);
+  def_backward("compare_backward", "All plans of a backward call, cheapest first.", &compare_backward);
+  m.def(
+      "set_plan_options",
+      [](const ForcedByName& forced, int free_multiprocessors) {
+        plan_options() = make_options(forced, free_multiprocessors);
+      },
+      "What all CUDA calls from now on are planned with; no call may be under way.", py::kw_only(),
+      py::arg("forced") = ForcedByName{}, py::arg("free_multiprocessors") = 0);
   m.def(
       "pack_width",
       [](const Geometry& g, const std::string& dtype, int alignment) {

@@ -1,0 +1,251 @@
+#include "plan_grid.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace fastnorm {
+
+namespace {
+
+// None of the figures below has been measured on a GPU yet; each says what it rests on.
+
+constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+
+// Packs that a thread of a team takes in one go (kUnroll in csrc/cuda/rows.cuh): a team is as wide as that needs.
+constexpr int64_t kPacksPerThread = 4;
+
+// Lanes that take neighbouring packs: as many as share a byte of the mask, and over rows a sector of 32 bytes.
+int min_lanes(int pack) { return 8 / pack; }
+int min_team(int pack) { return std::max(2, min_lanes(pack)); }
+
+// A multiple of this many packs ends with a byte of the mask, however narrow they are.
+constexpr int64_t kMaskPacks = 8;
+
+// Blocks to a multiprocessor that a split aims at: two or three are there at a time, as registers allow, and either
+// number goes into six whole rounds. More would be more partials: of 12 bytes a channel for columns.
+constexpr int64_t kBlocksPerMultiprocessor = 6;
+
+// The smallest piece worth a block of its own: 16 KB, what one multiprocessor of an H200 must have under way to be
+// busy.
+constexpr int64_t kMinPiecePacks = 1024;
+
+// Offsets in a piece fit 32 bits, and its count of elements is exact in float32.
+constexpr int64_t kMaxPiecePacks = int64_t(1) << 20;
+constexpr int64_t kMaxPiecePositions = int64_t(1) << 20;
+
+// The driver keeps 1 KB of every block's shared memory.
+constexpr int64_t kReservedShared = 1024;
+
+// A warp merges the channels of a set in fused columns; the tile of a wider set would have no room for positions.
+constexpr int64_t kMaxMergedChannels = 256;
+
+constexpr int kMaxTilePacks = 32;
+
+int64_t align_up(int64_t bytes, int64_t unit = 16) { return div_up(bytes, unit) * unit; }
+int64_t power_of_two(int64_t at_least) {
+  int64_t p = 1;
+  while (p < at_least) p *= 2;
+  return p;
+}
+
+// Shared memory of one block-wide reduction: a partial of three numbers a warp, and the result.
+int64_t ladder_bytes(int threads, DType dtype) { return align_up((threads / kWarp + 1) * 3 * accum_size(dtype)); }
+
+int64_t wanted_blocks(const DeviceInfo& device) { return kBlocksPerMultiprocessor * device.multiprocessors; }
+
+// Threads of a team for so many packs, and teams of a block, spread over the device when there are few items.
+void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_blocks) {
+  const int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
+  grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), kBlockThreads));
+  if (full_blocks && grid.threads_x > kWarp) grid.threads_x = kBlockThreads;
+  const int64_t spread = full_blocks ? grid.items : grid.items / device.multiprocessors;
+  if (grid.threads_x >= kWarp) {
+    const int64_t most = grid.threads_x > kWarp ? 1 : kBlockThreads / kWarp;
+    grid.threads_y = static_cast<int>(full_blocks ? most : std::clamp<int64_t>(spread, 1, most));
+  } else {
+    const int per_warp = kWarp / grid.threads_x, most = kBlockThreads / kWarp;
+    grid.threads_y =
+        per_warp * (full_blocks ? most : static_cast<int>(std::clamp<int64_t>(spread / per_warp, 1, most)));
+  }
+  grid.blocks = std::min(kMaxBlocks, div_up(grid.items, grid.threads_y));
+}
+
+// Cuts a set into at most so many pieces: of whole runs, or parts of one.
+void cut_runs(const Runs& runs, int64_t pieces, Grid& grid) {
+  const int64_t run_packs = runs.length / grid.pack;
+  if (pieces > runs.count) {
+    const int64_t parts = std::min(pieces / runs.count, run_packs);
+    grid.piece_length = parts == 1 ? run_packs : align_up(div_up(run_packs, parts), kMaskPacks);
+    grid.pieces = runs.count * div_up(run_packs, grid.piece_length);
+  } else {
+    grid.piece_length = run_packs;
+    grid.piece_runs = div_up(runs.count, pieces);
+    grid.pieces = div_up(runs.count, grid.piece_runs);
+  }
+}
+
+Grid split_rows(const Geometry& g, DType dtype, int pack, const DeviceInfo& device, bool full_blocks) {
+  Grid grid = empty_grid(Traversal::kRows, pack);
+  const Runs runs = rows_runs(g);
+  const int64_t run_packs = runs.length / pack, packs = runs.count * run_packs;
+  int64_t pieces = div_up(wanted_blocks(device), g.sets());
+  pieces = std::clamp<int64_t>(pieces, 1, std::max<int64_t>(1, packs / kMinPiecePacks));
+  const int64_t piece = std::min(kMaxPiecePacks, div_up(packs, pieces));
+  if (run_packs > piece) {
+    cut_runs(runs, runs.count * div_up(run_packs, piece), grid);
+  } else {
+    cut_runs(runs, div_up(runs.count, piece / run_packs), grid);
+  }
+  grid.items = g.sets() * grid.pieces;
+  choose_team(grid, grid.piece_runs * grid.piece_length, device, full_blocks);
+  grid.shared_bytes = ladder_bytes(grid.threads(), dtype);
+  return grid;
+}
+
+int64_t columns_merge_bytes(const Grid& grid, DType dtype) {
+  return grid.threads() * grid.pack * 2 * accum_size(dtype);
+}
+
+// Channels of a tile of whole sets and whole bytes of the mask.
+int64_t fused_tile(const Geometry& g, DType dtype, int64_t tile_bytes) {
+  const int64_t unit = std::lcm(g.set_channels(), int64_t(8));
+  return std::min(g.C, unit * div_up(tile_bytes / size_of(dtype), unit));
+}
+
+// A cluster's partials, of two waves, in each block's shared memory.
+int64_t partial_bytes(const Staging& staging, Gang gang, int64_t channels, DType dtype) {
+  return gang == Gang::kCluster ? align_up(2 * channels * staging.partial_numbers * accum_size(dtype)) : 0;
+}
+
+bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,
+                const DeviceInfo& device, Grid& grid) {
+  cut_runs(rows_runs(g), choice.pieces, grid);
+  const int64_t packs = grid.piece_runs * grid.piece_length;
+  if (packs > kMaxPiecePacks) return false;
+  grid.items = g.sets() * grid.pieces;
+  choose_team(grid, packs, device, false);
+  if (choice.gang != Gang::kBlock) {  // few blocks of many threads: less to exchange
+    grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(packs), kWarp, kBlockThreads));
+    grid.threads_y = 1;
+  }
+  const int64_t stream = align_up(packs * grid.pack * size_of(dtype)), pair = 2 * accum_size(dtype);
+  int64_t extra = 0;
+  if (staging.extra == Extra::kGathered) extra = align_up(grid.piece_length * grid.pack * pair);
+  if (staging.extra == Extra::kUnits) {
+    extra = align_up((g.kind == Kind::kBatch ? 1 : grid.piece_runs) * choose_units(g, grid).segments * pair);
+  }
+  grid.team_bytes = choice.buffers * staging.streams * stream + extra;
+  const int64_t others = ladder_bytes(kBlockThreads, dtype) + partial_bytes(staging, choice.gang, 1, dtype);
+  const int64_t limit = shared_limit(choice.residents, device) - others;
+  const int step = std::max(1, kWarp / grid.threads_x);
+  while (grid.threads_y > step && grid.threads_y * grid.team_bytes > limit) {
+    grid.threads_y = std::max(step, grid.threads_y / 2 / step * step);
+  }
+  grid.shared_bytes = grid.threads_y * grid.team_bytes + others;
+  return grid.threads_y * grid.team_bytes <= limit;
+}
+
+bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,
+                   const DeviceInfo& device, Grid& grid) {
+  if (g.set_channels() > kMaxMergedChannels) return false;
+  grid.tile = fused_tile(g, dtype, choice.tile_bytes);
+  grid.threads_x =
+      static_cast<int>(std::max<int64_t>(min_lanes(grid.pack), power_of_two(div_up(grid.tile, grid.pack))));
+  grid.piece_length = div_up(g.positions(), std::min(choice.pieces, g.positions()));
+  grid.pieces = div_up(g.positions(), grid.piece_length);
+  grid.items = g.outer() * div_up(g.C, grid.tile) * grid.pieces;
+  if (grid.threads_x > kBlockThreads || grid.piece_length > kMaxPiecePositions) return false;
+  grid.threads_y = kBlockThreads / grid.threads_x;
+  const int64_t stream = align_up(grid.tile * grid.piece_length * size_of(dtype));
+  // The merge of the threads' sums, and four numbers a set.
+  grid.shared_bytes = choice.buffers * staging.streams * stream + columns_merge_bytes(grid, dtype) +
+                      align_up(grid.tile * 4 * accum_size(dtype)) +
+                      partial_bytes(staging, choice.gang, grid.tile, dtype);
+  return grid.shared_bytes <= shared_limit(choice.residents, device);
+}
+
+}  // namespace
+
+int64_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t shared_limit(int residents, const DeviceInfo& device) {
+  return std::min(device.shared_per_block, device.shared_per_multiprocessor / residents - kReservedShared);
+}
+
+Grid empty_grid(Traversal traversal, int pack) {
+  return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0, Gang::kBlock, 1};
+}
+
+Grid split_columns(int64_t outer, int64_t positions, int64_t C, DType dtype, int pack, const DeviceInfo& device) {
+  Grid grid = empty_grid(Traversal::kColumns, pack);
+  grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(C / pack), min_lanes(pack), kMaxTilePacks));
+  grid.threads_y = kBlockThreads / grid.threads_x;
+  grid.tile = std::min<int64_t>(C, grid.threads_x * pack);
+  const int64_t tiles = div_up(C, grid.tile), least = grid.threads_y * 2 * kPacksPerThread;
+  int64_t pieces = div_up(wanted_blocks(device), outer * tiles);
+  pieces = std::clamp<int64_t>(pieces, 1, std::max<int64_t>(1, positions / least));
+  grid.piece_length = std::min(kMaxPiecePositions, div_up(positions, pieces));
+  grid.pieces = div_up(positions, grid.piece_length);
+  grid.items = outer * grid.pieces * tiles;
+  grid.blocks = std::min(kMaxBlocks, grid.items);
+  grid.shared_bytes = columns_merge_bytes(grid, dtype);
+  return grid;
+}
+
+Grid split_grid(const Geometry& g, DType dtype, int pack, const DeviceInfo& device, bool full_blocks) {
+  if (g.traversal() == Traversal::kRows) return split_rows(g, dtype, pack, device, full_blocks);
+  return split_columns(g.outer(), g.positions(), g.C, dtype, pack, device);
+}
+
+Units choose_units(const Geometry& g, const Grid& grid) {
+  const bool batch = g.kind == Kind::kBatch;
+  const int64_t cells = batch ? 1 : grid.piece_runs, packs = grid.piece_length * (batch ? grid.piece_runs : 1);
+  Units units{};
+  units.threads = static_cast<int>(std::min<int64_t>({kWarp, grid.threads_x, power_of_two(packs)}));
+  const int64_t slots = grid.threads_x / units.threads;
+  const int64_t segments = std::clamp<int64_t>(div_up(slots, cells), 1, std::max<int64_t>(1, packs / units.threads));
+  units.length = div_up(packs, segments);
+  units.segments = div_up(packs, units.length);
+  return units;
+}
+
+Shares fused_shares(const Geometry& g, DType dtype, int64_t tile_bytes) {
+  if (g.traversal() == Traversal::kRows) return {g.set_size() * size_of(dtype), g.sets()};
+  const int64_t tile = fused_tile(g, dtype, tile_bytes);
+  return {tile * g.positions() * size_of(dtype), g.outer() * div_up(g.C, tile)};
+}
+
+int64_t resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device) {
+  // kernels are compiled for two blocks to a multiprocessor, but for those that have no registers left for the second.
+  const bool alone = backward && grid.traversal == Traversal::kColumns && grid.pack == 8;
+  const int64_t by_registers = (alone ? kBlockThreads : kResidentThreads) / grid.threads();
+  const int64_t by_threads = device.threads_per_multiprocessor / grid.threads();
+  const int64_t by_shared = device.shared_per_multiprocessor / (grid.shared_bytes + kReservedShared);
+  const int64_t each = std::min({by_registers, by_threads, by_shared});
+  if (grid.gang != Gang::kCluster) return each * device.multiprocessors;
+  // As a cluster of the largest size lies, smaller ones lie within it.
+  const int64_t largest = device.largest_cluster;
+  return largest > 0 ? device.cluster_multiprocessors / largest * (largest * each / grid.pieces) * grid.pieces : 0;
+}
+
+bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging, const FusedChoice& choice,
+                const DeviceInfo& device, Grid& grid) {
+  grid = empty_grid(g.traversal(), pack);
+  if (dtype == DType::kFloat64) return false;
+  const bool fits = g.traversal() == Traversal::kRows ? fused_rows(g, dtype, staging, choice, device, grid)
+                                                      : fused_columns(g, dtype, staging, choice, device, grid);
+  // A gang of one block is none.
+  if (!fits || (grid.pieces == 1) != (choice.gang == Gang::kBlock)) return false;
+  if (choice.gang == Gang::kCluster && grid.pieces > device.largest_cluster) return false;
+  grid.gang = choice.gang;
+  grid.buffers = choice.buffers;
+  const int64_t blocks = div_up(grid.items, grid.teams());
+  int64_t resident = resident_blocks(grid, staging.partial_numbers == 2, device);
+  resident = std::min(resident, int64_t(choice.residents) * kBlockThreads / grid.threads() * device.multiprocessors);
+  resident = resident / grid.pieces * grid.pieces;
+  grid.blocks = std::min(choice.stays ? resident : kMaxBlocks / grid.pieces * grid.pieces, blocks);
+  return resident > 0;
+}
+
+}  // namespace fastnorm

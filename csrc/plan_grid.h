@@ -1,0 +1,55 @@
+// The grids of launches: how work is cut for a device, within the limits of kernels and device. Nothing is chosen here
+// between one way and another; plan_cuda.cpp does that, by the estimates of plan_cost.h.
+#pragma once
+
+#include "plan_cuda.h"
+
+namespace fastnorm {
+
+// A fused launch as asked for; the grid made of it may have fewer pieces.
+struct FusedChoice {
+  Gang gang;
+  int64_t pieces;      // blocks of a gang, at most
+  int buffers;         // waves in shared memory
+  int residents;       // blocks to a multiprocessor that its shared memory is shared out to
+  int64_t tile_bytes;  // columns: of neighbouring channels, at least
+  bool stays;          // blocks take items in strides: all are on the device at a time
+};
+
+// What fused kernels keep in shared memory besides partials.
+enum class Extra { kNone, kUnits, kGathered };
+struct Staging {
+  int streams;          // tensors
+  int partial_numbers;  // of an accumulator: 3 forward, 2 backward
+  Extra extra;          // rows: the sums of units, or the gathered gradients of a row's weights
+};
+
+Grid empty_grid(Traversal traversal, int pack);
+
+// Cut into pieces until every multiprocessor has work. full_blocks: of kBlockThreads threads, whatever the work.
+Grid split_grid(const Geometry& g, DType dtype, int pack, const DeviceInfo& device, bool full_blocks = false);
+// The same of columns alone: outer stacks of so many rows of C channels.
+Grid split_columns(int64_t outer, int64_t positions, int64_t C, DType dtype, int pack, const DeviceInfo& device);
+
+// False where there is none: too little shared memory, more blocks to a gang than the device holds.
+bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging, const FusedChoice& choice,
+                const DeviceInfo& device, Grid& grid);
+
+Units choose_units(const Geometry& g, const Grid& grid);
+
+// Bytes of one staged tensor of a set (rows) or of a tile of at least tile_bytes (columns), and how many there are.
+struct Shares {
+  int64_t bytes, count;
+};
+Shares fused_shares(const Geometry& g, DType dtype, int64_t tile_bytes);
+
+// Blocks of a launch that are on the device at a time: as its gangs allow, at least.
+int64_t resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device);
+
+int64_t accum_size(DType dtype);
+int64_t div_up(int64_t a, int64_t b);
+
+// Shared memory of a block when so many share a multiprocessor.
+int64_t shared_limit(int residents, const DeviceInfo& device);
+
+}  // namespace fastnorm
