@@ -93,7 +93,9 @@ void for_each_fused(const Geometry& g, DType dtype, int pack, const Staging& sta
     Grid grid;
     if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
     if (buffers_idle(grid) && forced.buffers != 2) continue;
-    make(grid, resident_blocks(grid, staging.partial_numbers == 2, where));
+    // Other sizes of clusters than powers of two might fill a device badly; runs can make some.
+    if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
+    make(grid, resident_blocks(grid, staging.backward, where));
   }
 }
 
@@ -152,7 +154,7 @@ struct ForwardPlanner {
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
       const DeviceInfo met = leave_free(device, options.free_multiprocessors);
-      for_each_fused(g, dtype, pack, {1, 3, Extra::kNone}, false, false, device, met, options.forced,
+      for_each_fused(g, dtype, pack, {1, false, false}, false, false, device, met, options.forced,
                      [&](const Grid& grid, int64_t resident) {
                        const Estimate estimate = estimate_fused(grid, streams, resident, device) +
                                                  estimate_launches(1, grid.gang == Gang::kGrid);
@@ -202,15 +204,14 @@ struct BackwardPlanner {
     // A batch norm's fused sums are final, and are written as the gradients themselves.
     const bool folds = along || (sums == ParamSums::kShared && g.kind != Kind::kBatch);
     const bool meets = folds && device.cooperative;
-    Staging staging{streams.read, 2, Extra::kNone};
-    if (rows) staging.extra = !g.per_element() ? Extra::kUnits : along ? Extra::kGathered : Extra::kNone;
+    const Staging staging{streams.read, true, along};
     const DeviceInfo met = leave_free(device, options.free_multiprocessors);
     for_each_fused(g, dtype, pack, staging, meets || along, meets, device, met, options.forced,
                    [&](const Grid& grid, int64_t resident) {
                      BackwardPlan plan = empty(Strategy::kFused, sums);
                      plan.reduce = grid;
                      plan.meets = meets;
-                     if (staging.extra == Extra::kUnits) plan.units = choose_units(g, grid);
+                     if (has_units(g, grid)) plan.units = choose_units(grid);
                      if (folds && !along) {
                        const int64_t parts = rows && grid.piece_runs == 1 ? grid.pieces / rows_runs(g).count : 1;
                        plan.sums_bytes = g.outer() * parts * g.C * pair;

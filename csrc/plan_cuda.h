@@ -41,6 +41,9 @@ constexpr int kResidentThreads = 2 * kBlockThreads;
 constexpr int kWarp = 32;
 constexpr int kMaxCluster = 16;
 
+// A staged piece lands share by share: the first are reduced while the last are under way.
+constexpr int kShares = 4;
+
 enum class Strategy : int { kFused = 0, kSplit = 1, kApply = 2 };
 
 // Who shares a set or a tile in a fused launch, a piece each.
@@ -72,6 +75,17 @@ struct Grid {
   int buffers;           // fused: 2 where the next wave is loaded during this one; else 1
 
   int threads() const { return threads_x * threads_y; }
+  // Packs that a staged run takes in shared memory. Single elements are staged in blocks of 16 bytes that begin where
+  // memory has them.
+  int64_t run_slots(DType dtype) const {
+    const int64_t lanes = 16 / size_of(dtype);
+    return pack > 1 ? piece_length : (piece_length + lanes - 2) / lanes * lanes + lanes;
+  }
+  // Bytes of one staged tensor of a piece.
+  int64_t stream_bytes(DType dtype) const {
+    const int64_t packs = traversal == Traversal::kRows ? piece_runs * run_slots(dtype) : tile * piece_length / pack;
+    return (packs * pack * size_of(dtype) + 15) / 16 * 16;
+  }
   // Items that a block takes at a time.
   int teams() const { return traversal == Traversal::kRows ? threads_y : 1; }
   bool operator==(const Grid& o) const {
@@ -106,8 +120,8 @@ struct ForwardPlan {
   }
 };
 
-// Fused rows reduce a piece by units, so that every cell's own sums come out: a unit is a segment of a cell, taken by
-// unit_threads neighbouring threads.
+// Fused rows reduce a piece of several cells by units, so that every cell's own sums come out: a unit is a segment of a
+// cell, taken by unit_threads neighbouring threads.
 struct Units {
   int threads;       // a power of two, at most a warp and at most the team
   int64_t segments;  // of a cell
@@ -131,7 +145,7 @@ struct BackwardPlan {
   Grid reduce;     // fused: the one launch
   Grid apply;      // split and apply
   Grid params;     // kApart; as many threads as `reduce` has, where that is launched too
-  Units units;     // fused rows
+  Units units;     // fused rows, pieces of several cells
   bool meets;      // fused: a cooperative launch, whose blocks meet at the end and fold the parameters' gradients
   int64_t sums_bytes, params_bytes, terms_bytes, gang_bytes;  // of the workspace, in this order
   int launches;

@@ -114,7 +114,7 @@ int64_t fused_tile(const Geometry& g, DType dtype, int64_t tile_bytes) {
 
 // A cluster's partials, of two waves, in each block's shared memory.
 int64_t partial_bytes(const Staging& staging, Gang gang, int64_t channels, DType dtype) {
-  return gang == Gang::kCluster ? align_up(2 * channels * staging.partial_numbers * accum_size(dtype)) : 0;
+  return gang == Gang::kCluster ? align_up(2 * channels * staging.partial_numbers() * accum_size(dtype)) : 0;
 }
 
 bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,
@@ -128,13 +128,12 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
     grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(packs), kWarp, kBlockThreads));
     grid.threads_y = 1;
   }
-  const int64_t stream = align_up(packs * grid.pack * size_of(dtype)), pair = 2 * accum_size(dtype);
-  int64_t extra = 0;
-  if (staging.extra == Extra::kGathered) extra = align_up(grid.piece_length * grid.pack * pair);
-  if (staging.extra == Extra::kUnits) {
-    extra = align_up((g.kind == Kind::kBatch ? 1 : grid.piece_runs) * choose_units(g, grid).segments * pair);
+  const int64_t pair = 2 * accum_size(dtype);
+  grid.team_bytes = choice.buffers * staging.streams * grid.stream_bytes(dtype);
+  if (staging.gathers) grid.team_bytes += align_up(grid.piece_length * grid.pack * pair);
+  if (staging.backward && has_units(g, grid)) {
+    grid.team_bytes += align_up(grid.piece_runs * choose_units(grid).segments * pair);
   }
-  grid.team_bytes = choice.buffers * staging.streams * stream + extra;
   const int64_t others = ladder_bytes(kBlockThreads, dtype) + partial_bytes(staging, choice.gang, 1, dtype);
   const int64_t limit = shared_limit(choice.residents, device) - others;
   const int step = std::max(1, kWarp / grid.threads_x);
@@ -156,9 +155,8 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
   grid.items = g.outer() * div_up(g.C, grid.tile) * grid.pieces;
   if (grid.threads_x > kBlockThreads || grid.piece_length > kMaxPiecePositions) return false;
   grid.threads_y = kBlockThreads / grid.threads_x;
-  const int64_t stream = align_up(grid.tile * grid.piece_length * size_of(dtype));
   // The merge of the threads' sums, and four numbers a set.
-  grid.shared_bytes = choice.buffers * staging.streams * stream + columns_merge_bytes(grid, dtype) +
+  grid.shared_bytes = choice.buffers * staging.streams * grid.stream_bytes(dtype) + columns_merge_bytes(grid, dtype) +
                       align_up(grid.tile * 4 * accum_size(dtype)) +
                       partial_bytes(staging, choice.gang, grid.tile, dtype);
   return grid.shared_bytes <= shared_limit(choice.residents, device);
@@ -198,15 +196,19 @@ Grid split_grid(const Geometry& g, DType dtype, int pack, const DeviceInfo& devi
   return split_columns(g.outer(), g.positions(), g.C, dtype, pack, device);
 }
 
-Units choose_units(const Geometry& g, const Grid& grid) {
-  const bool batch = g.kind == Kind::kBatch;
-  const int64_t cells = batch ? 1 : grid.piece_runs, packs = grid.piece_length * (batch ? grid.piece_runs : 1);
+bool has_units(const Geometry& g, const Grid& grid) {
+  const bool cells_are_runs = g.kind == Kind::kGroup && g.traversal() == Traversal::kRows && !g.per_element();
+  return cells_are_runs && grid.piece_runs > 1;
+}
+
+Units choose_units(const Grid& grid) {
   Units units{};
-  units.threads = static_cast<int>(std::min<int64_t>({kWarp, grid.threads_x, power_of_two(packs)}));
+  units.threads = static_cast<int>(std::min<int64_t>({kWarp, grid.threads_x, power_of_two(grid.piece_length)}));
   const int64_t slots = grid.threads_x / units.threads;
-  const int64_t segments = std::clamp<int64_t>(div_up(slots, cells), 1, std::max<int64_t>(1, packs / units.threads));
-  units.length = div_up(packs, segments);
-  units.segments = div_up(packs, units.length);
+  const int64_t most = std::max<int64_t>(1, grid.piece_length / units.threads);
+  const int64_t segments = std::clamp<int64_t>(div_up(slots, grid.piece_runs), 1, most);
+  units.length = div_up(grid.piece_length, segments);
+  units.segments = div_up(grid.piece_length, units.length);
   return units;
 }
 
@@ -241,7 +243,7 @@ bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging
   grid.gang = choice.gang;
   grid.buffers = choice.buffers;
   const int64_t blocks = div_up(grid.items, grid.teams());
-  int64_t resident = resident_blocks(grid, staging.partial_numbers == 2, device);
+  int64_t resident = resident_blocks(grid, staging.backward, device);
   resident = std::min(resident, int64_t(choice.residents) * kBlockThreads / grid.threads() * device.multiprocessors);
   resident = resident / grid.pieces * grid.pieces;
   grid.blocks = std::min(choice.stays ? resident : kMaxBlocks / grid.pieces * grid.pieces, blocks);

@@ -16,12 +16,13 @@ struct FusedChoice {
   bool stays;          // blocks take items in strides: all are on the device at a time
 };
 
-// What fused kernels keep in shared memory besides partials.
-enum class Extra { kNone, kUnits, kGathered };
+// What a fused launch keeps in shared memory.
 struct Staging {
-  int streams;          // tensors
-  int partial_numbers;  // of an accumulator: 3 forward, 2 backward
-  Extra extra;          // rows: the sums of units, or the gathered gradients of a row's weights
+  int streams;  // tensors
+  bool backward;
+  bool gathers;  // rows: the gradients of their weights
+
+  int partial_numbers() const { return backward ? 2 : 3; }  // of an accumulator
 };
 
 Grid empty_grid(Traversal traversal, int pack);
@@ -35,7 +36,9 @@ Grid split_columns(int64_t outer, int64_t positions, int64_t C, DType dtype, int
 bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging, const FusedChoice& choice,
                 const DeviceInfo& device, Grid& grid);
 
-Units choose_units(const Geometry& g, const Grid& grid);
+// Fused backward rows: whether a piece has several cells, and then how they are added up.
+bool has_units(const Geometry& g, const Grid& grid);
+Units choose_units(const Grid& grid);
 
 // Bytes of one staged tensor of a set (rows) or of a tile of at least tile_bytes (columns), and how many there are.
 struct Shares {

@@ -30,12 +30,11 @@ FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, c
 
 // ---- rows ----
 
-// This thread's share of the sums of a piece, U packs at a time; keep(place, x, d) sees every pack.
+// Adds this thread's share of a stretch's sums to `total`, U packs at a time; keep(place, x, d) sees every pack.
 template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
-FASTNORM_DEVICE GradSums<A> accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
-                                            const Stretch& stretch, const SetStats<A>& stats, Read read, Keep keep) {
+FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
+                                     const SetStats<A>& stats, Read read, Keep keep, GradSums<A>& total) {
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  GradSums<A> total{};
   piece.template walk_read<U>(stretch, read, [&](const Place& place, const GradientPacks<T, W>& packs) {
     const RowCoefs<A, W>& c = coefs.at(piece, place);
     A x[W], d[W];
@@ -47,7 +46,6 @@ FASTNORM_DEVICE GradSums<A> accumulate_sums(const BackwardTensors<T>& t, const R
     }
     total.merge(pack_sums(x, d, c));
   });
-  return total;
 }
 
 // dx and dresidual of a piece, U packs at a time.
@@ -76,13 +74,11 @@ FASTNORM_DEVICE void load_lane_coefs(const BackwardTensors<T>& t, const ColumnsP
   load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
 }
 
-// This thread's share of its channels' sums; keep(position, d) sees every pack.
+// Adds this thread's share of a range to its channels' sums; keep(position, d) sees every pack.
 template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
-FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                          const LaneCoefs<A, W>& coefs, GradSums<A> (&sums)[W], Read read, Keep keep) {
-#pragma unroll
-  for (int w = 0; w < W; ++w) sums[w] = {};
-  piece.template walk_read<U>(read, [&](int position, const GradientPacks<T, W>& packs) {
+FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece, const Range& range,
+                                          const LaneCoefs<A, W>& coefs, Read read, Keep keep, GradSums<A> (&sums)[W]) {
+  piece.template walk_read<U>(range, read, [&](int position, const GradientPacks<T, W>& packs) {
     A x[W], d[W];
     gradient<kSmooth>(t, packs, coefs, x, d);
     keep(position, d);
@@ -94,7 +90,7 @@ FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const Col
 template <bool kSmooth, int U, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_columns(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                             const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
-  piece.template walk_read<U>(read, [&](int position, const GradientPacks<T, W>& packs) {
+  piece.template walk_read<U>(piece.whole(), read, [&](int position, const GradientPacks<T, W>& packs) {
     A x[W], d[W];
     gradient<kSmooth>(t, packs, coefs, x, d);
     store_gradients(t, x, d, coefs, terms, piece.element(position));

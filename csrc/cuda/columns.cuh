@@ -49,6 +49,11 @@ inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dty
   return s;
 }
 
+// Positions of an item.
+struct Range {
+  int begin, end;
+};
+
 // This thread's part of one item.
 template <int W>
 struct ColumnsPiece {
@@ -111,24 +116,32 @@ struct ColumnsPiece {
     return positions / shape.threads_y + (row_y < positions % shape.threads_y);
   }
 
+  FASTNORM_DEVICE Range whole() const { return {0, positions}; }
+  // A share of the positions, in whole rounds: of all shares a thread takes the positions that it takes of the whole.
+  FASTNORM_DEVICE Range share(int index) const {
+    const int round = kUnroll<W> * shape.threads_y;
+    const int length = (positions + kShares * round - 1) / (kShares * round) * round;
+    return {index * length, std::min(positions, (index + 1) * length)};
+  }
+
   // body(position[U], in[U]); every thread of the block makes as many calls.
   template <int U, class Body>
-  FASTNORM_DEVICE void walk(Body body) const {
-    for (int base = 0; base < positions; base += U * shape.threads_y) {
+  FASTNORM_DEVICE void walk(const Range& range, Body body) const {
+    for (int base = range.begin; base < range.end; base += U * shape.threads_y) {
       int position[U];
       bool inside[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         position[u] = base + u * shape.threads_y + y;
-        inside[u] = in && position[u] < positions;
+        inside[u] = in && position[u] < range.end;
       }
       body(position, inside);
     }
   }
   // use(position, read(position)) for every position of this thread, U of them read before the first is used.
   template <int U, class Read, class Use>
-  FASTNORM_DEVICE void walk_read(Read read, Use use) const {
-    walk<U>([&](const int (&position)[U], const bool (&inside)[U]) {
+  FASTNORM_DEVICE void walk_read(const Range& range, Read read, Use use) const {
+    walk<U>(range, [&](const int (&position)[U], const bool (&inside)[U]) {
       decltype(read(0)) what[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
@@ -150,22 +163,47 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const Blocks& blocks
   }
 }
 
-// Begins to copy a piece of x to shared memory; every thread what it reads itself.
+// Begins to copy a share of a piece of `tensor` to shared memory; every thread what it reads itself.
 template <int W, class T>
-FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, const T* x, Pack<T, W>* staged) {
-  piece.template walk<kUnroll>([&](const int (&position)[kUnroll], const bool (&in)[kUnroll]) {
+FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, int share, const T* tensor, Pack<T, W>* staged) {
+  piece.template walk<kUnroll<W>>(piece.share(share),
+                                  [&](const int (&position)[kUnroll<W>], const bool (&in)[kUnroll<W>]) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (in[u]) stage<W>(staged + piece.slot(position[u]), x + piece.element(position[u]));
-    }
+                                    for (int u = 0; u < kUnroll<W>; ++u) {
+                                      if (in[u])
+                                        stage<W>(staged + piece.slot(position[u]), tensor + piece.element(position[u]));
+                                    }
+                                  });
+}
+
+// body(range) for what has landed of a piece; ready(share) waits for a share.
+template <int W, class Ready, class Body>
+FASTNORM_DEVICE void for_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
+  for (int share = 0; share < kShares; ++share) {
+    ready(share);
+    body(piece.share(share));
+  }
+}
+// Begins to bring a piece of `tensor` into L2, to be read when it is there.
+template <int W, class T>
+FASTNORM_DEVICE void prefetch_columns(const ColumnsPiece<W>& piece, const T* tensor) {
+  piece.template walk<1>(piece.whole(), [&](const int (&position)[1], const bool (&in)[1]) {
+    if (in[0]) prefetch_l2(tensor + piece.element(position[0]));
   });
 }
+
+// The moments of a thread's channels, each relative to its set's origin.
+template <class A, int W>
+struct LaneMoments {
+  A count = 0;
+  Moments<A> lane[W] = {};
+};
 
 // Packs below one another, lane by lane, as moments relative to `origin`, over their own mean; merged into those of the
 // lanes.
 template <int W, class T, class A>
 FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], const bool (&in)[kLaneUnroll<W>],
-                                 const A (&origin)[W], A& count, Moments<A> (&moments)[W]) {
+                                 const A (&origin)[W], LaneMoments<A, W>& total) {
   int rows = 0;
 #pragma unroll
   for (int u = 0; u < kLaneUnroll<W>; ++u) rows += in[u];
@@ -182,30 +220,27 @@ FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], cons
     const A mean = sum * share;
 #pragma unroll
     for (int u = 0; u < kLaneUnroll<W>; ++u) m2 += in[u] ? (x[u] - mean) * (x[u] - mean) : A(0);
-    if (count == A(0)) {
-      moments[w] = {mean, m2};
+    if (total.count == A(0)) {
+      total.lane[w] = {mean, m2};
     } else {
-      moments[w].merge({mean, m2}, count, batch);
+      total.lane[w].merge({mean, m2}, total.count, batch);
     }
   }
-  count += batch;
+  total.count += batch;
 }
 
-// This thread's share of its channels' moments, each relative to its set's origin; read(position): the pack of x there.
+// Merges this thread's share of a range into `total`; read(position): the pack of x there.
 template <class T, int W, class A, class Read>
-FASTNORM_DEVICE void accumulate_lanes(const ColumnsPiece<W>& piece, const A (&origin)[W], Moments<A> (&moments)[W],
-                                      Read read) {
+FASTNORM_DEVICE void accumulate_lanes(const ColumnsPiece<W>& piece, const Range& range, const A (&origin)[W], Read read,
+                                      LaneMoments<A, W>& total) {
   constexpr int U = kLaneUnroll<W>;
-  A count = 0;
-#pragma unroll
-  for (int w = 0; w < W; ++w) moments[w] = {};
-  piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
+  piece.template walk<U>(range, [&](const int (&position)[U], const bool (&in)[U]) {
     Pack<T, W> packs[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (in[u]) packs[u] = read(position[u]);
     }
-    merge_lanes(packs, in, origin, count, moments);
+    merge_lanes(packs, in, origin, total);
   });
 }
 

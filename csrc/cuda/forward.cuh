@@ -27,10 +27,9 @@ FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>
   constexpr int U = kApplyUnroll<kSmooth, W>;
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
   piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
-    Pack<T, W> x[U], residual[U];
+    Pack<T, W> x[U] = {}, residual[U] = {};
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      x[u] = residual[u] = {};
       if (!places[u].in) continue;
       x[u] = read(places[u]);
       if (t.residual != nullptr) residual[u] = load<W>(t.residual + piece.element(places[u]));
@@ -49,11 +48,10 @@ template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_columns(const ForwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                      const LaneCoefs<A, W>& coefs, Read read) {
   constexpr int U = kApplyUnroll<kSmooth, W>;
-  piece.template walk<U>([&](const int (&position)[U], const bool (&in)[U]) {
-    Pack<T, W> x[U], residual[U];
+  piece.template walk<U>(piece.whole(), [&](const int (&position)[U], const bool (&in)[U]) {
+    Pack<T, W> x[U] = {}, residual[U] = {};
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      x[u] = residual[u] = {};
       if (!in[u]) continue;
       x[u] = read(position[u]);
       if (t.residual != nullptr) residual[u] = load<W>(t.residual + piece.element(position[u]));

@@ -36,21 +36,35 @@ struct Staged {
       : x(reinterpret_cast<Pack<T, W>*>(memory)),
         dy(reinterpret_cast<Pack<T, W>*>(memory + stream_bytes)),
         residual(reinterpret_cast<Pack<T, W>*>(memory + 2 * stream_bytes)) {}
-  FASTNORM_DEVICE GradientPacks<T, W> get(int slot, bool with_residual) const {
-    GradientPacks<T, W> packs{x[slot], dy[slot], {}, 0};
-    if (with_residual) packs.residual = residual[slot];
-    return packs;
-  }
 };
 
-// A relu's mask is read once: what it lets through of dy takes dy's place, and is not masked again.
-template <class T>
-FASTNORM_DEVICE bool masks_once(const BackwardTensors<T>& t) {
-  return t.mask != nullptr && t.epilogue.activation == Activation::kRelu;
+// What is staged of a place (rows), of a position (columns); and the mask's bits, from global memory.
+template <bool kSmooth, int W, class T>
+FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
+                                                    const Staged<T, W>& staged, const Place& place) {
+  GradientPacks<T, W> packs{staged.x[piece.slot(place, t.x)], staged.dy[piece.slot(place, t.dy)], {}, 0};
+  if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(place, t.residual)];
+  if (!kSmooth && t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
+  return packs;
 }
-template <class T>
+template <bool kSmooth, int W, class T>
+FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
+                                                    const Staged<T, W>& staged, int position) {
+  const int slot = piece.slot(position);
+  GradientPacks<T, W> packs{staged.x[slot], staged.dy[slot], {}, 0};
+  if (t.residual != nullptr) packs.residual = staged.residual[slot];
+  if (!kSmooth && t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, position);
+  return packs;
+}
+
+// A relu's mask is read once: what it lets through of dy takes dy's place, and is not masked again.
+template <bool kSmooth, class T>
+FASTNORM_DEVICE bool masks_once(const BackwardTensors<T>& t) {
+  return !kSmooth && t.mask != nullptr && t.epilogue.activation == Activation::kRelu;
+}
+template <bool kSmooth, class T>
 FASTNORM_DEVICE BackwardTensors<T> without_mask(BackwardTensors<T> t) {
-  if (masks_once(t)) {
+  if (masks_once<kSmooth>(t)) {
     t.mask = nullptr;
     t.epilogue.activation = Activation::kNone;
   }
@@ -66,73 +80,74 @@ FASTNORM_DEVICE void store_param_gradients(const FusedBackward<A>& f, int64_t ch
   if (f.dbias.data != nullptr) store_number(f.dbias.data, f.dbias.dtype, channel, sums.d);
 }
 
-// The sums of a piece, by its units, each cell's times its weight; a batch norm's weight, that of all, is left out.
+// Where the sums of a piece's first cell go among [outer, parts of a cell, C].
+template <int W>
+FASTNORM_DEVICE int64_t cell_sums_of(const RowsPiece<W>& piece) {
+  const RowsShape& shape = piece.shape;
+  const int64_t part = shape.run_pieces == 1 ? 0 : piece.span.piece % shape.run_pieces;
+  return (piece.span.set / shape.groups * shape.run_pieces + part) * shape.groups * shape.set_channels + piece.channel;
+}
+
+// The sums of a piece of several cells, by its units, each cell's times its weight.
 template <bool kSmooth, int W, class T, class A>
 FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const FusedBackward<A>& f,
                                           const RowsPiece<W>& piece, const Team& team, bool valid,
                                           const SetStats<A>& stats, const Staged<T, W>& staged,
                                           GradSums<A>* unit_sums) {
-  const RowsShape& shape = piece.shape;
-  const Span& span = piece.span;
-  const int cells = f.batch ? 1 : span.runs, cell_packs = f.batch ? span.runs * span.packs : span.packs;
-  const int slots = team.width / f.unit_threads, slot = team.lane / f.unit_threads, units = cells * f.segments;
-  const bool with_residual = t.residual != nullptr, masks = masks_once(t);
+  const int cells = piece.span.runs, cell_packs = piece.span.packs, units = cells * f.segments;
+  const int slots = team.width / f.unit_threads, slot = team.lane / f.unit_threads;
+  const bool masks = masks_once<kSmooth>(t);
   for (int first = 0; first < units; first += slots) {
     const int unit = first + slot, cell = unit / f.segments, begin = (unit - cell * f.segments) * f.unit_length;
     const int steps = valid && unit < units ? std::min(f.unit_length, cell_packs - begin) : 0;
     const Stretch stretch{cell * cell_packs + begin, steps, f.unit_length, team.lane % f.unit_threads, f.unit_threads};
-    const GradSums<A> mine = accumulate_sums<kSmooth, 1>(
-        t, piece, stretch, stats,
-        [&](const Place& place) {
-          GradientPacks<T, W> packs = staged.get(piece.slot(place), with_residual);
-          if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
-          return packs;
-        },
+    GradSums<A> mine{};
+    accumulate_sums<kSmooth, 1>(
+        t, piece, stretch, stats, [&](const Place& place) { return staged_gradient<kSmooth>(t, piece, staged, place); },
         [&](const Place& place, const A(&)[W], const A(&d)[W]) {
-          if (masks) staged.dy[piece.slot(place)] = narrow<T>(d);
-        });
-    const GradSums<A> total = reduce_lanes(mine, f.unit_threads);
-    if (unit < units && team.lane % f.unit_threads == 0) unit_sums[unit] = total;
+          if (masks) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
+        },
+        mine);
+    mine = reduce_lanes(mine, f.unit_threads);
+    if (unit < units && team.lane % f.unit_threads == 0) unit_sums[unit] = mine;
   }
   team.sync();
-  const int part = shape.run_pieces == 1 ? 0 : static_cast<int>(span.piece % shape.run_pieces);
-  const int64_t row = span.set / shape.groups * shape.run_pieces + part, C = shape.groups * shape.set_channels;
   GradSums<A> weighted{};
   for (int cell = team.lane; cell < cells; cell += team.width) {
     GradSums<A> sums = unit_sums[cell * f.segments];
     for (int s = 1; s < f.segments; ++s) sums.merge(unit_sums[cell * f.segments + s]);
     if (!valid) continue;
-    const int64_t channel = piece.channel + cell;
-    if (f.sums != nullptr) store_one(f.sums + row * C + channel, sums);
-    const A weight = f.batch ? A(1) : load_param_of<T>(t.weight, channel, A(1));
+    if (f.sums != nullptr) store_one(f.sums + cell_sums_of(piece) + cell, sums);
+    const A weight = load_param_of<T>(t.weight, piece.channel + cell, A(1));
     weighted.merge({weight * sums.d, weight * sums.d_centered});
   }
   return weighted;
 }
 
-// The sums of a piece whose weights change with every element, times rstd; each row's share of the weights' own
-// gradients is gathered in shared memory, where a thread meets none but its own.
-template <bool kSmooth, int W, class T, class A>
-FASTNORM_DEVICE GradSums<A> sums_by_elements(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Team& team,
-                                             bool valid, const SetStats<A>& stats, const Staged<T, W>& staged,
-                                             GradSums<A>* gathered) {
-  const bool with_residual = t.residual != nullptr, masks = masks_once(t);
-  return accumulate_sums<kSmooth, 1>(
-      t, piece, piece.whole(team, valid), stats,
-      [&](const Place& place) {
-        GradientPacks<T, W> packs = staged.get(piece.slot(place), with_residual);
-        if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
-        return packs;
-      },
-      [&](const Place& place, const A(&x)[W], const A(&d)[W]) {
-        if (masks) staged.dy[piece.slot(place)] = narrow<T>(d);
-        if (gathered == nullptr) return;
+// This thread's share of the sums of a piece that is of one cell, or whose weights change with every element; then
+// times rstd, and the share of the weights' own gradients is gathered in shared memory, where a thread meets none but
+// its own.
+template <bool kSmooth, int W, class T, class A, class Ready>
+FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Team& team,
+                                          bool valid, const SetStats<A>& stats, const Staged<T, W>& staged,
+                                          GradSums<A>* gathered, Ready ready) {
+  const bool masks = masks_once<kSmooth>(t);
+  GradSums<A> total{};
+  for_landed(piece, team, valid, ready, [&](const Stretch& stretch) {
+    accumulate_sums<kSmooth, 1>(
+        t, piece, stretch, stats, [&](const Place& place) { return staged_gradient<kSmooth>(t, piece, staged, place); },
+        [&](const Place& place, const A(&x)[W], const A(&d)[W]) {
+          if (masks) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
+          if (gathered == nullptr) return;
 #pragma unroll
-        for (int w = 0; w < W; ++w) {
-          const A xhat = (x[w] - stats.mean) * stats.rstd - stats.low * stats.rstd;
-          gathered[w * piece.span.packs + place.pack].merge({d[w], d[w] * xhat});
-        }
-      });
+          for (int w = 0; w < W; ++w) {
+            const A xhat = (x[w] - stats.mean) * stats.rstd - stats.low * stats.rstd;
+            gathered[w * piece.span.packs + place.pack].merge({d[w], d[w] * xhat});
+          }
+        },
+        total);
+  });
+  return total;
 }
 
 // What the teams of a block have gathered over their rows, or one block of a gang over its piece of them: those of
@@ -176,40 +191,48 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     team.sync();
   }
   const auto buffer_of = [&](int buffer) { return Staged<T, W>(mine + buffer * buffer_bytes, f.shape.stream_bytes); };
-  const auto load_wave = [&](int64_t item, int buffer) {
-    if (item >= shape.items) return;
+  const auto stage_share = [&](int64_t item, int buffer, int share) {
     const RowsPiece<W> piece(shape, item);
     const Staged<T, W> staged = buffer_of(buffer);
-    stage_rows(piece, team, t.x, staged.x);
-    stage_rows(piece, team, t.dy, staged.dy);
-    if (t.residual != nullptr) stage_rows(piece, team, t.residual, staged.residual);
+    stage_rows(piece, team, share, t.x, staged.x);
+    stage_rows(piece, team, share, t.dy, staged.dy);
+    if (t.residual != nullptr) stage_rows(piece, team, share, t.residual, staged.residual);
   };
-  const auto use_wave = [&](int64_t item, int buffer, int parity) {
-    const bool valid = item < shape.items;
+  const auto use_wave = [&](int64_t item, int buffer, int parity, auto ready) {
+    const bool valid = item < shape.items, by_units = f.unit_threads > 0;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     const Staged<T, W> staged = buffer_of(buffer);
     const SetStats<A> stats = load_stats(t.stats, t.sets, piece.span.set);
-    if (!shape.per_element) team.sync();  // staged by other threads
-    const GradSums<A> share =
-        shape.per_element
-            ? sums_by_elements<kSmooth>(t, piece, team, valid, stats, staged, f.gathered != nullptr ? extra : nullptr)
-            : sums_by_cells<kSmooth>(t, f, piece, team, valid, stats, staged, extra);
-    const GradSums<A> sums = gang.exchange(parity, reduce_team(team, share, scratch));
+    GradSums<A> sums;
+    if (by_units) {
+      ready(kShares - 1);
+      team.sync();  // staged by other threads
+      sums = sums_by_cells<kSmooth>(t, f, piece, team, valid, stats, staged, extra);
+    } else {
+      sums =
+          sums_of_piece<kSmooth>(t, piece, team, valid, stats, staged, f.gathered != nullptr ? extra : nullptr, ready);
+    }
+    sums = reduce_team(team, sums, scratch);
+    if (!by_units && !f.batch && !shape.per_element) {  // of one cell
+      if (f.sums != nullptr && valid && team.lane == 0) store_one(f.sums + cell_sums_of(piece), sums);
+      const A weight = load_param_of<T>(t.weight, piece.channel, A(1));
+      sums = {weight * sums.d, weight * sums.d_centered};
+    }
+    sums = gang.exchange(parity, sums);
     A scale = (shape.per_element ? A(1) : stats.rstd) / static_cast<A>(shape.set_size);
     if (f.batch) {
       if (valid && team.lane == 0 && piece.span.piece == 0) store_param_gradients(f, piece.span.set, sums, stats);
       scale *= load_param_of<T>(t.weight, piece.span.set, A(1));
     }
     const SetTerms<A> terms = t.frozen ? SetTerms<A>{} : set_terms<A>(sums, stats.rstd, stats.low, scale);
-    if (!shape.per_element) team.sync();  // dy was changed by other threads, and this wave's place is loaded again
-    const BackwardTensors<T> rest = without_mask(t);
+    if (by_units) team.sync();  // dy was changed by other threads, and this wave's place is loaded again
+    const BackwardTensors<T> rest = without_mask<kSmooth>(t);
     apply_gradient_rows<kSmooth, 1>(rest, piece, piece.whole(team, valid), stats, terms, [&](const Place& place) {
-      GradientPacks<T, W> packs = staged.get(piece.slot(place), rest.residual != nullptr);
-      if (rest.mask != nullptr) packs.bits = piece.mask_bits(rest.mask, place);
-      return packs;
+      return staged_gradient<kSmooth>(rest, piece, staged, place);
     });
+    leave_staged<W>(team);
   };
-  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_wave, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, stage_share, use_wave);
   if (f.gathered != nullptr) {
     store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.buffers * buffer_bytes),
                       teams);
@@ -248,32 +271,29 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
   const auto buffer_of = [&](int buffer) {
     return Staged<T, W>(shared_memory() + buffer * buffer_bytes, f.shape.stream_bytes);
   };
-  const auto load_wave = [&](int64_t item, int buffer) {
-    if (item >= shape.items) return;
+  const auto stage_share = [&](int64_t item, int buffer, int share) {
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = buffer_of(buffer);
-    stage_columns(piece, t.x, staged.x);
-    stage_columns(piece, t.dy, staged.dy);
-    if (t.residual != nullptr) stage_columns(piece, t.residual, staged.residual);
+    stage_columns(piece, share, t.x, staged.x);
+    stage_columns(piece, share, t.dy, staged.dy);
+    if (t.residual != nullptr) stage_columns(piece, share, t.residual, staged.residual);
   };
-  const auto use_wave = [&](int64_t item, int buffer, int parity) {
+  const auto use_wave = [&](int64_t item, int buffer, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = buffer_of(buffer);
     LaneCoefs<A, W> coefs;
     load_lane_coefs(t, piece, coefs);
-    const auto read = [&](const BackwardTensors<T>& of, int position) {
-      GradientPacks<T, W> packs = staged.get(piece.slot(position), of.residual != nullptr);
-      if (of.mask != nullptr) packs.bits = piece.mask_bits(of.mask, position);
-      return packs;
-    };
-    const bool masks = masks_once(t);
-    GradSums<A> mine[W];
-    accumulate_lane_sums<kSmooth, 1>(
-        t, piece, coefs, mine, [&](int position) { return read(t, position); },
-        [&](int position, const A(&d)[W]) {
-          if (masks) staged.dy[piece.slot(position)] = narrow<T>(d);
-        });
+    const bool masks = masks_once<kSmooth>(t);
+    GradSums<A> mine[W] = {};
+    for_landed(piece, ready, [&](const Range& range) {
+      accumulate_lane_sums<kSmooth, 1>(
+          t, piece, range, coefs, [&](int position) { return staged_gradient<kSmooth>(t, piece, staged, position); },
+          [&](int position, const A(&d)[W]) {
+            if (masks) staged.dy[piece.slot(position)] = narrow<T>(d);
+          },
+          mine);
+    });
     const auto take = [&](int c, const GradSums<A>& total) {  // of all positions
       merged[c] = total;
       if (piece.piece != 0) return;
@@ -297,10 +317,12 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     for (int w = 0; w < W; ++w) {
       if (piece.in) terms.lane[w] = set_terms_of[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
     }
-    const BackwardTensors<T> rest = without_mask(t);
-    apply_gradient_columns<kSmooth, 1>(rest, piece, coefs, terms, [&](int position) { return read(rest, position); });
+    const BackwardTensors<T> rest = without_mask<kSmooth>(t);
+    apply_gradient_columns<kSmooth, 1>(rest, piece, coefs, terms, [&](int position) {
+      return staged_gradient<kSmooth>(rest, piece, staged, position);
+    });
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_wave, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), stage_share, use_wave);
   leave_fused(f, gang);
 }
 

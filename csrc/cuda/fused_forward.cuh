@@ -4,9 +4,10 @@
 // Who: rows: a gang to a set (or a team of a block to a small one); columns: a gang to a tile of whole sets.
 //
 //   block of a gang   [ wave 0 ][ wave 1 ] ...     a piece each; with two buffers wave 1 is loaded during wave 0
-//   of a wave         wait for x | moments | exchange partials with the gang | normalize, activate, store
+//   of a wave         moments of what lands, share by share | exchange partials with the gang | normalize, activate,
+//   store
 //
-//   A thread reads back what it staged itself, so that staging needs no barrier.
+//   A thread reads back what it staged itself, so that staging needs no barrier, but for runs that are no whole packs.
 // Traffic: reads x (and residual) once, writes y (and a bit an element) once: the least there is. A grid's gangs write
 // 12
 //   bytes a piece and channel, and each of their blocks reads all of its gang's.
@@ -31,24 +32,29 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
   const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes<A>(block_threads()), 1);
   const auto buffer_of = [&](int buffer) { return reinterpret_cast<Pack<T, W>*>(mine + buffer * f.stream_bytes); };
-  const auto load_wave = [&](int64_t item, int buffer) {
-    if (item < shape.items) stage_rows(RowsPiece<W>(shape, item), team, t.x, buffer_of(buffer));
+  const auto stage_share = [&](int64_t item, int buffer, int share) {
+    const RowsPiece<W> piece(shape, item);
+    stage_rows(piece, team, share, t.x, buffer_of(buffer));
+    if (t.residual != nullptr && share == kShares - 1) prefetch_rows(piece, team, t.residual);
   };
-  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_wave,
-            [&](int64_t item, int buffer, int parity) {
+  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, stage_share,
+            [&](int64_t item, int buffer, int parity, auto ready) {
               const bool valid = item < shape.items;
               const RowsPiece<W> piece(shape, valid ? item : 0);
               const int64_t set = piece.span.set;
               const Pack<T, W>* const staged = buffer_of(buffer);
-              const auto read = [&](const Place& place) { return staged[piece.slot(place)]; };
+              const auto read = [&](const Place& place) { return staged[piece.slot(place, t.x)]; };
               const A origin = origin_of<A>(t.x + set * shape.set_stride);
-              const Welford<A> share =
-                  accumulate_moments<kLaneUnroll<W>, T>(piece, piece.whole(team, valid), origin, read);
+              Welford<A> share{};
+              for_landed(piece, team, valid, ready, [&](const Stretch& stretch) {
+                accumulate_moments<kLaneUnroll<W>, T>(piece, stretch, origin, read, share);
+              });
               const Moments<A> moments = gang.exchange(parity, reduce_team(team, share, scratch)).moments;
               const A var = moments.m2 / static_cast<A>(shape.set_size);
               const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
               if (valid && team.lane == 0 && piece.span.piece == 0) store_stats(t.stats, t.sets, set, stats, var);
               if (t.y != nullptr) forward_rows<kSmooth>(t, piece, piece.whole(team, valid), stats, read);
+              leave_staged<W>(team);
             });
   gang.leave();
 }
@@ -89,20 +95,22 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   const auto buffer_of = [&](int buffer) {
     return reinterpret_cast<Pack<T, W>*>(shared_memory() + buffer * f.stream_bytes);
   };
-  const auto load_wave = [&](int64_t item, int buffer) {
-    if (item < shape.items) stage_columns(ColumnsPiece<W>(shape, item), t.x, buffer_of(buffer));
+  const auto stage_share = [&](int64_t item, int buffer, int share) {
+    const ColumnsPiece<W> piece(shape, item);
+    stage_columns(piece, share, t.x, buffer_of(buffer));
+    if (t.residual != nullptr && share == kShares - 1) prefetch_columns(piece, t.residual);
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), load_wave, [&](int64_t item, int buffer, int parity) {
+  const auto use_wave = [&](int64_t item, int buffer, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = buffer_of(buffer);
     const auto read = [&](int position) { return staged[piece.slot(position)]; };
     A origin[W];
     load_origins(piece, t.x, origin);
-    Moments<A> moments[W];
-    accumulate_lanes<T>(piece, origin, moments, read);
+    LaneMoments<A, W> moments;
+    for_landed(piece, ready, [&](const Range& range) { accumulate_lanes<T>(piece, range, origin, read, moments); });
     // Rows of `merged` below the first are read by no one else after their channel is done.
-    merge_down(piece, moments, merged, [&](int c, const Welford<A>& total) {
+    merge_down(piece, moments.lane, merged, [&](int c, const Welford<A>& total) {
       if (gang.is_block()) {
         merged[c] = total.moments;
       } else {
@@ -126,7 +134,8 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
       forward_columns<kSmooth>(t, piece, coefs, read);
     }
-  });
+  };
+  for_waves(f, shape.items, grid_blocks(), block_index(), stage_share, use_wave);
   gang.leave();
 }
 

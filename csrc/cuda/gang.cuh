@@ -11,8 +11,7 @@
 // barrier a wave is enough: who writes a place again has met everyone since they read it.
 #pragma once
 
-#include "group_reduce.cuh"
-#include "pack.cuh"
+#include "rows.cuh"
 
 namespace fastnorm::cuda {
 
@@ -32,22 +31,19 @@ class GangPartials {
  public:
   // shared: kCluster: room for twice as many.
   FASTNORM_DEVICE GangPartials(const FusedShape& f, void* shared, int channels)
-      : gang_(f.gang), pieces_(f.pieces), channels_(channels) {
-    places_ = static_cast<Acc*>(gang_ == Gang::kGrid ? f.partials : shared);
-    first_ = block_index() - block_index() % pieces_;
-  }
-  FASTNORM_DEVICE bool is_block() const { return gang_ == Gang::kBlock; }
+      : f_(f), shared_(static_cast<Acc*>(shared)), channels_(channels) {}
+  FASTNORM_DEVICE bool is_block() const { return f_.gang == Gang::kBlock; }
 
   // Tells this block's partial of a channel.
   FASTNORM_DEVICE void put(int parity, int channel, const Acc& partial) const {
-    if (gang_ == Gang::kCluster) {
-      places_[parity * channels_ + channel] = partial;
+    if (f_.gang == Gang::kCluster) {
+      shared_[parity * channels_ + channel] = partial;
     } else {
-      store_one(places_ + (parity * grid_blocks() + block_index()) * channels_ + channel, partial);
+      store_one(global(parity, block_index()) + channel, partial);
     }
   }
   FASTNORM_DEVICE void meet() const {
-    if (gang_ == Gang::kCluster) {
+    if (f_.gang == Gang::kCluster) {
       sync_cluster();
     } else {
       sync_grid();
@@ -56,7 +52,7 @@ class GangPartials {
   // The sum of a channel, by `lanes` neighbouring lanes that all get it. All lanes of the warp take part, `in` or not.
   FASTNORM_DEVICE Acc total(int parity, int channel, bool in, int lane, int lanes) const {
     Acc sum{};
-    for (int piece = lane; in && piece < pieces_; piece += lanes) sum.merge(get(parity, piece, channel));
+    for (int piece = lane; in && piece < f_.pieces; piece += lanes) sum.merge(get(parity, piece, channel));
     return reduce_lanes(sum, lanes);
   }
 
@@ -83,33 +79,43 @@ class GangPartials {
 
   // Before a block leaves: its peers may still read its shared memory.
   FASTNORM_DEVICE void leave() const {
-    if (gang_ == Gang::kCluster) sync_cluster();
+    if (f_.gang == Gang::kCluster) sync_cluster();
   }
 
  private:
   FASTNORM_DEVICE Acc get(int parity, int piece, int channel) const {
-    if (gang_ == Gang::kCluster) return *cluster_shared(places_ + parity * channels_ + channel, piece);
-    return load_one(places_ + (parity * grid_blocks() + first_ + piece) * channels_ + channel);
+    if (f_.gang == Gang::kCluster) return *cluster_shared(shared_ + parity * channels_ + channel, piece);
+    const int64_t first = block_index() - block_index() % f_.pieces;
+    return load_one(global(parity, first + piece) + channel);
+  }
+  FASTNORM_DEVICE Acc* global(int parity, int64_t block) const {
+    return static_cast<Acc*>(f_.partials) + (parity * grid_blocks() + block) * channels_;
   }
 
-  Gang gang_;
-  int pieces_, channels_;
-  Acc* places_;
-  int64_t first_;  // block of this gang
+  const FusedShape& f_;
+  Acc* shared_;
+  int channels_;
 };
 
-// The waves of a fused launch, for a team that takes item `mine` of each: stage(item, buffer) begins to load an item,
-// use(item, buffer, parity) finds it there. All teams make as many calls; an item may lie beyond the last.
+// The waves of a fused launch, for a team that takes item `mine` of each: stage(item, buffer, share) begins to load a
+// share of an item; use(item, buffer, parity, ready) finds a share there after ready(share), all of them after the
+// last. All teams make as many calls; an item may lie beyond the last.
 template <class Stage, class Use>
 FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Stage stage,
                                Use use) {
+  const auto begin = [&](int64_t item, int buffer) {
+    for (int share = 0; share < kShares; ++share) {
+      if (item < items) stage(item, buffer, share);
+      commit_copies();
+    }
+  };
+  const bool ahead = f.buffers == 2;  // the next wave is loaded during this one
+  if (ahead) begin(mine, 0);
   int parity = 0;
   for (int64_t first = 0; first < items; first += wave_items, parity ^= 1) {
     const int64_t item = first + mine;
-    if (first == 0 || f.buffers == 1) stage(item, 0);
-    wait_copies();
-    if (f.buffers == 2) stage(item + wave_items, parity ^ 1);
-    use(item, f.buffers == 2 ? parity : 0, parity);
+    begin(ahead ? item + wave_items : item, ahead ? parity ^ 1 : 0);
+    use(item, ahead ? parity : 0, parity, [&](int share) { wait_copies(kShares - 1 - share + (ahead ? kShares : 0)); });
   }
 }
 

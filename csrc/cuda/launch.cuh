@@ -19,14 +19,11 @@ inline LaunchConfig fused_config(const Grid& grid, bool meets, void* stream) {
   config.cooperative = meets || grid.gang == Gang::kGrid;
   return config;
 }
-inline int64_t align16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
-  const int64_t piece = grid.traversal == Traversal::kRows ? grid.piece_runs * grid.piece_length * grid.pack
-                                                           : grid.tile * grid.piece_length;
   return {grid.gang,
           static_cast<int>(grid.gang == Gang::kBlock ? 1 : grid.pieces),
           grid.buffers,
-          static_cast<int>(align16(piece * size_of(dtype))),
+          static_cast<int>(grid.stream_bytes(dtype)),
           static_cast<int>(grid.team_bytes),
           partials};
 }

@@ -45,7 +45,7 @@ FASTNORM_DEVICE void store(T* p, const Pack<T, W>& pack) {
   write_whole(reinterpret_cast<Pack<T, W>*>(p), pack);
 }
 
-// Begins to copy a pack to shared memory; it is there after this thread's wait_copies().
+// Begins to copy a pack to shared memory; it is there after this thread's wait_copies.
 template <int W, class T>
 FASTNORM_DEVICE void stage(Pack<T, W>* place, const T* p) {
   note_read(p, sizeof(Pack<T, W>), Access::kStream);

@@ -41,8 +41,8 @@ namespace fastnorm::cuda {
 
 FASTNORM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FASTNORM_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
-FASTNORM_DEVICE int64_t block_index() { return blockIdx.x; }
-FASTNORM_DEVICE int64_t grid_blocks() { return gridDim.x; }
+FASTNORM_DEVICE int64_t block_index() { return static_cast<int>(blockIdx.x); }
+FASTNORM_DEVICE int64_t grid_blocks() { return static_cast<int>(gridDim.x); }
 
 // The block's dynamic shared memory, 16-byte aligned.
 FASTNORM_DEVICE unsigned char* shared_memory() {
@@ -146,11 +146,13 @@ template <int kBytes>
 FASTNORM_DEVICE void copy_async(void* place, const void* p) {
   __pipeline_memcpy_async(place, p, kBytes);
 }
-// All that this thread has begun to copy is there. Other threads see it after a barrier.
-FASTNORM_DEVICE void wait_copies() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-}
+// Ends a batch of this thread's copies.
+FASTNORM_DEVICE void commit_copies() { __pipeline_commit(); }
+// This thread's batches but for the last `pending` (at most 8) are there. Other threads see them after a barrier.
+FASTNORM_DEVICE void wait_copies(int pending) { __pipeline_wait_prior(static_cast<size_t>(pending)); }
+
+// Begins to bring what lies at p into L2.
+FASTNORM_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // The emulator counts and checks every access of pack.cuh; here they cost nothing.
 enum class Access { kStream, kParameter };

@@ -20,8 +20,10 @@ reduce_rows(const T* x, Welford<Accum<T>>* partials, RowsShape shape) {
   using A = Accum<T>;
   for_rows<W>(shape, all_blocks(), [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const A origin = origin_of<A>(x + piece.span.set * shape.set_stride);
-    const Welford<A> mine = accumulate_moments<kUnroll, T>(
-        piece, piece.whole(team, valid), origin, [&](const Place& place) { return load<W>(x + piece.element(place)); });
+    Welford<A> mine{};
+    accumulate_moments<kUnroll<W>, T>(
+        piece, piece.whole(team, valid), origin, [&](const Place& place) { return load<W>(x + piece.element(place)); },
+        mine);
     const Welford<A> total = reduce_team(team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(partials + partial_of(shape, piece.span), total);
   });
@@ -34,9 +36,10 @@ reduce_columns(const T* x, Welford<Accum<T>>* partials, ColumnsShape shape) {
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
     A origin[W];
     load_origins(piece, x, origin);
-    Moments<A> moments[W];
-    accumulate_lanes<T>(piece, origin, moments, [&](int position) { return load<W>(x + piece.element(position)); });
-    merge_down(piece, moments, reinterpret_cast<Moments<A>*>(shared_memory()),
+    LaneMoments<A, W> moments;
+    accumulate_lanes<T>(
+        piece, piece.whole(), origin, [&](int position) { return load<W>(x + piece.element(position)); }, moments);
+    merge_down(piece, moments.lane, reinterpret_cast<Moments<A>*>(shared_memory()),
                [&](int c, const Welford<A>& total) { store_one(partials + piece.partial(c), total); });
     sync_block();  // before the next item's moments are written
   });

@@ -17,9 +17,10 @@ FASTNORM_DEVICE void sum_rows(const BackwardTensors<T>& t, GradSums<A>* sums, co
                               const Blocks& blocks) {
   for_rows<W>(shape, blocks, [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const auto stats = load_stats(t.stats, t.sets, piece.span.stats(shape));
-    const auto mine = accumulate_sums<kSmooth, kBackwardUnroll<kSmooth, W>>(
+    GradSums<A> mine{};
+    accumulate_sums<kSmooth, kBackwardUnroll<kSmooth, W>>(
         t, piece, piece.whole(team, valid), stats, [&](const Place& place) { return load_gradient(t, piece, place); },
-        [](const auto&...) {});
+        [](const auto&...) {}, mine);
     const auto total = reduce_team(team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(sums + partial_of(shape, piece.span), total);
   });
@@ -46,9 +47,10 @@ reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsS
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
     LaneCoefs<A, W> coefs;
     load_lane_coefs(t, piece, coefs);
-    GradSums<A> mine[W];
+    GradSums<A> mine[W] = {};
     accumulate_lane_sums<kSmooth, kBackwardUnroll<kSmooth, W>>(
-        t, piece, coefs, mine, [&](int position) { return load_gradient(t, piece, position); }, [](const auto&...) {});
+        t, piece, piece.whole(), coefs, [&](int position) { return load_gradient(t, piece, position); },
+        [](const auto&...) {}, mine);
     store_sums(piece, mine, sums);
   });
 }
@@ -64,18 +66,18 @@ FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, 
       load_params<T>(t.bias, piece.channel, A(0), bias);
     }
     GradSums<A> mine[W] = {};
-    piece.template walk_read<1>([&](int position) { return load_gradient(t, piece, position); },
-                                [&](int position, const GradientPacks<T, W>& packs) {
-                                  // A pack lies in one group: its statistics are those of its first lane.
-                                  const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, position));
-                                  RowCoefs<A, W> coefs{s.mean, s.rstd, {}, {}};
-                                  set_affine(s, weight, bias, coefs);
-                                  A x[W], d[W];
-                                  gradient<kSmooth>(t, packs, coefs, x, d);
+    piece.template walk_read<1>(
+        piece.whole(), [&](int position) { return load_gradient(t, piece, position); },
+        [&](int position, const GradientPacks<T, W>& packs) {
+          // A pack lies in one group: its statistics are those of its first lane.
+          const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, position));
+          RowCoefs<A, W> coefs{s.mean, s.rstd, {}, {}};
+          set_affine(s, weight, bias, coefs);
+          A x[W], d[W];
+          gradient<kSmooth>(t, packs, coefs, x, d);
 #pragma unroll
-                                  for (int w = 0; w < W; ++w)
-                                    mine[w].merge({d[w], d[w] * ((x[w] - s.mean) * s.rstd - s.low * s.rstd)});
-                                });
+          for (int w = 0; w < W; ++w) mine[w].merge({d[w], d[w] * ((x[w] - s.mean) * s.rstd - s.low * s.rstd)});
+        });
     store_sums(piece, mine, sums);
   });
 }

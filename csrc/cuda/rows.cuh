@@ -15,11 +15,14 @@
 namespace fastnorm::cuda {
 
 // Packs that a thread has under way: with two blocks to a multiprocessor 32 KB, which an H200's memory needs to be busy
-// (4.8 TB/s for 0.7 us over 132 multiprocessors is 25 KB).
-constexpr int kUnroll = 4;
+// (4.8 TB/s for 0.7 us over 132 multiprocessors is 25 KB). More of them where packs are single elements.
+template <int W>
+constexpr int kUnroll = W == 1 ? 16 : 4;
 // Fewer where several numbers a lane are kept besides: without spilling.
 template <int W>
-constexpr int kLaneUnroll = W == 8 ? 2 : kUnroll;
+constexpr int kLaneUnroll = W == 8   ? 2
+                            : W == 4 ? 4
+                                     : 8;
 // One where a smooth activation follows: its polynomials, for every element of several packs, took the compiler
 // minutes.
 template <bool kSmooth, int W>
@@ -46,8 +49,10 @@ struct RowsShape {
   int length;  // steps from a run of a piece to the next: piece_length, rounded up to whole bytes of a mask
   FastDiv by_length;
   int team;
-  bool per_element;  // the channel changes with every element of a run
-  bool backwards;    // from the last item to the first
+  bool per_element;   // the channel changes with every element of a run
+  bool backwards;     // from the last item to the first
+  int run_slots;      // of a staged run
+  FastDiv by_blocks;  // single elements: blocks of 16 bytes of a staged run
 };
 
 // whole_bytes: a mask may be written, whose rows begin with a byte. Not whether one is: the order of sums must not
@@ -79,6 +84,8 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   s.by_length = FastDiv(s.length);
   s.team = grid.threads_x;
   s.per_element = g.per_element();
+  s.run_slots = static_cast<int>(grid.run_slots(dtype));
+  s.by_blocks = FastDiv(std::max<int64_t>(1, s.run_slots * size_of(dtype) / 16));
   return s;
 }
 
@@ -140,30 +147,53 @@ template <int W>
 struct RowsPiece {
   const RowsShape& shape;
   Span span;
-  int64_t base, channel, mask_row;
+  int64_t base, channel, mask_base;  // of its first place: element, channel, byte of the mask
 
-  FASTNORM_DEVICE RowsPiece(const RowsShape& s, int64_t item)
-      : shape(s), span(s, item), base(span.base(s)), channel(span.channel(s)), mask_row(span.mask_row(s)) {}
+  // A part of a run begins with a whole byte of the mask.
+  FASTNORM_DEVICE RowsPiece(const RowsShape& s, int64_t item) : shape(s), span(s, item) {
+    const int64_t first = span.first_pack * W;
+    base = span.base(s) + first;
+    channel = span.channel(s) + (s.per_element ? first : 0);
+    mask_base = span.mask_row(s) * s.mask_row_bytes + first / 8;
+  }
 
-  FASTNORM_DEVICE int64_t run_element(const Place& p) const { return (span.first_pack + p.pack) * W; }
-  FASTNORM_DEVICE int64_t element(const Place& p) const { return base + p.run * shape.run_stride + run_element(p); }
+  FASTNORM_DEVICE int64_t element(const Place& p) const { return base + p.run * shape.run_stride + p.pack * W; }
   FASTNORM_DEVICE int64_t channel_of(const Place& p) const {
-    return channel + p.run * shape.run_channels + (shape.per_element ? run_element(p) : 0);
+    return channel + p.run * shape.run_channels + (shape.per_element ? p.pack * W : 0);
   }
   FASTNORM_DEVICE int64_t mask_byte(const Place& p) const {
-    return (mask_row + p.run * shape.run_masks) * shape.mask_row_bytes + run_element(p) / 8;
+    return mask_base + p.run * shape.run_masks * shape.mask_row_bytes + p.pack * W / 8;
   }
   FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const Place& p) const {
-    return load_mask<W>(mask + (mask_row + p.run * shape.run_masks) * shape.mask_row_bytes, run_element(p));
+    return load_mask<W>(mask + mask_base + p.run * shape.run_masks * shape.mask_row_bytes, p.pack * W);
   }
 
-  // Where a staged piece keeps the pack of a place.
-  FASTNORM_DEVICE int slot(const Place& p) const { return p.run * span.packs + p.pack; }
+  // Where a staged piece of `tensor` keeps the pack of a place. Single elements lie as in global memory: as far past a
+  // multiple of 16 bytes.
+  template <class T>
+  FASTNORM_DEVICE int slot(const Place& p, const T* tensor) const {
+    if constexpr (W > 1) return p.run * shape.run_slots + p.pack;
+    return p.run * shape.run_slots + shift(tensor, p.run) + p.pack;
+  }
+  template <class T>
+  FASTNORM_DEVICE int shift(const T* tensor, int run) const {
+    const uint32_t first = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(tensor) / sizeof(T)) +
+                           static_cast<uint32_t>(base) +
+                           static_cast<uint32_t>(run) * static_cast<uint32_t>(shape.run_stride);
+    return static_cast<int>(first % (16 / sizeof(T)));
+  }
 
   // The whole piece by a team; nothing of it where the item is not `valid`.
   FASTNORM_DEVICE Stretch whole(const Team& team, bool valid) const {
     const int steps = span.steps(shape);
     return {0, valid ? steps : 0, steps, team.lane, team.width};
+  }
+  // A share of it, in whole rounds: of all shares a thread takes the places that it takes of the whole.
+  FASTNORM_DEVICE Stretch share(const Team& team, bool valid, int index) const {
+    const int steps = span.steps(shape), round = kUnroll<W> * team.width;
+    const int length = (steps + kShares * round - 1) / (kShares * round) * round, begin = index * length;
+    const int here = std::max(0, std::min(length, steps - begin));
+    return {begin, valid ? here : 0, here, team.lane, team.width};
   }
 
   // body(places) for U places at a time.
@@ -209,14 +239,69 @@ FASTNORM_DEVICE void for_rows(const RowsShape& shape, const Blocks& blocks, Body
   }
 }
 
-// Begins to copy a team's piece of x to shared memory; every thread what it reads itself on a walk over the whole.
-template <int W, class T>
-FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, const T* x, Pack<T, W>* staged) {
-  piece.template walk<kUnroll>(piece.whole(team, true), [&](const Place(&places)[kUnroll]) {
+// Begins to copy runs that are no whole packs to shared memory: in blocks of 16 bytes of the addresses' own alignment,
+// but for a run's ends. Other threads read what a thread has staged.
+template <class T>
+FASTNORM_DEVICE void stage_runs(const RowsPiece<1>& piece, const Team& team, const T* tensor, Pack<T, 1>* staged) {
+  constexpr int kLanes = 16 / sizeof(T);
+  const RowsShape& shape = piece.shape;
+  const int blocks = shape.run_slots / kLanes, packs = piece.span.packs;
+  for (int step = team.lane; step < piece.span.runs * blocks; step += team.width) {
+    const int run = static_cast<int>(shape.by_blocks.divide(static_cast<uint32_t>(step)));
+    const int begin = (step - run * blocks) * kLanes - piece.shift(tensor, run);
+    const T* from = tensor + piece.base + run * shape.run_stride + begin;
+    Pack<T, 1>* to = staged + step * kLanes;
+    if (begin >= 0 && begin + kLanes <= packs) {
+      stage<kLanes>(reinterpret_cast<Pack<T, kLanes>*>(to), from);
+    } else {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (places[u].in) stage<W>(staged + piece.slot(places[u]), x + piece.element(places[u]));
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if (begin + lane >= 0 && begin + lane < packs) stage<1>(to + lane, from + lane);
+      }
     }
+  }
+}
+
+// Begins to copy a share of a team's piece to shared memory: every thread what it reads itself on a walk over the same
+// share. Of runs that are no whole packs the first share is all there is.
+template <int W, class T>
+FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, int share, const T* tensor,
+                                Pack<T, W>* staged) {
+  if constexpr (W == 1) {
+    if (share == 0) stage_runs(piece, team, tensor, staged);
+  } else {
+    piece.template walk<kUnroll<W>>(piece.share(team, true, share), [&](const Place(&places)[kUnroll<W>]) {
+#pragma unroll
+      for (int u = 0; u < kUnroll<W>; ++u) {
+        if (places[u].in) stage<W>(staged + piece.slot(places[u], tensor), tensor + piece.element(places[u]));
+      }
+    });
+  }
+}
+// body(stretch) for what has landed of a team's piece; ready(share) waits for a share.
+template <int W, class Ready, class Body>
+FASTNORM_DEVICE void for_landed(const RowsPiece<W>& piece, const Team& team, bool valid, Ready ready, Body body) {
+  if constexpr (W == 1) {
+    ready(kShares - 1);
+    team.sync();  // staged by other threads
+    body(piece.whole(team, valid));
+  } else {
+    for (int share = 0; share < kShares; ++share) {
+      ready(share);
+      body(piece.share(team, valid, share));
+    }
+  }
+}
+// Before a piece is staged where another was.
+template <int W>
+FASTNORM_DEVICE void leave_staged(const Team& team) {
+  if constexpr (W == 1) team.sync();  // other threads stage what this one has read
+}
+// Begins to bring a team's piece of `tensor` into L2, to be read when it is there.
+template <int W, class T>
+FASTNORM_DEVICE void prefetch_rows(const RowsPiece<W>& piece, const Team& team, const T* tensor) {
+  piece.template walk<1>(piece.whole(team, true), [&](const Place(&places)[1]) {
+    if (places[0].in) prefetch_l2(tensor + piece.element(places[0]));
   });
 }
 
@@ -259,10 +344,11 @@ FASTNORM_DEVICE A origin_of(const T* first) {
   return value - value == A(0) ? value : A(0);  // not finite: 0
 }
 
-// This thread's share of a piece's moments, relative to `origin`; read(place): the pack of x there.
+// Merges this thread's share of a stretch's moments, relative to `origin`, into `total`; read(place): the pack of x
+// there.
 template <int U, class T, int W, class A, class Read>
-FASTNORM_DEVICE Welford<A> accumulate_moments(const RowsPiece<W>& piece, const Stretch& stretch, A origin, Read read) {
-  Welford<A> total{};
+FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const Stretch& stretch, A origin, Read read,
+                                        Welford<A>& total) {
   piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
     Pack<T, W> packs[U];
     bool in[U];
@@ -273,7 +359,6 @@ FASTNORM_DEVICE Welford<A> accumulate_moments(const RowsPiece<W>& piece, const S
     }
     total.merge(batch_moments(packs, in, origin));
   });
-  return total;
 }
 
 // The coefficients at one place after another: loaded when the channel changes.
