@@ -18,8 +18,9 @@ constexpr int64_t kTileBytes[] = {64, 128, 256};
 // are compiled for two.
 constexpr int kResidents[] = {2, 1};
 
-// How many more waves than the fewest a grid's gangs are tried with: of these some leave fewer blocks idle in the last.
-constexpr int kMoreWaves = 3;
+// How many numbers of waves more than the fewest a grid's gangs are tried with: some leave fewer blocks idle in the
+// last, and runs that are not cut may not fit the fewest.
+constexpr int kMoreWaves = 4;
 
 bool allows(int forced, int64_t value) { return forced < 0 || forced == value; }
 
@@ -35,13 +36,11 @@ std::vector<int64_t> grid_pieces(const Shares& shares, const FusedChoice& choice
   const int64_t blocks = choice.residents * int64_t(device.multiprocessors);
   const int64_t limit = std::max<int64_t>(1, shared_limit(choice.residents, device));
   const int64_t least = std::max<int64_t>(2, div_up(shares.bytes * streams * choice.buffers, limit));
-  const int64_t most_gangs = std::min(shares.count, blocks / least);
   std::vector<int64_t> pieces;
-  if (most_gangs == 0) return pieces;
-  const int64_t fewest = div_up(shares.count, most_gangs);
-  for (int64_t waves = fewest; waves <= std::min(shares.count, fewest + kMoreWaves); ++waves) {
-    const int64_t each = blocks / div_up(shares.count, waves);
-    if (pieces.empty() || pieces.back() != each) pieces.push_back(each);
+  int64_t gangs = std::min(shares.count, blocks / least);
+  for (int more = 0; more <= kMoreWaves && gangs > 0; ++more, --gangs) {
+    gangs = div_up(shares.count, div_up(shares.count, gangs));  // the fewest that take as many waves
+    pieces.push_back(blocks / gangs);
   }
   return pieces;
 }
@@ -291,8 +290,11 @@ Plan cheapest(const std::vector<Plan>& plans) {
 template <class Plan>
 std::vector<Plan> compared(std::vector<Plan> plans) {
   std::stable_sort(plans.begin(), plans.end(), is_cheaper<Plan>);
-  plans.erase(std::unique(plans.begin(), plans.end()), plans.end());
-  return plans;
+  std::vector<Plan> different;
+  for (const Plan& plan : plans) {
+    if (std::find(different.begin(), different.end(), plan) == different.end()) different.push_back(plan);
+  }
+  return different;
 }
 
 }  // namespace

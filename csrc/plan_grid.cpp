@@ -9,7 +9,8 @@ namespace {
 
 // None of the figures below has been measured on a GPU yet; each says what it rests on.
 
-constexpr int64_t kMaxBlocks = (int64_t(1) << 31) - 1;
+// Half of what a launch may have: some launches put the blocks of two grids beside each other.
+constexpr int64_t kMaxBlocks = int64_t(1) << 30;
 
 // Packs that a thread of a team takes in one go (kUnroll in csrc/cuda/rows.cuh): a team is as wide as that needs.
 constexpr int64_t kPacksPerThread = 4;

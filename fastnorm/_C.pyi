@@ -1,5 +1,7 @@
 """The compiled extension. Importing it registers the operators of `torch.ops.fastnorm` (see ops.py)."""
 
+from collections.abc import Mapping
+
 def build_info() -> dict[str, str]:
     """Version, torch, compiler, instruction sets and CUDA ("none", or as "13.0 sm_80 sm_90") this was built with."""
 
@@ -75,6 +77,10 @@ class DeviceInfo:
         shared_per_multiprocessor: int,
         shared_per_block: int,
         l2_bytes: int,
+        bytes_per_us: int,
+        largest_cluster: int,
+        cluster_multiprocessors: int,
+        cooperative: bool,
     ) -> None: ...
     @property
     def capability(self) -> int: ...
@@ -88,6 +94,26 @@ class DeviceInfo:
     def shared_per_block(self) -> int: ...
     @property
     def l2_bytes(self) -> int: ...
+    @property
+    def bytes_per_us(self) -> int: ...
+    @property
+    def largest_cluster(self) -> int: ...
+    @property
+    def cluster_multiprocessors(self) -> int: ...
+    @property
+    def cooperative(self) -> bool: ...
+
+class Estimate:
+    """What the planner expects of a plan, in microseconds: csrc/plan_cuda.h."""
+
+    @property
+    def memory(self) -> float: ...
+    @property
+    def barriers(self) -> float: ...
+    @property
+    def launches(self) -> float: ...
+    @property
+    def total(self) -> float: ...
 
 class Grid:
     """One CUDA launch: csrc/plan_cuda.h."""
@@ -118,6 +144,10 @@ class Grid:
     def shared_bytes(self) -> int: ...
     @property
     def team_bytes(self) -> int: ...
+    @property
+    def gang(self) -> str: ...
+    @property
+    def buffers(self) -> int: ...
 
 class Units:
     """How fused rows add up the cells of a set: csrc/plan_cuda.h."""
@@ -138,6 +168,10 @@ class ForwardPlan:
     def grid(self) -> Grid: ...
     @property
     def workspace_bytes(self) -> int: ...
+    @property
+    def launches(self) -> int: ...
+    @property
+    def estimate(self) -> Estimate: ...
 
 class BackwardPlan:
     """How a backward call is cut into CUDA launches; param_sums: "none", "shared", "along" or "apart"."""
@@ -163,7 +197,15 @@ class BackwardPlan:
     @property
     def terms_bytes(self) -> int: ...
     @property
+    def gang_bytes(self) -> int: ...
+    @property
     def workspace_bytes(self) -> int: ...
+    @property
+    def meets(self) -> bool: ...
+    @property
+    def launches(self) -> int: ...
+    @property
+    def estimate(self) -> Estimate: ...
 
 def plan_forward(
     geometry: Geometry,
@@ -173,8 +215,12 @@ def plan_forward(
     alignment: int = 16,
     output: bool = True,
     frozen: bool = False,
+    forced: Mapping[str, str | int] = {},
+    free_multiprocessors: int = 0,
 ) -> ForwardPlan:
-    """The plan of a forward call; ValueError for a geometry of no elements. dtype: "float32", "bfloat16", ..."""
+    """The cheapest plan of a forward call. dtype: "float32", "bfloat16", ...; forced: what it has to be, of strategy,
+    gang, pieces, buffers, residents and tile_bytes, as csrc/plan_cuda.h has them.
+    ValueError for a geometry of no elements, and where no plan is as forced."""
 
 def plan_backward(
     geometry: Geometry,
@@ -186,8 +232,45 @@ def plan_backward(
     frozen: bool = False,
     input: bool = True,
     params: bool = True,
+    forced: Mapping[str, str | int] = {},
+    free_multiprocessors: int = 0,
 ) -> BackwardPlan:
-    """The plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; params: theirs are."""
+    """The cheapest plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; params: theirs
+    are."""
+
+def compare_forward(
+    geometry: Geometry,
+    dtype: str,
+    device: DeviceInfo,
+    *,
+    alignment: int = 16,
+    output: bool = True,
+    frozen: bool = False,
+    forced: Mapping[str, str | int] = {},
+    free_multiprocessors: int = 0,
+) -> list[ForwardPlan]:
+    """All plans of a forward call, cheapest first."""
+
+def compare_backward(
+    geometry: Geometry,
+    dtype: str,
+    device: DeviceInfo,
+    *,
+    alignment: int = 16,
+    residual: bool = False,
+    frozen: bool = False,
+    input: bool = True,
+    params: bool = True,
+    forced: Mapping[str, str | int] = {},
+    free_multiprocessors: int = 0,
+) -> list[BackwardPlan]:
+    """All plans of a backward call, cheapest first."""
+
+def set_plan_options(*, forced: Mapping[str, str | int] = {}, free_multiprocessors: int = 0) -> None:
+    """What all CUDA calls from now on are planned with; no call may be under way. `forced` is for tests and tuning."""
+
+def cuda_device_info(index: int = 0) -> DeviceInfo:
+    """The facts of a GPU of this machine; RuntimeError where there is none, or no kernels for any."""
 
 def pack_width(geometry: Geometry, dtype: str, alignment: int = 16) -> int:
     """Elements of the widest access that divides every run and keeps every address aligned."""

@@ -4,7 +4,7 @@ model = fastnorm.convert(model)        # torch.nn norms -> fastnorm norms; fastn
 fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + residual)
 """
 
-from . import functional
+from . import cuda, functional
 from .convert import convert, revert
 from .functional import moments
 from .modules import (
@@ -33,6 +33,7 @@ __all__ = [
     "Report",
     "Row",
     "convert",
+    "cuda",
     "explain",
     "functional",
     "moments",

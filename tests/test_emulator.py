@@ -6,6 +6,7 @@ mistake. MUTANTS says by what each mutant is caught, and their correct twins mus
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -40,6 +41,7 @@ def built() -> Builder:
 PRIMITIVES = (
     *("indices", "shuffles", "barriers", "shared", "clusters", "orders", "counters", "devices", "refusals"),
     *("recovery", "arguments", "widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_float16"),
+    *("copies", "when_copies_land", "clusters_of_a_grid", "grid_of_a_whole_device", "refused_gangs"),
 )
 
 
@@ -75,6 +77,9 @@ MUTANTS = (
     Mutant("cluster_barrier_after", bits=SEEDED, race="cluster_barrier_after", address="use-after-poison"),
     Mutant("grid_barrier", bits=SEEDED, race="grid_barrier"),
     Mutant("grid_not_cooperative", report="sync_grid in a launch that is not cooperative, in block"),
+    Mutant("cluster_in_one_place", bits=SEEDED, race="one_place"),
+    Mutant("grid_in_one_place", bits=SEEDED, race="one_place"),
+    Mutant("too_many_to_meet", report="refused: cooperative, with 9 blocks where 8 are resident$"),
     Mutant("cross_block_race", bits=SEEDED, race="cross_block_race"),
     Mutant(
         "divergent_barrier",
@@ -113,17 +118,34 @@ MUTANTS = (
     Mutant("misaligned_unnoted", address="misaligned address"),
     Mutant("wrong_rank", report="cluster_shared with rank 1, in block [0-3] thread 0$"),
     Mutant("remote_global", report="cluster_shared of what is not the block's shared memory, in block"),
+    Mutant("copy_not_waited_for", bits=SEEDED),
+    Mutant(
+        "copy_under_way_at_return",
+        report="returned with copies to shared memory under way, 1 of them, in block [0-3] thread [0-9]+$",
+    ),
+    Mutant("copy_of_pending_batch", bits=SEEDED),
+    Mutant("copy_without_barrier", bits=SEEDED, race="copy_for_others"),
+    Mutant("barrier_before_wait", bits=SEEDED, race="copy_for_others"),
+    Mutant("copy_over_readers", bits=SEEDED, race="copy_over_readers"),
+    Mutant("copy_ahead_of_barrier", bits=SEEDED, race="copy_over_readers"),
+    Mutant("copy_misaligned_source", report="16 bytes copied from an address that is 8 past a multiple of 16, in"),
+    Mutant("copy_misaligned_place", report="16 bytes copied to an address that is 4 past a multiple of 16, in"),
+    Mutant("copy_past_shared", report="copy_async to what is not the block's shared memory, in .* thread 127$"),
+    Mutant("copy_to_global", report="copy_async to what is not the block's shared memory, in block"),
+    Mutant("copy_out_of_bounds", address="heap-buffer-overflow"),
 )
-
-SOURCE = "tests/emulator/self_test_mutants.cpp"
 
 
 def line_of(mark: str) -> str:
     """FILE:LINE of the lines that are marked so, as a regular expression."""
-    lines = (build.ROOT / SOURCE).read_text().splitlines()
-    found = [str(i) for i, line in enumerate(lines, 1) if re.search(f"// LINE {mark}$", line)]
+    found = [
+        re.escape(f"{source.relative_to(build.ROOT)}:{number}") + r"\b"
+        for source in sorted(build.EMULATOR.glob("self_test*.cpp"))
+        for number, line in enumerate(source.read_text().splitlines(), 1)
+        if re.search(f"// LINE {mark}$", line)
+    ]
     assert found, f"no line is marked {mark}"
-    return re.escape(SOURCE) + f":(?:{'|'.join(found)})"
+    return f"(?:{'|'.join(found)})"
 
 
 def outcomes(path: str, *words: str) -> list[str]:
@@ -218,17 +240,24 @@ def test_caught_by_address_sanitizer(built: Builder, mutant: Mutant) -> None:
     order = "priority" if mutant.bits else "fifo"
     run = build.run(built("address/self_test"), "broken", mutant.name, order, "1", "20")
     assert run.returncode != 0
-    assert mutant.address in run.stdout, run.stdout
+    assert mutant.address and mutant.address in run.stdout, run.stdout
     assert re.search(line_of(mutant.name), run.stdout), run.stdout
 
 
 # ---- the production kernels ----
 
+# Gangs with one buffer or two.
+GANGS = tuple(f" {gang} {buffers}" for gang in ("block", "cluster", "grid") for buffers in (1, 2))
 PLANS = {
-    *("forward fused rows", "forward fused columns", "forward split rows", "forward split columns"),
-    *("forward apply rows", "forward apply columns", "backward fused rows", "backward fused columns"),
-    *("backward split rows", "backward split columns", "backward apply rows", "backward apply columns"),
-    *("parameter sums 0", "parameter sums 1", "parameter sums 2", "parameter sums 3"),
+    *(
+        f"{direction} {strategy} {traversal}{gang}"
+        for direction in ("forward", "backward")
+        for traversal in ("rows", "columns")
+        for strategy, gangs in (("fused", GANGS), ("split", ("",)), ("apply", ("",)))
+        for gang in gangs
+    ),
+    *("parameter sums none", "parameter sums shared", "parameter sums along", "parameter sums apart"),
+    *("parameter sums shared, meets", "parameter sums along, meets"),
 }
 
 
@@ -240,7 +269,7 @@ def drive(built: Builder, variant: str, device: str, last_seed: int, blocks_toge
     return set(run.stdout.splitlines())
 
 
-DEVICES = ("tiny", "small", "h200")
+DEVICES = ("tiny", "few", "alone", "small", "h200")
 
 
 def test_kernels_take_every_plan(built: Builder) -> None:
@@ -253,25 +282,25 @@ def test_kernels_give_the_same_bits_under_every_schedule(built: Builder, device:
     drive(built, "plain", device, last_seed=1, blocks_together=5)
 
 
-@pytest.mark.parametrize("device", ["tiny", "h200"])
+@pytest.mark.parametrize("device", ["tiny", "few", "h200"])
 def test_kernels_under_address_sanitizer(built: Builder, device: str) -> None:
     drive(built, "address", device, last_seed=0, blocks_together=1)
 
 
-@pytest.mark.parametrize("device", ["tiny", "h200"])
+@pytest.mark.parametrize("device", ["tiny", "few", "h200"])
 def test_kernels_under_thread_sanitizer(built: Builder, device: str) -> None:
     """One schedule does: it knows what happens before what."""
     drive(built, "thread", device, last_seed=0, blocks_together=2)
 
 
 def barriers() -> list[str]:
-    """FILE:LINE of every barrier of the kernels."""
+    """FILE:LINE of every barrier and wait of the kernels."""
     return [
         f"{path.name}:{number}"
         for path in sorted((build.CSRC / "cuda").glob("*.cu*"))
         if path.name != "platform.cuh"
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(r"\bsync_(block|warp|cluster|grid)\(\)", line)
+        if re.search(r"\b(sync_(block|warp|cluster|grid)\(\)|wait_copies\(.*\));", line)
     ]
 
 
@@ -279,7 +308,7 @@ def barriers() -> list[str]:
 def test_every_barrier_is_needed(built: Builder, barrier: str) -> None:
     """Without it the drive finds other bits, or a defect: the cases reach it, and it is not there for nothing."""
     path = built("plain/drive_kernels")
-    runs = (build.run(path, device, "2", "1", barrier) for device in ("tiny", "h200"))
+    runs = (build.run(path, device, "2", "1", barrier) for device in ("few", "tiny", "h200"))
     missed = any(run.returncode == 1 and "FAILED" in run.stdout for run in runs)
     assert missed, f"nothing misses {barrier}"
 
@@ -327,9 +356,21 @@ def test_library_takes_orders_and_seeds(library: backend.Emulator) -> None:
 def test_library_refuses(library: backend.Emulator) -> None:
     with pytest.raises(RuntimeError, match="no order named best; there are fifo, lifo, random, priority"):
         library.configure(order="best")
-    with pytest.raises(RuntimeError, match="no device named huge; there are tiny, small, h200"):
+    with pytest.raises(RuntimeError, match="no device named huge; there are tiny, few, alone, small, h200"):
         library.configure(device="huge")
     with pytest.raises(RuntimeError, match="at least one block runs"):
         library.configure(blocks_together=0)
     with pytest.raises(RuntimeError, match="at most 262144 bytes of shared memory"):
-        library.configure(device=backend.Device(90, 4, 1024, 1 << 20, 1 << 20, 1 << 20))
+        library.configure(device=dataclasses.replace(library.device("tiny"), shared_per_block=1 << 20))
+    with pytest.raises(ValueError, match="a plan has no teams to force; it has strategy, gang, pieces"):
+        library.configure(forced={"gang": "grid", "teams": 3})
+    with pytest.raises(ValueError, match="a plan's gang cannot be 'pair'; there are block, cluster, grid"):
+        library.configure(forced={"gang": "pair"})
+    with pytest.raises(ValueError, match="a plan's buffers cannot be 'two'; it is a number"):
+        library.configure(forced={"buffers": "two"})
+
+
+def test_library_knows_its_devices(library: backend.Emulator) -> None:
+    assert library.device("tiny").largest_cluster == 4
+    assert library.device("small").cooperative is True
+    assert library.device("h200").cluster_multiprocessors == 128

@@ -15,32 +15,10 @@ from hypothesis import strategies as st
 
 from cases import BENCH, LAYERS, Layer
 from fastnorm import _C
-from plan_model import BATCH, DEVICES, DTYPES, GROUP, LAYER, Call, Shape, check_everywhere, div_up, shape_of
+from plan_checks import check_everywhere
+from plan_model import BATCH, DEVICES, DTYPES, GROUP, LAYER, Call, Shape, div_up, random_call, shape_of
 
 GOLDEN = Path(__file__).with_name("plans_cuda.txt")
-
-
-def random_call(r: random.Random) -> Call:
-    """Sizes from one to far beyond 2^31 elements, of powers of two, their neighbours and multiples."""
-    scale = r.choice((0.25, 0.5, 0.5, 1.0))
-
-    def size(bits: float) -> int:
-        n = int(2 ** r.uniform(0, bits * scale))
-        return max(1, r.choice((n, n, n // 8 * 8, 1 << n.bit_length(), n + 1)))
-
-    kind = r.choice((BATCH, GROUP, GROUP, LAYER))
-    groups, per_group = size(11), size(9)
-    if kind == LAYER:
-        shape = Shape(kind, size(26), groups * per_group, 1, 1, False)
-    else:
-        C = groups * per_group
-        space = 1 if r.random() < 0.1 else size(24)
-        shape = Shape(kind, size(14), C, space, C if kind == BATCH else groups, r.random() < 0.5)
-    flags = (r.random() < 0.3, r.random() < 0.3, r.random() < 0.8, r.random() < 0.7)
-    dtype = r.choice(list(DTYPES))
-    alignment = r.choice([a for a in (2, 4, 8, 16, 16, 16) if a >= DTYPES[dtype]])
-    residual, frozen, needs_input, params = flags
-    return Call(shape, dtype, alignment, residual, frozen and kind == BATCH, needs_input or not params, params)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -86,11 +64,17 @@ def test_the_sweep_reaches_every_choice() -> None:
             grid = forward.grid
             seen |= {(forward.strategy, grid.traversal), (backward.strategy, call.shape.traversal), backward.param_sums}
             seen |= {grid.pack, "pieces of runs" if grid.piece_runs > 1 and grid.pieces > 1 else ""}
+            for plan_grid in (grid, backward.reduce):
+                seen |= {(plan_grid.gang, plan_grid.traversal), (plan_grid.gang, plan_grid.buffers)}
+            seen.add("meets" if backward.meets else "")
             seen |= {"teams" if grid.threads_y > 1 else "", "parts of runs" if grid.pieces > call.shape.runs[0] else ""}
             seen.add("segments" if backward.units.segments > 1 else "")
             seen.add("huge" if call.shape.sets * call.shape.set_size > 2**33 else "")
     wanted = {(s, t) for s in ("fused", "split", "apply") for t in ("rows", "columns")}
+    gangs = ("block", "cluster", "grid")
+    wanted |= {(gang, t) for gang in gangs for t in ("rows", "columns")} | {(gang, b) for gang in gangs for b in (1, 2)}
     wanted |= {
+        "meets",
         "none",
         "shared",
         "along",
@@ -151,9 +135,11 @@ def test_few_large_sets_fill_the_device(layer: Layer, layout: str) -> None:
     for facts in DEVICES.values():
         call = Call(shape_of(layer, layout), "bfloat16", 16, False, False, True, True)
         backward = call.backward(facts)
-        for grid in (call.forward(facts).grid, backward.reduce, backward.apply):
-            assert grid.blocks >= 4 * facts.multiprocessors
-            assert div_up(grid.items, grid.blocks) == 1
+        for grid, strategy in ((call.forward(facts).grid, call.forward(facts).strategy), (backward.reduce, "")):
+            if strategy == "split":
+                assert grid.blocks >= 4 * facts.multiprocessors and div_up(grid.items, grid.blocks) == 1
+            else:
+                assert 4 * grid.blocks >= 3 * facts.multiprocessors
 
 
 # ---- the golden table ----

@@ -21,7 +21,7 @@ struct ColumnsShape {
   int64_t mask_row_bytes;
   bool per_position;   // every position has statistics of its own: weight gradients of a LayerNorm
   bool pieces_adjoin;  // of a tile, as gangs have them; else the tiles of a piece do, side by side in memory
-  bool backwards;      // from the last item to the first
+  bool backwards;      // from the last item to the first, and each from its end
 };
 
 inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dtype) {
@@ -127,7 +127,9 @@ struct ColumnsPiece {
   // body(position[U], in[U]); every thread of the block makes as many calls.
   template <int U, class Body>
   FASTNORM_DEVICE void walk(const Range& range, Body body) const {
-    for (int base = range.begin; base < range.end; base += U * shape.threads_y) {
+    const int length = U * shape.threads_y, last = (range.end - 1 - range.begin) / length * length;
+    for (int round = 0; round < range.end - range.begin; round += length) {
+      const int base = range.begin + (shape.backwards ? last - round : round);
       int position[U];
       bool inside[U];
 #pragma unroll

@@ -225,7 +225,6 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
       scale *= load_param_of<T>(t.weight, piece.span.set, A(1));
     }
     const SetTerms<A> terms = t.frozen ? SetTerms<A>{} : set_terms<A>(sums, stats.rstd, stats.low, scale);
-    if (by_units) team.sync();  // dy was changed by other threads, and this wave's place is loaded again
     const BackwardTensors<T> rest = without_mask<kSmooth>(t);
     apply_gradient_rows<kSmooth, 1>(rest, piece, piece.whole(team, valid), stats, terms, [&](const Place& place) {
       return staged_gradient<kSmooth>(rest, piece, staged, place);

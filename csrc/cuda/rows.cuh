@@ -50,7 +50,7 @@ struct RowsShape {
   FastDiv by_length;
   int team;
   bool per_element;   // the channel changes with every element of a run
-  bool backwards;     // from the last item to the first
+  bool backwards;     // from the last item to the first, and each from its end
   int run_slots;      // of a staged run
   FastDiv by_blocks;  // single elements: blocks of 16 bytes of a staged run
 };
@@ -199,11 +199,13 @@ struct RowsPiece {
   // body(places) for U places at a time.
   template <int U, class Body>
   FASTNORM_DEVICE void walk(const Stretch& stretch, Body body) const {
-    for (int round = 0; round < stretch.longest; round += U * stretch.width) {
+    const int length = U * stretch.width, last = (stretch.longest - 1) / length * length;
+    for (int round = 0; round < stretch.longest; round += length) {
+      const int begin = shape.backwards ? last - round : round;
       Place places[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int step = round + u * stretch.width + stretch.lane;
+        const int step = begin + u * stretch.width + stretch.lane;
         places[u] = place_of(shape, span, stretch.begin + step, step < stretch.steps);
       }
       body(places);

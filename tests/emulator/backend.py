@@ -13,11 +13,17 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from emulator import build
 
 ORDERS = ("fifo", "lifo", "random", "priority")
+
+# csrc/plan_cuda.h's Forced, in its order, and the names of what is numbered there.
+FORCED = ("strategy", "gang", "pieces", "buffers", "residents", "tile_bytes")
+NAMES = {"strategy": ("fused", "split", "apply"), "gang": ("block", "cluster", "grid")}
+FREE = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,13 @@ class Device:
     shared_per_multiprocessor: int
     shared_per_block: int
     l2_bytes: int
+    bytes_per_us: int
+    largest_cluster: int
+    cluster_multiprocessors: int
+    cooperative: bool
+
+
+FACTS = len(dataclasses.fields(Device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +63,8 @@ class Launch:
     cluster: int
     cooperative: bool
     traffic: Traffic
+    missed: int
+    """Of the bytes read, those that L2 did not have; 0 where it is not modelled."""
 
 
 @dataclasses.dataclass
@@ -58,6 +73,23 @@ class Counts:
 
     traffic: Traffic = Traffic(0, 0, 0, 0)
     launches: list[Launch] = dataclasses.field(default_factory=list)
+
+
+def forced_numbers(forced: Mapping[str, str | int]) -> list[int]:
+    """ValueError where a key or a name is unknown."""
+    if unknown := sorted(set(forced) - set(FORCED)):
+        raise ValueError(f"a plan has no {', '.join(unknown)} to force; it has {', '.join(FORCED)}")
+    numbers = []
+    for key in FORCED:
+        value = forced.get(key, FREE)
+        if isinstance(value, str):
+            names = NAMES.get(key, ())
+            if value not in names:
+                there_are = f"there are {', '.join(names)}" if names else "it is a number"
+                raise ValueError(f"a plan's {key} cannot be {value!r}; {there_are}")
+            value = names.index(value)
+        numbers.append(value)
+    return numbers
 
 
 class Emulator:
@@ -75,33 +107,57 @@ class Emulator:
             raise RuntimeError(text.decode())
 
     def device(self, name: str) -> Device:
-        """One of tests/emulator/device.h: tiny, small, h200."""
-        facts = (ctypes.c_int64 * 6)()
+        """One of tests/emulator/device.h: tiny, few, alone, small, h200."""
+        facts: Any = (ctypes.c_int64 * FACTS)()
         self._check(self._library.fastnorm_emulator_device(name.encode(), facts))
-        return Device(*facts)
+        return Device(*[*facts[:-1], bool(facts[-1])])
 
     def configure(
-        self, order: str = "fifo", seed: int = 0, device: str | Device = "h200", blocks_together: int = 1
+        self,
+        order: str = "fifo",
+        seed: int = 0,
+        device: str | Device = "h200",
+        blocks_together: int = 1,
+        *,
+        forced: Mapping[str, str | int] | None = None,
+        refuse_gangs: bool = False,
+        free_multiprocessors: int = 0,
     ) -> None:
         """Of all launches from now on. `order`: one of ORDERS; the same configuration gives the same schedules again.
-        `blocks_together`: how many blocks run side by side where a launch asks for no more."""
+        `blocks_together`: how many blocks run side by side where a launch asks for no more. `forced`: what plans have
+        to be, by the names in FORCED and NAMES. `refuse_gangs`: launches whose blocks meet are refused, as by a device
+        that is shared. `free_multiprocessors`: what such launches leave free."""
         facts = dataclasses.astuple(self.device(device) if isinstance(device, str) else device)
+        numbers = forced_numbers(forced or {})
         self._check(
             self._library.fastnorm_emulator_configure(
-                order.encode(), ctypes.c_uint64(seed), blocks_together, (ctypes.c_int64 * 6)(*facts)
+                order.encode(),
+                ctypes.c_uint64(seed),
+                blocks_together,
+                (ctypes.c_int64 * FACTS)(*facts),
+                ctypes.c_bool(refuse_gangs),
+                free_multiprocessors,
+                (ctypes.c_int * len(FORCED))(*numbers),
             )
         )
 
     @contextlib.contextmanager
-    def configured(
-        self, order: str = "fifo", seed: int = 0, device: str | Device = "h200", blocks_together: int = 1
-    ) -> Iterator[None]:
+    def configured(self, *args: Any, **options: Any) -> Iterator[None]:
         """configure(), and the defaults again at the end."""
-        self.configure(order, seed, device, blocks_together)
+        self.configure(*args, **options)
         try:
             yield
         finally:
             self.configure()
+
+    @contextlib.contextmanager
+    def modelling_l2(self) -> Iterator[None]:
+        """With an L2 of the configured device's size, empty at first: launches then say what they missed in it."""
+        self._library.fastnorm_emulator_model_l2(True)
+        try:
+            yield
+        finally:
+            self._library.fastnorm_emulator_model_l2(False)
 
     def reset_counters(self) -> None:
         self._library.fastnorm_emulator_reset_counters()
@@ -116,10 +172,11 @@ class Emulator:
         """Since reset_counters(), in their order; those that failed are left out."""
         launches = []
         for number in range(self._library.fastnorm_emulator_launch_count()):
-            values = (ctypes.c_int64 * 9)()
+            values = (ctypes.c_int64 * 10)()
             self._check(self._library.fastnorm_emulator_launch(ctypes.c_int64(number), values))
-            blocks, threads, shared_bytes, cluster, cooperative, *traffic = values
-            launches.append(Launch(blocks, threads, shared_bytes, cluster, bool(cooperative), Traffic(*traffic)))
+            blocks, threads, shared_bytes, cluster, cooperative, *traffic, missed = values
+            traffic = Traffic(*traffic)
+            launches.append(Launch(blocks, threads, shared_bytes, cluster, bool(cooperative), traffic, missed))
         return launches
 
     @contextlib.contextmanager

@@ -3,6 +3,7 @@
 #include <iterator>
 #include <string>
 
+#include "plan_options.h"
 #include "runtime.h"
 
 #define FASTNORM_EXPORT extern "C" __attribute__((visibility("default")))
@@ -11,8 +12,8 @@ namespace {
 
 using namespace fastnorm;
 
-// What Python calls device facts, in this order.
-constexpr int kFacts = 6;
+// DeviceInfo, in its order.
+constexpr int kFacts = 10;
 
 // Runs f; what it throws comes back as text, null is success.
 template <class F>
@@ -32,15 +33,24 @@ const char* text_of_failure(F f) {
 FASTNORM_EXPORT const char* fastnorm_emulator_device(const char* name, int64_t* facts) {
   return text_of_failure([&] {
     const DeviceInfo d = emulator::device_named(name);
-    const int64_t values[kFacts] = {
-        d.capability,       d.multiprocessors, d.threads_per_multiprocessor, d.shared_per_multiprocessor,
-        d.shared_per_block, d.l2_bytes};
+    const int64_t values[kFacts] = {d.capability,
+                                    d.multiprocessors,
+                                    d.threads_per_multiprocessor,
+                                    d.shared_per_multiprocessor,
+                                    d.shared_per_block,
+                                    d.l2_bytes,
+                                    d.bytes_per_us,
+                                    d.largest_cluster,
+                                    d.cluster_multiprocessors,
+                                    d.cooperative};
     std::copy(values, values + kFacts, facts);
   });
 }
 
+// forced: PlanOptions::forced, in its order.
 FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint64_t seed, int blocks_together,
-                                                        const int64_t* facts) {
+                                                        const int64_t* facts, bool refuse_gangs,
+                                                        int free_multiprocessors, const int* forced) {
   return text_of_failure([&] {
     emulator::Settings settings;
     settings.order = emulator::order_named(order);
@@ -51,8 +61,14 @@ FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint6
                        static_cast<int>(facts[2]),
                        facts[3],
                        facts[4],
-                       facts[5]};
+                       facts[5],
+                       facts[6],
+                       static_cast<int>(facts[7]),
+                       static_cast<int>(facts[8]),
+                       facts[9] != 0};
+    settings.refuse_gangs = refuse_gangs;
     emulator::configure(settings);
+    plan_options() = {free_multiprocessors, {forced[0], forced[1], forced[2], forced[3], forced[4], forced[5]}};
   });
 }
 
@@ -68,13 +84,19 @@ FASTNORM_EXPORT void fastnorm_emulator_traffic(uint64_t* read_stream, uint64_t* 
 
 FASTNORM_EXPORT int64_t fastnorm_emulator_launch_count() { return emulator::launch_count(); }
 
-// Five sizes and four numbers of bytes, as LaunchRecord and Traffic have them.
+// An empty L2 of the device's size from now on, or none.
+FASTNORM_EXPORT void fastnorm_emulator_model_l2(bool on) {
+  emulator::l2 = on ? std::make_unique<emulator::L2Model>(emulator::settings().device.l2_bytes) : nullptr;
+}
+
+// Five sizes and five numbers of bytes, as LaunchRecord and Traffic have them.
 FASTNORM_EXPORT const char* fastnorm_emulator_launch(int64_t number, int64_t* values) {
   return text_of_failure([&] {
     const emulator::LaunchRecord& r = emulator::launch_record(number);
     const int64_t found[] = {r.blocks, r.threads, r.shared_bytes, r.cluster, r.cooperative};
     std::copy(std::begin(found), std::end(found), values);
-    const uint64_t bytes[] = {r.traffic.read[0], r.traffic.read[1], r.traffic.written[0], r.traffic.written[1]};
+    const uint64_t bytes[] = {r.traffic.read[0], r.traffic.read[1], r.traffic.written[0], r.traffic.written[1],
+                              r.missed};
     std::copy(std::begin(bytes), std::end(bytes), values + std::size(found));
   });
 }

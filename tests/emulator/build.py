@@ -38,6 +38,8 @@ DTYPES = ("float", "double", "BFloat16", "Float16")
 
 COMMON = ["-std=c++20", "-DFASTNORM_EMULATE", f"-I{CSRC}", f"-I{EMULATOR}", f"-ffile-prefix-map={ROOT}/="]
 COMMON += ["-fPIC", "-fvisibility=hidden", "-pthread", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# g++ does not follow that what is read at a place is used there alone.
+COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SANITIZE = {
     "plain": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
@@ -113,7 +115,8 @@ def kernel_objects(variant: str) -> list[Object]:
         for dtype in DTYPES
     ]
     objects.append(plain_object(variant, CSRC / "cuda" / "fold.cu", "-x", "c++", optimize=optimize))
-    plain = (CSRC / "cuda" / "dispatch.cpp", CSRC / "geometry.cpp", CSRC / "plan_cuda.cpp")
+    planners = [path for path in sorted(CSRC.glob("plan_*.cpp")) if path.name != "plan_cpu.cpp"]
+    plain = (CSRC / "cuda" / "dispatch.cpp", CSRC / "geometry.cpp", *planners)
     return objects + [plain_object(variant, source) for source in plain]
 
 

@@ -1,7 +1,8 @@
 // The calls that drive_kernels makes: small geometries that between them take every strategy, traversal, storage type,
-// width of access and kind of epilogue.
+// width of access, kind of epilogue and gang.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -18,9 +19,11 @@ struct Case {
   DType params = DType::kFloat32;
   bool affine = true;
   int offset = 0;  // elements by which every tensor begins off 16 bytes
+  Forced forced{};
 };
 
-inline std::vector<Case> cases() {
+// Whose plans are whatever is cheapest.
+inline std::vector<Case> free_cases() {
   constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup, kLayer = Kind::kLayer;
   constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
   using enum Activation;
@@ -60,11 +63,84 @@ inline std::vector<Case> cases() {
       {{kLayer, 50, 64, 1, 1, false}, kF32, kGelu},
       {{kLayer, 9, 768, 1, 1, false}, kBF16, kNone, true, false, false, kBF16},
       {{kLayer, 300, 40, 1, 1, false}, kF32},
-      {{kLayer, 5, 10007, 1, 1, false}, kF32, kSilu},
+      {{kLayer, 2, 5003, 1, 1, false}, kF32, kSilu},
       {{kLayer, 4, 4096, 1, 1, false}, kF16, kRelu, true, true},
       {{kLayer, 6, 37, 1, 1, false}, kF64, kTanh, false, false, false, kF64},
       {{kLayer, 8, 96, 1, 1, false}, kBF16, kGelu, false, false, false, kF32, true, 2},
   };
+}
+
+// Every one of `cases` with every one of `gangs`.
+inline std::vector<Case> forced(const std::vector<Case>& cases, const std::vector<Forced>& gangs) {
+  std::vector<Case> all;
+  for (Case c : cases) {
+    for (const Forced& gang : gangs) {
+      c.forced = gang;
+      all.push_back(c);
+    }
+  }
+  return all;
+}
+inline Forced forced_gang(Gang gang, int pieces, int buffers) {
+  Forced f;
+  f.strategy = static_cast<int>(Strategy::kFused);
+  f.gang = static_cast<int>(gang);
+  f.pieces = pieces;
+  f.buffers = buffers;
+  return f;
+}
+
+// Of device `few`: pieces of several runs and parts of one, several waves, waves that are not full.
+inline std::vector<Case> gang_cases() {
+  constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup, kLayer = Kind::kLayer;
+  constexpr DType kF32 = DType::kFloat32, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
+  using enum Activation;
+  const std::vector<Case> cases = {
+      // batch, planar
+      {{kBatch, 5, 3, 64, 3, false}, kF32, kRelu, true, true},
+      {{kBatch, 2, 11, 1000, 11, false}, kBF16, kSilu, true},
+      {{kBatch, 3, 4, 49, 4, false}, kF16},
+      {{kBatch, 4, 3, 196, 3, false}, kBF16, kLeakyRelu, true, true, true},
+      // batch, channels last and two-dimensional
+      {{kBatch, 6, 104, 10, 104, true}, kBF16, kRelu, true, true},
+      {{kBatch, 110, 40, 1, 40, false}, kF32, kSigmoid},
+      {{kBatch, 3, 7, 50, 7, true}, kF16, kLeakyRelu, true, true},
+      // group, planar
+      {{kGroup, 2, 12, 64, 4, false}, kF32, kSilu},
+      {{kGroup, 1, 4, 1500, 2, false}, kBF16, kGeluTanh, true},
+      {{kGroup, 3, 6, 100, 2, false}, kF16, kRelu, true, true},
+      // group, channels last
+      {{kGroup, 2, 32, 49, 8, true}, kF32, kSilu},
+      {{kGroup, 2, 64, 60, 8, true}, kBF16, kRelu, true, true},
+      {{kGroup, 2, 15, 30, 5, true}, kF16, kHardswish, true},
+      // layer
+      {{kLayer, 13, 768, 1, 1, false}, kF32, kGelu},
+      {{kLayer, 9, 1024, 1, 1, false}, kF16, kRelu, true, true},
+      {{kLayer, 5, 777, 1, 1, false}, kBF16, kNone, true, false, false, kBF16},
+  };
+  return forced(cases,
+                {forced_gang(Gang::kCluster, 2, 1), forced_gang(Gang::kCluster, 3, 2), forced_gang(Gang::kGrid, -1, 1),
+                 forced_gang(Gang::kGrid, -1, 2), forced_gang(Gang::kGrid, 3, 2), forced_gang(Gang::kBlock, -1, 2)});
+}
+
+// Of devices whose clusters are as large as there are.
+inline std::vector<Case> large_cluster_cases() {
+  const std::vector<Case> cases = {
+      {{Kind::kBatch, 2, 3, 2000, 3, false}, DType::kFloat32, Activation::kRelu, true, true},
+      {{Kind::kBatch, 4, 32, 50, 32, true}, DType::kBFloat16},
+      {{Kind::kGroup, 2, 6, 1000, 2, false}, DType::kFloat16, Activation::kSilu},
+      {{Kind::kLayer, 5, 1536, 1, 1, false}, DType::kFloat32},
+  };
+  return forced(cases, {forced_gang(Gang::kCluster, 16, 1), forced_gang(Gang::kCluster, 5, 2)});
+}
+
+inline std::vector<Case> cases_of(const std::string& device) {
+  if (device == "few") return gang_cases();
+  std::vector<Case> all = free_cases();
+  if (device == "h200") {
+    for (const Case& c : large_cluster_cases()) all.push_back(c);
+  }
+  return all;
 }
 
 }  // namespace fastnorm::drive

@@ -5,7 +5,7 @@
 //   drive_kernels DEVICE LAST_SEED BLOCKS_TOGETHER [BARRIER]    exit status 1 where something differs or is reported
 //
 // LAST_SEED 0: under fifo alone. BARRIER is left out, as "fold.cuh:57".
-// Prints what plans were taken, "forward fused rows" and the like, a line each.
+// Prints what plans were taken, "forward fused rows cluster 1" and the like, a line each.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -78,12 +78,21 @@ void check_finite(const Buffer& buffer, DType dtype, int64_t count, const std::s
 void check_launch(int error) {
   if (error != 0) throw std::runtime_error(std::string("launch: ") + cuda::error_string(error));
 }
+void check_launches(int64_t planned) {
+  const int64_t found = emulator::launch_count();
+  if (found == planned) return;
+  throw std::runtime_error(std::to_string(found) + " launches where the plan has " + std::to_string(planned));
+}
 
-std::string text_of(Strategy strategy, Traversal traversal) {
-  return std::string(strategy == Strategy::kFused   ? "fused"
-                     : strategy == Strategy::kSplit ? "split"
-                                                    : "apply") +
-         (traversal == Traversal::kRows ? " rows" : " columns");
+// Of fused plans the gang and how many buffers it has.
+std::string text_of(Strategy strategy, const Grid& grid) {
+  const std::string text = std::string(name_of(strategy)) + " " + name_of(grid.traversal);
+  return strategy == Strategy::kFused ? text + " " + name_of(grid.gang) + " " + std::to_string(grid.buffers) : text;
+}
+std::string text_of(const Forced& f) {
+  if (f.gang < 0) return {};
+  return std::string(", ") + name_of(static_cast<Gang>(f.gang)) + " of " + std::to_string(f.pieces) + ", buffers " +
+         std::to_string(f.buffers);
 }
 
 // What a case is made of, and what it comes to under one schedule.
@@ -108,7 +117,12 @@ class Call {
     const int64_t bytes = case_.offset * size_of(case_.dtype) | 16;
     return static_cast<int>(bytes & -bytes);
   }
-  void limit(Grid& grid) const { grid.blocks = std::min(grid.blocks, most_blocks_); }
+  // Gangs stay whole.
+  void limit(Grid& grid) const {
+    const int64_t gang = grid.gang == Gang::kBlock ? 1 : grid.pieces;
+    const int64_t most = std::min(most_blocks_, emulator::kMostThreads / grid.threads());
+    grid.blocks = std::min(grid.blocks, std::max(gang, most / gang * gang));
+  }
   Params params(const Buffer& buffer) const { return {case_.affine ? buffer.data() : nullptr, case_.params}; }
   void keep(const Buffer& buffer) {
     const std::vector<unsigned char> bits = buffer.bits();
@@ -138,11 +152,13 @@ class Call {
     args.eps = 1e-5;
     args.activation = case_.activation;
     args.activation_param = 0.01;
-    ForwardPlan plan = plan_forward(g_, case_.dtype, {alignment(), true, case_.frozen}, device_);
+    ForwardPlan plan = plan_forward(g_, case_.dtype, {alignment(), true, case_.frozen}, device_, options_);
     limit(plan.grid);
-    plans_.insert("forward " + text_of(plan.strategy, plan.grid.traversal));
+    plans_.insert("forward " + text_of(plan.strategy, plan.grid));
     const Buffer workspace(plan.workspace_bytes, 0);
+    emulator::reset_counters();
     check_launch(cuda::launch_forward(args, plan, workspace.data(), nullptr));
+    check_launches(plan.launches);
     keep(y, case_.dtype, g_.numel(), "y");
     keep(stats_, accum(), 4 * g_.sets(), "stats");
     keep(mask_);
@@ -171,13 +187,15 @@ class Call {
     args.dweight = {case_.affine ? dweight.data() : nullptr, case_.params};
     args.dbias = {case_.affine ? dbias.data() : nullptr, case_.params};
     const BackwardNeeds needs{alignment(), reads_residual, case_.frozen, true, case_.affine};
-    BackwardPlan plan = plan_backward(g_, case_.dtype, needs, device_);
+    BackwardPlan plan = plan_backward(g_, case_.dtype, needs, device_, options_);
     for (Grid* grid : {&plan.reduce, &plan.apply, &plan.params}) limit(*grid);
     const Grid& grid = plan.strategy == Strategy::kApply ? plan.apply : plan.reduce;
-    plans_.insert("backward " + text_of(plan.strategy, grid.traversal));
-    plans_.insert("parameter sums " + std::to_string(static_cast<int>(plan.param_sums)));
+    plans_.insert("backward " + text_of(plan.strategy, grid));
+    plans_.insert("parameter sums " + std::string(name_of(plan.param_sums)) + (plan.meets ? ", meets" : ""));
     const Buffer workspace(plan.workspace_bytes(), 0);
+    emulator::reset_counters();
     check_launch(cuda::launch_backward(args, plan, workspace.data(), nullptr));
+    check_launches(plan.launches);
     keep(dx, case_.dtype, g_.numel(), "dx");
     if (writes_dresidual) keep(dresidual, case_.dtype, g_.numel(), "dresidual");
     if (!case_.affine) return;
@@ -211,6 +229,7 @@ class Call {
   const Case& case_;
   const Geometry& g_;
   const DeviceInfo device_;
+  const PlanOptions options_{0, case_.forced};
   const int64_t most_blocks_;
   std::set<std::string>& plans_;
   std::vector<unsigned char> results_;
@@ -251,11 +270,11 @@ std::string run_case(const Case& c, const std::vector<emulator::Settings>& all, 
       const std::vector<unsigned char> found = Call(c, settings.device, most_blocks, plans).run();
       if (expected.empty()) expected = found;
       if (found != expected) failure = "other bits than under fifo";
-    } catch (const std::runtime_error& error) {
+    } catch (const std::exception& error) {
       failure = error.what();
     }
     if (failure.empty()) continue;
-    return to_string(c.geometry) + " " + name_of(c.dtype) + ", order " +
+    return to_string(c.geometry) + " " + name_of(c.dtype) + text_of(c.forced) + ", order " +
            std::to_string(static_cast<int>(settings.order)) + ", seed " + std::to_string(settings.seed) + ": " +
            failure;
   }
@@ -278,7 +297,7 @@ int main(int count, char** words) {
   std::set<std::string> plans;
   int failures = 0;
   for (const int64_t most_blocks : {INT32_MAX, 2}) {
-    for (const Case& c : drive::cases()) {
+    for (const Case& c : drive::cases_of(words[1])) {
       const std::string failure = run_case(c, all, most_blocks, plans);
       if (failure.empty()) continue;
       ++failures;

@@ -11,6 +11,7 @@
 
 #include "cuda/platform.cuh"
 #include "fiber.h"
+#include "launch_check.h"
 #include "memory.h"
 #include "report.h"
 #include "scheduler.h"
@@ -20,12 +21,9 @@ namespace fastnorm::emulator {
 GridView grid;
 ThreadView* current;
 Traffic traffic;
+std::unique_ptr<L2Model> l2;
 
 namespace {
-
-// Threads that run together, at most: two mappings a stack, and 65530 mappings a process; ThreadSanitizer knows 8128
-// threads.
-constexpr int64_t kMostThreads = kThreadSanitizer ? 4096 : 16384;
 
 void fiber_entry();
 
@@ -51,6 +49,7 @@ struct Machine {
   void (*body)(void*);
   void* context;
   bool cooperative;
+  bool wait_left_out;
   int running;  // threads that have not returned
   std::string failure;
   char *enter_token, *leave_token;  // by which ThreadSanitizer knows the launch
@@ -107,6 +106,10 @@ void Machine::resume(Thread* thread, Context& from) {
 void return_from_kernel(Machine& m) {
   Thread* self = running_thread();
   Block& block = *self->home;
+  self->batches.clear();
+  if (!self->copies.empty() && !m.wait_left_out) {
+    fail("returned with copies to shared memory under way, " + std::to_string(self->copies.size()) + " of them");
+  }
   release(m.leave_token);
   release(block.exit_token);
   if (block.running == 1) {
@@ -207,26 +210,6 @@ bool left_out(Site site) {
 
 // ---- a launch ----
 
-void check(const cuda::LaunchConfig& config, const DeviceInfo& device) {
-  const auto refuse = [](const std::string& text) { throw std::runtime_error("emulator: launch refused: " + text); };
-  const auto number = [](int64_t v) { return std::to_string(v); };
-  if (config.threads < 1 || config.threads > 1024) refuse(number(config.threads) + " threads a block");
-  if (config.blocks < 1 || config.blocks > INT32_MAX) refuse(number(config.blocks) + " blocks");
-  if (config.shared_bytes < 0 || config.shared_bytes > device.shared_per_block) {
-    refuse(number(config.shared_bytes) + " bytes of shared memory; a block has " + number(device.shared_per_block));
-  }
-  if (config.cluster < 1 || config.cluster > largest_cluster(device) || config.blocks % config.cluster != 0) {
-    refuse(number(config.blocks) + " blocks in clusters of " + number(config.cluster) + "; a cluster has at most " +
-           number(largest_cluster(device)));
-  }
-  if (config.cooperative) {
-    const int64_t resident = resident_blocks(device, config.threads, config.shared_bytes);
-    if (config.blocks > resident) {
-      refuse("cooperative, with " + number(config.blocks) + " blocks where " + number(resident) + " are resident");
-    }
-  }
-}
-
 // A fresh address for ThreadSanitizer to know something by: an old one would order what comes now after what was then.
 char* fresh_tokens() {
   static char ring[1 << 14];
@@ -283,7 +266,11 @@ void Machine::begin_blocks(const cuda::LaunchConfig& config, int64_t first_block
   for (Cluster& cluster : clusters) cluster.barrier.reset(config.cluster * config.threads);
   grid_barrier.reset(static_cast<int>(threads.size()));
   for (Warp& warp : warps) warp.barrier.reset(warp.lanes);
-  for (Thread& thread : threads) thread.done = false;
+  for (Thread& thread : threads) {
+    thread.done = false;
+    thread.copies.clear();
+    thread.batches.clear();
+  }
   running = static_cast<int>(threads.size());
 }
 
@@ -307,6 +294,7 @@ void Machine::run_together(const cuda::LaunchConfig& config, int64_t first_block
 void Machine::run(const cuda::LaunchConfig& config) {
   random.seed(settings.seed * 0x9e3779b97f4a7c15u + launches++);
   scheduler = Scheduler(settings.order, random);
+  wait_left_out = false;
   launcher.tsan_thread = tsan_current();
   enter_token = fresh_tokens();
   leave_token = fresh_tokens();
@@ -349,10 +337,27 @@ void sync_block(Site site) {
 void sync_warp(Site site) {
   if (!left_out(site)) arrive(running_thread()->warp->barrier, Wait::kWarp, site);
 }
-void sync_cluster(Site site) { arrive(running_thread()->home->cluster->barrier, Wait::kCluster, site); }
+void sync_cluster(Site site) {
+  if (!left_out(site)) arrive(running_thread()->home->cluster->barrier, Wait::kCluster, site);
+}
 void sync_grid(Site site) {
   if (!machine().cooperative) fail("sync_grid in a launch that is not cooperative");
-  arrive(machine().grid_barrier, Wait::kGrid, site);
+  if (!left_out(site)) arrive(machine().grid_barrier, Wait::kGrid, site);
+}
+
+bool begin_copy(void (*land)(void*, const void*), void* place, const void* from, int bytes) {
+  const Unseen unseen;
+  const Block& block = *running_thread()->home;
+  const int64_t offset = static_cast<unsigned char*>(place) - block.shared;
+  if (offset < 0 || offset + bytes > block.arena->bytes()) fail("copy_async to what is not the block's shared memory");
+  const bool at_once = machine().scheduler.copies_at_once();
+  current->copies.push_back({land, place, from, at_once});
+  return at_once;
+}
+bool waits_here(Site site) {
+  if (!left_out(site)) return true;
+  machine().wait_left_out = true;
+  return false;
 }
 
 Parcel* outgoing() {
@@ -381,19 +386,22 @@ void fail(const std::string& text) {
   throw Failure(text + ", in " + text_of(*running_thread()));
 }
 
-void launch(const cuda::LaunchConfig& config, void (*body)(void*), void* context) {
+int launch(const cuda::LaunchConfig& config, void (*body)(void*), void* context) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.one_launch);
   const Unseen unseen;
-  check(config, m.settings.device);
+  check_launch(config, m.settings.device);
+  if (m.settings.refuse_gangs && (config.cooperative || config.cluster > 1)) return cuda::kGangRefused;
   grid = {config.blocks, config.threads, config.cluster};
   m.body = body;
   m.context = context;
   m.cooperative = config.cooperative;
   const Traffic before = traffic;
+  const uint64_t missed = l2 ? l2->missed() : 0;
   m.run(config);
-  m.log.push_back(
-      {config.blocks, config.threads, config.shared_bytes, config.cluster, config.cooperative, traffic - before});
+  m.log.push_back({config.blocks, config.threads, config.shared_bytes, config.cluster, config.cooperative,
+                   traffic - before, l2 ? l2->missed() - missed : 0});
+  return 0;
 }
 
 void configure(const Settings& settings) {

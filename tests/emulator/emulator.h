@@ -2,11 +2,13 @@
 // thread is a fiber on one CPU thread; see emulator.cpp. Included by platform.cuh, never by itself.
 //
 // It is a checker. A launch throws std::runtime_error that says what, where and who when threads part at a barrier,
-// wait for ever, shuffle without all lanes, write past their shared memory or touch memory at an unfit address. Shared
-// memory is NaN at first. What only shows in values (a missing barrier) shows under the orders `random` and `priority`
-// as bits that change with the seed, and under ThreadSanitizer by line.
+// wait for ever, shuffle without all lanes, write past their shared memory, touch memory at an unfit address or return
+// with copies under way. Shared memory is NaN at first. What only shows in values (a missing barrier, or a look at what
+// is still being copied) shows under the orders `random` and `priority` as bits that change with the seed, and under
+// ThreadSanitizer by line.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -82,21 +84,56 @@ void write_whole(V* p, const V& v) {
 }
 
 // An access of `bytes`, a power of two up to 16, needs an address that is a multiple of it; what is larger is read word
-// by word, so its lowest bit counts. 0: neither counted nor checked.
-enum class Access { kStream, kParameter };
-FASTNORM_UNSEEN inline void note(const void* p, int bytes, uint64_t& counter, const char* verb) {
+// by word, so its lowest bit counts.
+FASTNORM_UNSEEN inline void check_aligned(const void* p, int bytes, const char* verb) {
   const int alignment = bytes & -bytes & 31 ? bytes & -bytes : 16;
-  if (bytes > 0 && reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(alignment) != 0) {
-    emulator::fail("misaligned: " + std::to_string(bytes) + " bytes " + verb + " at an address that is " +
-                   std::to_string(reinterpret_cast<uintptr_t>(p) % 16) + " past a multiple of 16");
-  }
-  counter += static_cast<unsigned>(bytes);
+  if (reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(alignment) == 0) return;
+  emulator::fail("misaligned: " + std::to_string(bytes) + " bytes " + verb + " an address that is " +
+                 std::to_string(reinterpret_cast<uintptr_t>(p) % 16) + " past a multiple of 16");
 }
+// Of 0 bytes: neither counted nor checked.
+enum class Access { kStream, kParameter };
 FASTNORM_UNSEEN inline void note_read(const void* p, int bytes, Access kind) {
-  note(p, bytes, emulator::traffic.read[static_cast<int>(kind)], "read");
+  if (bytes > 0) check_aligned(p, bytes, "read at");
+  emulator::traffic.read[static_cast<int>(kind)] += static_cast<unsigned>(bytes);
+  if (emulator::l2 && kind == Access::kStream) emulator::l2->read(p);
 }
 FASTNORM_UNSEEN inline void note_write(const void* p, int bytes, Access kind) {
-  note(p, bytes, emulator::traffic.written[static_cast<int>(kind)], "written");
+  if (bytes > 0) check_aligned(p, bytes, "written at");
+  emulator::traffic.written[static_cast<int>(kind)] += static_cast<unsigned>(bytes);
+  if (emulator::l2 && kind == Access::kStream) emulator::l2->write(p);
+}
+
+// A copy lands at once or when its thread waits, as the schedule has it. Under a sanitizer it lands both times:
+// whatever touches its memory in between is out of order with one of them.
+template <int kBytes>
+void land(void* place, const void* from) {
+  std::memcpy(place, from, kBytes);
+}
+template <int kBytes>
+void copy_async(void* place, const void* p) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what the hardware copies");
+  check_aligned(p, kBytes, "copied from");
+  check_aligned(place, kBytes, "copied to");
+  const bool now = emulator::begin_copy(land<kBytes>, place, p, kBytes);
+  if (now || emulator::kSanitizer) land<kBytes>(place, p);
+}
+inline void commit_copies() { emulator::current->batches.push_back(emulator::current->copies.size()); }
+inline void wait_copies(int pending, Site site = Site::current()) {
+  if (!emulator::waits_here(site)) return;
+  std::vector<emulator::Copy>& copies = emulator::current->copies;
+  std::vector<size_t>& batches = emulator::current->batches;
+  const size_t ended = batches.size() - std::min(batches.size(), static_cast<size_t>(pending));
+  const size_t count = ended == 0 ? 0 : batches[ended - 1];
+  for (size_t i = 0; i < count; ++i) {
+    if (!copies[i].landed || emulator::kSanitizer) copies[i].land(copies[i].place, copies[i].from);
+  }
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(count));
+  batches.erase(batches.begin(), batches.begin() + static_cast<std::ptrdiff_t>(ended));
+  for (size_t& end : batches) end -= count;
+}
+inline void prefetch_l2(const void* p) {
+  if (emulator::l2) emulator::l2->read(p);
 }
 
 template <class... Parameters, class... Arguments>
@@ -105,18 +142,23 @@ int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> parameters;
   } call{kernel, {static_cast<Parameters>(arguments)...}};
-  emulator::launch(
+  return emulator::launch(
       config,
       [](void* context) { std::apply(static_cast<Call*>(context)->kernel, static_cast<Call*>(context)->parameters); },
       &call);
-  return 0;
 }
 
-inline int query_device(int /*device*/, DeviceInfo* info) {
+inline int query_device(int /*device*/, const void* /*kernel*/, DeviceInfo* info) {
   *info = emulator::settings().device;
   return 0;
 }
 
-inline const char* platform_error_string(int error) { return error == 0 ? "no error" : "invalid argument"; }
+inline const char* platform_error_string(int error) {
+  switch (error) {
+    case 0: return "no error";
+    case kGangRefused: return "too many blocks in cooperative launch";
+    default: return "invalid argument";
+  }
+}
 
 }  // namespace fastnorm::cuda

@@ -4,7 +4,10 @@
 #include <cstdint>
 #include <source_location>
 #include <string>
+#include <vector>
 
+#include "l2.h"
+#include "sanitizer.h"
 #include "settings.h"
 #include "traffic.h"
 
@@ -13,6 +16,9 @@ struct LaunchConfig;
 }
 
 namespace fastnorm::emulator {
+
+// Threads that run together, at most: what an H200 has room for; ThreadSanitizer knows 8128 threads.
+constexpr int64_t kMostThreads = kThreadSanitizer ? 4096 : 1 << 18;
 
 using Site = std::source_location;  // where a kernel calls a barrier
 
@@ -26,9 +32,18 @@ struct BlockView {
   int cluster_rank;
   unsigned char* shared;
 };
+// A copy to shared memory that its thread has not waited for yet.
+struct Copy {
+  void (*land)(void* place, const void* from);
+  void* place;
+  const void* from;
+  bool landed;
+};
 struct ThreadView {
   int index;
   const BlockView* block;
+  std::vector<Copy> copies;
+  std::vector<size_t> batches;  // where those of `copies` end that were committed
 };
 
 extern GridView grid;
@@ -48,14 +63,20 @@ struct alignas(16) Parcel {
 Parcel* outgoing();
 const Parcel* exchange(int from, Site site);
 
+// One more copy of the running thread; true: it lands at once.
+bool begin_copy(void (*land)(void*, const void*), void* place, const void* from, int bytes);
+// False where this wait_copies is left out: then copies stay under way, and may be so to the end.
+bool waits_here(Site site);
+
 // The same place in the shared memory of the cluster's block `rank`.
 void* remote_shared(void* place, int rank);
 
 // Throws through the kernel; then the launch throws this text and who it was.
 [[noreturn]] void fail(const std::string& text);
 
-// Runs body(context) as every thread of the launch; throws std::runtime_error with what went wrong.
-void launch(const cuda::LaunchConfig& config, void (*body)(void* context), void* context);
+// Runs body(context) as every thread of the launch; throws std::runtime_error with what went wrong. Returns 0, or
+// cuda::kGangRefused, and then has not run it.
+int launch(const cuda::LaunchConfig& config, void (*body)(void* context), void* context);
 
 // Starts the sequence of launches anew: the same settings and launches give the same schedule. Throws
 // std::runtime_error where the device makes no sense.

@@ -94,4 +94,6 @@ inline void start_switch(void**, const void*, size_t) {}
 inline void finish_switch(void*, const void**, size_t*) {}
 #endif
 
+constexpr bool kSanitizer = kThreadSanitizer || kAddressSanitizer;
+
 }  // namespace fastnorm::emulator

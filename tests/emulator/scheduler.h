@@ -111,6 +111,9 @@ class Scheduler {
     if (order_ == Order::kPriority && random_->below(4) == 0) rank_threads(block, block_threads);
   }
 
+  // Whether a copy that is begun now is done at once, or only when its thread waits.
+  bool copies_at_once() { return order_ == Order::kLifo || (order_ != Order::kFifo && random_->below(2) == 0); }
+
   Thread* pick() {  // null where none can run
     switch (order_) {
       case Order::kFifo:

@@ -15,11 +15,16 @@ namespace {
 using namespace fastnorm;
 using namespace fastnorm::self_test;
 
-std::vector<Primitive> all_primitives() {
-  std::vector<Primitive> all = primitives();
-  for (Primitive& primitive : conversions()) all.push_back(std::move(primitive));
+template <class T>
+std::vector<T> joined(std::initializer_list<std::vector<T>> lists) {
+  std::vector<T> all;
+  for (const std::vector<T>& list : lists) all.insert(all.end(), list.begin(), list.end());
   return all;
 }
+std::vector<Primitive> all_primitives() {
+  return joined({primitives(), conversions(), copy_primitives(), gang_primitives()});
+}
+std::vector<Mutant> all_mutants() { return joined({mutants(), copy_mutants(), gang_mutants()}); }
 
 uint64_t hash(const Output& output) {
   uint64_t h = 0xcbf29ce484222325u;
@@ -33,7 +38,7 @@ uint64_t hash(const Output& output) {
 
 int list() {
   for (const Primitive& primitive : all_primitives()) std::printf("primitive %s\n", primitive.name.c_str());
-  for (const Mutant& mutant : mutants()) std::printf("mutant %s\n", mutant.name.c_str());
+  for (const Mutant& mutant : all_mutants()) std::printf("mutant %s\n", mutant.name.c_str());
   return 0;
 }
 
@@ -71,7 +76,7 @@ void run_mutant(const Mutant& mutant, bool broken, const std::string& order, int
 
 int run_mutants(const std::string& name, bool broken, const std::string& order, int first_seed, int last_seed) {
   bool known = false;
-  for (const Mutant& mutant : mutants()) {
+  for (const Mutant& mutant : all_mutants()) {
     if (name != mutant.name && (broken || name != "all")) continue;
     known = true;
     for (int seed = first_seed; seed <= last_seed; ++seed) run_mutant(mutant, broken, order, seed);

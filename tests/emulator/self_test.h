@@ -1,5 +1,6 @@
 // Cases of the emulator's own test program: primitives that are checked against a table, and mutants, kernels with one
-// deliberate mistake and their correct twins.
+// deliberate mistake and their correct twins. tests/test_emulator.py says by what each mutant must be caught; it finds
+// the lines that reports must name by the comments "LINE name".
 #pragma once
 
 #include <cstdint>
@@ -35,7 +36,11 @@ struct Mutant {
 
 std::vector<Primitive> primitives();
 std::vector<Primitive> conversions();
+std::vector<Primitive> copy_primitives();
+std::vector<Primitive> gang_primitives();
 std::vector<Mutant> mutants();
+std::vector<Mutant> copy_mutants();
+std::vector<Mutant> gang_mutants();
 
 template <class A, class B>
 void check_equal(const A& found, const B& expected, std::string_view what) {
@@ -75,5 +80,28 @@ std::string thrown_by(F f) {
   }
   return {};
 }
+
+// ---- what kernels of several files are written with ----
+
+constexpr int kThreads = 128, kBlocks = 4;  // of a mutant's launch
+
+template <class... Parameters, class... Arguments>
+void run(void (*kernel)(Parameters...), int64_t shared_bytes, Arguments... arguments) {
+  cuda::launch(kernel, cuda::LaunchConfig{kBlocks, kThreads, shared_bytes, nullptr}, arguments...);
+}
+inline Output zeros(int64_t size = kBlocks * kThreads) { return Output(static_cast<size_t>(size)); }
+
+inline cuda::LaunchConfig shape(int64_t blocks, int threads, int64_t shared_bytes = 0, int cluster = 1,
+                                bool cooperative = false) {
+  return {blocks, threads, shared_bytes, nullptr, cluster, cooperative};
+}
+
+inline float* shared_floats() { return reinterpret_cast<float*>(cuda::shared_memory()); }
+inline int* shared_ints() { return reinterpret_cast<int*>(cuda::shared_memory()); }
+inline int64_t global_index() { return cuda::block_index() * cuda::block_threads() + cuda::thread_index(); }
+
+struct alignas(16) Four {
+  float lane[4];
+};
 
 }  // namespace fastnorm::self_test

@@ -1,5 +1,5 @@
-// Kernels with one deliberate mistake each, and their correct twins. tests/test_emulator.py says by what each must be
-// caught; it finds the lines that reports must name by the comments "LINE name".
+// Kernels with one deliberate mistake each, and their correct twins; those about copies and gangs have files of their
+// own.
 #include <memory>
 
 #include "self_test.h"
@@ -8,17 +8,6 @@ namespace fastnorm::self_test {
 namespace {
 
 using namespace fastnorm::cuda;
-
-constexpr int kThreads = 128, kBlocks = 4;
-
-template <class... Parameters, class... Arguments>
-void run(void (*kernel)(Parameters...), int64_t shared_bytes, Arguments... arguments) {
-  launch(kernel, LaunchConfig{kBlocks, kThreads, shared_bytes, nullptr}, arguments...);
-}
-Output zeros(int64_t size = kBlocks * kThreads) { return Output(static_cast<size_t>(size)); }
-
-float* shared_floats() { return reinterpret_cast<float*>(shared_memory()); }
-int64_t global_index() { return block_index() * block_threads() + thread_index(); }
 
 // ---- barriers that are missing ----
 
@@ -71,42 +60,6 @@ Output warp_barrier(bool broken) {
   run(neighbours, kThreads * 4, !broken, out.data());
   return out;
 }
-
-// Sums over a cluster through remote shared memory.
-FASTNORM_KERNEL(128, 1) cluster_sums(bool with_first, bool with_last, float* out) {
-  float* mine = shared_floats();
-  if (thread_index() == 0) *mine = static_cast<float>(block_index() + 1);  // LINE cluster_barrier_before
-  if (with_first) sync_cluster();
-  if (cluster_rank() == 0) {
-    float sum = 0;
-    for (int rank = 0; rank < cluster_size(); ++rank) sum += *cluster_shared(mine, rank);  // LINE cluster_barrier_after
-    out[global_index()] = sum;
-  }
-  if (with_last) sync_cluster();
-}
-Output cluster_output(bool with_first, bool with_last) {
-  Output out = zeros();
-  launch(cluster_sums, LaunchConfig{kBlocks, kThreads, 16, nullptr, 4}, with_first, with_last, out.data());
-  return out;
-}
-Output cluster_barrier_before(bool broken) { return cluster_output(!broken, true); }
-Output cluster_barrier_after(bool broken) { return cluster_output(true, !broken); }
-
-FASTNORM_KERNEL(128, 1) grid_sums(bool with_barrier, float* partials, float* out) {
-  if (thread_index() == 0) partials[block_index()] = static_cast<float>(block_index() + 1);  // LINE grid_barrier
-  if (with_barrier) sync_grid();
-  float sum = 0;
-  for (int64_t block = 0; block < grid_blocks(); ++block) sum += partials[block];
-  out[global_index()] = sum;
-}
-Output grid_output(bool with_barrier, bool cooperative) {
-  Output out = zeros(), partials = zeros(kBlocks);
-  launch(grid_sums, LaunchConfig{kBlocks, kThreads, 0, nullptr, 1, cooperative}, with_barrier, partials.data(),
-         out.data());
-  return out;
-}
-Output grid_barrier(bool broken) { return grid_output(!broken, true); }
-Output grid_not_cooperative(bool broken) { return grid_output(true, !broken); }
 
 // ---- blocks that meddle with each other ----
 
@@ -256,9 +209,6 @@ Output unwritten_shared(bool broken) {
   return out;
 }
 
-struct alignas(16) Four {
-  float lane[4];
-};
 FASTNORM_KERNEL(128, 1) copy_packs(bool noted, const float* in, float* out) {
   const float* p = in + 4 * global_index();
   if (noted) note_read(p, sizeof(Four), Access::kStream);
@@ -297,10 +247,6 @@ std::vector<Mutant> mutants() {
       {"first_barrier", first_barrier},
       {"second_barrier", second_barrier},
       {"warp_barrier", warp_barrier},
-      {"cluster_barrier_before", cluster_barrier_before},
-      {"cluster_barrier_after", cluster_barrier_after},
-      {"grid_barrier", grid_barrier},
-      {"grid_not_cooperative", grid_not_cooperative},
       {"cross_block_race", cross_block_race, kBlocks},
       {"divergent_barrier", divergent_barrier},
       {"deadlock", deadlock},

@@ -11,10 +11,6 @@ namespace {
 
 using namespace fastnorm::cuda;
 
-LaunchConfig shape(int64_t blocks, int threads, int64_t shared_bytes = 0, int cluster = 1, bool cooperative = false) {
-  return {blocks, threads, shared_bytes, nullptr, cluster, cooperative};
-}
-
 // ---- indices ----
 
 FASTNORM_KERNEL(1024, 1) visit(int* visits, int64_t blocks, int threads) {
@@ -101,7 +97,7 @@ FASTNORM_KERNEL(256, 1) march(Scope scope, int* phases, int team, int rounds) {
 
 void barriers() {
   under_all_orders([] {
-    std::vector<int> phases(8 * 64);
+    std::vector<int> phases(32 * 32);
     const auto run = [&](Scope scope, const LaunchConfig& config, int team) {
       std::fill(phases.begin(), phases.end(), 0);
       launch(march, config, scope, phases.data(), team, 3);
@@ -110,7 +106,9 @@ void barriers() {
     run(Scope::kWarp, shape(2, 16), 16);
     run(Scope::kBlock, shape(3, 48), 48);
     run(Scope::kBlock, shape(2, 1), 1);
-    for (const int cluster : {1, 2, 4, 8}) run(Scope::kCluster, shape(8, 32, 0, cluster), 32 * cluster);
+    for (const int cluster : {1, 2, 5, 8, 16}) {
+      run(Scope::kCluster, shape(2 * cluster, 32, 0, cluster), 32 * cluster);
+    }
     run(Scope::kGrid, shape(8, 32, 0, 1, true), 8 * 32);
     run(Scope::kGrid, shape(8, 32, 0, 4, true), 8 * 32);
   });
@@ -145,7 +143,7 @@ FASTNORM_KERNEL(32, 1) pass_round(int cluster, int* seen) {
   const int rank = cluster_rank();
   check_equal(cluster_size(), cluster, "cluster_size");
   check_equal(rank, block_index() % cluster, "cluster_rank");
-  int* mine = reinterpret_cast<int*>(shared_memory());
+  int* mine = shared_ints();
   mine[thread_index()] = static_cast<int>(block_index()) * 100 + thread_index();
   sync_cluster();
   for (int peer = 0; peer < cluster; ++peer) {
@@ -162,10 +160,10 @@ FASTNORM_KERNEL(32, 1) pass_round(int cluster, int* seen) {
 
 void clusters() {
   under_all_orders([] {
-    for (const int cluster : {1, 2, 4, 8}) {
-      std::vector<int> seen(16);
-      launch(pass_round, shape(16, 32, 128, cluster), cluster, seen.data());
-      for (int block = 0; block < 16; ++block) {
+    for (const int cluster : {1, 2, 5, 8, 16}) {
+      std::vector<int> seen(static_cast<size_t>(3 * cluster));
+      launch(pass_round, shape(3 * cluster, 32, 128, cluster), cluster, seen.data());
+      for (int block = 0; block < 3 * cluster; ++block) {
         check_equal(seen[static_cast<size_t>(block)], (block + cluster - 1) % cluster, "written by the neighbour");
       }
     }
@@ -266,15 +264,19 @@ void counters() {
 }
 
 void devices() {
-  for (const char* name : {"tiny", "small", "h200"}) {
+  for (const char* name : {"tiny", "few", "alone", "small", "h200"}) {
     emulator::Settings settings;
     settings.device = emulator::device_named(name);
     emulator::configure(settings);
     DeviceInfo info{};
-    check_equal(query_device(0, &info), 0, "query_device");
+    check_equal(query_device(0, nullptr, &info), 0, "query_device");
     check_equal(info.multiprocessors, settings.device.multiprocessors, "multiprocessors");
     check_equal(info.shared_per_block, settings.device.shared_per_block, "shared_per_block");
     check(info.shared_per_block <= info.shared_per_multiprocessor && info.l2_bytes > 0, "facts that fit together");
+    check(info.bytes_per_us > 0, "facts that fit together");
+    check(info.largest_cluster == 1 ? info.cluster_multiprocessors == 0
+                                    : info.cluster_multiprocessors % info.largest_cluster == 0,
+          "clusters that fit together");
   }
 }
 
@@ -292,9 +294,12 @@ void refusals() {
       {shape(1, 32, (227 << 10) + 1), "shared memory"},
       {shape(1, 32, -1), "shared memory"},
       {shape(3, 32, 0, 2), "clusters of 2"},
-      {shape(16, 32, 0, 16), "at most 8"},
+      {shape(17, 32, 0, 17), "at most 16"},
       {shape(2 * 132 + 1, 1024, 0, 1, true), "264 are resident"},
       {shape(133, 32, 200 << 10, 1, true), "132 are resident"},
+      {shape(144, 32, 200 << 10, 16, true), "128 are resident"},
+      {shape(130, 32, 200 << 10, 5, true), "120 are resident"},  // three to sixteen multiprocessors
+      {shape(272, 32, 100 << 10, 16, true), "256 are resident"},
   };
   for (const auto& [config, part] : table) {
     const std::string text = thrown_by([&, &config = config] { launch(nothing, config); });
@@ -305,6 +310,10 @@ void refusals() {
   emulator::configure(settings);
   const std::string text = thrown_by([&] { launch(nothing, shape(4, 32, 0, 2)); });
   check(text.find("at most 1") != std::string::npos, "no clusters below sm_90: '" + text + "'");
+  settings.device.cooperative = false;
+  emulator::configure(settings);
+  check(thrown_by([&] { launch(nothing, shape(1, 32, 0, 1, true)); }).find("cannot meet") != std::string::npos,
+        "no cooperative launches");
   check(thrown_by([] { emulator::device_named("huge"); }).find("huge") != std::string::npos, "no such device");
   check(thrown_by([] { emulator::order_named("best"); }).find("best") != std::string::npos, "no such order");
 }

@@ -31,7 +31,10 @@ struct Settings {
   // a race between two blocks only while they do.
   int blocks_together = 1;
   DeviceInfo device = device_named("h200");
-  // A barrier that is left out, as "fold.cuh:57": to see whether it is missed.
+  // Launches whose blocks meet, in clusters or in a cooperative grid, are refused, as by a device that is shared or
+  // partitioned.
+  bool refuse_gangs = false;
+  // A barrier or a wait for copies that is left out, as "fold.cuh:57": to see whether it is missed.
   std::string without;
 };
 

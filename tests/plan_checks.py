@@ -1,0 +1,412 @@
+"""What has to hold of a CUDA plan: every element is read once, by blocks that are on the device together where they
+wait for each other, from memory that is theirs. Derived from the kernels (csrc/cuda) and the norms' definitions, not
+from the planner, which test_plan_cuda.py and test_plan_choices.py hold to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from fastnorm import _C
+from plan_model import BATCH, DEVICES, KIB, Call, Shape, div_up
+
+WARP = 32
+MAX_BLOCKS = 2**31 - 1
+MAX_THREADS = 256
+MAX_PIECE = 2**20  # packs or positions: a piece's offsets fit 32 bits, its count is exact in float32
+MAX_FOLD_BLOCKS = 4096
+SMALL_PIECE = 1024  # packs: a split stops there
+SMALL_COLUMN = 8  # positions of a thread, likewise
+LARGE_US = 4  # a tensor that takes a device so long to read is worth more than a grid's barriers
+MASK_BITS = 8
+
+# Of a multiprocessor: threads that kernels' registers are for, unless they are for one block; blocks that every
+# architecture has room for; bytes of shared memory that a block costs besides its own.
+RESIDENT_THREADS = 2 * MAX_THREADS
+RESIDENT_BLOCKS = 16
+RESERVED = KIB
+
+MODELLED = 6000  # stretches of memory, and in
+WALKED = 250  # pieces: geometries with no more are walked one by one
+
+
+def align(n: int) -> int:
+    return div_up(n, 16) * 16
+
+
+# ---- every element once ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What says which elements an item has. fused: the pieces of a set or tile are neighbours, and a gang's."""
+
+    shape: Shape
+    rows: bool
+    pack: int
+    pieces: int
+    piece_runs: int
+    piece_length: int
+    tile: int
+    items: int
+    fused: bool
+
+    def of_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Item, first address and length of each stretch that the items read."""
+        shape, (count, length, stride) = self.shape, self.shape.runs
+        run_packs = length // self.pack
+        per_run = div_up(run_packs, self.piece_length) if self.piece_runs == 1 else 1
+        base = np.arange(shape.sets) * (shape.S if shape.kind == BATCH else shape.set_size)
+        for piece in range(self.pieces):
+            first_run, first_pack = piece // per_run * self.piece_runs, piece % per_run * self.piece_length
+            runs = first_run + np.arange(min(self.piece_runs, count - first_run))
+            packs = min(self.piece_length, run_packs - first_pack)
+            starts = base[:, None] + runs * stride + first_pack * self.pack
+            items = np.broadcast_to(np.arange(shape.sets)[:, None] * self.pieces + piece, starts.shape)
+            yield items.ravel(), starts.ravel(), np.full(starts.size, packs * self.pack)
+
+    def of_columns(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The same; items are [outer, tiles, pieces] where fused, else [outer, pieces, tiles]."""
+        shape, tiles = self.shape, div_up(self.shape.C, self.tile)
+        tile = np.arange(tiles)
+        channel = tile * self.tile
+        widths = np.minimum(self.tile, shape.C - channel)
+        for outer in range(shape.outer):
+            for piece in range(self.pieces):
+                first = piece * self.piece_length
+                position = np.arange(first, min(first + self.piece_length, shape.positions))
+                starts = (outer * shape.positions + position[:, None]) * shape.C + channel
+                in_outer = tile * self.pieces + piece if self.fused else piece * tiles + tile
+                items = outer * self.pieces * tiles + in_outer
+                yield tuple(np.broadcast_to(a, starts.shape).ravel() for a in (items, starts, widths))
+
+
+@functools.cache
+def check_every_element_once(cut: Cut) -> None:
+    """Walks the items: their stretches make up the tensor without gap or overlap, and stay within their set. A fused
+    set is in the hands of one gang."""
+    shape = cut.shape
+    parts = zip(*(cut.of_rows() if cut.rows else cut.of_columns()), strict=True)
+    items, starts, lengths = (np.concatenate(part) for part in parts)
+    assert (lengths > 0).all() and (starts % cut.pack == 0).all() and (lengths % cut.pack == 0).all()
+    assert np.array_equal(np.unique(items), np.arange(cut.items))
+    order = np.argsort(starts)
+    ends = (starts + lengths)[order]
+    assert starts[order][0] == 0 and ends[-1] == shape.numel
+    assert (ends[:-1] == starts[order][1:]).all()
+    first, last = shape.set_of(starts), shape.set_of(starts + lengths - 1)
+    if cut.rows:
+        assert (first == items // cut.pieces).all() and (last == first).all()
+    elif cut.fused:
+        gangs = np.tile(items // cut.pieces, 2)
+        sets = np.unique(np.stack([np.concatenate([first, last]), gangs]), axis=1)[0]
+        assert np.unique(sets).size == sets.size
+
+
+def check_rows(grid: _C.Grid, shape: Shape) -> int:
+    """Returns how many stretches of memory the items read."""
+    count, length, _ = shape.runs
+    assert length % grid.pack == 0
+    packs = length // grid.pack
+    if grid.piece_runs == 1:
+        per_run = div_up(packs, grid.piece_length)
+        assert grid.pieces == count * per_run and (per_run - 1) * grid.piece_length < packs
+        # A byte of the mask belongs to one piece.
+        assert per_run == 1 or grid.piece_length * grid.pack % MASK_BITS == 0
+    else:
+        assert grid.piece_length == packs and grid.pieces == div_up(count, grid.piece_runs)
+    assert 1 <= grid.piece_runs <= count and 1 <= grid.piece_length <= packs + MASK_BITS
+    assert grid.piece_runs * grid.piece_length <= MAX_PIECE
+    assert grid.items == shape.sets * grid.pieces and grid.tile == 0
+    # A team is a part of a warp, a warp, or a block; a byte of the mask, whose lanes are neighbours, belongs to one.
+    assert grid.threads_x * grid.pack >= MASK_BITS and grid.threads_x & (grid.threads_x - 1) == 0
+    assert grid.threads_x <= WARP or grid.threads_y == 1
+    least = MASK_BITS if grid.gang == "block" else WARP
+    assert grid.threads_x <= max(least, 2 * grid.piece_runs * grid.piece_length)
+    return shape.sets * count + grid.items
+
+
+def check_columns(grid: _C.Grid, outer: int, positions: int, C: int) -> int:
+    assert C % grid.pack == 0
+    tiles = div_up(C, grid.tile)
+    assert grid.piece_runs == 1
+    assert (grid.pieces - 1) * grid.piece_length < positions <= grid.pieces * grid.piece_length
+    assert 1 <= grid.piece_length <= min(positions, MAX_PIECE)
+    assert grid.items == outer * grid.pieces * tiles
+    assert grid.tile == C or (grid.tile % MASK_BITS == 0 and grid.tile < C)
+    assert grid.tile % grid.pack == 0 and grid.tile <= grid.threads_x * grid.pack
+    assert grid.threads_x * grid.pack >= MASK_BITS and grid.threads_x & (grid.threads_x - 1) == 0
+    return outer * positions * tiles
+
+
+def check_launch(grid: _C.Grid, call: Call, facts: _C.DeviceInfo) -> None:
+    assert grid.threads == grid.threads_x * grid.threads_y
+    assert grid.threads % WARP == 0 and WARP <= grid.threads <= MAX_THREADS
+    teams = grid.threads_y if grid.traversal == "rows" else 1
+    assert 1 <= grid.blocks <= min(MAX_BLOCKS, div_up(grid.items, teams))
+    assert 0 <= grid.shared_bytes <= min(facts.shared_per_block, facts.shared_per_multiprocessor - RESERVED)
+    assert grid.shared_bytes % 16 == 0 and grid.team_bytes % 16 == 0
+    # What kernels are compiled for: 16 bytes, single elements, and for rows half packs of the half types.
+    assert grid.pack == 1 or grid.pack * call.size in ((8, 16) if grid.traversal == "rows" else (16,))
+    assert grid.pack * call.size <= call.alignment and (grid.pack == 1 or call.size < 8)
+
+
+def check_grid(grid: _C.Grid, call: Call, shape: Shape, facts: _C.DeviceInfo, fused: bool = False) -> None:
+    """shape: the call's, or its cells."""
+    rows = grid.traversal == "rows"
+    assert grid.traversal == shape.traversal and shape.mask_run % grid.pack == 0
+    check_launch(grid, call, facts)
+    stretches = check_rows(grid, shape) if rows else check_columns(grid, shape.outer, shape.positions, shape.C)
+    if not fused:
+        assert grid.gang == "block" and grid.buffers == 1 and grid.team_bytes == 0
+        check_busy(grid, shape.set_size // grid.pack if rows else shape.positions, facts)
+        check_scratch(grid, call)
+    if stretches <= MODELLED and grid.pieces * (1 if rows else shape.outer) <= WALKED:
+        numbers = (grid.pack, grid.pieces, grid.piece_runs, grid.piece_length, grid.tile, grid.items)
+        check_every_element_once(Cut(shape, rows, *numbers, fused))
+
+
+def check_busy(grid: _C.Grid, packs: int, facts: _C.DeviceInfo) -> None:
+    """Work that can still be split leaves no multiprocessor without a block, and no piece is too small for one.
+    packs: of a set, or positions."""
+    least = SMALL_PIECE if grid.traversal == "rows" else SMALL_COLUMN * grid.threads_y
+    piece = grid.piece_runs * grid.piece_length
+    assert grid.pieces == 1 or piece >= least // 2
+    assert grid.blocks >= facts.multiprocessors or piece < 2 * least + MASK_BITS or packs < 2 * least
+
+
+def ladder(grid: _C.Grid, accum: int) -> int:
+    """Bytes of a reduction over a block: an accumulator of three numbers a warp, and the result."""
+    return align((grid.threads // WARP + 1) * 3 * accum)
+
+
+def merge(grid: _C.Grid, accum: int) -> int:
+    """Bytes of a reduction down the columns: two numbers a lane."""
+    return grid.threads * grid.pack * 2 * accum
+
+
+def check_scratch(grid: _C.Grid, call: Call) -> None:
+    assert grid.shared_bytes >= (ladder if grid.traversal == "rows" else merge)(grid, call.accum)
+
+
+# ---- fused launches ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """What a fused launch is besides its grid."""
+
+    streams: int  # tensors in shared memory
+    numbers: int  # of a partial
+    extra: int  # bytes of shared memory that a team adds up in
+    one_block: bool  # the kernel's registers are for one block to a multiprocessor
+    cooperative: bool
+
+
+def resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: int) -> int:
+    """Blocks that are on the device at a time, `free` multiprocessors left alone."""
+    each = min(
+        (MAX_THREADS if kind.one_block else RESIDENT_THREADS) // grid.threads,
+        facts.threads_per_multiprocessor // grid.threads,
+        RESIDENT_BLOCKS,
+        facts.shared_per_multiprocessor // (grid.shared_bytes + RESERVED),
+    )
+    if grid.gang != "cluster":
+        return each * max(1, facts.multiprocessors - free)
+    # A cluster lies within one of the places that the largest have, a multiprocessor to each block of those.
+    places = max(0, facts.cluster_multiprocessors - free) // facts.largest_cluster
+    return places * (facts.largest_cluster * each // grid.pieces) * grid.pieces
+
+
+def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, free: int) -> None:
+    rows = grid.traversal == "rows"
+    # A wave is an item for every team, a gang's blocks are neighbours: each has the same piece of a set in every wave.
+    assert (grid.pieces == 1) == (grid.gang == "block")
+    assert grid.blocks % grid.pieces == 0 and grid.items % grid.pieces == 0
+    # A gang's block tells one partial of rows, by its first thread, and fetches the others by whole warps.
+    assert grid.gang == "block" or not rows or (grid.threads_y == 1 and grid.threads_x >= WARP)
+    assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
+    assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
+    assert grid.buffers in (1, 2)
+    if kind.cooperative:
+        assert facts.cooperative
+        assert grid.blocks <= resident_blocks(grid, kind, facts, free)
+    # Shared memory, in the kernels' order.
+    piece = grid.piece_runs * staged_run(grid, call.size) if rows else grid.piece_length * grid.tile
+    staged = grid.buffers * kind.streams * align(piece * call.size)
+    partials = 2 * kind.numbers * (1 if rows else grid.tile) * call.accum if grid.gang == "cluster" else 0
+    if rows:
+        check_bytes(grid.team_bytes, staged + kind.extra)
+        check_bytes(grid.shared_bytes, grid.threads_y * grid.team_bytes + ladder(grid, call.accum) + partials)
+    else:
+        assert grid.team_bytes == 0
+        per_set = 4 * grid.tile * call.accum  # as if every channel were a set
+        check_bytes(grid.shared_bytes, staged + merge(grid, call.accum) + per_set + partials)
+
+
+def staged_run(grid: _C.Grid, size: int) -> int:
+    """Elements that a run of a piece takes in shared memory: single ones lie as far past 16 bytes as in global memory."""
+    length, lanes = grid.piece_length * grid.pack, 16 // size
+    return length if grid.pack > 1 else div_up(length + lanes - 1, lanes) * lanes
+
+
+def check_bytes(given: int, needed: int) -> None:
+    assert needed <= given <= needed + 128, f"{given} bytes, {needed} are needed"
+
+
+def check_units(plan: _C.BackwardPlan, shape: Shape) -> int:
+    """The segments of a cell make it up, and a team has the threads for one at least. Returns bytes of their sums."""
+    units, grid = plan.units, plan.reduce
+    several = shape.kind != BATCH and grid.piece_runs > 1  # cells in a piece; a batch norm's is all one
+    if plan.strategy != "fused" or grid.traversal == "columns" or shape.per_element or not several:
+        assert units.threads == 0
+        return 0
+    cells, packs = grid.piece_runs, grid.piece_length
+    assert units.threads >= 1 and units.threads & (units.threads - 1) == 0
+    assert units.threads <= min(WARP, grid.threads_x)
+    assert units.length >= 1 and (units.segments - 1) * units.length < packs <= units.segments * units.length
+    return cells * units.segments * 8  # two floats
+
+
+# ---- plans ----
+
+
+def partials(grid: _C.Grid, shape: Shape) -> int:
+    """[outer, pieces, sets of an outer]; columns have one for each channel."""
+    return (shape.outer * grid.pieces * shape.C) if grid.traversal == "columns" else shape.sets * grid.pieces
+
+
+def gang_bytes(grid: _C.Grid, numbers: int) -> int:
+    """[2, blocks, channels] of what the gangs of a grid tell each other."""
+    channels = grid.tile if grid.traversal == "columns" else 1
+    return 2 * grid.blocks * channels * numbers * 4 if grid.gang == "grid" else 0
+
+
+def check_estimate(estimate: _C.Estimate, least_bytes: int, facts: _C.DeviceInfo) -> None:
+    """No launch is free, and none moves memory faster than the device can."""
+    parts = (estimate.memory, estimate.barriers, estimate.launches)
+    assert all(math.isfinite(part) and part >= 0 for part in parts) and estimate.launches > 0
+    assert math.isclose(estimate.total, sum(parts))
+    assert estimate.memory * facts.bytes_per_us >= least_bytes * (1 - 1e-9)
+
+
+def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: int = 0) -> None:
+    grid, three = plan.grid, 3 * call.accum  # count, mean, m2
+    assert plan.strategy == "apply" if call.frozen else plan.strategy in ("fused", "split")
+    check_grid(grid, call, call.shape, facts, plan.strategy == "fused")
+    check_estimate(plan.estimate, (1 + call.input) * call.bytes, facts)
+    if plan.strategy == "fused":
+        assert call.size < 8
+        check_fused(grid, call, facts, Fused(1, 3, 0, False, grid.gang == "grid"), free)
+        assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid, 3), 1)
+    elif plan.strategy == "split":
+        assert plan.workspace_bytes == partials(grid, call.shape) * three
+        assert plan.launches == (3 if call.input else 2)
+    else:
+        assert (plan.workspace_bytes, plan.launches) == (0, 1)
+
+
+def fold_blocks(channels: int, partials: int, threads: int) -> int:
+    """Of the fold of dweight and dbias, that go before those of apply."""
+    lanes = 1
+    while lanes < WARP and lanes * 8 < partials:
+        lanes *= 2
+    return min(MAX_FOLD_BLOCKS, div_up(channels * lanes, threads))
+
+
+def check_params(plan: _C.BackwardPlan, call: Call, facts: _C.DeviceInfo) -> None:
+    """The gradients of weights that change with every element, down the rows; perhaps beside the blocks of reduce."""
+    grid, beside = plan.params, plan.strategy == "split" and plan.reduce.items > 0
+    check_launch(grid, call, facts)
+    check_columns(grid, 1, call.shape.N, call.shape.C)
+    check_busy(grid, call.shape.N, facts)
+    check_scratch(grid, call)
+    assert grid.pack == (plan.reduce.pack if plan.reduce.pack * call.size == 16 else 1)
+    if beside:
+        assert grid.threads == plan.reduce.threads
+        assert grid.blocks + plan.reduce.blocks <= MAX_BLOCKS
+
+
+def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free: int = 0) -> None:
+    shape, sums, grid = call.shape, plan.param_sums, plan.reduce
+    fused, batch, pair = plan.strategy == "fused", shape.kind == BATCH, 2 * call.accum
+    if plan.strategy == "apply":
+        assert call.frozen and not call.params
+    sources = ("along", "apart") if shape.per_element else ("shared",)
+    assert sums in (sources if call.params else ("none",))
+    assert sums != "along" or (fused and shape.G == 1)
+
+    # Launches, as csrc/cuda/backward.cu makes them.
+    terms = call.input and not call.frozen and not fused
+    launched = {"reduce": fused or terms or sums == "shared", "params": sums == "apart"}
+    launched["apply"] = (call.input and not fused) or plan.strategy == "apply"
+    for name, wanted in launched.items():
+        assert (getattr(plan, name).items > 0) == wanted, name
+    assert grid.pack == plan.apply.pack  # one instantiation serves both
+    folds = sums in ("along", "apart") or (sums == "shared" and not (fused and batch))
+    if fused:
+        assert call.input and call.size < 8
+        assert plan.launches == 1 + (sums == "apart") + (folds and not plan.meets)
+        assert plan.launches == 1 or sums == "apart" or not facts.cooperative
+    else:
+        assert plan.launches == (launched["reduce"] or launched["params"]) + terms + (launched["apply"] or folds)
+    assert 1 <= plan.launches <= 3
+    assert not plan.meets or (fused and folds and sums != "apart")
+
+    assert plan.cells == (shape if fused or not launched["reduce"] else shape.cells).geometry
+    if launched["reduce"]:
+        check_grid(grid, call, shape if fused else shape.cells, facts, fused)
+    if launched["apply"]:
+        check_grid(plan.apply, call, shape, facts)
+    if launched["params"]:
+        check_params(plan, call, facts)
+    extra, streams = check_units(plan, shape), 3 if call.residual else 2
+    if sums == "along":
+        extra = grid.piece_length * grid.pack * 8  # two floats an element
+    if fused:
+        one_block = grid.traversal == "columns" and grid.pack == 8
+        meet = plan.meets or grid.gang == "grid"
+        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, meet), free)
+
+    # The workspace. Cells of a fused piece have sums of their own: in parts where runs are.
+    counts = {"sums": 0, "params": 0, "terms": shape.sets if terms else 0}
+    if fused and sums == "shared" and not batch:
+        counts["sums"] = shape.outer * shape.C * (grid.pieces // shape.runs[0] if is_parted(grid) else 1)
+    elif launched["reduce"] and not fused:
+        counts["sums"] = partials(grid, shape.cells)
+    if sums in ("along", "apart"):
+        counts["params"] = (grid.blocks // grid.pieces if sums == "along" else plan.params.pieces) * shape.C
+    for name, count in counts.items():
+        assert getattr(plan, f"{name}_bytes") == count * pair, name
+    assert plan.gang_bytes == (gang_bytes(grid, 2) if fused else 0)
+    assert plan.workspace_bytes == sum(counts.values()) * pair + plan.gang_bytes
+    if launched["apply"] and folds:
+        rows = counts["params"] // shape.C if sums == "apart" else counts["sums"] // shape.C
+        assert plan.apply.blocks + fold_blocks(shape.C, rows, plan.apply.threads) <= MAX_BLOCKS
+    check_estimate(plan.estimate, (streams + call.input) * call.bytes, facts)
+
+
+def is_parted(grid: _C.Grid) -> bool:
+    return grid.traversal == "rows" and grid.piece_runs == 1
+
+
+def check_chosen(grid: _C.Grid, strategy: str, call: Call, facts: _C.DeviceInfo) -> None:
+    """A large tensor keeps half of the multiprocessors busy at least, where its sets can be shared."""
+    gangs = facts.cooperative or facts.largest_cluster > 1
+    if strategy == "fused" and gangs and call.bytes > LARGE_US * facts.bytes_per_us:
+        assert 2 * grid.blocks >= facts.multiprocessors
+
+
+def check_everywhere(call: Call) -> None:
+    """The plans that are chosen."""
+    for facts in DEVICES.values():
+        forward, backward = call.forward(facts), call.backward(facts)
+        check_forward(call, facts, forward)
+        check_backward(call, facts, backward)
+        check_chosen(forward.grid, forward.strategy, call, facts)
+        check_chosen(backward.reduce, backward.strategy, call, facts)

@@ -1,0 +1,180 @@
+"""Fused kernels whose sets are shared by several blocks, clusters or the whole grid: the same values as torch.nn, the
+same bits under every schedule, every tensor moved once, one launch; and what happens where a device refuses them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cases import Case, Layer
+from emulator import backend as emulator
+from fastnorm import _C
+from numerics import build, make_inputs, measure, scale_of, truth
+from plan_model import DTYPES
+from raw_calls import RawCall, same_bits
+
+CPU = torch.device("cpu")
+SCHEDULES = (("lifo", 0), ("random", 1), ("random", 2), ("priority", 1), ("priority", 2))
+
+# Runs that are whole and in parts, pieces of several runs, cells in parts, accesses of every width.
+LAYERS = (
+    Layer("", "BatchNorm2d", (6, 5, 8, 16), (5,)),
+    Layer("", "BatchNorm2d", (2, 3, 48, 64), (3,)),
+    Layer("", "BatchNorm2d", (9, 4, 7, 7), (4,)),
+    Layer("", "BatchNorm1d", (300, 40), (40,)),
+    Layer("", "GroupNorm", (2, 12, 16, 16), (4, 12)),
+    Layer("", "GroupNorm", (1, 4, 40, 52), (2, 4)),
+    Layer("", "GroupNorm", (2, 32, 9, 10), (4, 32)),
+    Layer("", "InstanceNorm3d", (1, 3, 8, 8, 16), (3,), (("affine", True),)),
+    Layer("", "LayerNorm", (7, 1024), (1024,)),
+    Layer("", "LayerNorm", (5, 777), (777,)),
+    Layer("", "LayerNorm", (3, 2, 4096), ((2, 4096),)),
+)
+GANGS = (
+    {"gang": "cluster", "pieces": 2},
+    {"gang": "cluster", "pieces": 5},
+    {"gang": "cluster", "pieces": 16},
+    {"gang": "grid", "buffers": 1},
+    {"gang": "grid", "buffers": 2},
+    {"gang": "grid", "buffers": 2, "pieces": 3},
+    {"gang": "block", "buffers": 2},
+)
+PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
+EPILOGUES = ((None, False), ("silu", True), ("relu", True), ("leaky_relu", True), ("relu", False))
+
+# Multiprocessors with room for little, so that waves follow each other; clusters of 16 as on a large device.
+FEW = dataclasses.replace(
+    emulator.load().device("tiny"),
+    largest_cluster=16,
+    cluster_multiprocessors=16,
+    shared_per_multiprocessor=40 << 10,
+    shared_per_block=39 << 10,
+)
+FACTS = _C.DeviceInfo(**dataclasses.asdict(FEW))
+
+
+def cases() -> Iterator[tuple[Case, dict[str, str | int]]]:
+    """Every layer, layout and gang; precisions and epilogues in turn."""
+    precisions, epilogues = itertools.cycle(PRECISIONS), itertools.cycle(EPILOGUES)
+    for layer, gang in itertools.product(LAYERS, GANGS):
+        for layout in layer.layouts:
+            activation, residual = next(epilogues)
+            yield Case(layer, layout, next(precisions), activation, residual), {"strategy": "fused", **gang}
+
+
+def plans(call: RawCall, forced: dict[str, str | int]) -> tuple[_C.ForwardPlan, _C.BackwardPlan] | None:
+    """None where one of them cannot be so."""
+    case = call.case
+    recomputes = case.residual and case.activation == "silu"
+    try:
+        return (
+            _C.plan_forward(call.shape.geometry, case.precision[0], FACTS, forced=forced),
+            _C.plan_backward(call.shape.geometry, case.precision[0], FACTS, residual=recomputes, forced=forced),
+        )
+    except ValueError:
+        return None
+
+
+SERVED = [(case, forced) for case, forced in cases() if plans(RawCall(case, make_inputs(case, CPU)), forced)]
+
+
+def name(value: object) -> str:
+    if isinstance(value, Case):
+        return value.id
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
+@pytest.mark.parametrize(("case", "forced"), SERVED, ids=name)
+def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) -> None:
+    settings, inputs = emulator.load(), make_inputs(case, CPU)
+    call = RawCall(case, inputs, torch.ops.fastnorm_emulated)
+    forward, backward = plans(call, forced)
+    with settings.configured(device=FEW, forced=forced):
+        with settings.counting() as forward_counts:
+            saved = call.forward()
+        with settings.counting() as backward_counts:
+            call.backward(saved["stats"], saved["mask"])
+        results = call.both()
+    for order, seed in SCHEDULES:
+        with settings.configured(order, seed, FEW, forced=forced):
+            assert not same_bits(call.both(), results), f"{order}, seed {seed}: {forward}, {backward}"
+
+    exact = truth(case, build(case, torch.nn, CPU), inputs)
+    for key in ("y", "dx", "dweight", "dbias", "dresidual"):
+        if key not in exact.values or results[key].numel() == 0:
+            continue
+        value, ours = exact.values[key], results[key].view(exact.values[key].shape)
+        error = measure(key, ours, ours, value, scale_of(key, exact, plain=False))
+        assert error.ours <= 5, f"{error}: {forward}, {backward}"
+
+    tensor, bits = call.x.numel() * DTYPES[case.precision[0]], saved["mask"].numel() > 0
+    assert forward_counts.traffic.read_stream == (1 + case.residual) * tensor, forward
+    recomputes = case.residual and case.activation is not None and not bits
+    times = {"relu": 1, "leaky_relu": 2}.get(case.activation or "", 0) * bits  # that the mask is read
+    reads = (2 + recomputes) * tensor + times * call.x.numel() // backward.reduce.pack
+    if backward.param_sums == "apart":
+        reads += (2 + recomputes) * tensor + bits * call.x.numel() // backward.params.pack
+    assert backward_counts.traffic.read_stream == reads, backward
+    writes = 1 + (case.activation is not None)
+    assert backward_counts.traffic.written_stream == writes * tensor, backward
+    for counts, grid in ((forward_counts, forward.grid), (backward_counts, backward.reduce)):
+        assert counts.launches[0].cluster == (grid.pieces if grid.gang == "cluster" else 1)
+        assert (counts.launches[0].blocks, counts.launches[0].shared_bytes) == (grid.blocks, grid.shared_bytes)
+    assert len(forward_counts.launches) == 1 and forward_counts.launches[0].cooperative == (forward.grid.gang == "grid")
+    assert len(backward_counts.launches) == backward.launches
+    if backward.param_sums != "apart":
+        assert backward.launches == 1, backward
+
+
+def test_every_gang_is_met() -> None:
+    seen = set()
+    for case, forced in SERVED:
+        found = plans(RawCall(case, make_inputs(case, CPU)), forced)
+        assert found is not None
+        for grid in (found[0].grid, found[1].reduce):
+            waves = -(-grid.items // grid.blocks)
+            seen |= {
+                (grid.traversal, grid.gang, grid.buffers),
+                (grid.gang, "waves" if waves > 1 else "one wave"),
+                (grid.gang, "runs" if grid.piece_runs > 1 else "parts"),
+                (grid.gang, grid.pack),
+                (found[1].param_sums, grid.gang),
+            }
+    walks = {(t, g, b) for t in ("rows", "columns") for g, b in (("cluster", 1), ("grid", 1), ("grid", 2))}
+    gangs = ("cluster", "grid")
+    wanted = walks | {(g, w) for g in gangs for w in ("one wave", "runs", "parts", 8, 4, 1)} | {("grid", "waves")}
+    wanted |= {(p, g) for p in ("shared", "along") for g in gangs}
+    assert wanted <= seen, wanted - seen
+
+
+def test_a_device_that_refuses_gangs_is_served_without() -> None:
+    """As one that is shared or partitioned does: nothing of the refused launch has run, and the values are those of a
+    device that never had them."""
+    settings = emulator.load()
+    case = Case(LAYERS[4])
+    call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+    assert _C.plan_backward(call.shape.geometry, "float32", FACTS).meets
+    without = dataclasses.replace(FEW, cooperative=False, largest_cluster=1)
+    with settings.configured(device=without):
+        expected = call.both()
+    with settings.configured(device=FEW, refuse_gangs=True), settings.counting() as counts:
+        results = call.both()
+    assert not same_bits(results, expected)
+    assert not any(launch.cooperative or launch.cluster > 1 for launch in counts.launches)
+
+
+def test_free_multiprocessors_are_left_alone() -> None:
+    settings = emulator.load()
+    case = Case(LAYERS[1])
+    call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+    forced = {"gang": "grid", "residents": 1}
+    blocks = []
+    for free in (0, 2):
+        with settings.configured(device=FEW, forced=forced, free_multiprocessors=free), settings.counting() as counts:
+            call.forward()
+        blocks.append(counts.launches[0].blocks)
+    assert blocks[1] <= FEW.multiprocessors - 2 < blocks[0]
