@@ -250,7 +250,7 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
 
 
 def staged_run(grid: _C.Grid, size: int) -> int:
-    """Elements that a run of a piece takes in shared memory: single ones lie as far past 16 bytes as in global memory."""
+    """Elements that a run takes in shared memory: single ones lie as far past 16 bytes as in global memory."""
     length, lanes = grid.piece_length * grid.pack, 16 // size
     return length if grid.pack > 1 else div_up(length + lanes - 1, lanes) * lanes
 
