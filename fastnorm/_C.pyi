@@ -235,8 +235,8 @@ def plan_backward(
     forced: Mapping[str, str | int] = {},
     free_multiprocessors: int = 0,
 ) -> BackwardPlan:
-    """The cheapest plan of a backward call. residual: it is read again; input, params: dx or dresidual, dweight or dbias
-    are wanted."""
+    """The cheapest plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; params: those
+    of weight or bias are."""
 
 def compare_forward(
     geometry: Geometry,
