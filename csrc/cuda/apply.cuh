@@ -23,8 +23,8 @@ apply_rows(ForwardTensors<T> t, RowsShape shape) {
     const auto stats = t.frozen() ? given_stats(t, set, load_param_of<T>(t.running_mean, set, A(0)),
                                                 load_param_of<T>(t.running_var, set, A(1)), writes)
                                   : load_stats(t.stats, t.sets, set);
-    forward_rows<kSmooth>(t, piece, piece.whole(team, valid), stats,
-                          [&](const Place& place) { return load<W>(t.x + piece.element(place)); });
+    forward_rows<kSmooth, true>(t, piece, piece.whole(team, valid), stats,
+                                [&](const Place& place) { return load<W>(t.x + piece.element(place)); });
   });
 }
 
@@ -47,7 +47,8 @@ apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
     }
     LaneCoefs<A, W> coefs;
     load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
-    forward_columns<kSmooth>(t, piece, coefs, [&](int position) { return load<W>(t.x + piece.element(position)); });
+    forward_columns<kSmooth, true>(t, piece, coefs,
+                                   [&](int position) { return load<W>(t.x + piece.element(position)); });
   });
 }
 

@@ -26,7 +26,7 @@ apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsS
   for_rows<W>(shape, {all.index - fold_blocks, all.count - fold_blocks},
               [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
                 const int64_t set = piece.span.set;
-                apply_gradient_rows<kSmooth, kBackwardUnroll<kSmooth, W>>(
+                apply_gradient_rows<kSmooth, true, kBackwardUnroll<kSmooth, W>>(
                     t, piece, piece.whole(team, valid), load_stats(t.stats, t.sets, set), load_terms(terms, set),
                     [&](const Place& place) { return load_gradient(t, piece, place); });
               });
@@ -47,7 +47,7 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
     for (int w = 0; w < W; ++w) {
       if (piece.in) lane_terms.lane[w] = load_terms(terms, piece.set(w));
     }
-    apply_gradient_columns<kSmooth, kBackwardUnroll<kSmooth, W>>(
+    apply_gradient_columns<kSmooth, true, kBackwardUnroll<kSmooth, W>>(
         t, piece, coefs, lane_terms, [&](int position) { return load_gradient(t, piece, position); });
   });
 }

@@ -49,11 +49,11 @@ FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiec
 }
 
 // dx and dresidual of a piece, U packs at a time.
-template <bool kSmooth, int U, int W, class T, class Read, class A = Accum<T>>
+template <bool kSmooth, bool kFromEnd, int U, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
                                          const SetStats<A>& stats, const SetTerms<A>& terms, Read read) {
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  piece.template walk_read<U>(stretch, read, [&](const Place& place, const GradientPacks<T, W>& packs) {
+  piece.template walk_read<U, kFromEnd>(stretch, read, [&](const Place& place, const GradientPacks<T, W>& packs) {
     const RowCoefs<A, W>& c = coefs.at(piece, place);
     A x[W], d[W];
     gradient<kSmooth>(t, packs, c, x, d);
@@ -87,10 +87,10 @@ FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const Col
   });
 }
 
-template <bool kSmooth, int U, int W, class T, class Read, class A = Accum<T>>
+template <bool kSmooth, bool kFromEnd, int U, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_columns(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                             const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
-  piece.template walk_read<U>(piece.whole(), read, [&](int position, const GradientPacks<T, W>& packs) {
+  piece.template walk_read<U, kFromEnd>(piece.whole(), read, [&](int position, const GradientPacks<T, W>& packs) {
     A x[W], d[W];
     gradient<kSmooth>(t, packs, coefs, x, d);
     store_gradients(t, x, d, coefs, terms, piece.element(position));

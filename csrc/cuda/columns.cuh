@@ -21,7 +21,7 @@ struct ColumnsShape {
   int64_t mask_row_bytes;
   bool per_position;   // every position has statistics of its own: weight gradients of a LayerNorm
   bool pieces_adjoin;  // of a tile, as gangs have them; else the tiles of a piece do, side by side in memory
-  bool backwards;      // from the last item to the first, and each from its end
+  bool backwards;      // from the last item to the first
 };
 
 inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dtype) {
@@ -124,12 +124,12 @@ struct ColumnsPiece {
     return {index * length, std::min(positions, (index + 1) * length)};
   }
 
-  // body(position[U], in[U]); every thread of the block makes as many calls.
-  template <int U, class Body>
+  // body(position[U], in[U]), the last first where kFromEnd; every thread of the block makes as many calls.
+  template <int U, bool kFromEnd = false, class Body>
   FASTNORM_DEVICE void walk(const Range& range, Body body) const {
-    const int length = U * shape.threads_y, last = (range.end - 1 - range.begin) / length * length;
-    for (int round = 0; round < range.end - range.begin; round += length) {
-      const int base = range.begin + (shape.backwards ? last - round : round);
+    const int length = U * shape.threads_y, first = kFromEnd ? (range.end - 1 - range.begin) / length * length : 0;
+    for (int base = range.begin + first; kFromEnd ? base >= range.begin : base < range.end;
+         base += kFromEnd ? -length : length) {
       int position[U];
       bool inside[U];
 #pragma unroll
@@ -141,9 +141,9 @@ struct ColumnsPiece {
     }
   }
   // use(position, read(position)) for every position of this thread, U of them read before the first is used.
-  template <int U, class Read, class Use>
+  template <int U, bool kFromEnd = false, class Read, class Use>
   FASTNORM_DEVICE void walk_read(const Range& range, Read read, Use use) const {
-    walk<U>(range, [&](const int (&position)[U], const bool (&inside)[U]) {
+    walk<U, kFromEnd>(range, [&](const int (&position)[U], const bool (&inside)[U]) {
       decltype(read(0)) what[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {

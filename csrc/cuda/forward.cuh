@@ -21,12 +21,12 @@ FASTNORM_DEVICE void forward_pack(const ForwardTensors<T>& t, const Pack<T, W>& 
 }
 
 // read(place): the pack of x there.
-template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
+template <bool kSmooth, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
                                   const SetStats<A>& stats, Read read) {
   constexpr int U = kApplyUnroll<kSmooth, W>;
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
+  piece.template walk<U, kFromEnd>(stretch, [&](const Place(&places)[U]) {
     Pack<T, W> x[U] = {}, residual[U] = {};
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -44,11 +44,11 @@ FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>
 }
 
 // read(position): this thread's pack of x there.
-template <bool kSmooth, int W, class T, class Read, class A = Accum<T>>
+template <bool kSmooth, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_columns(const ForwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                      const LaneCoefs<A, W>& coefs, Read read) {
   constexpr int U = kApplyUnroll<kSmooth, W>;
-  piece.template walk<U>(piece.whole(), [&](const int (&position)[U], const bool (&in)[U]) {
+  piece.template walk<U, kFromEnd>(piece.whole(), [&](const int (&position)[U], const bool (&in)[U]) {
     Pack<T, W> x[U] = {}, residual[U] = {};
 #pragma unroll
     for (int u = 0; u < U; ++u) {

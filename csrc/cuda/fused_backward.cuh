@@ -226,9 +226,9 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     }
     const SetTerms<A> terms = t.frozen ? SetTerms<A>{} : set_terms<A>(sums, stats.rstd, stats.low, scale);
     const BackwardTensors<T> rest = without_mask<kSmooth>(t);
-    apply_gradient_rows<kSmooth, 1>(rest, piece, piece.whole(team, valid), stats, terms, [&](const Place& place) {
-      return staged_gradient<kSmooth>(rest, piece, staged, place);
-    });
+    apply_gradient_rows<kSmooth, false, 1>(
+        rest, piece, piece.whole(team, valid), stats, terms,
+        [&](const Place& place) { return staged_gradient<kSmooth>(rest, piece, staged, place); });
     leave_staged<W>(team);
   };
   for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, stage_share, use_wave);
@@ -317,7 +317,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
       if (piece.in) terms.lane[w] = set_terms_of[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
     }
     const BackwardTensors<T> rest = without_mask<kSmooth>(t);
-    apply_gradient_columns<kSmooth, 1>(rest, piece, coefs, terms, [&](int position) {
+    apply_gradient_columns<kSmooth, false, 1>(rest, piece, coefs, terms, [&](int position) {
       return staged_gradient<kSmooth>(rest, piece, staged, position);
     });
   };

@@ -53,7 +53,7 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
               const A var = moments.m2 / static_cast<A>(shape.set_size);
               const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
               if (valid && team.lane == 0 && piece.span.piece == 0) store_stats(t.stats, t.sets, set, stats, var);
-              if (t.y != nullptr) forward_rows<kSmooth>(t, piece, piece.whole(team, valid), stats, read);
+              if (t.y != nullptr) forward_rows<kSmooth, false>(t, piece, piece.whole(team, valid), stats, read);
               leave_staged<W>(team);
             });
   gang.leave();
@@ -132,7 +132,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       }
       LaneCoefs<A, W> coefs;
       load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
-      forward_columns<kSmooth>(t, piece, coefs, read);
+      forward_columns<kSmooth, false>(t, piece, coefs, read);
     }
   };
   for_waves(f, shape.items, grid_blocks(), block_index(), stage_share, use_wave);

@@ -17,7 +17,7 @@ namespace fastnorm::cuda {
 // Packs that a thread has under way: with two blocks to a multiprocessor 32 KB, which an H200's memory needs to be busy
 // (4.8 TB/s for 0.7 us over 132 multiprocessors is 25 KB). More of them where packs are single elements.
 template <int W>
-constexpr int kUnroll = W == 1 ? 16 : 4;
+constexpr int kUnroll = W == 1 ? 8 : 4;
 // Fewer where several numbers a lane are kept besides: without spilling.
 template <int W>
 constexpr int kLaneUnroll = W == 8   ? 2
@@ -50,7 +50,7 @@ struct RowsShape {
   FastDiv by_length;
   int team;
   bool per_element;   // the channel changes with every element of a run
-  bool backwards;     // from the last item to the first, and each from its end
+  bool backwards;     // from the last item to the first
   int run_slots;      // of a staged run
   FastDiv by_blocks;  // single elements: blocks of 16 bytes of a staged run
 };
@@ -196,12 +196,11 @@ struct RowsPiece {
     return {begin, valid ? here : 0, here, team.lane, team.width};
   }
 
-  // body(places) for U places at a time.
-  template <int U, class Body>
+  // body(places) for U places at a time, the last first where kFromEnd.
+  template <int U, bool kFromEnd = false, class Body>
   FASTNORM_DEVICE void walk(const Stretch& stretch, Body body) const {
-    const int length = U * stretch.width, last = (stretch.longest - 1) / length * length;
-    for (int round = 0; round < stretch.longest; round += length) {
-      const int begin = shape.backwards ? last - round : round;
+    const int length = U * stretch.width, first = kFromEnd ? (stretch.longest - 1) / length * length : 0;
+    for (int begin = first; kFromEnd ? begin >= 0 : begin < stretch.longest; begin += kFromEnd ? -length : length) {
       Place places[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
@@ -212,9 +211,9 @@ struct RowsPiece {
     }
   }
   // use(place, read(place)) for every place, U of them read before the first is used.
-  template <int U, class Read, class Use>
+  template <int U, bool kFromEnd = false, class Read, class Use>
   FASTNORM_DEVICE void walk_read(const Stretch& stretch, Read read, Use use) const {
-    walk<U>(stretch, [&](const Place(&places)[U]) {
+    walk<U, kFromEnd>(stretch, [&](const Place(&places)[U]) {
       decltype(read(places[0])) what[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
