@@ -5,7 +5,8 @@
 #   tests/gpu/run.sh [FOLDER]        FOLDER for results: default $OUT, else benchmarks/results
 #
 #   PYTHON=python3       the Python to install into, with torch for CUDA, setuptools, ninja, pybind11, pytest, hypothesis
-#   STAGES="install suite cuda memcheck racecheck initcheck synccheck bench"      what to do
+#   STAGES="install suite cuda memcheck racecheck initcheck synccheck bench"      what to do; "install tune" fits a plan's
+#                        candidates and the planner's constants to this GPU, in a run of its own
 #   TOTAL=580            seconds in all; each stage has a budget of its own within them, and the last has 60 for sure
 #   BENCH_ARGS="--quick --compile --compile-budget 40"      of benchmarks/bench.py; its --budget and --json are set here
 set -u -o pipefail
@@ -88,6 +89,10 @@ for tool in memcheck racecheck initcheck synccheck; do
     "${sanitizer:-compute-sanitizer}" --tool $tool "${watched[@]}" --error-exitcode 9 --print-limit 20 \
     "$python" gpu/sanitize.py --seconds 25
 done
+
+left=$((total - SECONDS - 15))
+stage tune "$left" 'takes [0-9.]+ times|of bandwidth' "$python" "$root/benchmarks/tune.py" --budget $((left - 100)) \
+  --json "$results/gpu-tune.json"
 
 left=$((total - SECONDS - 15))
 stage bench $((left > 30 ? left : 30)) 'geometric|torch\.nn' "$python" "$root/benchmarks/bench.py" --device cuda $bench_args \
