@@ -6,19 +6,24 @@ from the planner, which test_plan_cuda.py and test_plan_choices.py hold to it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
+
+import numpy as np
 
 from fastnorm import _C
 from plan_model import BATCH, DEVICES, KIB, Call, Shape, div_up
-from plan_walk import MASK_BITS, WARP, Cut, check_columns, check_every_element_once, check_rows
 
+WARP = 32
 MAX_BLOCKS = 2**31 - 1
 MAX_THREADS = 256
+MAX_PIECE = 2**20  # packs or positions: a piece's offsets fit 32 bits, its count is exact in float32
 MAX_FOLD_BLOCKS = 4096
 SMALL_PIECE = 1024  # packs: a split stops there
 SMALL_COLUMN = 8  # positions of a thread, likewise
 LARGE_US = 4  # a tensor that takes a device so long to read is worth more than a grid's barriers
-MOST_SHARES = 4  # of the memory's bandwidth, that one multiprocessor may draw: 64 bytes a clock
+MASK_BITS = 8
 
 # Of a multiprocessor: threads that kernels' registers are for, unless they are for one block; blocks that every
 # architecture has room for; bytes of shared memory that a block costs besides its own.
@@ -34,15 +39,116 @@ def align(n: int) -> int:
     return div_up(n, 16) * 16
 
 
-def rounds(grid: _C.Grid) -> int:
-    """Blocks that would leave none of them a second item to take."""
-    return div_up(grid.items, grid.threads_y if grid.traversal == "rows" else 1)
+# ---- every element once ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What says which elements an item has. fused: the pieces of a set or tile are neighbours, and a gang's."""
+
+    shape: Shape
+    rows: bool
+    pack: int
+    pieces: int
+    piece_runs: int
+    piece_length: int
+    tile: int
+    items: int
+    fused: bool
+
+    def of_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Item, first address and length of each stretch that the items read."""
+        shape, (count, length, stride) = self.shape, self.shape.runs
+        run_packs = length // self.pack
+        per_run = div_up(run_packs, self.piece_length) if self.piece_runs == 1 else 1
+        base = np.arange(shape.sets) * (shape.S if shape.kind == BATCH else shape.set_size)
+        for piece in range(self.pieces):
+            first_run, first_pack = piece // per_run * self.piece_runs, piece % per_run * self.piece_length
+            runs = first_run + np.arange(min(self.piece_runs, count - first_run))
+            packs = min(self.piece_length, run_packs - first_pack)
+            starts = base[:, None] + runs * stride + first_pack * self.pack
+            items = np.broadcast_to(np.arange(shape.sets)[:, None] * self.pieces + piece, starts.shape)
+            yield items.ravel(), starts.ravel(), np.full(starts.size, packs * self.pack)
+
+    def of_columns(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The same; items are [outer, tiles, pieces] where fused, else [outer, pieces, tiles]."""
+        shape, tiles = self.shape, div_up(self.shape.C, self.tile)
+        tile = np.arange(tiles)
+        channel = tile * self.tile
+        widths = np.minimum(self.tile, shape.C - channel)
+        for outer in range(shape.outer):
+            for piece in range(self.pieces):
+                first = piece * self.piece_length
+                position = np.arange(first, min(first + self.piece_length, shape.positions))
+                starts = (outer * shape.positions + position[:, None]) * shape.C + channel
+                in_outer = tile * self.pieces + piece if self.fused else piece * tiles + tile
+                items = outer * self.pieces * tiles + in_outer
+                yield tuple(np.broadcast_to(a, starts.shape).ravel() for a in (items, starts, widths))
+
+
+@functools.cache
+def check_every_element_once(cut: Cut) -> None:
+    """Walks the items: their stretches make up the tensor without gap or overlap, and stay within their set. A fused
+    set is in the hands of one gang."""
+    shape = cut.shape
+    parts = zip(*(cut.of_rows() if cut.rows else cut.of_columns()), strict=True)
+    items, starts, lengths = (np.concatenate(part) for part in parts)
+    assert (lengths > 0).all() and (starts % cut.pack == 0).all() and (lengths % cut.pack == 0).all()
+    assert np.array_equal(np.unique(items), np.arange(cut.items))
+    order = np.argsort(starts)
+    ends = (starts + lengths)[order]
+    assert starts[order][0] == 0 and ends[-1] == shape.numel
+    assert (ends[:-1] == starts[order][1:]).all()
+    first, last = shape.set_of(starts), shape.set_of(starts + lengths - 1)
+    if cut.rows:
+        assert (first == items // cut.pieces).all() and (last == first).all()
+    elif cut.fused:
+        gangs = np.tile(items // cut.pieces, 2)
+        sets = np.unique(np.stack([np.concatenate([first, last]), gangs]), axis=1)[0]
+        assert np.unique(sets).size == sets.size
+
+
+def check_rows(grid: _C.Grid, shape: Shape) -> int:
+    """Returns how many stretches of memory the items read."""
+    count, length, _ = shape.runs
+    assert length % grid.pack == 0
+    packs = length // grid.pack
+    if grid.piece_runs == 1:
+        per_run = div_up(packs, grid.piece_length)
+        assert grid.pieces == count * per_run and (per_run - 1) * grid.piece_length < packs
+        # A byte of the mask belongs to one piece.
+        assert per_run == 1 or grid.piece_length * grid.pack % MASK_BITS == 0
+    else:
+        assert grid.piece_length == packs and grid.pieces == div_up(count, grid.piece_runs)
+    assert 1 <= grid.piece_runs <= count and 1 <= grid.piece_length <= packs + MASK_BITS
+    assert grid.piece_runs * grid.piece_length <= MAX_PIECE
+    assert grid.items == shape.sets * grid.pieces and grid.tile == 0
+    # A team is a part of a warp, a warp, or a block; a byte of the mask, whose lanes are neighbours, belongs to one.
+    assert grid.threads_x * grid.pack >= MASK_BITS and grid.threads_x & (grid.threads_x - 1) == 0
+    assert grid.threads_x <= WARP or grid.threads_y == 1
+    least = MASK_BITS if grid.gang == "block" else WARP
+    assert grid.threads_x <= max(least, 2 * grid.piece_runs * grid.piece_length)
+    return shape.sets * count + grid.items
+
+
+def check_columns(grid: _C.Grid, outer: int, positions: int, C: int) -> int:
+    assert C % grid.pack == 0
+    tiles = div_up(C, grid.tile)
+    assert grid.piece_runs == 1
+    assert (grid.pieces - 1) * grid.piece_length < positions <= grid.pieces * grid.piece_length
+    assert 1 <= grid.piece_length <= min(positions, MAX_PIECE)
+    assert grid.items == outer * grid.pieces * tiles
+    assert grid.tile == C or (grid.tile % MASK_BITS == 0 and grid.tile < C)
+    assert grid.tile % grid.pack == 0 and grid.tile <= grid.threads_x * grid.pack
+    assert grid.threads_x * grid.pack >= MASK_BITS and grid.threads_x & (grid.threads_x - 1) == 0
+    return outer * positions * tiles
 
 
 def check_launch(grid: _C.Grid, call: Call, facts: _C.DeviceInfo) -> None:
     assert grid.threads == grid.threads_x * grid.threads_y
     assert grid.threads % WARP == 0 and WARP <= grid.threads <= MAX_THREADS
-    assert 1 <= grid.blocks <= min(MAX_BLOCKS, rounds(grid))
+    teams = grid.threads_y if grid.traversal == "rows" else 1
+    assert 1 <= grid.blocks <= min(MAX_BLOCKS, div_up(grid.items, teams))
     assert 0 <= grid.shared_bytes <= min(facts.shared_per_block, facts.shared_per_multiprocessor - RESERVED)
     assert grid.shared_bytes % 16 == 0 and grid.team_bytes % 16 == 0
     # What kernels are compiled for: 16 bytes, single elements, and for rows half packs of the half types.
@@ -100,7 +206,6 @@ class Fused:
     extra: int  # bytes of shared memory that a team adds up in
     one_block: bool  # the kernel's registers are for one block to a multiprocessor
     cooperative: bool
-    gathers: bool  # a row of the workspace for each gang
 
 
 def resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: int) -> int:
@@ -128,10 +233,9 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
     assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
     assert grid.buffers in (1, 2)
-    assert facts.cooperative or not kind.cooperative
-    # Blocks that wait for each other; and those that had better take all of their items one after the other.
-    if kind.cooperative or kind.gathers or grid.buffers == 2:
-        assert grid.blocks <= resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
+    if kind.cooperative:
+        assert facts.cooperative
+        assert grid.blocks <= resident_blocks(grid, kind, facts, free)
     # Shared memory, in the kernels' order.
     piece = grid.piece_runs * staged_run(grid, call.size) if rows else grid.piece_length * grid.tile
     staged = grid.buffers * kind.streams * align(piece * call.size)
@@ -183,23 +287,22 @@ def gang_bytes(grid: _C.Grid, numbers: int) -> int:
     return 2 * grid.blocks * channels * numbers * 4 if grid.gang == "grid" else 0
 
 
-def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: _C.DeviceInfo) -> None:
-    """No launch is free, and none moves memory faster than the device can, nor than so many blocks can."""
+def check_estimate(estimate: _C.Estimate, least_bytes: int, facts: _C.DeviceInfo) -> None:
+    """No launch is free, and none moves memory faster than the device can."""
     parts = (estimate.memory, estimate.barriers, estimate.launches)
     assert all(math.isfinite(part) and part >= 0 for part in parts) and estimate.launches > 0
     assert math.isclose(estimate.total, sum(parts))
-    share = min(1.0, MOST_SHARES * blocks / facts.multiprocessors)
-    assert estimate.memory * facts.bytes_per_us * share >= least_bytes * (1 - 1e-9)
+    assert estimate.memory * facts.bytes_per_us >= least_bytes * (1 - 1e-9)
 
 
 def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: int = 0) -> None:
     grid, three = plan.grid, 3 * call.accum  # count, mean, m2
     assert plan.strategy == "apply" if call.frozen else plan.strategy in ("fused", "split")
     check_grid(grid, call, call.shape, facts, plan.strategy == "fused")
-    check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
+    check_estimate(plan.estimate, (1 + call.input) * call.bytes, facts)
     if plan.strategy == "fused":
         assert call.size < 8
-        check_fused(grid, call, facts, Fused(1, 3, 0, False, grid.gang == "grid", False), free)
+        check_fused(grid, call, facts, Fused(1, 3, 0, False, grid.gang == "grid"), free)
         assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid, 3), 1)
     elif plan.strategy == "split":
         assert plan.workspace_bytes == partials(grid, call.shape) * three
@@ -268,7 +371,7 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
     if fused:
         one_block = grid.traversal == "columns" and grid.pack == 8
         meet = plan.meets or grid.gang == "grid"
-        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, meet, sums == "along"), free)
+        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, meet), free)
 
     # The workspace. Cells of a fused piece have sums of their own: in parts where runs are.
     counts = {"sums": 0, "params": 0, "terms": shape.sets if terms else 0}
@@ -285,8 +388,7 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
     if launched["apply"] and folds:
         rows = counts["params"] // shape.C if sums == "apart" else counts["sums"] // shape.C
         assert plan.apply.blocks + fold_blocks(shape.C, rows, plan.apply.threads) <= MAX_BLOCKS
-    blocks = max(g.blocks for g in (grid, plan.apply, plan.params))
-    check_estimate(plan.estimate, (streams + call.input) * call.bytes, blocks, facts)
+    check_estimate(plan.estimate, (streams + call.input) * call.bytes, facts)
 
 
 def is_parted(grid: _C.Grid) -> bool:
