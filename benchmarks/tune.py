@@ -1,400 +1,192 @@
-"""Time the CUDA planner's candidate plans against each other, and its predictions against what they take.
+"""Race the plans that the CUDA planner chooses between, and see by how much its estimates are off.
 
     python benchmarks/tune.py --json tune.json              # on a GPU: eight minutes, the most important rows first
     python benchmarks/tune.py --facts H200                  # without one: what would be tried, and what is predicted
     python benchmarks/tune.py --filter 'GroupNorm.*bfloat16' --candidates 12
 
-Of every row the planner's own choice and its nearest rivals of other kinds are forced in turn and raced on the raw
-operators, beside a plain copy; inputs rotate, so that none is found in L2. The last table says by which factor each
-part of the estimate (csrc/plan_cost.cpp) is off.
+Of each row and direction the planner's choice and its nearest rivals of other kinds are forced in turn on the raw
+operators, beside a plain copy of x, all taking turns (timing.py); so many inputs take turns that none is found in L2.
+What is printed last says how far the choices are from the best plans, and by which factors the parts of the estimate
+(csrc/plan_cost.cpp) are off.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import re
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from contestants import cases, copies_for, in_turn
+from candidates import Candidate, Forced, Job, candidates, jobs
+from contestants import Row, cases, copies_for, in_turn
 from fastnorm import _C
-from fastnorm.ops import ACTIVATIONS
 from machine import cache_bytes, describe
-from plan_model import BATCH, DEVICES, DTYPES, LAYER, Call, shape_of
+from numerics import Inputs
+from plan_model import DEVICES
+from raw_calls import RawCall
+from results import CLONE_PASSES
+from tables import make_console
 from timing import race
+from tune_report import Ceilings, Outcome, as_markdown, fit_parts, measured_table, predicted_table, print_report
 
-Layer = cases.Layer
-Plan = _C.ForwardPlan | _C.BackwardPlan
-AFFINE = (("affine", True),)
+Outputs = dict[str, Tensor]
 
-#: Family -> share of the copy's bandwidth that is aimed at, forward and backward.
-TARGETS = {
-    "BatchNorm": (0.85, 0.85),
-    "GroupNorm": (0.85, 0.80),
-    "InstanceNorm": (0.85, 0.85),
-    "LayerNorm": (0.90, 0.85),
-}
-SPACES = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7), (64, 56))
+BUDGET_S, CANDIDATES = 480.0, 6
+LEAST_S, MOST_S = 0.2, 2.0  # of one race; what is left when time is up is skipped
+RACING = 0.5  # of a job's time; the rest is for its tensors, the check and warming up
+LARGE_BYTES, CEILINGS_S = 1 << 29, 1.0
 
 
-def layers() -> Iterator[tuple[Layer, str]]:
-    """The shapes of the families, the most important first, and the activation that follows them."""
-    for c, s in SPACES[:2]:
-        yield Layer("ResNet-50", "BatchNorm2d", (32, c, s, s), (c,)), "relu"
-        yield Layer("ResNet-50", "BatchNorm2d", (256, c, s, s), (c,)), "relu"
-    yield Layer("VAE", "GroupNorm", (1, 128, 20, 256, 256), (32, 128)), "silu"
-    yield Layer("UNet", "GroupNorm", (2, 320, 64, 64), (32, 320)), "silu"
-    yield Layer("nnU-Net", "InstanceNorm3d", (2, 32, 128, 128, 128), (32,), AFFINE), "leaky_relu"
-    yield Layer("transformer", "LayerNorm", (1024, 12288), (12288,)), "gelu"
-    yield Layer("transformer", "LayerNorm", (16384, 4096), (4096,)), "gelu"
-    yield Layer("ConvNeXt", "LayerNorm", (401408, 96), (96,)), "gelu"
-    for c, s in SPACES[2:]:
-        yield Layer("ResNet-50", "BatchNorm2d", (256, c, s, s), (c,)), "relu"
-        yield Layer("ResNet-50", "BatchNorm2d", (32, c, s, s), (c,)), "relu"
-    yield Layer("VAE", "GroupNorm", (1, 512, 64, 64), (32, 512)), "silu"
-    yield Layer("UNet", "GroupNorm", (2, 640, 32, 32), (32, 640)), "silu"
-    yield Layer("UNet", "GroupNorm", (2, 1280, 16, 16), (32, 1280)), "silu"
-    yield Layer("nnU-Net", "InstanceNorm3d", (2, 320, 8, 8, 8), (320,), AFFINE), "leaky_relu"
-    yield Layer("small", "BatchNorm2d", (8, 64, 16, 16), (64,)), "relu"
-    yield Layer("small", "LayerNorm", (64, 768), (768,)), "gelu"
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One direction of one layer. streams: tensors that must be read and written, at least."""
-
-    layer: Layer
-    layout: str
-    dtype: str
-    activation: str | None
-    residual: bool
-    backward: bool
-
-    @property
-    def name(self) -> str:
-        act = self.activation or "plain"
-        epilogue = f"add+{act}" if self.residual else act
-        shape = "x".join(map(str, self.layer.shape))
-        direction = "backward" if self.backward else "forward"
-        return f"{self.layer.label} {self.layer.norm} {shape} {self.dtype} {self.layout} {epilogue} {direction}"
-
-    @property
-    def family(self) -> str:
-        return re.sub(r"[123]d$", "", self.layer.norm)
-
-    @property
-    def recomputes(self) -> bool:
-        """Backward makes z again, of x and residual: no mask was saved."""
-        return self.residual and self.activation not in (None, "relu", "leaky_relu")
-
-    @property
-    def streams(self) -> int:
-        if not self.backward:
-            return 2 + self.residual
-        return 3 + self.recomputes + (self.residual and self.activation is not None)
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.layer.shape)) * DTYPES[self.dtype]
-
-    @property
-    def call(self) -> Call:
-        return Call(shape_of(self.layer, self.layout), self.dtype, 16, self.recomputes, False, True, True)
-
-
-def rows(pattern: str = "") -> list[Row]:
-    """Plain rows of all layers come before the epilogues of any."""
-    found = []
-    for epilogue in (0, 1, 2):
-        for layer, activation in layers():
-            for layout in layer.layouts:
-                for dtype in ("bfloat16", "float32"):
-                    for backward in (False, True):
-                        act = activation if epilogue else None
-                        found.append(Row(layer, layout, dtype, act, epilogue == 2, backward))
-    return [row for row in found if re.search(pattern, row.name)]
-
-
-# ---- candidates ----
-
-
-def main_grid(plan: Plan) -> _C.Grid:
-    return plan.grid if isinstance(plan, _C.ForwardPlan) else plan.reduce
-
-
-def kind_of(plan: Plan) -> tuple[str, str, int]:
-    return plan.strategy, main_grid(plan).gang, main_grid(plan).buffers
-
-
-def compare(row: Row, facts: _C.DeviceInfo) -> list[Plan]:
-    return [*(row.call.all_backward(facts) if row.backward else row.call.all_forward(facts))]
-
-
-def plan_of(row: Row, facts: _C.DeviceInfo, forced: dict[str, str | int]) -> Plan | None:
-    """None where nothing is as forced."""
-    try:
-        return (row.call.backward if row.backward else row.call.forward)(facts, forced=forced)
-    except ValueError:
-        return None
-
-
-def force_of(row: Row, facts: _C.DeviceInfo, plan: Plan) -> dict[str, str | int] | None:
-    """What forces exactly this plan; None where it is always second to one that only other knobs tell apart."""
-    if plan.strategy != "fused":
-        return {"strategy": plan.strategy}
-    grid = main_grid(plan)
-    forced: dict[str, str | int] = {"strategy": "fused", "gang": grid.gang, "buffers": grid.buffers}
-    if grid.gang != "block":
-        forced["pieces"] = grid.pieces
-    tiles = [{"tile_bytes": b} for b in (64, 128, 256)] if grid.traversal == "columns" else [{}]
-    for tile in tiles:
-        for residents in (1, 2):
-            knobs = forced | tile | {"residents": residents}
-            if plan_of(row, facts, knobs) == plan:
-                return knobs
-    return None
-
-
-@dataclasses.dataclass
-class Candidate:
-    plan: Plan
-    forced: dict[str, str | int]
-    us: float = 0.0
-    quartiles: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def predicted(self) -> float:
-        return self.plan.estimate.total
-
-
-def candidates(row: Row, facts: _C.DeviceInfo, count: int) -> list[Candidate]:
-    """The planner's choice first; then the best of each other kind, and the next best, as far as they can be forced."""
-    plans = compare(row, facts)
-    best_of_kind = {kind_of(plan): plan for plan in reversed(plans)}.values()
-    found: list[Candidate] = []
-    for plan in [plans[0], *sorted(best_of_kind, key=plans.index), *plans]:
-        if len(found) == count:
-            break
-        if any(plan == c.plan for c in found):
-            continue
-        forced = force_of(row, facts, plan)
-        if forced is not None:
-            found.append(Candidate(plan, forced))
-        elif plan is plans[0]:
-            found.append(Candidate(plan, {}))
-    return found
-
-
-# ---- measuring ----
-
-
-def make_call(row: Row, seed: int) -> Callable[[], tuple[Tensor, ...]]:
-    """One call of the row's operator on tensors of its own."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+def make_raw_call(job: Job, device: str, seed: int) -> RawCall:
+    """On tensors of its own."""
+    row, generator = job.row, torch.Generator(device).manual_seed(seed)
 
     def tensor() -> Tensor:
-        t = torch.randn(row.layer.shape, device="cuda", generator=generator)
+        t = torch.randn(row.layer.shape, device=device, generator=generator)
         return cases.to_layout(t.to(cases.DTYPES[row.dtype]), row.layout)
 
-    shape = row.call.shape
-    groups = 1 if shape.kind == LAYER else 0 if shape.kind == BATCH else shape.G
-    weight, bias = (torch.randn(shape.C, device="cuda", generator=generator) for _ in range(2))
-    x, residual = tensor(), tensor() if row.residual else None
-    about = (shape.kind, groups)
-    act = (ACTIVATIONS[row.activation], 0.01)
-    ops = torch.ops.fastnorm
-
-    def forward() -> tuple[Tensor, ...]:
-        return ops.norm_forward(x, weight, bias, residual, None, None, *about, 1e-5, *act, row.backward)
-
-    if not row.backward:
-        return forward
-    _, stats, mask = forward()
-    dy, again = tensor(), residual if row.recomputes else None
-    needs = [True, True, row.residual]
-    return lambda: ops.norm_backward(dy, x, weight, bias, again, stats, mask, *about, False, *act, needs)
+    x = tensor()
+    inputs = Inputs(x, tensor() if row.residual else None, tensor() if job.backward else x)
+    return RawCall(job.case, inputs, device=torch.device(device))
 
 
-def disagreement(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest difference of what two plans compute, as a share of the largest value."""
-    worst = 0.0
-    for ours, theirs in zip(a, b, strict=True):
-        if ours.is_floating_point() and ours.numel():
-            scale = max(1.0, float(theirs.abs().max()))
-            worst = max(worst, float((ours.float() - theirs.float()).abs().max()) / scale)
-    return worst
+def timed_call(job: Job, raw: RawCall) -> Callable[[], Outputs]:
+    """The direction alone: what backward takes from forward is there before."""
+    if not job.backward:
+        return raw.forward
+    saved = raw.forward()
+    return partial(raw.backward, saved["stats"], saved["mask"], (True, True, job.row.residual))
 
 
-def measure(row: Row, found: list[Candidate], budget_s: float) -> float:
-    """Fills in what the candidates take; returns the copy's microseconds for one tensor."""
-    copies = copies_for(row.streams * row.nbytes, cache_bytes("cuda"))
-    call = in_turn([make_call(row, seed) for seed in range(copies)])
-    source = torch.empty(row.nbytes, dtype=torch.uint8, device="cuda")
-    clones = in_turn([source.clone for _ in range(copies)])
+def run_forced(forced: Forced, call: Callable[[], Outputs]) -> Outputs:
+    _C.set_plan_options(forced=forced)
+    return call()
 
-    def forced(candidate: Candidate) -> Callable[[], object]:
-        def run() -> object:
-            _C.set_plan_options(forced=candidate.forced)
-            return call()
 
-        return run
+def disagreement(ours: Outputs, theirs: Outputs) -> float:
+    """The largest difference, in epsilons of an output's dtype times the larger of 1 and its largest value, since sums
+    may cancel out. Masks are left out: their bits flip where a rounding does.
+    """
+    errors = [0.0]
+    for name, theirs_of in theirs.items():
+        if theirs_of.is_floating_point() and theirs_of.numel() > 0:
+            error = (ours[name].float() - theirs_of).abs_().max()
+            errors.append(float(error / theirs_of.abs().max().float().clamp_min(1)) / torch.finfo(theirs_of.dtype).eps)
+    return float(torch.tensor(errors).max())  # of NaNs, NaN
 
-    single, reference = make_call(row, 0), None
-    for candidate in found:
-        _C.set_plan_options(forced=candidate.forced)
-        outputs = single()
-        reference = reference or outputs
-        if disagreement(outputs, reference) > 64 * torch.finfo(cases.DTYPES[row.dtype]).eps:
-            print(f"DISAGREES with the planner's choice: {row.name}: {candidate.plan}")
+
+def measure(job: Job, facts: _C.DeviceInfo, found: Sequence[Candidate], budget_s: float, device: str) -> Outcome:
+    """Race the candidates, for about `budget_s` seconds."""
+    raws = [make_raw_call(job, device, seed) for seed in range(copies_for(job.row.nbytes, cache_bytes(device)))]
+    calls = [timed_call(job, raw) for raw in raws]
+    ring = in_turn(calls)  # one for all: of the largest tensors a dozen outputs would not fit
     try:
-        calls = {str(i): forced(candidate) for i, candidate in enumerate(found)}
-        times = race(calls | {"copy": clones}, budget_s, "cuda")
+        expected = run_forced(found[0].forced, calls[0])
+        wrong = tuple(disagreement(run_forced(each.forced, calls[0]), expected) for each in found)
+        del expected
+        contestants = {each.label: partial(run_forced, each.forced, ring) for each in found}
+        times = race({**contestants, "copy": in_turn([raw.x.clone for raw in raws])}, budget_s, device)
     finally:
         _C.set_plan_options()
-    for i, candidate in enumerate(found):
-        timing = times[str(i)]
-        candidate.us, candidate.quartiles = timing.median * 1e6, (timing.low * 1e6, timing.high * 1e6)
-    return times["copy"].median * 1e6
+    return Outcome(job, facts, tuple(found), tuple(times[each.label] for each in found), times["copy"], wrong)
 
 
-# ---- reporting ----
+def measure_ceilings(device: str) -> Ceilings:
+    """A launch's share of the shortest call, when many follow each other, is nearly all of it."""
+    tiny = Job(Row(cases.TINY, "float32", "planar", "plain"), False)
+    source = torch.randn(LARGE_BYTES // 4, device=device)
+    call = timed_call(tiny, make_raw_call(tiny, device, 0))
+    times = race({"copy": source.clone, "call": call}, CEILINGS_S, device)
+    return Ceilings(CLONE_PASSES * LARGE_BYTES / (times["copy"].median * 1e6), times["call"].median * 1e6)
 
 
-@dataclasses.dataclass
-class Outcome:
-    row: Row
-    found: list[Candidate]
-    copy_us: float  # 0: not measured
-
-    @property
-    def floor(self) -> float:
-        """The least bytes at the copy's bandwidth, which reads and writes one tensor."""
-        return self.row.streams / 2 * self.copy_us
-
-    @property
-    def chosen(self) -> Candidate:
-        return self.found[0]
-
-    @property
-    def best(self) -> Candidate:
-        return min(self.found, key=lambda c: c.us if self.copy_us else c.predicted)
-
-    def to_json(self) -> dict[str, Any]:
-        plans = [
-            {
-                "plan": str(c.plan),
-                "forced": c.forced,
-                "predicted_us": {
-                    name: getattr(c.plan.estimate, name) for name in ("memory", "barriers", "launches", "total")
-                },
-                "us": c.us,
-                "quartiles_us": c.quartiles,
-            }
-            for c in self.found
-        ]
-        return {"row": self.row.name, "bytes": self.row.nbytes, "streams": self.row.streams, "copy_us": self.copy_us,
-                "plans": plans}  # fmt: skip
-
-
-def predicted_floor(row: Row, facts: _C.DeviceInfo) -> float:
-    """Of the tensors that the planner knows of: not forward's residual, nor dresidual."""
-    streams = 3 + row.recomputes if row.backward else 2
-    return streams * row.nbytes / facts.bytes_per_us
-
-
-def family_shares(outcomes: Sequence[Outcome], facts: _C.DeviceInfo) -> dict[tuple[str, bool], list[float]]:
-    """Of the bandwidth on the least bytes, by family and direction: measured, or predicted of the peak's."""
-    shares: dict[tuple[str, bool], list[float]] = {}
-    for o in outcomes:
-        if o.row.layer.label == "small":
+def measure_all(
+    todo: Sequence[Job], facts: _C.DeviceInfo, count: int, budget_s: float, device: str
+) -> tuple[list[Outcome], list[tuple[str, str]]]:
+    """The outcomes, and the jobs that were skipped with the reason: whatever happens, what was measured is kept."""
+    outcomes, skipped, stopped = [], [], ""
+    deadline = time.perf_counter() + budget_s
+    # No refreshing in the background: its thread would take time from the timed ones.
+    bar = track(todo, "measuring", console=Console(stderr=True), transient=True, auto_refresh=False)
+    for i, job in enumerate(bar):
+        left = deadline - time.perf_counter()
+        if stopped or left < LEAST_S:
+            skipped.append((job.name, stopped or "no time left"))
             continue
-        share = o.floor / o.chosen.us if o.copy_us else predicted_floor(o.row, facts) / o.chosen.predicted
-        shares.setdefault((o.row.family, o.row.backward), []).append(share)
-    return shares
+        try:
+            part = min(MOST_S, max(LEAST_S, RACING * left / (len(todo) - i)))
+            outcomes.append(measure(job, facts, candidates(job, facts, count), part, device))
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        except RuntimeError as error:  # out of memory, or a launch that failed
+            skipped.append((job.name, str(error).partition("\n")[0]))
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+            skipped.append((job.name, stopped))
+    return outcomes, skipped
 
 
-def fit(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """By which factor each part of the estimate is off: least squares of relative errors, none below 0."""
-    measured = [c for o in outcomes if o.copy_us for c in o.found if c.us > 0]
-    names = ["memory", "barriers", "launches"]
-    while names and measured:
-        parts = np.array([[getattr(c.plan.estimate, n) / c.us for n in names] for c in measured])
-        factors = np.linalg.lstsq(parts, np.ones(len(measured)), rcond=None)[0]
-        if (factors >= 0).all():
-            return dict(zip(names, map(float, factors), strict=True))
-        names.pop(int(np.argmin(factors)))
-    return {}
-
-
-def report(console: Console, outcomes: Sequence[Outcome], facts: _C.DeviceInfo) -> None:
-    table = Table("row", "us", "predicted", "share", "best", "best/chosen")
-    for o in outcomes:
-        share = o.floor / o.chosen.us if o.copy_us else predicted_floor(o.row, facts) / o.chosen.predicted
-        taken = f"{o.chosen.us:.1f}" if o.copy_us else "-"
-        ratio = f"{o.best.us / o.chosen.us:.2f}" if o.copy_us else "-"
-        kind = " ".join(map(str, kind_of(o.best.plan)))
-        table.add_row(o.row.name, taken, f"{o.chosen.predicted:.1f}", f"{share:.0%}", kind, ratio)
-    console.print(table)
-    for (family, backward), shares in sorted(family_shares(outcomes, facts).items()):
-        mean, line = statistics.geometric_mean(shares), TARGETS[family][backward]
-        direction = "backward" if backward else "forward"
-        below = sum(share < line for share in shares)
-        console.print(
-            f"{family} {direction}: {mean:.0%} of bandwidth, aim {line:.0%}; {below} of {len(shares)} rows below"
-        )
-    lost = [o for o in outcomes if o.copy_us and o.best.us < 0.95 * o.chosen.us]
-    for o in lost:
-        console.print(f"better by {1 - o.best.us / o.chosen.us:.0%}: {o.row.name}: {o.best.plan}")
-    for name, factor in fit(outcomes).items():
-        console.print(f"{name}: takes {factor:.2f} times what the estimate says")
+def facts_json(facts: _C.DeviceInfo) -> dict[str, int]:
+    return {name: getattr(facts, name) for name in dir(facts) if not name.startswith("_")}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--facts", choices=sorted(DEVICES), help="predict for this device, and measure nothing")
-    add("--filter", default="", metavar="REGEX", help="only rows whose name has it")
-    add("--budget", type=float, default=480.0, metavar="SECONDS", help="rows that do not fit are left out")
-    add("--row-budget", type=float, default=1.5, metavar="SECONDS", help="of one row")
-    add("--candidates", type=int, default=6, metavar="N", help="plans of a row")
-    add("--json", type=Path, metavar="PATH", help="save everything measured")
+    add("--facts", choices=DEVICES, help="predict for such a device, and measure nothing")
+    add(
+        "--filter", default="", metavar="REGEX", help="only jobs whose name has it, e.g. 'GroupNorm.*bfloat16.*forward'"
+    )
+    add("--budget", type=float, default=BUDGET_S, metavar="SECONDS", help=f"of measuring; default {BUDGET_S:.0f}")
+    add("--candidates", type=int, default=CANDIDATES, metavar="N", help=f"plans of a job; default {CANDIDATES}")
+    add("--json", type=Path, metavar="PATH", help="save everything")
+    add("--markdown", type=Path, metavar="PATH", help="save the table")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    console = Console(width=200)
+    todo = list(jobs(args.filter))
+    if not todo:
+        sys.exit(f"no job matches --filter {args.filter!r}; --facts H200 prints them all")
     if not args.facts and not torch.cuda.is_available():
-        sys.exit("torch sees no GPU here: --facts H200 predicts without one")
+        sys.exit("torch sees no GPU here; --facts H200 predicts without one")
     facts = DEVICES[args.facts] if args.facts else _C.cuda_device_info(0)
-    chosen, outcomes = rows(args.filter), []
-    deadline = time.monotonic() + args.budget
-    for row in chosen:
-        found = candidates(row, facts, args.candidates)
-        if args.facts:
-            outcomes.append(Outcome(row, found, 0.0))
-        elif time.monotonic() + args.row_budget < deadline:
-            outcomes.append(Outcome(row, found, measure(row, found, args.row_budget)))
-            torch.cuda.empty_cache()
-    report(console, outcomes, facts)
-    console.print(f"{len(outcomes)} of {len(chosen)} rows")
-    if args.json and not args.facts:
+    about = describe("cpu" if args.facts else "cuda")
+    console, ceilings, skipped = make_console(), None, []
+    console.print(f"[bold]fastnorm[/] ({about['commit']}) on {args.facts or torch.cuda.get_device_name(0)}")
+    if args.facts:
+        outcomes = [Outcome(job, facts, tuple(candidates(job, facts, args.candidates))) for job in todo]
+    else:
+        ceilings = measure_ceilings("cuda")
+        outcomes, skipped = measure_all(todo, facts, args.candidates, args.budget, "cuda")
+    print_report(console, outcomes, facts, skipped, ceilings)
+    if args.json:
+        fitted = fit_parts(outcomes)
+        saved = about | {
+            "facts": facts_json(facts),
+            "options": {"facts": args.facts, "budget_s": args.budget, "candidates": args.candidates},
+            "ceilings": asdict(ceilings) if ceilings else None,
+            "fit": asdict(fitted) if fitted else None,
+            "jobs": [outcome.to_json() for outcome in outcomes],
+            "skipped": [{"job": name, "why": why} for name, why in skipped],
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(describe("cuda") | {"rows": [o.to_json() for o in outcomes]}, indent=1) + "\n")
+        args.json.write_text(json.dumps(saved, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.parent.mkdir(parents=True, exist_ok=True)
+        args.markdown.write_text(as_markdown((predicted_table if args.facts else measured_table)(outcomes)))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 #   tests/gpu/run.sh [FOLDER]        FOLDER for results: default $OUT, else benchmarks/results
 #
 #   PYTHON=python3       the Python to install into, with torch for CUDA, setuptools, ninja, pybind11, pytest, hypothesis
-#   STAGES="install suite cuda memcheck racecheck initcheck synccheck bench"      what to do; "install tune" fits a plan's
-#                        candidates and the planner's constants to this GPU, in a run of its own
-#   TOTAL=580            seconds in all; each stage has a budget of its own within them, and the last has 60 for sure
+#   STAGES="install suite cuda memcheck racecheck initcheck synccheck bench"      what to do; in a run of its own
+#                        "install tune", which races the planner's candidates and fits its constants to this GPU
+#   TOTAL=580            seconds in all; each stage has a budget of its own within them, and bench has 60 for sure
 #   BENCH_ARGS="--quick --compile --compile-budget 40"      of benchmarks/bench.py; its --budget and --json are set here
 set -u -o pipefail
 
@@ -41,7 +41,7 @@ stage() {
   shift 3
   case " $stages " in *" $name "*) ;; *) return ;; esac
   local left=$((total - SECONDS))
-  [ "$name" != bench ] && left=$((left - 60))
+  case "$name $stages " in bench\ *) ;; *" bench "*) left=$((left - 60)) ;; esac
   [ "$budget" -gt "$left" ] && budget=$left
   if [ "$budget" -lt 5 ]; then
     table+=("$(printf '%-10s %-11s %4s s  %s' "$name" "not started" 0 "no time left")")
@@ -91,14 +91,14 @@ for tool in memcheck racecheck initcheck synccheck; do
 done
 
 left=$((total - SECONDS - 15))
-stage tune "$left" 'takes [0-9.]+ times|of bandwidth' "$python" "$root/benchmarks/tune.py" --budget $((left - 100)) \
-  --json "$results/gpu-tune.json"
+stage tune "$left" 'Measured over estimated|Ceilings' "$python" "$root/benchmarks/tune.py" \
+  --budget $((left > 120 ? left - 60 : left / 2)) --json "$results/gpu-tune.json" --markdown "$results/gpu-tune.md"
 
 left=$((total - SECONDS - 15))
 stage bench $((left > 30 ? left : 30)) 'geometric|torch\.nn' "$python" "$root/benchmarks/bench.py" --device cuda $bench_args \
   --budget $((left > 120 ? 60 : left > 60 ? left / 2 : 20)) --json "$results/gpu-bench.json" --markdown "$results/gpu-bench.md"
 
-grep -E '^==== bench' -A 400 "$log" | sed -n '2,$p'
+sed -n '/^==== \(tune\|bench\): /,$p' "$log" | sed 1d
 echo
 "$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)'
 printf '%s\n' "${table[@]}"

@@ -1,0 +1,198 @@
+"""What tune.py tries: the jobs, the most important first, and the plans that run in each.
+
+A job is one direction of a row. Its candidates are the planner's own choice, the best plan of every other kind, and the
+next best; each with what forces exactly that plan on a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from contestants import CUDA_LAYERS, DTYPES, Row, cases, passes
+from fastnorm import _C
+from plan_model import GROUP, Call, Shape, shape_of
+
+Plan = _C.ForwardPlan | _C.BackwardPlan
+Forced = dict[str, str | int]
+Kind = tuple[str, str, int]
+
+RESIDENTS = (1, 2)  # blocks to a multiprocessor that plans share its memory out to
+
+
+def _of(label: str) -> list[cases.Layer]:
+    return [layer for layer in (*cases.BENCH, *CUDA_LAYERS) if layer.label == label]
+
+
+def _resized(layer: cases.Layer, *sizes: int, label: str = "") -> cases.Layer:
+    """The layer with these sizes for the first of its input, or for all."""
+    return dataclasses.replace(layer, label=label or layer.label, shape=(*sizes, *layer.shape[len(sizes) :]))
+
+
+_RESNET = [layer for layer in cases.BENCH if layer.label == "ResNet-50"]
+_CONVNEXT = _of("ConvNeXt")
+SMALL = (  # of a megabyte or less: launches and latency
+    cases.TINY,
+    _resized(_RESNET[-1], 2, label="small"),
+    _resized(_of("UNet")[-1], 2, 1280, 8, 8, label="small"),
+    _resized(_CONVNEXT[-1], 64, label="small"),
+)
+LAYERS = (
+    *(_resized(layer, 256) for layer in _RESNET),
+    *_of("UNet"),
+    *_of("VAE"),
+    *_of("nnU-Net"),
+    *_of("transformer"),
+    _CONVNEXT[0],
+    *_RESNET,
+    *SMALL,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One direction of one row, with gradients of all that has one."""
+
+    row: Row
+    backward: bool
+
+    @property
+    def direction(self) -> str:
+        return "backward" if self.backward else "forward"
+
+    @property
+    def name(self) -> str:
+        """What --filter searches."""
+        return f"{self.row.name} {self.direction}"
+
+    @property
+    def family(self) -> str:
+        """What shares a line to reach; "small" has none."""
+        return "small" if self.row.layer in SMALL else re.sub("[123]d$", "", self.row.layer.norm)
+
+    @property
+    def passes(self) -> int:
+        """How often, at least, a tensor of the input's size is read or written."""
+        forward, step = (passes(mode, self.row.activation, self.row.residual) for mode in ("forward", "step"))
+        return step - forward if self.backward else forward
+
+    @property
+    def case(self) -> cases.Case:
+        row = self.row
+        return cases.Case(row.layer, row.layout, (row.dtype, "float32"), row.activation, row.residual)
+
+    @property
+    def call(self) -> Call:
+        """What the planner is asked. Of a residual, it is told when backward reads it: where no mask is saved."""
+        read_again = self.row.residual and self.row.activation not in (None, "relu", "leaky_relu")
+        return Call(shape_of(self.row.layer, self.row.layout), self.row.dtype, 16, read_again, False, True, True)
+
+    def compare(self, facts: _C.DeviceInfo) -> list[Plan]:
+        """All plans there are, cheapest first."""
+        return [*(self.call.all_backward(facts) if self.backward else self.call.all_forward(facts))]
+
+    def plan(self, facts: _C.DeviceInfo, forced: Forced) -> Plan | None:
+        """None where no plan is as forced."""
+        try:
+            return (self.call.backward if self.backward else self.call.forward)(facts, forced=forced)
+        except ValueError:
+            return None
+
+
+def jobs(pattern: str = "") -> Iterator[Job]:
+    """Those whose name has the regular expression in it. A model's own epilogue comes first, and bfloat16."""
+    for rank in range(len(cases.EPILOGUES)):
+        for dtype in sorted(DTYPES):
+            for layer in LAYERS:
+                own = ("plain", "act", "add_act") if layer.norm == "LayerNorm" else ("act", "add_act", "plain")
+                for layout in layer.layouts:
+                    for backward in (False, True):
+                        job = Job(Row(layer, dtype, layout, own[rank]), backward)
+                        if re.search(pattern, job.name):
+                            yield job
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Of an estimate, in microseconds."""
+
+    memory: float
+    waits: float
+    launches: float
+
+    @property
+    def total(self) -> float:
+        return self.memory + self.waits + self.launches
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    plan: Plan
+    forced: Forced
+    predicted: Parts
+
+    @property
+    def label(self) -> str:
+        """The forced dict in words."""
+        f = self.forced
+        if f["strategy"] != "fused":
+            return str(f["strategy"])
+        pieces = f" of {f['pieces']}" if "pieces" in f else ""
+        tile = f", tiles of {f['tile_bytes']} B" if "tile_bytes" in f else ""
+        buffers = ", two buffers" if f["buffers"] == 2 else ""
+        return f"{f['gang']}{pieces}, {f['residents']} resident{tile}{buffers}"
+
+
+def grid_of(plan: Plan) -> _C.Grid:
+    """Of the launch that tells plans apart."""
+    return plan.grid if isinstance(plan, _C.ForwardPlan) else plan.reduce
+
+
+def kind_of(plan: Plan) -> Kind:
+    grid = grid_of(plan)
+    return plan.strategy, grid.gang, grid.buffers
+
+
+def predict(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Parts:
+    """The estimate, and what planning leaves out since all plans move it: forward's residual, dresidual."""
+    counted = 3 + job.call.residual if job.backward else 2
+    left_out = (job.passes - counted) * job.row.nbytes / facts.bytes_per_us
+    e = plan.estimate
+    return Parts(e.memory + left_out, e.barriers, e.launches)
+
+
+def predict_copy(job: Job, facts: _C.DeviceInfo) -> float:
+    """Microseconds that reading x once and writing it takes by the same estimate."""
+    numel = job.call.shape.numel
+    flat = Shape(GROUP, 1, 1, numel, 1, False).geometry
+    return _C.plan_forward(flat, job.row.dtype, facts, frozen=True).estimate.total
+
+
+def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
+    """What forces exactly this plan. None where nothing does: a cheaper one has the same of all that can be forced."""
+    if plan.strategy != "fused":
+        return {"strategy": plan.strategy}
+    grid = grid_of(plan)
+    forced: Forced = {"strategy": "fused", "gang": grid.gang, "buffers": grid.buffers}
+    if grid.gang != "block":
+        forced["pieces"] = grid.pieces
+    if grid.traversal == "columns":
+        forced["tile_bytes"] = grid.tile * job.call.size
+    choices = ({**forced, "residents": residents} for residents in RESIDENTS)
+    return next((each for each in choices if job.plan(facts, each) == plan), None)
+
+
+def candidates(job: Job, facts: _C.DeviceInfo, count: int) -> list[Candidate]:
+    """The planner's choice first, then the best of each other kind, then the next best."""
+    plans = job.compare(facts)
+    forced: dict[int, Forced] = {}  # by index in `plans`
+    kinds = {kind_of(plan) for plan in plans}
+    for i, plan in enumerate(plans):
+        if len(forced) < count and kind_of(plan) in kinds and (found := force(job, plan, facts)):
+            forced[i] = found
+            kinds.remove(kind_of(plan))
+    for i, plan in enumerate(plans):
+        if len(forced) < count and i not in forced and (found := force(job, plan, facts)):
+            forced[i] = found
+    return [Candidate(plans[i], found, predict(job, plans[i], facts)) for i, found in forced.items()]
