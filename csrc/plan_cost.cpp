@@ -78,7 +78,8 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, int64_t reside
     if (grid.buffers == 2) hidden = move_us(stream * streams.read, together, device);
   } else {
     const double loads = static_cast<double>(grid.buffers * together) / device.multiprocessors;
-    if (loads > 1) hidden = (loads - 1) * move_us(bytes, std::min<int64_t>(together, device.multiprocessors), device);
+    const double one = move_us(bytes, std::min<int64_t>(together, device.multiprocessors), device);
+    if (loads > 1) hidden = std::min((loads - 1) * one, move_us(bytes, together, device));
   }
   const double shown = std::max(hidden > 0 ? kExposed * wait : wait, wait - hidden);
   e.barriers = wait + static_cast<double>(waves - 1) * shown;

@@ -18,9 +18,9 @@ constexpr int64_t kTileBytes[] = {64, 128, 256};
 // are compiled for two.
 constexpr int kResidents[] = {2, 1};
 
-// How many numbers of waves more than the fewest a grid's gangs are tried with: some leave fewer blocks idle in the
-// last, and runs that are not cut may not fit the fewest.
-constexpr int kMoreWaves = 4;
+// How many sizes of a grid's gangs are tried, from the smallest that may hold a set: some leave fewer blocks idle in
+// the last wave, and where more than the set is staged, or runs are not cut, the smallest do not hold it.
+constexpr int kGridPieces = 8;
 
 bool allows(int forced, int64_t value) { return forced < 0 || forced == value; }
 
@@ -37,10 +37,11 @@ std::vector<int64_t> grid_pieces(const Shares& shares, const FusedChoice& choice
   const int64_t limit = std::max<int64_t>(1, shared_limit(choice.residents, device));
   const int64_t least = std::max<int64_t>(2, div_up(shares.bytes * streams * choice.buffers, limit));
   std::vector<int64_t> pieces;
-  int64_t gangs = std::min(shares.count, blocks / least);
-  for (int more = 0; more <= kMoreWaves && gangs > 0; ++more, --gangs) {
-    gangs = div_up(shares.count, div_up(shares.count, gangs));  // the fewest that take as many waves
-    pieces.push_back(blocks / gangs);
+  int64_t each = least;
+  for (int tried = 0; tried < kGridPieces && each <= blocks; ++tried, ++each) {
+    const int64_t gangs = std::min(shares.count, blocks / each);
+    each = blocks / div_up(shares.count, div_up(shares.count, gangs));  // the fewest gangs that take as many waves
+    pieces.push_back(each);
   }
   return pieces;
 }

@@ -110,7 +110,7 @@ int64_t columns_merge_bytes(const Grid& grid, DType dtype) {
 // Channels of a tile of whole sets and whole bytes of the mask.
 int64_t fused_tile(const Geometry& g, DType dtype, int64_t tile_bytes) {
   const int64_t unit = std::lcm(g.set_channels(), int64_t(8));
-  return std::min(g.C, unit * div_up(tile_bytes / size_of(dtype), unit));
+  return std::min(g.C, unit * div_up(std::max<int64_t>(1, tile_bytes / size_of(dtype)), unit));
 }
 
 // A cluster's partials, of two waves, in each block's shared memory.

@@ -6,24 +6,19 @@ from the planner, which test_plan_cuda.py and test_plan_choices.py hold to it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator
-
-import numpy as np
 
 from fastnorm import _C
 from plan_model import BATCH, DEVICES, KIB, Call, Shape, div_up
+from plan_walk import MASK_BITS, WARP, Cut, check_columns, check_every_element_once, check_rows
 
-WARP = 32
 MAX_BLOCKS = 2**31 - 1
 MAX_THREADS = 256
-MAX_PIECE = 2**20  # packs or positions: a piece's offsets fit 32 bits, its count is exact in float32
 MAX_FOLD_BLOCKS = 4096
 SMALL_PIECE = 1024  # packs: a split stops there
 SMALL_COLUMN = 8  # positions of a thread, likewise
 LARGE_US = 4  # a tensor that takes a device so long to read is worth more than a grid's barriers
-MASK_BITS = 8
+MOST_SHARES = 4  # of the memory's bandwidth, that one multiprocessor may draw: 64 bytes a clock
 
 # Of a multiprocessor: threads that kernels' registers are for, unless they are for one block; blocks that every
 # architecture has room for; bytes of shared memory that a block costs besides its own.
@@ -39,116 +34,15 @@ def align(n: int) -> int:
     return div_up(n, 16) * 16
 
 
-# ---- every element once ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """What says which elements an item has. fused: the pieces of a set or tile are neighbours, and a gang's."""
-
-    shape: Shape
-    rows: bool
-    pack: int
-    pieces: int
-    piece_runs: int
-    piece_length: int
-    tile: int
-    items: int
-    fused: bool
-
-    def of_rows(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Item, first address and length of each stretch that the items read."""
-        shape, (count, length, stride) = self.shape, self.shape.runs
-        run_packs = length // self.pack
-        per_run = div_up(run_packs, self.piece_length) if self.piece_runs == 1 else 1
-        base = np.arange(shape.sets) * (shape.S if shape.kind == BATCH else shape.set_size)
-        for piece in range(self.pieces):
-            first_run, first_pack = piece // per_run * self.piece_runs, piece % per_run * self.piece_length
-            runs = first_run + np.arange(min(self.piece_runs, count - first_run))
-            packs = min(self.piece_length, run_packs - first_pack)
-            starts = base[:, None] + runs * stride + first_pack * self.pack
-            items = np.broadcast_to(np.arange(shape.sets)[:, None] * self.pieces + piece, starts.shape)
-            yield items.ravel(), starts.ravel(), np.full(starts.size, packs * self.pack)
-
-    def of_columns(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The same; items are [outer, tiles, pieces] where fused, else [outer, pieces, tiles]."""
-        shape, tiles = self.shape, div_up(self.shape.C, self.tile)
-        tile = np.arange(tiles)
-        channel = tile * self.tile
-        widths = np.minimum(self.tile, shape.C - channel)
-        for outer in range(shape.outer):
-            for piece in range(self.pieces):
-                first = piece * self.piece_length
-                position = np.arange(first, min(first + self.piece_length, shape.positions))
-                starts = (outer * shape.positions + position[:, None]) * shape.C + channel
-                in_outer = tile * self.pieces + piece if self.fused else piece * tiles + tile
-                items = outer * self.pieces * tiles + in_outer
-                yield tuple(np.broadcast_to(a, starts.shape).ravel() for a in (items, starts, widths))
-
-
-@functools.cache
-def check_every_element_once(cut: Cut) -> None:
-    """Walks the items: their stretches make up the tensor without gap or overlap, and stay within their set. A fused
-    set is in the hands of one gang."""
-    shape = cut.shape
-    parts = zip(*(cut.of_rows() if cut.rows else cut.of_columns()), strict=True)
-    items, starts, lengths = (np.concatenate(part) for part in parts)
-    assert (lengths > 0).all() and (starts % cut.pack == 0).all() and (lengths % cut.pack == 0).all()
-    assert np.array_equal(np.unique(items), np.arange(cut.items))
-    order = np.argsort(starts)
-    ends = (starts + lengths)[order]
-    assert starts[order][0] == 0 and ends[-1] == shape.numel
-    assert (ends[:-1] == starts[order][1:]).all()
-    first, last = shape.set_of(starts), shape.set_of(starts + lengths - 1)
-    if cut.rows:
-        assert (first == items // cut.pieces).all() and (last == first).all()
-    elif cut.fused:
-        gangs = np.tile(items // cut.pieces, 2)
-        sets = np.unique(np.stack([np.concatenate([first, last]), gangs]), axis=1)[0]
-        assert np.unique(sets).size == sets.size
-
-
-def check_rows(grid: _C.Grid, shape: Shape) -> int:
-    """Returns how many stretches of memory the items read."""
-    count, length, _ = shape.runs
-    assert length % grid.pack == 0
-    packs = length // grid.pack
-    if grid.piece_runs == 1:
-        per_run = div_up(packs, grid.piece_length)
-        assert grid.pieces == count * per_run and (per_run - 1) * grid.piece_length < packs
-        # A byte of the mask belongs to one piece.
-        assert per_run == 1 or grid.piece_length * grid.pack % MASK_BITS == 0
-    else:
-        assert grid.piece_length == packs and grid.pieces == div_up(count, grid.piece_runs)
-    assert 1 <= grid.piece_runs <= count and 1 <= grid.piece_length <= packs + MASK_BITS
-    assert grid.piece_runs * grid.piece_length <= MAX_PIECE
-    assert grid.items == shape.sets * grid.pieces and grid.tile == 0
-    # A team is a part of a warp, a warp, or a block; a byte of the mask, whose lanes are neighbours, belongs to one.
-    assert grid.threads_x * grid.pack >= MASK_BITS and grid.threads_x & (grid.threads_x - 1) == 0
-    assert grid.threads_x <= WARP or grid.threads_y == 1
-    least = MASK_BITS if grid.gang == "block" else WARP
-    assert grid.threads_x <= max(least, 2 * grid.piece_runs * grid.piece_length)
-    return shape.sets * count + grid.items
-
-
-def check_columns(grid: _C.Grid, outer: int, positions: int, C: int) -> int:
-    assert C % grid.pack == 0
-    tiles = div_up(C, grid.tile)
-    assert grid.piece_runs == 1
-    assert (grid.pieces - 1) * grid.piece_length < positions <= grid.pieces * grid.piece_length
-    assert 1 <= grid.piece_length <= min(positions, MAX_PIECE)
-    assert grid.items == outer * grid.pieces * tiles
-    assert grid.tile == C or (grid.tile % MASK_BITS == 0 and grid.tile < C)
-    assert grid.tile % grid.pack == 0 and grid.tile <= grid.threads_x * grid.pack
-    assert grid.threads_x * grid.pack >= MASK_BITS and grid.threads_x & (grid.threads_x - 1) == 0
-    return outer * positions * tiles
+def rounds(grid: _C.Grid) -> int:
+    """Blocks that would leave none of them a second item to take."""
+    return div_up(grid.items, grid.threads_y if grid.traversal == "rows" else 1)
 
 
 def check_launch(grid: _C.Grid, call: Call, facts: _C.DeviceInfo) -> None:
     assert grid.threads == grid.threads_x * grid.threads_y
     assert grid.threads % WARP == 0 and WARP <= grid.threads <= MAX_THREADS
-    teams = grid.threads_y if grid.traversal == "rows" else 1
-    assert 1 <= grid.blocks <= min(MAX_BLOCKS, div_up(grid.items, teams))
+    assert 1 <= grid.blocks <= min(MAX_BLOCKS, rounds(grid))
     assert 0 <= grid.shared_bytes <= min(facts.shared_per_block, facts.shared_per_multiprocessor - RESERVED)
     assert grid.shared_bytes % 16 == 0 and grid.team_bytes % 16 == 0
     # What kernels are compiled for: 16 bytes, single elements, and for rows half packs of the half types.
@@ -206,6 +100,7 @@ class Fused:
     extra: int  # bytes of shared memory that a team adds up in
     one_block: bool  # the kernel's registers are for one block to a multiprocessor
     cooperative: bool
+    gathers: bool  # a row of the workspace for each gang
 
 
 def resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: int) -> int:
@@ -233,9 +128,10 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
     assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
     assert grid.buffers in (1, 2)
-    if kind.cooperative:
-        assert facts.cooperative
-        assert grid.blocks <= resident_blocks(grid, kind, facts, free)
+    assert facts.cooperative or not kind.cooperative
+    # Blocks that wait for each other; and those that had better take all of their items one after the other.
+    if kind.cooperative or kind.gathers or grid.buffers == 2:
+        assert grid.blocks <= resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
     # Shared memory, in the kernels' order.
     piece = grid.piece_runs * staged_run(grid, call.size) if rows else grid.piece_length * grid.tile
     staged = grid.buffers * kind.streams * align(piece * call.size)
@@ -287,22 +183,23 @@ def gang_bytes(grid: _C.Grid, numbers: int) -> int:
     return 2 * grid.blocks * channels * numbers * 4 if grid.gang == "grid" else 0
 
 
-def check_estimate(estimate: _C.Estimate, least_bytes: int, facts: _C.DeviceInfo) -> None:
-    """No launch is free, and none moves memory faster than the device can."""
+def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: _C.DeviceInfo) -> None:
+    """No launch is free, and none moves memory faster than the device can, nor than so many blocks can."""
     parts = (estimate.memory, estimate.barriers, estimate.launches)
     assert all(math.isfinite(part) and part >= 0 for part in parts) and estimate.launches > 0
     assert math.isclose(estimate.total, sum(parts))
-    assert estimate.memory * facts.bytes_per_us >= least_bytes * (1 - 1e-9)
+    share = min(1.0, MOST_SHARES * blocks / facts.multiprocessors)
+    assert estimate.memory * facts.bytes_per_us * share >= least_bytes * (1 - 1e-9)
 
 
 def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: int = 0) -> None:
     grid, three = plan.grid, 3 * call.accum  # count, mean, m2
     assert plan.strategy == "apply" if call.frozen else plan.strategy in ("fused", "split")
     check_grid(grid, call, call.shape, facts, plan.strategy == "fused")
-    check_estimate(plan.estimate, (1 + call.input) * call.bytes, facts)
+    check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
     if plan.strategy == "fused":
         assert call.size < 8
-        check_fused(grid, call, facts, Fused(1, 3, 0, False, grid.gang == "grid"), free)
+        check_fused(grid, call, facts, Fused(1, 3, 0, False, grid.gang == "grid", False), free)
         assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid, 3), 1)
     elif plan.strategy == "split":
         assert plan.workspace_bytes == partials(grid, call.shape) * three
@@ -332,38 +229,67 @@ def check_params(plan: _C.BackwardPlan, call: Call, facts: _C.DeviceInfo) -> Non
         assert grid.blocks + plan.reduce.blocks <= MAX_BLOCKS
 
 
+def folds_params(call: Call, plan: _C.BackwardPlan) -> bool:
+    """Whether the parameters' gradients are folded of partials; the sums of a fused batch norm are final."""
+    final = plan.strategy == "fused" and call.shape.kind == BATCH
+    return plan.param_sums in ("along", "apart") or (plan.param_sums == "shared" and not final)
+
+
+def check_launches(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan) -> None:
+    """As csrc/cuda/backward.cu makes them."""
+    folds, apart = folds_params(call, plan), plan.param_sums == "apart"
+    reduces, applies = plan.reduce.items > 0, plan.apply.items > 0
+    assert 1 <= plan.launches <= 3
+    assert plan.reduce.pack == plan.apply.pack  # one instantiation serves both
+    if plan.strategy == "fused":
+        assert call.input and call.size < 8 and reduces and not applies
+        assert plan.launches == 1 + apart + (folds and not plan.meets)
+        assert plan.launches == 1 or apart or not facts.cooperative
+        assert not plan.meets or (folds and not apart)
+    else:
+        terms = call.input and not call.frozen
+        assert plan.launches == (reduces or apart) + terms + (applies or folds)
+        assert reduces == (terms or plan.param_sums == "shared")
+        assert applies == call.input and not plan.meets
+    assert (plan.params.items > 0) == apart
+    assert plan.strategy != "apply" or (call.frozen and not call.params)
+
+
+def check_workspace(call: Call, plan: _C.BackwardPlan) -> None:
+    shape, grid, sums = call.shape, plan.reduce, plan.param_sums
+    fused, pair = plan.strategy == "fused", 2 * call.accum
+    rows = {"sums": 0, "params": 0}  # of C pairs
+    if fused and sums == "shared" and shape.kind != BATCH:  # [outer, parts of a run, C]
+        parted = grid.traversal == "rows" and grid.piece_runs == 1
+        rows["sums"] = shape.outer * (grid.pieces // shape.runs[0] if parted else 1)
+    if sums in ("along", "apart"):
+        rows["params"] = grid.blocks // grid.pieces if sums == "along" else plan.params.pieces
+    counts = {name: count * shape.C for name, count in rows.items()}
+    if grid.items > 0 and not fused:
+        counts["sums"] = partials(grid, shape.cells)
+    counts["terms"] = shape.sets if call.input and not call.frozen and not fused else 0
+    for name, count in counts.items():
+        assert getattr(plan, f"{name}_bytes") == count * pair, name
+    assert plan.gang_bytes == (gang_bytes(grid, 2) if fused else 0)
+    assert plan.workspace_bytes == sum(counts.values()) * pair + plan.gang_bytes
+    if plan.apply.items > 0 and folds_params(call, plan):
+        folded = counts["params" if sums == "apart" else "sums"] // shape.C
+        assert plan.apply.blocks + fold_blocks(shape.C, folded, plan.apply.threads) <= MAX_BLOCKS
+
+
 def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free: int = 0) -> None:
-    shape, sums, grid = call.shape, plan.param_sums, plan.reduce
-    fused, batch, pair = plan.strategy == "fused", shape.kind == BATCH, 2 * call.accum
-    if plan.strategy == "apply":
-        assert call.frozen and not call.params
+    shape, sums, grid, fused = call.shape, plan.param_sums, plan.reduce, plan.strategy == "fused"
     sources = ("along", "apart") if shape.per_element else ("shared",)
     assert sums in (sources if call.params else ("none",))
-    assert sums != "along" or (fused and shape.G == 1)
-
-    # Launches, as csrc/cuda/backward.cu makes them.
-    terms = call.input and not call.frozen and not fused
-    launched = {"reduce": fused or terms or sums == "shared", "params": sums == "apart"}
-    launched["apply"] = (call.input and not fused) or plan.strategy == "apply"
-    for name, wanted in launched.items():
-        assert (getattr(plan, name).items > 0) == wanted, name
-    assert grid.pack == plan.apply.pack  # one instantiation serves both
-    folds = sums in ("along", "apart") or (sums == "shared" and not (fused and batch))
-    if fused:
-        assert call.input and call.size < 8
-        assert plan.launches == 1 + (sums == "apart") + (folds and not plan.meets)
-        assert plan.launches == 1 or sums == "apart" or not facts.cooperative
-    else:
-        assert plan.launches == (launched["reduce"] or launched["params"]) + terms + (launched["apply"] or folds)
-    assert 1 <= plan.launches <= 3
-    assert not plan.meets or (fused and folds and sums != "apart")
-
-    assert plan.cells == (shape if fused or not launched["reduce"] else shape.cells).geometry
-    if launched["reduce"]:
-        check_grid(grid, call, shape if fused else shape.cells, facts, fused)
-    if launched["apply"]:
+    assert sums != "along" or (fused and shape.G == 1)  # a channel has one place in every row
+    check_launches(call, facts, plan)
+    cells = shape if fused or grid.items == 0 else shape.cells
+    assert plan.cells == cells.geometry
+    if grid.items > 0:
+        check_grid(grid, call, cells, facts, fused)
+    if plan.apply.items > 0:
         check_grid(plan.apply, call, shape, facts)
-    if launched["params"]:
+    if sums == "apart":
         check_params(plan, call, facts)
     extra, streams = check_units(plan, shape), 3 if call.residual else 2
     if sums == "along":
@@ -371,28 +297,10 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
     if fused:
         one_block = grid.traversal == "columns" and grid.pack == 8
         meet = plan.meets or grid.gang == "grid"
-        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, meet), free)
-
-    # The workspace. Cells of a fused piece have sums of their own: in parts where runs are.
-    counts = {"sums": 0, "params": 0, "terms": shape.sets if terms else 0}
-    if fused and sums == "shared" and not batch:
-        counts["sums"] = shape.outer * shape.C * (grid.pieces // shape.runs[0] if is_parted(grid) else 1)
-    elif launched["reduce"] and not fused:
-        counts["sums"] = partials(grid, shape.cells)
-    if sums in ("along", "apart"):
-        counts["params"] = (grid.blocks // grid.pieces if sums == "along" else plan.params.pieces) * shape.C
-    for name, count in counts.items():
-        assert getattr(plan, f"{name}_bytes") == count * pair, name
-    assert plan.gang_bytes == (gang_bytes(grid, 2) if fused else 0)
-    assert plan.workspace_bytes == sum(counts.values()) * pair + plan.gang_bytes
-    if launched["apply"] and folds:
-        rows = counts["params"] // shape.C if sums == "apart" else counts["sums"] // shape.C
-        assert plan.apply.blocks + fold_blocks(shape.C, rows, plan.apply.threads) <= MAX_BLOCKS
-    check_estimate(plan.estimate, (streams + call.input) * call.bytes, facts)
-
-
-def is_parted(grid: _C.Grid) -> bool:
-    return grid.traversal == "rows" and grid.piece_runs == 1
+        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, meet, sums == "along"), free)
+    check_workspace(call, plan)
+    blocks = max(g.blocks for g in (grid, plan.apply, plan.params))
+    check_estimate(plan.estimate, (streams + call.input) * call.bytes, blocks, facts)
 
 
 def check_chosen(grid: _C.Grid, strategy: str, call: Call, facts: _C.DeviceInfo) -> None:

@@ -224,3 +224,20 @@ def random_call(r: random.Random) -> Call:
     alignment = r.choice([a for a in (2, 4, 8, 16, 16, 16) if a >= DTYPES[dtype]])
     residual, frozen, needs_input, params = flags
     return Call(shape, dtype, alignment, residual, frozen and kind == BATCH, needs_input or not params, params)
+
+
+def large_call(r: random.Random) -> Call:
+    """Training on tensors that devices have room for and take microseconds to read: 4 to 400 million elements."""
+    numel = 2 ** r.uniform(22, 28.5)
+    kind, C, G = r.choice((BATCH, GROUP, LAYER)), int(2 ** r.uniform(0, 13)), 1
+    if kind == LAYER:
+        n, space = max(1, int(numel / C)), 1
+    else:
+        per_group = int(2 ** r.uniform(0, 6))
+        G = max(1, C // per_group)
+        C = G * per_group
+        n = int(2 ** r.uniform(0, 8)) if r.random() < 0.8 else max(1, int(numel / C))
+        space = max(1, int(numel / C / n))
+    shape = Shape(kind, n, C, space, C if kind == BATCH else G, kind != LAYER and r.random() < 0.5)
+    dtype = r.choice(("float32", "bfloat16"))
+    return Call(shape, dtype, r.choice((4, 16, 16)), r.random() < 0.5, False, True, r.random() < 0.7)
