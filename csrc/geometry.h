@@ -42,6 +42,9 @@ struct Geometry {
     return channels_last && S > 1 ? Traversal::kColumns : Traversal::kRows;
   }
 
+  // A set has several cells, and each is a run: groups, planar.
+  bool cells_are_runs() const { return kind == Kind::kGroup && traversal() == Traversal::kRows && !per_element(); }
+
   // The elements that lie side by side and get their weights side by side: a row of the mask.
   int64_t mask_run() const { return traversal() == Traversal::kColumns ? C : per_element() ? D() : S; }
 

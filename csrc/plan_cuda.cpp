@@ -50,9 +50,10 @@ std::vector<int64_t> grid_pieces(const Shares& shares, const FusedChoice& choice
 std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int streams, bool stays,
                                        const DeviceInfo& device, const Forced& forced) {
   std::vector<FusedChoice> choices;
-  const int64_t no_tile[] = {1};
-  const auto tiles =
-      g.traversal() == Traversal::kRows ? options_of(-1, no_tile) : options_of(forced.tile_bytes, kTileBytes);
+  const auto tiles = g.traversal() == Traversal::kRows ? std::vector<int64_t>{1}  // none
+                                                       : options_of(forced.tile_bytes, kTileBytes);
+  std::vector<int64_t> clusters;
+  for (int64_t size = 2; size <= device.largest_cluster; size *= 2) clusters.push_back(size);
   const auto add = [&](FusedChoice choice, Gang gang, const std::vector<int64_t>& pieces) {
     if (!allows(forced.gang, static_cast<int>(gang))) return;
     choice.gang = gang;
@@ -69,9 +70,7 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int strea
         if (!allows(forced.buffers, buffers)) continue;
         const FusedChoice choice{Gang::kBlock, 1, buffers, static_cast<int>(residents), tile, false};
         add(choice, Gang::kBlock, {1});
-        std::vector<int64_t> sizes;
-        for (int64_t size = 2; size <= device.largest_cluster; size *= 2) sizes.push_back(size);
-        if (!sizes.empty()) add(choice, Gang::kCluster, sizes);
+        add(choice, Gang::kCluster, clusters);
         if (device.cooperative) {
           add(choice, Gang::kGrid, grid_pieces(fused_shares(g, dtype, tile), choice, streams, device));
         }
@@ -83,21 +82,6 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int strea
 
 // The second buffer holds a second wave.
 bool buffers_idle(const Grid& grid) { return grid.buffers == 2 && div_up(grid.items, grid.teams()) <= grid.blocks; }
-
-// Calls make(grid, resident blocks) for all fused launches that fit. met: the device that those have whose blocks meet.
-template <class Make>
-void for_each_fused(const Geometry& g, DType dtype, int pack, const Staging& staging, bool stays, bool meets,
-                    const DeviceInfo& device, const DeviceInfo& met, const Forced& forced, Make make) {
-  for (const FusedChoice& choice : fused_choices(g, dtype, staging.streams, stays, met, forced)) {
-    const DeviceInfo& where = meets || choice.gang == Gang::kGrid ? met : device;
-    Grid grid;
-    if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
-    if (buffers_idle(grid) && forced.buffers != 2) continue;
-    // Other sizes of clusters than powers of two might fill a device badly; runs can make some.
-    if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
-    make(grid, resident_blocks(grid, staging.backward, where));
-  }
-}
 
 // What launches whose blocks meet have of a device.
 DeviceInfo leave_free(DeviceInfo device, int multiprocessors) {
@@ -126,15 +110,36 @@ int64_t gang_bytes(const Grid& grid, int numbers, DType dtype) {
   return 2 * grid.blocks * channels * numbers * accum_size(dtype);
 }
 
-// ---- forward ----
-
-struct ForwardPlanner {
+// What planning a call takes, forward and backward.
+template <class Needs>
+struct Planner {
   const Geometry& g;
   const DType dtype;
-  const ForwardNeeds& needs;
+  const Needs& needs;
   const DeviceInfo& device;
   const PlanOptions& options;
   const int pack = pack_width(g, dtype, needs.alignment);
+  const DeviceInfo met = leave_free(device, options.free_multiprocessors);  // what launches whose blocks meet have
+
+  // Calls make(grid, resident blocks) for all fused launches that fit.
+  template <class Make>
+  void for_each_fused(const Staging& staging, bool stays, bool meets, Make make) const {
+    const Forced& forced = options.forced;
+    for (const FusedChoice& choice : fused_choices(g, dtype, staging.streams, stays, met, forced)) {
+      const DeviceInfo& where = meets || choice.gang == Gang::kGrid ? met : device;
+      Grid grid;
+      if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
+      if (buffers_idle(grid) && forced.buffers != 2) continue;
+      // Other sizes of clusters than powers of two might fill a device badly; runs can make some.
+      if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
+      make(grid, resident_blocks(grid, staging.backward, where));
+    }
+  }
+};
+
+// ---- forward ----
+
+struct ForwardPlanner : Planner<ForwardNeeds> {
   const Streams streams{1, needs.output, dtype, g.numel(), g.C};
 
   ForwardPlan separate(Strategy strategy) const {
@@ -153,13 +158,11 @@ struct ForwardPlanner {
     if (needs.frozen) return {separate(Strategy::kApply)};
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
-      const DeviceInfo met = leave_free(device, options.free_multiprocessors);
-      for_each_fused(g, dtype, pack, {1, false, false}, false, false, device, met, options.forced,
-                     [&](const Grid& grid, int64_t resident) {
-                       const Estimate estimate = estimate_fused(grid, streams, resident, device) +
-                                                 estimate_launches(1, grid.gang == Gang::kGrid);
-                       plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
-                     });
+      for_each_fused({1, false, false}, false, false, [&](const Grid& grid, int64_t resident) {
+        const Estimate estimate =
+            estimate_fused(grid, streams, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
+        plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
+      });
     }
     if (allows_split(options.forced)) plans.push_back(separate(Strategy::kSplit));
     return plans;
@@ -171,18 +174,11 @@ struct ForwardPlanner {
 // Every cell a set of its own, where a cell is a run or more.
 Geometry cells_of(const Geometry& g) {
   Geometry cells = g;
-  if (g.traversal() == Traversal::kRows && g.kind == Kind::kGroup && !g.per_element()) cells.G = g.C;
+  if (g.cells_are_runs()) cells.G = g.C;
   return cells;
 }
 
-struct BackwardPlanner {
-  const Geometry& g;
-  const DType dtype;
-  const BackwardNeeds& needs;
-  const DeviceInfo& device;
-  const PlanOptions& options;
-  const int pack = pack_width(g, dtype, needs.alignment);
-  const bool rows = g.traversal() == Traversal::kRows;
+struct BackwardPlanner : Planner<BackwardNeeds> {
   const int64_t pair = 2 * accum_size(dtype);
   const Streams streams{needs.residual ? 3 : 2, needs.input, dtype, g.numel(), g.C};
 
@@ -205,32 +201,26 @@ struct BackwardPlanner {
     const bool folds = along || (sums == ParamSums::kShared && g.kind != Kind::kBatch);
     const bool meets = folds && device.cooperative;
     const Staging staging{streams.read, true, along};
-    const DeviceInfo met = leave_free(device, options.free_multiprocessors);
-    for_each_fused(g, dtype, pack, staging, meets || along, meets, device, met, options.forced,
-                   [&](const Grid& grid, int64_t resident) {
-                     BackwardPlan plan = empty(Strategy::kFused, sums);
-                     plan.reduce = grid;
-                     plan.meets = meets;
-                     if (has_units(g, grid)) plan.units = choose_units(grid);
-                     if (folds && !along) {
-                       const int64_t parts = rows && grid.piece_runs == 1 ? grid.pieces / rows_runs(g).count : 1;
-                       plan.sums_bytes = g.outer() * parts * g.C * pair;
-                     }
-                     if (along) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
-                     add_params(plan);
-                     plan.gang_bytes = gang_bytes(grid, 2, dtype);
-                     plan.launches = 1 + (apart ? 2 : 0) + (folds && !meets);
-                     plan.estimate = estimate_fused(grid, streams, resident, device) +
-                                     estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
-                                     estimate_launches(plan.launches, meets || grid.gang == Gang::kGrid);
-                     if (meets) plan.estimate = plan.estimate + estimate_meeting();
-                     if (apart) {
-                       plan.estimate =
-                           plan.estimate +
-                           estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, device);
-                     }
-                     plans.push_back(plan);
-                   });
+    for_each_fused(staging, meets || along, meets, [&](const Grid& grid, int64_t resident) {
+      BackwardPlan plan = empty(Strategy::kFused, sums);
+      plan.reduce = grid;
+      plan.meets = meets;
+      if (has_units(g, grid)) plan.units = choose_units(grid);
+      if (folds && !along) plan.sums_bytes = g.outer() * run_pieces(g, grid) * g.C * pair;
+      if (along) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
+      add_params(plan);
+      plan.gang_bytes = gang_bytes(grid, 2, dtype);
+      plan.launches = 1 + (apart ? 2 : 0) + (folds && !meets);
+      plan.estimate = estimate_fused(grid, streams, resident, device) +
+                      estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
+                      estimate_launches(plan.launches, meets || grid.gang == Gang::kGrid);
+      if (meets) plan.estimate = plan.estimate + estimate_meeting();
+      if (apart) {
+        plan.estimate =
+            plan.estimate + estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, device);
+      }
+      plans.push_back(plan);
+    });
   }
 
   BackwardPlan split(ParamSums sums) const {
@@ -314,20 +304,20 @@ int pack_width(const Geometry& g, DType dtype, int alignment) {
 
 ForwardPlan plan_forward(const Geometry& g, DType dtype, const ForwardNeeds& needs, const DeviceInfo& device,
                          const PlanOptions& options) {
-  return cheapest(ForwardPlanner{g, dtype, needs, device, options}.all());
+  return cheapest(ForwardPlanner{{g, dtype, needs, device, options}}.all());
 }
 BackwardPlan plan_backward(const Geometry& g, DType dtype, const BackwardNeeds& needs, const DeviceInfo& device,
                            const PlanOptions& options) {
-  return cheapest(BackwardPlanner{g, dtype, needs, device, options}.all());
+  return cheapest(BackwardPlanner{{g, dtype, needs, device, options}}.all());
 }
 
 std::vector<ForwardPlan> compare_forward(const Geometry& g, DType dtype, const ForwardNeeds& needs,
                                          const DeviceInfo& device, const PlanOptions& options) {
-  return compared(ForwardPlanner{g, dtype, needs, device, options}.all());
+  return compared(ForwardPlanner{{g, dtype, needs, device, options}}.all());
 }
 std::vector<BackwardPlan> compare_backward(const Geometry& g, DType dtype, const BackwardNeeds& needs,
                                            const DeviceInfo& device, const PlanOptions& options) {
-  return compared(BackwardPlanner{g, dtype, needs, device, options}.all());
+  return compared(BackwardPlanner{{g, dtype, needs, device, options}}.all());
 }
 
 }  // namespace fastnorm

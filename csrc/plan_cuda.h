@@ -13,6 +13,7 @@
 // The planner estimates what each way costs (plan_cost.h) and takes the cheapest.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -34,6 +35,20 @@ struct DeviceInfo {
   bool cooperative;             // the blocks of a launch may meet
 };
 
+// All facts as numbers, in their order.
+inline std::array<int64_t, 10> facts_of(const DeviceInfo& d) {
+  return {d.capability,
+          d.multiprocessors,
+          d.threads_per_multiprocessor,
+          d.shared_per_multiprocessor,
+          d.shared_per_block,
+          d.l2_bytes,
+          d.bytes_per_us,
+          d.largest_cluster,
+          d.cluster_multiprocessors,
+          d.cooperative};
+}
+
 // Threads of a block, at most; kernels are compiled for as many (__launch_bounds__), two blocks to a multiprocessor:
 // 128 registers a thread, which the compiler's report is checked against.
 constexpr int kBlockThreads = 256;
@@ -43,6 +58,11 @@ constexpr int kMaxCluster = 16;
 
 // A staged piece lands share by share: the first are reduced while the last are under way.
 constexpr int kShares = 4;
+
+// Shared memory of a reduction over a block: an accumulator of three numbers for every warp, and the result.
+FASTNORM_HOST_DEVICE constexpr int ladder_bytes(int threads, int number_bytes) {
+  return ((threads / kWarp + 1) * 3 * number_bytes + 15) / 16 * 16;
+}
 
 enum class Strategy : int { kFused = 0, kSplit = 1, kApply = 2 };
 
@@ -95,6 +115,12 @@ struct Grid {
            gang == o.gang && buffers == o.buffers;
   }
 };
+
+// Pieces that a run is cut into, where pieces are not of whole runs.
+inline int64_t run_pieces(const Geometry& g, const Grid& grid) {
+  const bool parts = grid.traversal == Traversal::kRows && grid.piece_runs == 1;
+  return parts ? grid.pieces / rows_runs(g).count : 1;
+}
 
 // What the planner expects a call to take, in microseconds; for comparing plans, not for promises.
 struct Estimate {

@@ -49,9 +49,6 @@ int64_t power_of_two(int64_t at_least) {
   return p;
 }
 
-// Shared memory of one block-wide reduction: a partial of three numbers a warp, and the result.
-int64_t ladder_bytes(int threads, DType dtype) { return align_up((threads / kWarp + 1) * 3 * accum_size(dtype)); }
-
 int64_t wanted_blocks(const DeviceInfo& device) { return kBlocksPerMultiprocessor * device.multiprocessors; }
 
 // Threads of a team for so many packs, and teams of a block, spread over the device when there are few items.
@@ -99,7 +96,7 @@ Grid split_rows(const Geometry& g, DType dtype, int pack, const DeviceInfo& devi
   }
   grid.items = g.sets() * grid.pieces;
   choose_team(grid, grid.piece_runs * grid.piece_length, device, full_blocks);
-  grid.shared_bytes = ladder_bytes(grid.threads(), dtype);
+  grid.shared_bytes = ladder_bytes(grid.threads(), static_cast<int>(accum_size(dtype)));
   return grid;
 }
 
@@ -135,7 +132,8 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
   if (staging.backward && has_units(g, grid)) {
     grid.team_bytes += align_up(grid.piece_runs * choose_units(grid).segments * pair);
   }
-  const int64_t others = ladder_bytes(kBlockThreads, dtype) + partial_bytes(staging, choice.gang, 1, dtype);
+  const int64_t others =
+      ladder_bytes(kBlockThreads, static_cast<int>(accum_size(dtype))) + partial_bytes(staging, choice.gang, 1, dtype);
   const int64_t limit = shared_limit(choice.residents, device) - others;
   const int step = std::max(1, kWarp / grid.threads_x);
   while (grid.threads_y > step && grid.threads_y * grid.team_bytes > limit) {
@@ -197,10 +195,7 @@ Grid split_grid(const Geometry& g, DType dtype, int pack, const DeviceInfo& devi
   return split_columns(g.outer(), g.positions(), g.C, dtype, pack, device);
 }
 
-bool has_units(const Geometry& g, const Grid& grid) {
-  const bool cells_are_runs = g.kind == Kind::kGroup && g.traversal() == Traversal::kRows && !g.per_element();
-  return cells_are_runs && grid.piece_runs > 1;
-}
+bool has_units(const Geometry& g, const Grid& grid) { return g.cells_are_runs() && grid.piece_runs > 1; }
 
 Units choose_units(const Grid& grid) {
   Units units{};

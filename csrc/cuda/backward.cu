@@ -102,7 +102,7 @@ struct Backward {
     if (plan.param_sums == ParamSums::kShared) {
       f.sums = sums();
       f.outer = g.outer();
-      f.pieces = !fused ? plan.reduce.pieces : rows ? rows_of(g, plan.reduce).run_pieces : 1;
+      f.pieces = fused ? run_pieces(g, plan.reduce) : plan.reduce.pieces;
     } else if (plan.param_sums != ParamSums::kNone) {
       f.sums = params();
       f.outer = 1;

@@ -108,8 +108,11 @@ struct ColumnsPiece {
   // The tile's first set.
   FASTNORM_DEVICE int64_t first_set() const { return outer * shape.groups + first_channel / shape.set_channels; }
 
-  // Where a staged piece keeps the pack of this thread's column.
-  FASTNORM_DEVICE int slot(int position) const { return position * (shape.tile / W) + x; }
+  // Where a staged piece keeps the pack of this thread's column, whatever the tensor.
+  template <class T>
+  FASTNORM_DEVICE int slot(int position, const T* /*tensor*/) const {
+    return position * (shape.tile / W) + x;
+  }
 
   // How many positions the threads of row y take.
   FASTNORM_DEVICE int count(int row_y) const {
@@ -168,14 +171,13 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const Blocks& blocks
 // Begins to copy a share of a piece of `tensor` to shared memory; every thread what it reads itself.
 template <int W, class T>
 FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, int share, const T* tensor, Pack<T, W>* staged) {
-  piece.template walk<kUnroll<W>>(piece.share(share),
-                                  [&](const int (&position)[kUnroll<W>], const bool (&in)[kUnroll<W>]) {
+  piece.template walk<kUnroll<W>>(
+      piece.share(share), [&](const int (&position)[kUnroll<W>], const bool (&in)[kUnroll<W>]) {
 #pragma unroll
-                                    for (int u = 0; u < kUnroll<W>; ++u) {
-                                      if (in[u])
-                                        stage<W>(staged + piece.slot(position[u]), tensor + piece.element(position[u]));
-                                    }
-                                  });
+        for (int u = 0; u < kUnroll<W>; ++u) {
+          if (in[u]) stage<W>(staged + piece.slot(position[u], tensor), tensor + piece.element(position[u]));
+        }
+      });
 }
 
 // body(range) for what has landed of a piece; ready(share) waits for a share.

@@ -1,8 +1,7 @@
 // Fold: partials -> statistics, terms of dx, gradients of weight and bias. And the running statistics.
 //
 // Who: a warp to a set; neighbouring lanes to a channel, its neighbour's next to them. They take the partials in
-// strides
-//   and merge their shares in a fixed order.
+//   strides and merge their shares in a fixed order.
 // Traffic: the partials once; a few numbers a set.
 // Numerics: double throughout: partials are few, and their number must not be seen in the result.
 #pragma once
@@ -133,8 +132,7 @@ FASTNORM_DEVICE void blend(const ParamGrads& running, int64_t stride, int64_t ch
 
 // What: running = (1 - momentum) running + momentum * stats, the mean over samples where there are several.
 // Who: a thread to a channel. Where the average is cumulative there is one block, so that num_batches_tracked is read
-// by
-//   all before it is raised.
+//   by all before it is raised.
 template <class A>
 FASTNORM_KERNEL(kBlockThreads, 1)
 update_running(RunningArgs r) {

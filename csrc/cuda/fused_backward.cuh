@@ -38,22 +38,13 @@ struct Staged {
         residual(reinterpret_cast<Pack<T, W>*>(memory + 2 * stream_bytes)) {}
 };
 
-// What is staged of a place (rows), of a position (columns); and the mask's bits, from global memory.
-template <bool kSmooth, int W, class T>
-FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
+// What is staged of a place (rows) or a position (columns) of a piece; and the mask's bits, from global memory.
+template <bool kSmooth, int W, class T, class Piece, class Place>
+FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const Piece& piece,
                                                     const Staged<T, W>& staged, const Place& place) {
   GradientPacks<T, W> packs{staged.x[piece.slot(place, t.x)], staged.dy[piece.slot(place, t.dy)], {}, 0};
   if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(place, t.residual)];
   if (!kSmooth && t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
-  return packs;
-}
-template <bool kSmooth, int W, class T>
-FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                                    const Staged<T, W>& staged, int position) {
-  const int slot = piece.slot(position);
-  GradientPacks<T, W> packs{staged.x[slot], staged.dy[slot], {}, 0};
-  if (t.residual != nullptr) packs.residual = staged.residual[slot];
-  if (!kSmooth && t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, position);
   return packs;
 }
 
@@ -185,7 +176,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
   unsigned char* const mine = shared_memory() + team.index * f.shape.team_bytes;
   auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.buffers * buffer_bytes);  // of units, or gathered
   unsigned char* const scratch = shared_memory() + teams * f.shape.team_bytes;
-  const GangPartials<GradSums<A>> gang(f.shape, scratch + ladder_bytes<A>(block_threads()), 1);
+  const GangPartials<GradSums<A>> gang(f.shape, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   if (f.gathered != nullptr) {
     for (int i = team.lane; i < shape.piece_length * W; i += team.width) extra[i] = {};
     team.sync();
@@ -289,7 +280,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
       accumulate_lane_sums<kSmooth, 1>(
           t, piece, range, coefs, [&](int position) { return staged_gradient<kSmooth>(t, piece, staged, position); },
           [&](int position, const A(&d)[W]) {
-            if (masks) staged.dy[piece.slot(position)] = narrow<T>(d);
+            if (masks) staged.dy[piece.slot(position, t.dy)] = narrow<T>(d);
           },
           mine);
     });

@@ -30,7 +30,7 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   const int teams = block_threads() / team.width;
   unsigned char* const mine = shared_memory() + team.index * f.team_bytes;
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
-  const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes<A>(block_threads()), 1);
+  const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   const auto buffer_of = [&](int buffer) { return reinterpret_cast<Pack<T, W>*>(mine + buffer * f.stream_bytes); };
   const auto stage_share = [&](int64_t item, int buffer, int share) {
     const RowsPiece<W> piece(shape, item);
@@ -104,7 +104,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = buffer_of(buffer);
-    const auto read = [&](int position) { return staged[piece.slot(position)]; };
+    const auto read = [&](int position) { return staged[piece.slot(position, t.x)]; };
     A origin[W];
     load_origins(piece, t.x, origin);
     LaneMoments<A, W> moments;

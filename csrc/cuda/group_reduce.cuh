@@ -49,13 +49,7 @@ FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
   return mine;
 }
 
-// Shared memory of reduce_team in a block of so many threads: accumulators of at most three numbers.
-template <class A>
-FASTNORM_DEVICE int ladder_bytes(int threads) {
-  return ((threads / kWarp + 1) * 3 * static_cast<int>(sizeof(A)) + 15) / 16 * 16;
-}
-
-// Over the team. All threads of the block take part. `scratch`: an Acc for every warp of the block and one more.
+// Over the team. All threads of the block take part. `scratch`: ladder_bytes(...) of plan_cuda.h.
 //
 // Two barriers suffice for call after call: a warp's place is read before the second barrier and written again after
 // it, and the result is written after the next call's first, which every reader of this one has passed.

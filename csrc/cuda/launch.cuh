@@ -21,7 +21,7 @@ inline LaunchConfig fused_config(const Grid& grid, bool meets, void* stream) {
 }
 inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
   return {grid.gang,
-          static_cast<int>(grid.gang == Gang::kBlock ? 1 : grid.pieces),
+          static_cast<int>(grid.pieces),
           grid.buffers,
           static_cast<int>(grid.stream_bytes(dtype)),
           static_cast<int>(grid.team_bytes),

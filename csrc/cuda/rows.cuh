@@ -75,7 +75,7 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   s.set_size = g.set_size();
   s.items = grid.items;
   s.pieces = grid.pieces;
-  s.run_pieces = grid.piece_runs > 1 ? 1 : (s.run_packs + grid.piece_length - 1) / grid.piece_length;
+  s.run_pieces = run_pieces(g, grid);
   s.sets_per_stats = g.sets() / stats.sets();
   s.piece_runs = static_cast<int>(grid.piece_runs);
   s.piece_length = static_cast<int>(grid.piece_length);
@@ -302,7 +302,9 @@ FASTNORM_DEVICE void leave_staged(const Team& team) {
 template <int W, class T>
 FASTNORM_DEVICE void prefetch_rows(const RowsPiece<W>& piece, const Team& team, const T* tensor) {
   piece.template walk<1>(piece.whole(team, true), [&](const Place(&places)[1]) {
-    if (places[0].in) prefetch_l2(tensor + piece.element(places[0]));
+    // Of single elements one in 16 bytes brings the others.
+    const bool brings = W > 1 || places[0].pack % (16 / static_cast<int>(sizeof(T))) == 0;
+    if (places[0].in && brings) prefetch_l2(tensor + piece.element(places[0]));
   });
 }
 

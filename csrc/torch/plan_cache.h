@@ -1,6 +1,7 @@
 // Plans of calls that were made before: a plan is a pure function of its arguments, and compares some hundred ways.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <unordered_map>
@@ -10,39 +11,28 @@
 namespace fastnorm::ops {
 
 // All that plans are made of, as numbers.
-using PlanKey = std::array<int64_t, 28>;
+using PlanKey = std::array<int64_t, 29>;
 
-inline PlanKey plan_key(const Geometry& g, DType dtype, const std::array<int64_t, 5>& needs, const DeviceInfo& d,
+inline PlanKey plan_key(const Geometry& g, DType dtype, const std::array<int64_t, 5>& needs, const DeviceInfo& device,
                         const PlanOptions& options) {
   const Forced& f = options.forced;
-  return {static_cast<int64_t>(g.kind),
-          g.N,
-          g.C,
-          g.S,
-          g.G,
-          g.channels_last,
-          static_cast<int64_t>(dtype),
-          needs[0],
-          needs[1],
-          needs[2],
-          needs[3],
-          needs[4],
-          d.capability,
-          d.multiprocessors,
-          d.threads_per_multiprocessor,
-          d.shared_per_multiprocessor,
-          d.shared_per_block,
-          d.l2_bytes,
-          d.bytes_per_us,
-          d.largest_cluster * 4096 + d.cluster_multiprocessors,
-          d.cooperative,
-          options.free_multiprocessors,
-          f.strategy,
-          f.gang,
-          f.pieces,
-          f.buffers,
-          f.residents,
-          f.tile_bytes};
+  PlanKey key{static_cast<int64_t>(g.kind),
+              g.N,
+              g.C,
+              g.S,
+              g.G,
+              g.channels_last,
+              static_cast<int64_t>(dtype),
+              options.free_multiprocessors,
+              f.strategy,
+              f.gang,
+              f.pieces,
+              f.buffers,
+              f.residents,
+              f.tile_bytes};
+  const auto facts = facts_of(device);
+  std::copy(facts.begin(), facts.end(), std::copy(needs.begin(), needs.end(), key.begin() + 14));
+  return key;
 }
 
 template <class Plan>
@@ -72,8 +62,10 @@ class PlanCache {
   struct Hash {
     size_t operator()(const PlanKey& key) const {
       uint64_t hash = 0;
-      for (const int64_t word : key)
-        hash = (hash ^ static_cast<uint64_t>(word)) * 0x9e3779b97f4a7c15u, hash ^= hash >> 29;
+      for (const int64_t word : key) {
+        hash = (hash ^ static_cast<uint64_t>(word)) * 0x9e3779b97f4a7c15u;
+        hash ^= hash >> 29;
+      }
       return static_cast<size_t>(hash);
     }
   };

@@ -12,9 +12,6 @@ namespace {
 
 using namespace fastnorm;
 
-// DeviceInfo, in its order.
-constexpr int kFacts = 10;
-
 // Runs f; what it throws comes back as text, null is success.
 template <class F>
 const char* text_of_failure(F f) {
@@ -32,18 +29,8 @@ const char* text_of_failure(F f) {
 
 FASTNORM_EXPORT const char* fastnorm_emulator_device(const char* name, int64_t* facts) {
   return text_of_failure([&] {
-    const DeviceInfo d = emulator::device_named(name);
-    const int64_t values[kFacts] = {d.capability,
-                                    d.multiprocessors,
-                                    d.threads_per_multiprocessor,
-                                    d.shared_per_multiprocessor,
-                                    d.shared_per_block,
-                                    d.l2_bytes,
-                                    d.bytes_per_us,
-                                    d.largest_cluster,
-                                    d.cluster_multiprocessors,
-                                    d.cooperative};
-    std::copy(values, values + kFacts, facts);
+    const auto values = facts_of(emulator::device_named(name));
+    std::copy(values.begin(), values.end(), facts);
   });
 }
 
