@@ -21,7 +21,7 @@ the build with one sentence that says what to do. Sources are compiled in five g
     csrc/cuda/*.cu               by nvcc; what knows FASTNORM_DTYPE, once per storage type
     csrc/torch/module.cpp        with pybind11, without torch: seconds instead of twenty
     csrc/torch/*.cpp             with torch, without pybind11
-    csrc/*.cpp csrc/*/*.cpp      plain C++; csrc/cuda's only where there are CUDA kernels
+    csrc/*/*.cpp                 plain C++; csrc/cuda's only where there are CUDA kernels
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 10)
 INSTALL = "`pip install --no-build-isolation .`"
 
-COMMON_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
+COMMON_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"]
 COMMON_FLAGS += ["-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
 
 # No contraction: the kernels write out their fused multiply-adds, so that instruction sets agree.
@@ -70,7 +70,7 @@ X86_CAPABILITIES = {  # least first
 
 STORAGE_TYPES = ["float", "double", "BFloat16", "Float16"]
 KERNEL_BUDGET = 300  # instantiations: what keeps the build short
-NVCC_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
@@ -265,7 +265,6 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
         "VERSION": version,
         "TORCH_VERSION": torch.version,
         "COMPILER": tools.compiler.version,
-        "COMPILER_FLAGS": " ".join(COMMON_FLAGS),
         "CPU_CAPABILITIES": " ".join(capabilities),
     }
     with_pybind11 = [f"-isystem{tools.pybind11}", f"-isystem{tools.python}"]
@@ -276,8 +275,8 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
     plain = [f"-DFASTNORM_HAVE_{name.upper()}" for name in capabilities if name != "baseline"]
 
     objects, kernels = [], []
-    places = ("", "cpu/", "torch/", *(["cuda/"] if cuda else []))
-    for source in sorted(path for place in places for path in csrc.glob(place + "*.cpp")):
+    places = ("core", "plan", "cpu", "torch", *(["cuda"] if cuda else []))
+    for source in sorted(path for place in places for path in (csrc / place).glob("*.cpp")):
         name = "_".join(source.relative_to(csrc).with_suffix("").parts)
         if name.startswith("cpu_kernels"):
             kernels.append((name, source))
@@ -285,7 +284,7 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
             objects.append(Object(f"{name}.o", source, common + with_pybind11 + with_cuda))
         else:
             own = with_torch if name.startswith("torch_") else plain
-            own = own + with_cuda if name == "torch_backend_cuda" else own
+            own = own + with_cuda if name.startswith("torch_backend") else own
             objects.append(Object(f"{name}.o", source, common + own))
     for capability, flags in capabilities.items():
         own = [*common, *KERNEL_FLAGS, f"-DFASTNORM_CPU_CAPABILITY={capability}", *flags]

@@ -7,7 +7,7 @@
 Of each row and direction the planner's choice and its nearest rivals of other kinds are forced in turn on the raw
 operators, beside a plain copy of x, all taking turns (timing.py); so many inputs take turns that none is found in L2.
 What is printed last says how far the choices are from the best plans, and by which factors the parts of the estimate
-(csrc/plan_cost.cpp) are off.
+(csrc/plan/cost.cpp) are off.
 """
 
 from __future__ import annotations

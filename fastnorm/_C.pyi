@@ -67,7 +67,7 @@ class Geometry:
     def positions(self) -> int: ...
 
 class DeviceInfo:
-    """The facts about a GPU that plans are made of: csrc/plan_cuda.h. capability: 90 for sm_90."""
+    """The facts about a GPU that plans are made of: csrc/plan/types.h. capability: 90 for sm_90."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class DeviceInfo:
     def cooperative(self) -> bool: ...
 
 class Estimate:
-    """What the planner expects of a plan, in microseconds: csrc/plan_cuda.h."""
+    """What the planner expects of a plan, in microseconds: csrc/plan/types.h."""
 
     @property
     def memory(self) -> float: ...
@@ -116,7 +116,7 @@ class Estimate:
     def total(self) -> float: ...
 
 class Grid:
-    """One CUDA launch: csrc/plan_cuda.h."""
+    """One CUDA launch: csrc/plan/types.h."""
 
     @property
     def traversal(self) -> str: ...
@@ -150,7 +150,7 @@ class Grid:
     def buffers(self) -> int: ...
 
 class Units:
-    """How fused rows add up the cells of a set: csrc/plan_cuda.h."""
+    """How fused rows add up the cells of a set: csrc/plan/types.h."""
 
     @property
     def threads(self) -> int: ...
@@ -219,7 +219,7 @@ def plan_forward(
     free_multiprocessors: int = 0,
 ) -> ForwardPlan:
     """The cheapest plan of a forward call. dtype: "float32", "bfloat16", ...; forced: what it has to be, of strategy,
-    gang, pieces, buffers, residents and tile_bytes, as csrc/plan_cuda.h has them.
+    gang, pieces, buffers, residents and tile_bytes, as csrc/plan/types.h has them.
     ValueError for a geometry of no elements, and where no plan is as forced."""
 
 def plan_backward(

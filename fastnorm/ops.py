@@ -36,7 +36,7 @@ KIND_BATCH = 0
 KIND_GROUP = 1
 KIND_LAYER = 2
 
-#: Names of activations and their numbers in the operators (`Activation` in csrc/activation.h).
+#: Names of activations and their numbers in the operators (`Activation` in csrc/core/activation.h).
 ACTIVATIONS: dict[str | None, int] = {
     None: 0,
     "relu": 1,
@@ -51,7 +51,7 @@ ACTIVATIONS: dict[str | None, int] = {
 RELU = ACTIVATIONS["relu"]
 LEAKY_RELU = ACTIVATIONS["leaky_relu"]
 
-#: Rows of `stats` (csrc/kernels.h).
+#: Rows of `stats` (csrc/core/args.h).
 STATS_ROWS = 4
 
 #: Input dtype -> the dtypes its weight, bias and statistics may have.
@@ -153,7 +153,7 @@ def _empty_like(x: Tensor, kind: int) -> Tensor:
 
 
 def _mask_bytes(x: Tensor, kind: int, groups: int) -> int:
-    """`mask_bytes` of csrc/kernels.h: a bit an element, every run beginning at a whole pack."""
+    """`mask_bytes` of csrc/core/args.h: a bit an element, every run beginning at a whole pack."""
     if kind == KIND_LAYER:
         run = math.prod(x.shape[x.dim() - groups :])
     else:

@@ -22,7 +22,7 @@ from pathlib import Path
 CUBINS = Path(__file__).resolve().parents[1] / "build" / "cuda-check"
 TOOLS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
 
-BLOCK_THREADS = 256  # kBlockThreads of csrc/plan_cuda.h
+BLOCK_THREADS = 256  # kBlockThreads of csrc/plan/types.h
 REGISTERS = 65536  # of a multiprocessor, on every architecture we compile for
 MAX_REGISTERS = 128  # two blocks to a multiprocessor
 # Compiled for one block to a multiprocessor, and why: see the kernel.

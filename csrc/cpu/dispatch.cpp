@@ -1,5 +1,5 @@
 // Picks the kernels for this processor once, at load time; FASTNORM_CPU overrides the choice.
-#include "dispatch.h"
+#include "api.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -22,7 +22,6 @@ extern const cpu::Kernels kernels;
 
 namespace cpu {
 
-// Best first.
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found;
 #if defined(FASTNORM_HAVE_AVX512)

@@ -5,8 +5,9 @@
 
 #include <type_traits>
 
-#include "../accum.h"
-#include "../activation.h"
+#include "core/accum.h"
+#include "core/activation.h"
+#include "core/formulas.h"
 #include "vec_math.h"
 #include "walk.h"
 
@@ -48,11 +49,6 @@ struct ElementCoefs {
   FASTNORM_INLINE Affine<A> at(int64_t i) const { return {mean, rstd, rstd * load(weight + i), load(bias + i)}; }
 };
 
-// dx = scale * d - (offset + xhat * slope): what the statistics' dependence on x takes away.
-template <class A>
-struct SetTerms {
-  A offset, slope;  // rstd * mean(w d), rstd * mean(w d xhat)
-};
 template <class A>
 struct SharedTerms {
   Pack<A> offset, slope;
@@ -82,30 +78,17 @@ struct Epilogue {
   Pack<A> param;
 };
 
-// Calls f(std::integral_constant<Activation, a>{}) for an activation that is more than a comparison.
-template <class F>
-FASTNORM_INLINE void dispatch_smooth(Activation a, F&& f) {
-  switch (a) {
-    case Activation::kSilu: return f(std::integral_constant<Activation, Activation::kSilu>{});
-    case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kGeluTanh: return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
-    case Activation::kHardswish: return f(std::integral_constant<Activation, Activation::kHardswish>{});
-    case Activation::kSigmoid: return f(std::integral_constant<Activation, Activation::kSigmoid>{});
-    default: return f(std::integral_constant<Activation, Activation::kTanh>{});
-  }
-}
-
 // Out of line: one copy of the long polynomials serves every kernel.
 template <int P, class A>
 __attribute__((noinline)) void smooth_value(Activation activation, Pack<A> (&z)[P]) {
   dispatch_smooth(activation, [&](auto kind) {
-    for (int p = 0; p < P; ++p) z[p] = activate<kind.value>(z[p], Pack<A>(0));
+    for (int p = 0; p < P; ++p) z[p] = activate<decltype(kind)::value>(z[p], Pack<A>(0));
   });
 }
 template <int P, class A>
 __attribute__((noinline)) void smooth_slope(Activation activation, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
   dispatch_smooth(activation, [&](auto kind) {
-    for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<kind.value>(z[p], Pack<A>(0));
+    for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<decltype(kind)::value>(z[p], Pack<A>(0));
   });
 }
 

@@ -1,8 +1,8 @@
 // The kernels of one instruction set: compiled once for each, under the name FASTNORM_CPU_CAPABILITY.
 #include "columns_backward.h"
 #include "columns_forward.h"
-#include "element_backward.h"
-#include "frozen_forward.h"
+#include "eval_forward.h"
+#include "layer_backward.h"
 #include "rows_backward.h"
 #include "rows_forward.h"
 

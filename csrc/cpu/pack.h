@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../dtype.h"
+#include "core/dtype.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 takes the deliberately undefined registers inside its own AVX-512 intrinsics for a mistake of ours.

@@ -7,8 +7,8 @@
 #include <cstdlib>
 #include <new>
 
-#include "../accum.h"
-#include "../kernels.h"
+#include "api.h"
+#include "core/accum.h"
 #include "element.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
@@ -32,8 +32,6 @@ class Buffer {
  private:
   E* data_;
 };
-
-inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class F>
 void for_each_task(const Parallel& parallel, int64_t tasks, F&& f) {
@@ -121,12 +119,12 @@ struct Call {
 
   // The sum of d xhat from that of d (x - mean), of a set or of a part of it.
   double xhat_sum(int64_t set, const GradSums<double>& sums) const {
-    return (sums.d_centered - stats.mean_low[set] * sums.d) * stats.rstd[set];
+    return fastnorm::xhat_sum<double>(sums.d, sums.d_centered, stats.rstd[set], stats.mean_low[set]);
   }
   // What dx subtracts: `d` and `d_xhat` are sums of w d and w d xhat over the set.
   SetTerms<A> set_terms(int64_t set, double d, double d_xhat) const {
-    const double scale = stats.rstd[set] / static_cast<double>(g.set_size()), slope = d_xhat * scale;
-    return {static_cast<A>(d * scale - stats.mean_low[set] * stats.rstd[set] * slope), static_cast<A>(slope)};
+    const double rstd = stats.rstd[set], low = stats.mean_low[set];
+    return fastnorm::set_terms<A>(d, d_xhat, rstd, low, rstd / static_cast<double>(g.set_size()));
   }
 
   // Batch norm's runs, when they end before the processor has found their stream. Sets are then walked side by side,

@@ -4,6 +4,7 @@
 
 #include "backward_args.cuh"
 #include "columns.cuh"
+#include "rows.cuh"
 
 namespace fastnorm::cuda {
 

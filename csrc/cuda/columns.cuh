@@ -8,7 +8,10 @@
 // A thread keeps its channels, one accumulator for each; the block merges them downwards at the end.
 #pragma once
 
-#include "rows.cuh"
+#include <algorithm>
+
+#include "group_reduce.cuh"
+#include "moments.cuh"
 
 namespace fastnorm::cuda {
 

@@ -1,5 +1,5 @@
 // The kernel interface of csrc/kernels.h: from a storage type known at run time to the launches compiled for it.
-#include "entry.h"
+#include "launches.h"
 
 namespace fastnorm::cuda {
 

@@ -5,19 +5,14 @@
 
 #include <cmath>
 
-#include "../accum.h"
-#include "../activation.h"
-#include "pack.cuh"
+#include "core/accum.h"
+#include "core/activation.h"
+#include "core/formulas.h"
+#include "stats.cuh"
 
 namespace fastnorm::cuda {
 
 // ---- coefficients: xhat = (x - mean) * rstd, z = (x - mean) * scale + bias, scale = rstd * weight ----
-
-// Statistics of a set; `low` is what rounding cut off the mean.
-template <class A>
-struct SetStats {
-  A mean, rstd, low;
-};
 
 template <class A>
 struct Affine {
@@ -52,20 +47,6 @@ struct LaneCoefs {
   FASTNORM_DEVICE const Affine<A>& operator[](int w) const { return lane[w]; }
 };
 
-// dx = scale * d - (offset + xhat * slope): what the statistics' dependence on x takes away; zeros where they are
-// given.
-template <class A>
-struct SetTerms {
-  A offset, slope;  // rstd * mean(w d), rstd * mean(w d xhat)
-};
-
-// `sums` over a set, times `scale`, are the means of rstd w d and rstd w d (x - mean).
-template <class A, class V>
-FASTNORM_DEVICE SetTerms<A> set_terms(const GradSums<V>& sums, V rstd, V low, V scale) {
-  const V slope = (sums.d_centered - low * sums.d) * rstd * scale;
-  return {static_cast<A>(sums.d * scale - low * rstd * slope), static_cast<A>(slope)};
-}
-
 template <class A>
 struct SharedTerms {
   SetTerms<A> all;
@@ -84,26 +65,6 @@ struct Epilogue {
   Activation activation;
   A param;
 };
-
-template <Activation kAct>
-struct ActivationTag {
-  static constexpr Activation value = kAct;
-};
-
-// Calls f with the tag of an activation that costs more than a comparison. Kernels are compiled with and without these
-// (kSmooth), so that the simple ones carry none of the polynomials.
-template <class F>
-FASTNORM_DEVICE void dispatch_smooth(Activation activation, F f) {
-  switch (activation) {
-    case Activation::kSilu: return f(ActivationTag<Activation::kSilu>{});
-    case Activation::kGelu: return f(ActivationTag<Activation::kGelu>{});
-    case Activation::kGeluTanh: return f(ActivationTag<Activation::kGeluTanh>{});
-    case Activation::kHardswish: return f(ActivationTag<Activation::kHardswish>{});
-    case Activation::kSigmoid: return f(ActivationTag<Activation::kSigmoid>{});
-    default: return f(ActivationTag<Activation::kTanh>{});
-  }
-}
-inline bool is_smooth(Activation activation) { return activation != Activation::kNone && !is_two_sided(activation); }
 
 // The residual of a pack, widened. In an array always: a pointer that may be null would put it into local memory.
 template <int W, class T, class A>

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../dtype.h"
+#include "core/dtype.h"
 
 namespace fastnorm::cuda {
 

@@ -6,9 +6,9 @@
 // Numerics: double throughout: partials are few, and their number must not be seen in the result.
 #pragma once
 
-#include "entry.h"
 #include "forward_args.cuh"
 #include "group_reduce.cuh"
+#include "launches.h"
 
 namespace fastnorm::cuda {
 
@@ -120,14 +120,13 @@ fold_params_alone(FoldParamsArgs<A> f) {
 // ---- running statistics ----
 
 template <class A>
-FASTNORM_DEVICE void blend(const ParamGrads& running, int64_t stride, int64_t channel, const A* row, int64_t sets,
-                           int64_t channels, double momentum, double factor) {
+FASTNORM_DEVICE void move_running(const ParamGrads& running, int64_t stride, int64_t channel, const A* row,
+                                  int64_t sets, int64_t channels, double momentum, double factor) {
   if (running.data == nullptr) return;
   double sum = 0;
   for (int64_t set = channel; set < sets; set += channels) sum += load_one(row + set);
-  const double value = sum / static_cast<double>(sets / channels) * factor;
   const double old = load_number<double>(running.data, running.dtype, channel * stride);
-  store_number(running.data, running.dtype, channel * stride, (1 - momentum) * old + momentum * value);
+  store_number(running.data, running.dtype, channel * stride, blend(old, sum, sets / channels, factor, momentum));
 }
 
 // What: running = (1 - momentum) running + momentum * stats, the mean over samples where there are several.
@@ -146,8 +145,8 @@ update_running(RunningArgs r) {
   const A* stats = static_cast<const A*>(r.stats);
   for (int64_t c = block_index() * block_threads() + thread_index(); c < r.channels;
        c += grid_blocks() * block_threads()) {
-    blend(r.running_mean, r.mean_stride, c, stats, r.sets, r.channels, momentum, 1.0);
-    blend(r.running_var, r.var_stride, c, stats + 2 * r.sets, r.sets, r.channels, momentum, count / (count - 1));
+    move_running(r.running_mean, r.mean_stride, c, stats, r.sets, r.channels, momentum, 1.0);
+    move_running(r.running_var, r.var_stride, c, stats + 2 * r.sets, r.sets, r.channels, momentum, unbiased(count));
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "columns.cuh"
 #include "forward_args.cuh"
+#include "rows.cuh"
 
 namespace fastnorm::cuda {
 

@@ -2,7 +2,7 @@
 //
 // What: as reduce_backward.cuh and apply_backward.cuh, and the sums of dweight and dbias as they come by. Where the
 //   launch is cooperative (meets) the blocks meet after the last wave and fold those, too.
-// Who: as fused_forward.cuh. Rows: a team's units (Units in plan_cuda.h) first reduce a segment of a cell each.
+// Who: as fused_forward.cuh. Rows: a team's units (Units in plan/types.h) first reduce a segment of a cell each.
 // Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once: the least there is; but a leaky
 //   relu's mask twice. 8 bytes a cell for the parameters, and for a grid's gangs as fused_forward.cuh says.
 // Needs: as fused_forward.cuh, with two or three tensors staged.

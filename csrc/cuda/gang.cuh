@@ -11,7 +11,8 @@
 // barrier a wave is enough: who writes a place again has met everyone since they read it.
 #pragma once
 
-#include "rows.cuh"
+#include "group_reduce.cuh"
+#include "pack.cuh"
 
 namespace fastnorm::cuda {
 

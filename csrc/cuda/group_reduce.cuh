@@ -3,7 +3,7 @@
 // ends with the same bits.
 #pragma once
 
-#include "../accum.h"
+#include "core/accum.h"
 #include "platform.cuh"
 
 namespace fastnorm::cuda {
@@ -49,7 +49,7 @@ FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
   return mine;
 }
 
-// Over the team. All threads of the block take part. `scratch`: ladder_bytes(...) of plan_cuda.h.
+// Over the team. All threads of the block take part. `scratch`: ladder_bytes(...) of plan/types.h.
 //
 // Two barriers suffice for call after call: a warp's place is read before the second barrier and written again after
 // it, and the result is written after the next call's first, which every reader of this one has passed.

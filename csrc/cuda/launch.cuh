@@ -1,8 +1,8 @@
 // From a plan to launches: configurations, and the choice of a kernel among its instantiations.
 #pragma once
 
-#include "entry.h"
 #include "gang.cuh"
+#include "launches.h"
 
 namespace fastnorm::cuda {
 
@@ -28,7 +28,7 @@ inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
           partials};
 }
 
-// Columns are compiled for whole packs and for single elements only (pack_width in plan_cuda.cpp).
+// Columns are compiled for whole packs and for single elements only (pack_width in plan/cuda.cpp).
 template <class T, int W>
 constexpr bool kColumnsPack = W == 1 || W * sizeof(T) == 16;
 

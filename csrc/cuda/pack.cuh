@@ -2,7 +2,7 @@
 // and checks every access made here.
 #pragma once
 
-#include "../kernels.h"
+#include "api.h"
 #include "platform.cuh"
 
 namespace fastnorm::cuda {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../kernels.h"
+#include "api.h"
 
 namespace fastnorm::cuda {
 

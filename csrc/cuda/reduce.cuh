@@ -11,6 +11,7 @@
 #pragma once
 
 #include "columns.cuh"
+#include "rows.cuh"
 
 namespace fastnorm::cuda {
 

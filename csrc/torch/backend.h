@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../kernels.h"
+#include "core/args.h"
 
 namespace fastnorm::ops {
 
@@ -19,6 +19,6 @@ extern const Backend kCpuBackend;   // backend_cpu.cpp
 extern const Backend kCudaBackend;  // backend_cuda.cpp, in a build that has CUDA kernels
 
 // That of a tensor's device, which the op's other tensors then share.
-const Backend& backend_of(const at::Tensor& t, const char* name);  // backend_cuda.cpp
+const Backend& backend_of(const at::Tensor& t, const char* name);  // backend.cpp
 
 }  // namespace fastnorm::ops

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "backend.h"
+#include "core/formulas.h"
+#include "cpu/api.h"
 
 namespace fastnorm::ops {
 
@@ -133,10 +135,10 @@ void backward(const BackwardArgs& args, at::Device) {
   if (bias) round_sums(dbias, C, args.dbias);
 }
 
-// running = (1 - momentum) running + momentum * factor * mean over samples of row[sample * C + c].
+// Moves a running statistic by row[sample * C + c], a statistic of every set.
 template <class A>
-void blend(const ParamGrads& running, int64_t stride, const A* row, const RunningArgs& args, double momentum,
-           double factor) {
+void move_running(const ParamGrads& running, int64_t stride, const A* row, const RunningArgs& args, double momentum,
+                  double factor) {
   const int64_t C = args.channels, samples = args.sets / C;
   dispatch_scalar(running.dtype, [&](auto zero) {
     using R = decltype(zero);
@@ -144,9 +146,8 @@ void blend(const ParamGrads& running, int64_t stride, const A* row, const Runnin
     for (int64_t c = 0; c < C; ++c) {
       double sum = 0;
       for (int64_t n = 0; n < samples; ++n) sum += row[n * C + c];
-      const double value = sum / static_cast<double>(samples) * factor;
       R& r = out[c * stride];
-      r = static_cast<R>((1 - momentum) * static_cast<double>(r) + momentum * value);
+      r = static_cast<R>(blend(static_cast<double>(r), sum, samples, factor, momentum));
     }
   });
 }
@@ -159,9 +160,9 @@ void update_running_stats(const RunningArgs& args, at::Device) {
   dispatch(args.dtype, [&](auto tag) {
     using A = Accum<typename decltype(tag)::type>;
     const A* stats = static_cast<const A*>(args.stats);
-    if (args.running_mean.data) blend(args.running_mean, args.mean_stride, stats, args, momentum, 1);
+    if (args.running_mean.data) move_running(args.running_mean, args.mean_stride, stats, args, momentum, 1);
     if (args.running_var.data) {
-      blend(args.running_var, args.var_stride, stats + 2 * args.sets, args, momentum, count / (count - 1));
+      move_running(args.running_var, args.var_stride, stats + 2 * args.sets, args, momentum, unbiased(count));
     }
   });
 }

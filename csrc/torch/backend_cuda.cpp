@@ -17,9 +17,11 @@
 #include <mutex>
 #include <string>
 
-#include "../plan_options.h"
+#include "cuda/api.h"
 #include "cuda_stream.h"
+#include "plan/cuda.h"
 #include "plan_cache.h"
+#include "plan_options.h"
 
 namespace fastnorm::ops {
 
@@ -199,23 +201,3 @@ const Backend kCudaBackend{make_empty, forward, backward, update_running_stats};
 }  // namespace fastnorm::ops
 
 #endif
-
-namespace fastnorm::ops {
-
-const Backend& backend_of(const at::Tensor& t, const char* name) {
-#if defined(FASTNORM_EMULATE)
-  if (t.is_cpu()) return kCudaBackend;
-  constexpr const char* kExpected = "cpu, where the CUDA kernels are emulated";
-#else
-  if (t.is_cpu()) return kCpuBackend;
-#if defined(FASTNORM_CUDA_BUILD)
-  if (t.is_cuda()) return kCudaBackend;
-  constexpr const char* kExpected = "cpu or cuda";
-#else
-  constexpr const char* kExpected = "cpu: this build has no CUDA kernels";
-#endif
-#endif
-  TORCH_CHECK(false, "fastnorm: ", name, " is on ", t.device(), ", expected ", kExpected);
-}
-
-}  // namespace fastnorm::ops

@@ -6,10 +6,11 @@
 #include <map>
 #include <variant>
 
-#include "../cpu/dispatch.h"
-#include "../kernels.h"
-#include "../plan_options.h"
+#include "cpu/api.h"
+#include "cuda/api.h"
 #include "cuda_stream.h"
+#include "plan/cuda.h"
+#include "plan_options.h"
 
 namespace py = pybind11;
 using namespace fastnorm;

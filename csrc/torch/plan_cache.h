@@ -6,7 +6,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "../plan_cuda.h"
+#include "plan/types.h"
 
 namespace fastnorm::ops {
 

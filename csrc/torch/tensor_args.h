@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "../kernels.h"
+#include "core/args.h"
 
 namespace fastnorm::ops {
 

@@ -20,7 +20,7 @@ from emulator import build
 
 ORDERS = ("fifo", "lifo", "random", "priority")
 
-# csrc/plan_cuda.h's Forced, in its order, and the names of what is numbered there.
+# csrc/plan/types.h's Forced, in its order, and the names of what is numbered there.
 FORCED = ("strategy", "gang", "pieces", "buffers", "residents", "tile_bytes")
 NAMES = {"strategy": ("fused", "split", "apply"), "gang": ("block", "cluster", "grid")}
 FREE = -1
@@ -28,7 +28,7 @@ FREE = -1
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What plans are made of: csrc/plan_cuda.h's DeviceInfo, in its order."""
+    """What plans are made of: csrc/plan/types.h's DeviceInfo, in its order."""
 
     capability: int
     multiprocessors: int

@@ -3,8 +3,8 @@
 #include <iterator>
 #include <string>
 
-#include "plan_options.h"
 #include "runtime.h"
+#include "torch/plan_options.h"
 
 #define FASTNORM_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -115,8 +115,8 @@ def kernel_objects(variant: str) -> list[Object]:
         for dtype in DTYPES
     ]
     objects.append(plain_object(variant, CSRC / "cuda" / "fold.cu", "-x", "c++", optimize=optimize))
-    planners = [path for path in sorted(CSRC.glob("plan_*.cpp")) if path.name != "plan_cpu.cpp"]
-    plain = (CSRC / "cuda" / "dispatch.cpp", CSRC / "geometry.cpp", *planners)
+    planners = [path for path in sorted((CSRC / "plan").glob("*.cpp")) if path.name != "cpu.cpp"]
+    plain = (CSRC / "cuda" / "dispatch.cpp", CSRC / "core" / "geometry.cpp", *planners)
     return objects + [plain_object(variant, source) for source in plain]
 
 
@@ -132,7 +132,7 @@ def torch_objects() -> list[Object]:
     includes = (torch_root() / "include", torch_root() / "include/torch/csrc/api/include")
     flags = [f"-isystem{path}" for path in includes]
     flags += ["-O1", "-DNDEBUG", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    names = ("backend_cuda", "library", "ops")
+    names = ("backend", "backend_cuda", "library", "ops")
     return [plain_object("plain", CSRC / "torch" / f"{name}.cpp", *flags) for name in names]
 
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "dtype.h"
+#include "core/dtype.h"
 
 namespace fastnorm::emulator {
 

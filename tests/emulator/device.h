@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "plan_cuda.h"
+#include "plan/types.h"
 
 namespace fastnorm::emulator {
 

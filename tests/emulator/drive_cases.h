@@ -5,7 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "cuda/api.h"
+#include "plan/cuda.h"
 
 namespace fastnorm::drive {
 

@@ -1,7 +1,7 @@
 // The options that plans of this process's CUDA calls are made with.
 #pragma once
 
-#include "plan_cuda.h"
+#include "plan/types.h"
 
 namespace fastnorm {
 

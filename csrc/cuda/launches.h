@@ -2,8 +2,8 @@
 // defined in fold.cu. Plain C++: dispatch.cpp picks.
 #pragma once
 
-#include "../accum.h"
-#include "../kernels.h"
+#include "api.h"
+#include "core/accum.h"
 
 namespace fastnorm::cuda {
 

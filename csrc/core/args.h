@@ -1,5 +1,5 @@
-// The kernel interface: plain structs, raw pointers, sizes. Nothing here knows a framework. What is checked before a
-// kernel runs is checked by the caller (csrc/torch); kernels only compute.
+// The arguments of a call: plain structs, raw pointers, sizes. The caller (csrc/torch) has checked them; kernels only
+// compute.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,6 @@
 #include "activation.h"
 #include "dtype.h"
 #include "geometry.h"
-#include "plan_cpu.h"
-#include "plan_cuda.h"
 
 namespace fastnorm {
 
@@ -81,50 +79,4 @@ inline int64_t mask_bytes(const Geometry& g, DType dtype) {
   return run == 0 ? 0 : g.numel() / run * mask_row_bytes(run, dtype);
 }
 
-namespace cpu {
-
-// How the caller's thread pool is reached: runs body(context, task) for every task, in any order, on any thread.
-struct Parallel {
-  int threads;
-  void (*run)(int64_t tasks, void (*body)(void*, int64_t), void* context);
-};
-
-struct ForwardCall : ForwardArgs {
-  CpuPlan plan;
-  Parallel parallel;
-};
-// The sums stay double: the caller rounds them to the parameters' types.
-struct BackwardCall : BackwardArgs {
-  CpuPlan plan;
-  Parallel parallel;
-  double *dweight, *dbias;  // [C]; instead of BackwardArgs' own
-};
-
-// One per instruction set; csrc/cpu/dispatch.cpp picks at load time.
-struct Kernels {
-  const char* name;
-  void (*forward)(const ForwardCall&);
-  void (*backward)(const BackwardCall&);
-};
-const Kernels& kernels();
-
-}  // namespace cpu
-
-namespace cuda {
-
-// What a launch returns whose gangs the device cannot hold at a time (cudaErrorCooperativeLaunchTooLarge): it is shared
-// or partitioned. Nothing has been enqueued then, and a plan without clusters and cooperation will do.
-constexpr int kGangRefused = 720;
-
-// Enqueue on `stream` of the current device; 0 or CUDA's error code, whose text error_string gives. `workspace`: as
-// many bytes as the plan says, 16-byte aligned, free for other use once the stream has passed the call.
-int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream);
-int launch_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
-int launch_update_running_stats(const RunningArgs& args, void* stream);
-const char* error_string(int error);
-
-// The facts plans are made of; asked of the driver once a device.
-int device_info(int device, DeviceInfo* info);
-
-}  // namespace cuda
 }  // namespace fastnorm

@@ -1,25 +1,12 @@
-// How a call is cut into CUDA launches: pure functions of geometry, type, alignment and the device's facts, so that a
-// plan can be printed, compared and tested on a machine without a GPU. Kernels do what the plan says and choose
-// nothing.
-//
-// Three strategies:
-//
-//   fused   one launch; a gang of blocks keeps a set (rows) or a tile of whole sets (columns) in its shared memory, so
-//           that x is read once. A gang is a block, a cluster, or a share of the whole grid.
-//   split   reduce, fold, apply: sets are cut into pieces until every multiprocessor has work; apply walks backwards,
-//           over what reduce has just left in L2
-//   apply   one launch, statistics are given
-//
-// The planner estimates what each way costs (plan_cost.h) and takes the cheapest.
+// The values of CUDA planning: what a device is, how a launch is cut, what a plan says. No choice is made here.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <string>
-#include <vector>
 
-#include "dtype.h"
-#include "geometry.h"
+#include "core/dtype.h"
+#include "core/geometry.h"
 
 namespace fastnorm {
 
@@ -216,14 +203,6 @@ struct PlanOptions {
   Forced forced;
 };
 
-ForwardPlan plan_forward(const Geometry& geometry, DType dtype, const ForwardNeeds& needs, const DeviceInfo& device,
-                         const PlanOptions& options = {});
-BackwardPlan plan_backward(const Geometry& geometry, DType dtype, const BackwardNeeds& needs, const DeviceInfo& device,
-                           const PlanOptions& options = {});
-
-// Elements of the widest access that divides every run and keeps every address aligned.
-int pack_width(const Geometry& geometry, DType dtype, int alignment);
-
 const char* name_of(Strategy strategy);
 const char* name_of(Gang gang);
 const char* name_of(Traversal traversal);
@@ -232,11 +211,5 @@ const char* name_of(ParamSums sums);
 // The plan and its estimate, on one line.
 std::string to_string(const ForwardPlan& plan);
 std::string to_string(const BackwardPlan& plan);
-
-// All that was compared, cheapest first.
-std::vector<ForwardPlan> compare_forward(const Geometry& geometry, DType dtype, const ForwardNeeds& needs,
-                                         const DeviceInfo& device, const PlanOptions& options = {});
-std::vector<BackwardPlan> compare_backward(const Geometry& geometry, DType dtype, const BackwardNeeds& needs,
-                                           const DeviceInfo& device, const PlanOptions& options = {});
 
 }  // namespace fastnorm

@@ -1,7 +1,7 @@
 // Plans in words.
 #include <cstdio>
 
-#include "plan_cuda.h"
+#include "types.h"
 
 namespace fastnorm {
 

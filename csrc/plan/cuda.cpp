@@ -1,11 +1,11 @@
 // Which plans there are for a call, and the cheapest of them.
-#include "plan_cuda.h"
+#include "cuda.h"
 
 #include <algorithm>
 #include <stdexcept>
 
-#include "plan_cost.h"
-#include "plan_grid.h"
+#include "cost.h"
+#include "grid.h"
 
 namespace fastnorm {
 

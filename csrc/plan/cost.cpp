@@ -1,8 +1,8 @@
-#include "plan_cost.h"
+#include "cost.h"
 
 #include <algorithm>
 
-#include "plan_grid.h"
+#include "grid.h"
 
 namespace fastnorm {
 

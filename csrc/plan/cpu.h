@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <string>
 
-#include "dtype.h"
-#include "geometry.h"
+#include "core/dtype.h"
+#include "core/geometry.h"
 
 namespace fastnorm {
 

@@ -1,13 +1,13 @@
-#include "plan_cpu.h"
+#include "cpu.h"
 
 #include <algorithm>
 #include <numeric>
 
+#include "core/formulas.h"
+
 namespace fastnorm {
 
 namespace {
-
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A task is worth this many elements: below, handing it out costs more than it does (about 1 us a task).
 constexpr int64_t kTaskElements = 32768;

@@ -1,8 +1,9 @@
 // The grids of launches: how work is cut for a device, within the limits of kernels and device. Nothing is chosen here
-// between one way and another; plan_cuda.cpp does that, by the estimates of plan_cost.h.
+// between one way and another; plan/cuda.cpp does that, by the estimates of cost.h.
 #pragma once
 
-#include "plan_cuda.h"
+#include "core/formulas.h"
+#include "types.h"
 
 namespace fastnorm {
 
@@ -50,7 +51,6 @@ Shares fused_shares(const Geometry& g, DType dtype, int64_t tile_bytes);
 int64_t resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device);
 
 int64_t accum_size(DType dtype);
-int64_t div_up(int64_t a, int64_t b);
 
 // Shared memory of a block when so many share a multiprocessor.
 int64_t shared_limit(int residents, const DeviceInfo& device);

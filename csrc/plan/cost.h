@@ -1,8 +1,8 @@
-// What a plan is expected to cost. An estimate decides between plans and promises nothing; csrc/plan_cost.cpp holds its
+// What a plan is expected to cost. An estimate decides between plans and promises nothing; csrc/plan/cost.cpp holds its
 // constants.
 #pragma once
 
-#include "plan_cuda.h"
+#include "types.h"
 
 namespace fastnorm {
 

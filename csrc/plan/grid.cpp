@@ -1,4 +1,4 @@
-#include "plan_grid.h"
+#include "grid.h"
 
 #include <algorithm>
 #include <numeric>
@@ -164,7 +164,6 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
 }  // namespace
 
 int64_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t shared_limit(int residents, const DeviceInfo& device) {
   return std::min(device.shared_per_block, device.shared_per_multiprocessor / residents - kReservedShared);

@@ -1,0 +1,67 @@
+// What both traversals take moments by: how many packs a thread has under way, the origin of a set, and the moments of a
+// batch of packs.
+#pragma once
+
+#include "element.cuh"
+
+namespace fastnorm::cuda {
+
+// Packs that a thread has under way: with two blocks to a multiprocessor 32 KB, which an H200's memory needs to be busy
+// (4.8 TB/s for 0.7 us over 132 multiprocessors is 25 KB). More of them where packs are single elements.
+template <int W>
+constexpr int kUnroll = W == 1 ? 8 : 4;
+// Fewer where several numbers a lane are kept besides: without spilling.
+template <int W>
+constexpr int kLaneUnroll = W == 8   ? 2
+                            : W == 4 ? 4
+                                     : 8;
+// One where a smooth activation follows: its polynomials, for every element of several packs, took the compiler
+// minutes.
+template <bool kSmooth, int W>
+constexpr int kApplyUnroll = kSmooth ? 1 : kLaneUnroll<W>;
+// Backward reads two or three tensors at every place.
+template <bool kSmooth, int W>
+constexpr int kBackwardUnroll = kSmooth || W == 8 ? 1
+                                : W == 4          ? 2
+                                                  : 4;
+
+// The moments of several packs relative to `origin`, taken over their own mean before they are merged: one division a
+// batch, and no difference of large squares.
+template <class A, int U, int W, class T>
+FASTNORM_DEVICE Welford<A> batch_moments(const Pack<T, W> (&packs)[U], const bool (&in)[U], A origin) {
+  int count = 0;
+  A sum = 0;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (!in[u]) continue;
+    count += W;
+    A x[W];
+    widen<A>(packs[u], x);
+#pragma unroll
+    for (int w = 0; w < W; ++w) x[w] -= origin;
+    sum += tree_sum(x);
+  }
+  if (count == 0) return {};
+  const A mean = sum / static_cast<A>(count);
+  A m2 = 0;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (!in[u]) continue;
+    A x[W];
+    widen<A>(packs[u], x);
+#pragma unroll
+    for (int w = 0; w < W; ++w) x[w] = (x[w] - origin - mean) * (x[w] - origin - mean);
+    m2 += tree_sum(x);
+  }
+  return {static_cast<A>(count), {mean, m2}};
+}
+
+// A set's numbers are taken relative to its first element: of the size of the spread, so that the error of the mean's
+// last digit does not enter the variance where the mean is large.
+template <class A, class T>
+FASTNORM_DEVICE A origin_of(const T* first) {
+  const A value = widen<A>(load_one(first));
+  return value - value == A(0) ? value : A(0);  // not finite: 0
+}
+
+}  // namespace fastnorm::cuda
