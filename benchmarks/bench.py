@@ -25,13 +25,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# Run as a file, its own folder is on the path, and not the checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contestants import DTYPES, MODES, Arena, Row, cases, copies_for, quick_table, table
-from machine import busy_cores, cache_bytes, cpu_cores, describe
-from results import Result
-from tables import make_console, make_markdown, print_results, print_summary
-from timing import keep_memory, race
+from benchmarks.contestants import DTYPES, MODES, Arena, Row, copies_for, quick_table, table
+from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe
+from benchmarks.results import Result
+from benchmarks.tables import make_console, make_markdown, print_results, print_summary
+from benchmarks.timing import keep_memory, race
+from tests.common import cases
 
 SHARE = {"forward": 1, "step": 2, "eval": 1}  # of a row's time, by mode
 QUICK_BUDGET_S, FULL_BUDGET_S = 28.0, 900.0
@@ -207,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(make_markdown(results, modes))
     if args.plot:
-        from figures import save_figure
+        from benchmarks.figures import save_figure
 
         save_figure(results, args.plot, f"{where}, torch {versions['torch']}")
 

@@ -10,9 +10,10 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from contestants import CUDA_LAYERS, DTYPES, Row, cases, passes
+from benchmarks.contestants import CUDA_LAYERS, DTYPES, Row, passes
 from fastnorm import _C
-from plan_model import GROUP, Call, Shape, shape_of
+from tests.common import cases
+from tests.common.plan_model import GROUP, Call, Shape, shape_of
 
 Plan = _C.ForwardPlan | _C.BackwardPlan
 Forced = dict[str, str | int]

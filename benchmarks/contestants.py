@@ -1,26 +1,22 @@
 """The rows of the table, and who runs in each: fastnorm, torch.nn, torch.compile, cuDNN, a plain copy.
 
-The shapes are `BENCH` and `TINY` of tests/cases.py, the table that the tests read too; and larger ones for a GPU.
+The shapes are `BENCH` and `TINY` of tests/common/cases.py, the table that the tests read, and larger ones for a GPU.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-import cases
 import fastnorm
+from tests.common import cases
 
 Call = Callable[[], object]
 Norm = Callable[[Tensor, Tensor | None], Tensor]

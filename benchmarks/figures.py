@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from contestants import SHORT
-from results import Result, geometric_mean
+from benchmarks.contestants import SHORT
+from benchmarks.results import Result, geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

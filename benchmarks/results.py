@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
-from contestants import MODES, Row, passes
-from timing import Timing
+from benchmarks.contestants import MODES, Row, passes
+from benchmarks.timing import Timing
 
 # The lines to reach: times torch.nn, for all tensors; and times the copies that move the least
 # bytes, for tensors that no cache holds. Reported, never enforced: a busy machine fails no build.

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from contestants import MODES
-from results import OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines
+from benchmarks.contestants import MODES
+from benchmarks.results import OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines
 
 HEADINGS = {"forward": "forward", "step": "forward + backward", "eval": "eval"}
 PLAIN_WIDTH = 140  # of a file or a pipe

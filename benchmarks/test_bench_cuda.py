@@ -10,9 +10,8 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-import bench
-import timing
-from contestants import (
+from benchmarks import bench, timing
+from benchmarks.contestants import (
     CUDA_LAYERS,
     MAX_COPIES,
     MODES,
@@ -25,9 +24,9 @@ from contestants import (
     quick_table,
     table,
 )
-from results import Result, means, summary_lines
-from tables import make_table, print_summary
-from timing import CudaClock, Timing, repeats_for
+from benchmarks.results import Result, means, summary_lines
+from benchmarks.tables import make_table, print_summary
+from benchmarks.timing import CudaClock, Timing, repeats_for
 
 MIB = 1 << 20
 LAYER = cases.Layer("ResNet-50", "BatchNorm2d", (32, 64, 56, 56), (64,))

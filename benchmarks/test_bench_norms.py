@@ -9,8 +9,8 @@ import os
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from contestants import MODES, Arena, Row, quick_table, table
-from timing import keep_memory
+from benchmarks.contestants import MODES, Arena, Row, quick_table, table
+from benchmarks.timing import keep_memory
 
 PATTERN = os.environ.get("FASTNORM_BENCH")
 ROWS = list(table(PATTERN)) if PATTERN else list(quick_table())

@@ -8,10 +8,11 @@ import math
 import pytest
 from rich.console import Console
 
-from contestants import MODES, Arena, Row, cases, mode_call, passes, quick_table, table
-from results import Result, geometric_mean, means, summary_lines
-from tables import make_markdown, make_table, print_summary
-from timing import Timing, race, repeats_for
+from benchmarks.contestants import MODES, Arena, Row, mode_call, passes, quick_table, table
+from benchmarks.results import Result, geometric_mean, means, summary_lines
+from benchmarks.tables import make_markdown, make_table, print_summary
+from benchmarks.timing import Timing, race, repeats_for
+from tests.common import cases
 
 LAYER = cases.Layer("ResNet-50", "BatchNorm2d", (32, 64, 56, 56), (64,))
 

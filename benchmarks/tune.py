@@ -26,19 +26,29 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+# Run as a file, its own folder is on the path, and not the checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from candidates import Candidate, Forced, Job, candidates, jobs
-from contestants import Row, cases, copies_for, in_turn
+from benchmarks.candidates import Candidate, Forced, Job, candidates, jobs
+from benchmarks.contestants import Row, copies_for, in_turn
+from benchmarks.machine import cache_bytes, describe
+from benchmarks.results import CLONE_PASSES
+from benchmarks.tables import make_console
+from benchmarks.timing import race
+from benchmarks.tune_report import (
+    Ceilings,
+    Outcome,
+    as_markdown,
+    fit_parts,
+    measured_table,
+    predicted_table,
+    print_report,
+)
 from fastnorm import _C
-from machine import cache_bytes, describe
-from numerics import Inputs
-from plan_model import DEVICES
-from raw_calls import RawCall
-from results import CLONE_PASSES
-from tables import make_console
-from timing import race
-from tune_report import Ceilings, Outcome, as_markdown, fit_parts, measured_table, predicted_table, print_report
+from tests.common import cases
+from tests.common.numerics import Inputs
+from tests.common.plan_model import DEVICES
+from tests.common.raw_calls import RawCall
 
 Outputs = dict[str, Tensor]
 

@@ -14,12 +14,12 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from candidates import Candidate, Job, kind_of, predict_copy
-from contestants import cases
+from benchmarks.candidates import Candidate, Job, kind_of, predict_copy
+from benchmarks.results import CLONE_PASSES, geometric_mean
+from benchmarks.tables import SHOWN_MISSES, WRONG_EPSILONS
+from benchmarks.timing import Timing
 from fastnorm import _C
-from results import CLONE_PASSES, geometric_mean
-from tables import SHOWN_MISSES, WRONG_EPSILONS
-from timing import Timing
+from tests.common import cases
 
 # Share of the copy's bandwidth to reach, forward and backward.
 LINES = {

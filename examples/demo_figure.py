@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.ticker import LogLocator
 
-from figures import draw_panels, plt, style
+from benchmarks.figures import draw_panels, plt, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
     from train_digits import Variant
 
-    from results import Result
+    from benchmarks.results import Result
 
 LOOKS: dict[str, dict[str, Any]] = {
     "torch.nn": {"color": "#b8b8b8", "lw": 5, "alpha": 0.7},

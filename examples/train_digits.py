@@ -30,13 +30,13 @@ from torch.nn import functional as F
 
 import fastnorm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+# Run as a file, its own folder is on the path, and not the checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo_figure import save_picture
-
-import bench
-from machine import cpu_model, fastnorm_capability
-from tables import make_console, print_results
+from benchmarks import bench
+from benchmarks.machine import cpu_model, fastnorm_capability
+from benchmarks.tables import make_console, print_results
+from examples.demo_figure import save_picture
 
 BATCH_SIZE = 64
 HELD_OUT = 360  # of 1797 images

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import fastnorm._C
-from cases import Case, parity_cases, thinned
-from emulator import backend as emulator
+from tests.common.cases import Case, parity_cases, thinned
+from tests.emulator import backend as emulator
 
 # One, because the tensors are small: with two, waiting for the other core of a busy machine takes most of the time.
 # test_threads.py is where the number varies.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import DATA, PRECISIONS, Case, Layer
-from conftest import Backend
-from numerics import compare
+from tests.common.cases import DATA, PRECISIONS, Case, Layer
+from tests.common.numerics import compare
+from tests.conftest import Backend
 
 # Two correct roundings of a mean of 1e6 to float32 differ in their last digits, and both errors are large.
 NOISE = 1.02

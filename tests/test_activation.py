@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import ACTIVATIONS, DTYPES
 from fastnorm import functional
-from numerics import ACTIVATION_FUNCTIONS, SLOPE
+from tests.common.cases import ACTIVATIONS, DTYPES
+from tests.common.numerics import ACTIVATION_FUNCTIONS, SLOPE
 
 NAMES = [name for name in ACTIVATIONS if name is not None]
 # Beyond torch's own error in the same binade, in units in the last place.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastnorm
-from cases import TYPICAL, Case, Layer
-from numerics import build, call, make_inputs, run
+from tests.common.cases import TYPICAL, Case, Layer
+from tests.common.numerics import build, call, make_inputs, run
 
 
 @pytest.fixture(params=TYPICAL, ids=lambda layer: layer.norm)

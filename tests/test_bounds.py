@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fastnorm
-from cases import LAYERS, PRECISIONS, Case, modes
 from fastnorm import _C
-from numerics import build, make_inputs, run
+from tests.common.cases import LAYERS, PRECISIONS, Case, modes
+from tests.common.numerics import build, make_inputs, run
 
 PAGE = mmap.PAGESIZE
 # relu keeps a mask for backward, silu the residual.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from check_sass import Kernel, read_report, read_sass
+from tests.check_sass import Kernel, read_report, read_sass
 
 NAME = "_ZN8fastnorm4cuda10apply_rowsINS_8BFloat16ELi8ELb0EEEvNS0_14ForwardTensorsIT_EENS0_9RowsShapeE"
 REPORT = f"""ptxas info    : 0 bytes gmem

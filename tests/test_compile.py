@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastnorm
-from cases import PRECISIONS, TYPICAL, Case, Layer, modes
-from numerics import build, make_inputs, run
+from tests.common.cases import PRECISIONS, TYPICAL, Case, Layer, modes
+from tests.common.numerics import build, make_inputs, run
 
 ops = torch.ops.fastnorm
 

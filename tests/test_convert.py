@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastnorm
 from fastnorm import _C
-from numerics import ACTIVATION_FUNCTIONS
+from tests.common.numerics import ACTIVATION_FUNCTIONS
 
 NATIVE = (
     nn.BatchNorm1d,

@@ -16,8 +16,8 @@ import fastnorm._C as _C
 CAPABILITIES = _C.cpu_capabilities()
 RESULTS = """
 import sys, torch, fastnorm._C
-from cases import Case, LAYERS, TYPICAL, ACTIVATIONS, PRECISIONS
-from numerics import build, make_inputs, run
+from tests.common.cases import Case, LAYERS, TYPICAL, ACTIVATIONS, PRECISIONS
+from tests.common.numerics import build, make_inputs, run
 import fastnorm
 results = {"": fastnorm._C.cpu_capability()}
 cpu = torch.device("cpu")

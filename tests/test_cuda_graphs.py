@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastnorm
-from cases import TYPICAL, Case, Layer
-from numerics import Inputs, build, call, make_inputs
+from tests.common.cases import TYPICAL, Case, Layer
+from tests.common.numerics import Inputs, build, call, make_inputs
 
 pytestmark = pytest.mark.cuda
 

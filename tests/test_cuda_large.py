@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Layer
 from fastnorm import functional
+from tests.common.cases import Layer
 
 pytestmark = pytest.mark.cuda
 

@@ -10,7 +10,7 @@ import torch
 import fastnorm
 from fastnorm import _C
 from fastnorm.cuda import leave_multiprocessors_free
-from plan_model import BATCH, DEVICES, Shape
+from tests.common.plan_model import BATCH, DEVICES, Shape
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastnorm
-from cases import LAYERS, TYPICAL, Case, Layer
-from numerics import build, make_inputs, run
-from raw_calls import RawCall, same_bits
+from tests.common.cases import LAYERS, TYPICAL, Case, Layer
+from tests.common.numerics import build, make_inputs, run
+from tests.common.raw_calls import RawCall, same_bits
 
 pytestmark = pytest.mark.cuda
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 
 import fastnorm
-from numerics import assert_alike
+from tests.common.numerics import assert_alike
 
 
 @pytest.fixture(autouse=True, scope="module")

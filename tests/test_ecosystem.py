@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fastnorm
-from cases import TYPICAL, Case, Layer
-from numerics import assert_alike, build, make_inputs
+from tests.common.cases import TYPICAL, Case, Layer
+from tests.common.numerics import assert_alike, build, make_inputs
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,22 @@ import torch
 from torch import Tensor
 
 import fastnorm
-from cases import ACTIVATIONS, EPILOGUES, LAYERS, LAYOUTS, PRECISIONS, TYPICAL, Case, Layer, modes, parity_cases
-from conftest import EMULATED, EMULATED_DEVICES, thinned_cases
-from emulator import backend as emulator
-from numerics import build, make_inputs, measure, run, scale_of, truth
-from raw_calls import RawCall, same_bits
+from tests.common.cases import (
+    ACTIVATIONS,
+    EPILOGUES,
+    LAYERS,
+    LAYOUTS,
+    PRECISIONS,
+    TYPICAL,
+    Case,
+    Layer,
+    modes,
+    parity_cases,
+)
+from tests.common.numerics import build, make_inputs, measure, run, scale_of, truth
+from tests.common.raw_calls import RawCall, same_bits
+from tests.conftest import EMULATED, EMULATED_DEVICES, thinned_cases
+from tests.emulator import backend as emulator
 
 CPU = torch.device("cpu")
 DRAWN = ("random", "priority")

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cases import Case, Layer
-from emulator import backend as emulator
 from fastnorm import _C
-from numerics import build, make_inputs, measure, scale_of, truth
-from plan_model import DTYPES
-from raw_calls import RawCall, same_bits
+from tests.common.cases import Case, Layer
+from tests.common.numerics import build, make_inputs, measure, scale_of, truth
+from tests.common.plan_model import DTYPES
+from tests.common.raw_calls import RawCall, same_bits
+from tests.emulator import backend as emulator
 
 CPU = torch.device("cpu")
 SCHEDULES = (("lifo", 0), ("random", 1), ("random", 2), ("priority", 1), ("priority", 2))

@@ -8,13 +8,13 @@ import dataclasses
 import pytest
 import torch
 
-from cases import BENCH, LAYERS, Case, Layer
-from conftest import EMULATED, Backend
-from emulator import backend as emulator
 from fastnorm import _C
-from numerics import make_inputs
-from plan_model import DTYPES, Shape, div_up
-from raw_calls import RawCall
+from tests.common.cases import BENCH, LAYERS, Case, Layer
+from tests.common.numerics import make_inputs
+from tests.common.plan_model import DTYPES, Shape, div_up
+from tests.common.raw_calls import RawCall
+from tests.conftest import EMULATED, Backend
+from tests.emulator import backend as emulator
 
 CPU = torch.device("cpu")
 PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"), ("float64", "float64"))

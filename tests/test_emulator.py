@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from emulator import backend, build
+from tests.emulator import backend, build
 
 SEEDED = ("random", "priority")
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases import DTYPES, make_data
 from fastnorm import BatchNorm2d, explain, functional, modules
-from numerics import assert_alike
+from tests.common.cases import DTYPES, make_data
+from tests.common.numerics import assert_alike
 
 NAMES = ("batch_norm", "group_norm", "instance_norm", "layer_norm")
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from cases import ACTIVATIONS, to_layout
 from fastnorm import functional
-from numerics import SLOPE
+from tests.common.cases import ACTIVATIONS, to_layout
+from tests.common.numerics import SLOPE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastnorm
-from cases import ACTIVATIONS, PRECISIONS, Case, Layer
-from conftest import Backend
-from numerics import build, make_inputs, measure, run, scale_of, truth
+from tests.common.cases import ACTIVATIONS, PRECISIONS, Case, Layer
+from tests.common.numerics import build, make_inputs, measure, run, scale_of, truth
+from tests.conftest import Backend
 
 # In epsilons of the dtype, times the size of the terms of the sum.
 TOLERANCE = 5.0

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from test_install import assert_sentence, load_setup, make_tools, run, sentence_of
-from test_install import toy as toy  # a fixture
+from tests.test_install import assert_sentence, load_setup, make_tools, run, sentence_of
+from tests.test_install import toy as toy  # a fixture
 
 setup = load_setup()
 cuda = setup.sys.modules["setup_cuda"]

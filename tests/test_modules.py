@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import fastnorm
-from cases import TYPICAL, Case, Layer
-from numerics import assert_alike, build, call, make_inputs
+from tests.common.cases import TYPICAL, Case, Layer
+from tests.common.numerics import assert_alike, build, call, make_inputs
 
 NAMES = (
     "BatchNorm1d",

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastnorm
-from cases import EMPTY, LAYERS, Case, Layer, modes, parity_cases, to_layout
-from conftest import Backend
-from numerics import build, compare, differences, make_inputs, run
+from tests.common.cases import EMPTY, LAYERS, Case, Layer, modes, parity_cases, to_layout
+from tests.common.numerics import build, compare, differences, make_inputs, run
+from tests.conftest import Backend
 
 # Beyond torch.nn's own error, in epsilons of the quantity's dtype times the size of its terms. Kernels for CUDA have
 # float32 where those of the CPU, torch's too, take a double for what is computed once a set.

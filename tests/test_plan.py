@@ -1,6 +1,6 @@
 """The planner: what it promises for any geometry, and its choices for the benchmark shapes, reviewed when they change.
 
-`python tests/test_plan.py` writes plans.txt anew.
+`python -m tests.test_plan` writes plans.txt anew.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cases import BENCH, TINY, Layer
 from fastnorm import _C
+from tests.common.cases import BENCH, TINY, Layer
 
 GOLDEN = Path(__file__).with_name("plans.txt")
 BATCH, GROUP, LAYER = 0, 1, 2
@@ -42,7 +42,7 @@ def geometry_of(layer: Layer) -> tuple[int, int, int, int, int]:
 
 
 def test_benchmark_shapes() -> None:
-    assert table() == GOLDEN.read_text(), "plans have changed: review, then `python tests/test_plan.py`"
+    assert table() == GOLDEN.read_text(), "plans have changed: review, then `python -m tests.test_plan`"
 
 
 def random_geometry(r: random.Random) -> tuple[int, int, int, int, int]:

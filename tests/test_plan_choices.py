@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from fastnorm import _C
-from plan_checks import RESERVED, check_backward, check_chosen, check_forward, rounds
-from plan_model import BATCH, DEVICES, GROUP, LAYER, Call, Shape, large_call, random_call
+from tests.common.plan_checks import RESERVED, check_backward, check_chosen, check_forward, rounds
+from tests.common.plan_model import BATCH, DEVICES, GROUP, LAYER, Call, Shape, large_call, random_call
 
 Plan = _C.ForwardPlan | _C.BackwardPlan
 Forced = dict[str, str | int]

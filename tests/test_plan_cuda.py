@@ -1,7 +1,7 @@
 """The CUDA planner: what it promises for any geometry on any device, and its choices for real shapes, reviewed when
 they change.
 
-`python tests/test_plan_cuda.py` writes plans_cuda.txt anew.
+`python -m tests.test_plan_cuda` writes plans_cuda.txt anew.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import BENCH, LAYERS, Layer
 from fastnorm import _C
-from plan_checks import check_everywhere
-from plan_model import BATCH, DEVICES, DTYPES, GROUP, LAYER, Call, Shape, div_up, random_call, shape_of
+from tests.common.cases import BENCH, LAYERS, Layer
+from tests.common.plan_checks import check_everywhere
+from tests.common.plan_model import BATCH, DEVICES, DTYPES, GROUP, LAYER, Call, Shape, div_up, random_call, shape_of
 
 GOLDEN = Path(__file__).with_name("plans_cuda.txt")
 
@@ -177,7 +177,7 @@ def table() -> str:
 
 
 def test_real_shapes() -> None:
-    assert table() == GOLDEN.read_text(), "plans have changed: review, then `python tests/test_plan_cuda.py`"
+    assert table() == GOLDEN.read_text(), "plans have changed: review, then `python -m tests.test_plan_cuda`"
 
 
 def test_unknown_dtype_is_refused() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import to_layout
 from fastnorm import functional
+from tests.common.cases import to_layout
 
 # More than half of the last cache, where plan.cpp begins to stream. Beyond 64 MiB of cache the test is merely large.
 CACHE = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastnorm
-from cases import DTYPES, Case, Layer
-from conftest import Backend
-from numerics import build, differences, make_inputs, run
+from tests.common.cases import DTYPES, Case, Layer
+from tests.common.numerics import build, differences, make_inputs, run
+from tests.conftest import Backend
 
 AFFINE = (("affine", True), ("track_running_stats", True))
 # Few sets can only be split inside a set, for which it must be larger than two chunks of the plan (131072 elements).

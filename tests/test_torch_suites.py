@@ -15,7 +15,7 @@ from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
 import fastnorm
 from fastnorm import functional
-from numerics import assert_alike
+from tests.common.numerics import assert_alike
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CLASSES = {info.module_cls: info for info in module_db if info.module_cls.__name__ in fastnorm.__all__}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,18 +13,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks import tune, tune_report
+from benchmarks.candidates import LAYERS, SMALL, Candidate, Job, Parts, candidates, jobs, kind_of, predict_copy
+from benchmarks.contestants import Row, copies_for
+from benchmarks.timing import Timing
+from benchmarks.tune_report import Ceilings, Outcome, as_markdown, as_text, family_table, fit, fit_parts
 from fastnorm import _C
-from plan_model import DEVICES
-from raw_calls import RawCall
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import tune
-import tune_report
-from candidates import LAYERS, SMALL, Candidate, Job, Parts, candidates, jobs, kind_of, predict_copy
-from contestants import Row, cases, copies_for
-from timing import Timing
-from tune_report import Ceilings, Outcome, as_markdown, as_text, family_table, fit, fit_parts
+from tests.common import cases
+from tests.common.plan_model import DEVICES
+from tests.common.raw_calls import RawCall
 
 JOBS = list(jobs())
 H200 = DEVICES["H200"]

@@ -1,6 +1,6 @@
 """Loads the emulated kernels, and steers and questions the emulator.
 
-from emulator import backend
+from tests.emulator import backend
 emulator = backend.load()                               builds what has changed, then loads
 emulator.configure(order="random", seed=3, device="tiny")
 torch.ops.fastnorm_emulated.norm_forward(...)           RuntimeError where the emulator finds a defect
@@ -16,7 +16,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from emulator import build
+from tests.emulator import build
 
 ORDERS = ("fifo", "lifo", "random", "priority")
 

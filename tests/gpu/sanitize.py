@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Run as a file, its own folder is on the path, and not the checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import fastnorm.ops
-from cases import LAYERS, PRECISIONS, Case, Layer, modes
-from numerics import make_inputs, measure
-from raw_calls import RawCall
+from tests.common.cases import LAYERS, PRECISIONS, Case, Layer, modes
+from tests.common.numerics import make_inputs, measure
+from tests.common.raw_calls import RawCall
 
 CUDA = torch.device("cuda")
 # More than one piece to a set, more than one block to a channel, an odd tail: what the small ones are too small for.

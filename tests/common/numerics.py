@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnorm
-from cases import Case, make_data, to_layout
+from tests.common.cases import Case, make_data, to_layout
 
 SLOPE = 0.2  # of leaky_relu in every test
 ACTIVATION_FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {

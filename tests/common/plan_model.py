@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cases import Layer
 from fastnorm import _C
+from tests.common.cases import Layer
 
 BATCH, GROUP, LAYER = 0, 1, 2
 DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}

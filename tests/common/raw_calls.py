@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cases import Case
 from fastnorm.ops import ACTIVATIONS
-from numerics import SLOPE, Inputs, add_batch, build
-from plan_model import BATCH, GROUP, LAYER, Shape, shape_of
+from tests.common.cases import Case
+from tests.common.numerics import SLOPE, Inputs, add_batch, build
+from tests.common.plan_model import BATCH, GROUP, LAYER, Shape, shape_of
 
 
 @dataclasses.dataclass

@@ -9,8 +9,8 @@ import dataclasses
 import math
 
 from fastnorm import _C
-from plan_model import BATCH, DEVICES, KIB, Call, Shape, div_up
-from plan_walk import MASK_BITS, WARP, Cut, check_columns, check_every_element_once, check_rows
+from tests.common.plan_model import BATCH, DEVICES, KIB, Call, Shape, div_up
+from tests.common.plan_walk import MASK_BITS, WARP, Cut, check_columns, check_every_element_once, check_rows
 
 MAX_BLOCKS = 2**31 - 1
 MAX_THREADS = 256

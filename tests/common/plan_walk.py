@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastnorm import _C
-from plan_model import BATCH, Shape, div_up
+from tests.common.plan_model import BATCH, Shape, div_up
 
 WARP = 32
 MAX_PIECE = 2**20  # packs or positions: a piece's offsets fit 32 bits, its count is exact in float32
