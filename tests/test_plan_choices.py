@@ -231,7 +231,7 @@ def test_what_cannot_be_forced_is_refused(forced: Forced, text: str) -> None:
 
 def test_a_tile_narrower_than_an_element_is_one() -> None:
     """In a process of its own: a division by zero ends it."""
-    code = "from test_plan_choices import *; chosen(CALLS[3], DEVICES['H200'], False, forced={'tile_bytes': 1})"
+    code = "from tests.test_plan_choices import *; chosen(CALLS[3], DEVICES['H200'], False, forced={'tile_bytes': 1})"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
