@@ -11,6 +11,18 @@ def cpu_capability() -> str:
 def cpu_capabilities() -> list[str]:
     """The instruction sets that this build and this processor can both run, best first."""
 
+STATS_ROWS: int
+"""Rows of the operators' `stats`."""
+
+def activations() -> list[str]:
+    """The names of the activations, by their numbers in the operators; the first is none."""
+
+def two_sided_activations() -> list[str]:
+    """Those whose derivative is one of two constants: with a residual they save a mask."""
+
+def refused_gangs() -> int:
+    """Launches that a GPU has refused."""
+
 def has_stream() -> bool:
     """Whether the torch that is loaded has CUDA streams."""
 

@@ -5,7 +5,7 @@ fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + res
 """
 
 from . import cuda, functional
-from .convert import convert, revert
+from .convert import convert, revert, reverted
 from .functional import moments
 from .modules import (
     BatchNorm1d,
@@ -39,4 +39,5 @@ __all__ = [
     "moments",
     "report",
     "revert",
+    "reverted",
 ]

@@ -1,9 +1,4 @@
-"""Derivatives of the operators, and the one door through which every norm calls them: `apply_norm`.
-
-Host time counts here: a layer on a small tensor costs its Python. So an eager call is one operator, `norm`, whose
-C++ checks the arguments and records the gradient (csrc/torch/autograd.cpp). Its RuntimeError, like our `Unserved`,
-sends the caller to torch's operators. torch.compile sees the functional operators, and through them `NormFunction`.
-"""
+"""Derivatives of the functional operators, first and higher. (Those of an eager call are csrc/torch/autograd.cpp's.)"""
 
 from __future__ import annotations
 
@@ -13,121 +8,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from . import ops, reference
-from .ops import KIND_BATCH, Unserved
+from .activations import CODES
+from .ops import OptTensor, Settings
 
-OptTensor: TypeAlias = Tensor | None
-#: kind, groups, eps, frozen, activation, activation_param
-Config: TypeAlias = tuple[int, int, float, bool, int, float]
-#: of dx, of dweight and dbias, of dresidual
-Needs: TypeAlias = tuple[bool, bool, bool]
+_LEAKY_RELU = CODES["leaky_relu"]
+
 #: dx, dweight, dbias, dresidual
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-
-_functorch_active = torch._C._are_functorch_transforms_active
-_jit_tracing = torch._C._get_tracing_state
-# What OpOverload.__call__ calls: a Python frame less.
-_norm = ops.norm._op
+#: dx, dweight and dbias, dresidual
+OutputMask: TypeAlias = tuple[bool, bool, bool]
 
 
 def _transformed() -> bool:
     """A torch.func transform or forward-mode differentiation is under way."""
-    return _functorch_active() or forward_ad._current_level >= 0
-
-
-def require_plain(x: Tensor) -> None:
-    """Raise Unserved unless x is an ordinary tensor, outside of everything that must see torch's operators."""
-    if is_compiling():
-        if is_exporting():
-            raise Unserved("an exported program should need nothing but torch")
-    elif type(x) is not Tensor and type(x) is not torch.nn.Parameter:
-        raise Unserved(f"x is a {type(x).__name__}, not a plain Tensor")
-    elif _jit_tracing() is not None:
-        raise Unserved("torch.jit.trace records torch's operators")
-    if _functorch_active():
-        raise Unserved("a torch.func transform is active")
-    if forward_ad._current_level >= 0:
-        raise Unserved("forward-mode differentiation is active")
-
-
-def apply_norm(
-    x: Tensor,
-    weight: OptTensor,
-    bias: OptTensor,
-    residual: OptTensor,
-    running_mean: OptTensor,
-    running_var: OptTensor,
-    num_batches_tracked: OptTensor,
-    kind: int,
-    groups: int,
-    use_input_stats: bool,
-    momentum: float | None,
-    eps: float,
-    activation: int,
-    activation_param: float,
-) -> Tensor:
-    """act((x - mean) * rstd * weight + bias + residual), differentiable.
-
-    With use_input_stats the statistics are x's, and the running ones given are moved by momentum (None: so that they
-    become the average over all batches); else the statistics are running_mean and running_var.
-    The caller has called `require_plain(x)`. RuntimeError, with nothing written, for what the kernels do not serve.
-    """
-    apply = _apply_traced if is_compiling() else _norm
-    return apply(
-        x,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        kind,
-        groups,
-        use_input_stats,
-        momentum,
-        eps,
-        activation,
-        activation_param,
-    )
-
-
-def _apply_traced(
-    x: Tensor,
-    weight: OptTensor,
-    bias: OptTensor,
-    residual: OptTensor,
-    running_mean: OptTensor,
-    running_var: OptTensor,
-    num_batches_tracked: OptTensor,
-    kind: int,
-    groups: int,
-    use_input_stats: bool,
-    momentum: float | None,
-    eps: float,
-    activation: int,
-    param: float,
-) -> Tensor:
-    """apply_norm for torch.compile: functional operators, and all checks beforehand, as none could be caught."""
-    refusal = ops.why_refused(x, weight, bias, residual, running_mean, running_var, kind, groups)
-    if refusal is not None:
-        raise Unserved(refusal)
-    if not use_input_stats and running_mean is None:
-        raise Unserved("there are no running statistics to use")
-    if kind == KIND_BATCH and (eps < 0.0 or (use_input_stats and (eps == 0.0 or x.numel() <= x.shape[1]))):
-        raise Unserved("eps is not positive, or a channel has a single value")
-    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
-        raise Unserved("running statistics require grad")
-    mean, var = (None, None) if use_input_stats else (running_mean, running_var)
-    save_mask = torch.is_grad_enabled()
-    y, stats, _ = ops.norm_forward(
-        x, weight, bias, residual, mean, var, kind, groups, eps, activation, param, save_mask
-    )
-    if use_input_stats and (running_mean is not None or num_batches_tracked is not None):
-        count = x.numel() // stats.shape[1]
-        ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
-    return y  # type: ignore[no-any-return]
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class NormFunction(Function):
@@ -140,30 +37,27 @@ class NormFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, residual, mean, _, kind, groups, eps, activation, param, _ = inputs
+        x, weight, bias, residual, mean, _, *settings, _ = inputs
         _, stats, mask = output
+        activation = settings[3]
         if activation == 0 or mask.numel() != 0:
             residual = None  # backward can do without
         ctx.mark_non_differentiable(stats, mask)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, residual, stats, mask)
-        ctx.config = (kind, groups, eps, mean is not None, activation, param)
+        ctx.settings = tuple(settings)
+        ctx.frozen = mean is not None
 
     @staticmethod
     def backward(ctx: Any, dy: OptTensor, *_: None) -> tuple[OptTensor, ...]:
         if dy is None:
             return (None,) * 12
-        kind, groups, eps, frozen, activation, param = ctx.config
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        needs = [needs_x, needs_weight or needs_bias, needs_residual]
-        if is_compiling() or not (torch.is_grad_enabled() or _transformed()):
-            gradients = ops.norm_backward(dy, *ctx.saved_tensors, kind, groups, frozen, activation, param, needs)
-        else:
-            gradients = ops.norm_backward_differentiable(
-                dy, *ctx.saved_tensors, kind, groups, eps, frozen, activation, param, needs
-            )
-        dx, dweight, dbias, dresidual = gradients
-        if activation == 0:
+        output_mask = [needs_x, needs_weight or needs_bias, needs_residual]
+        differentiable = not is_compiling() and (torch.is_grad_enabled() or _transformed())
+        op = ops.norm_backward_differentiable if differentiable else ops.norm_backward
+        dx, dweight, dbias, dresidual = op(dy, *ctx.saved_tensors, *ctx.settings, ctx.frozen, output_mask)
+        if ctx.settings[3] == 0:
             dresidual = dy
         return (
             dx if needs_x else None,
@@ -184,12 +78,11 @@ def _forward_with_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class NormBackwardFunction(Function):
-    """`norm_backward` with its gradient: that of `reference.norm_backward`, differentiable for ever."""
+    """`norm_backward` with its gradient: that of `reference.norm_backward`, differentiable any number of times."""
 
     @staticmethod
     def forward(*args: Any) -> Gradients:
-        *tensors, kind, groups, _, frozen, activation, param, needs = args
-        return ops.norm_backward(*tensors, kind, groups, frozen, activation, param, needs)  # type: ignore[no-any-return]
+        return ops.norm_backward(*args)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
@@ -239,26 +132,22 @@ def _reference_backward(
     residual: OptTensor,
     stats: Tensor,
     mask: Tensor,
-    kind: int,
-    groups: int,
-    eps: float,
-    frozen: bool,
-    activation: int,
-    param: float,
-    needs: Needs,
+    *rest: Any,
 ) -> Gradients:
     """`norm_backward` in torch's operators: differentiable again, and right under every transform."""
+    *settings, frozen, _ = rest
+    groups, normalized_dims, eps, activation, param = settings
     if mask.numel() != 0:
         # Only the operator reads masks. What it makes of ones is the activation's slope.
-        only_residual = (False, False, True)
-        slope = ops.norm_backward(
-            torch.ones_like(x), x, None, None, None, stats, mask, kind, groups, frozen, activation, param, only_residual
-        )[3]
+        only_residual: OutputMask = (False, False, True)
+        ones = torch.ones_like(x)
+        slope = ops.norm_backward(ones, x, None, None, None, stats, mask, *settings, frozen, only_residual)[3]
         dy = dy.to(stats.dtype)
-        dy = torch.where(slope == 1, dy, dy * param if activation == ops.LEAKY_RELU else 0.0)
+        lower = dy * param if activation == _LEAKY_RELU else 0.0
+        dy = torch.where(slope == 1, dy, lower)
         residual, activation = None, 0
     mean, var = (stats[0], stats[2]) if frozen else (None, None)
-    gradients = reference.norm_backward(dy, x, weight, bias, residual, mean, var, kind, groups, eps, activation, param)
-    dx, dweight, dbias, dresidual = gradients
+    plain: Settings = (groups, normalized_dims, eps, activation, param)
+    dx, dweight, dbias, dresidual = reference.norm_backward(dy, x, weight, bias, residual, mean, var, plain)
     none = x.new_empty(0)
     return dx, none if dweight is None else dweight, none if dbias is None else dbias, dresidual

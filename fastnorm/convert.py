@@ -1,100 +1,39 @@
-"""convert: torch.nn norms become fastnorm's, in place. revert: the way back.
+"""convert: torch.nn norms become fastnorm's, in place. revert: the way back. reverted: back for a while.
 
 A module changes its class and nothing else: Parameters, buffers, hooks, flags and its place in the model stay.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import modules, reference
-from .ops import activation_code
+from . import modules
+from .unfused import UNFUSED, forget_activation
 
-__all__ = ["convert", "revert"]
+__all__ = ["convert", "revert", "reverted"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-
-class TorchNormActivation(nn.Module):
-    """A torch.nn norm, the residual add and the activation, in torch's own operators: what revert leaves of a
-    fastnorm module with an activation."""
-
-    activation: str | None
-    activation_param: float
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        code = activation_code(self.activation)
-        return reference.epilogue(super().forward(input), residual, code, self.activation_param)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation!r}"
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self)
-
-
-class BatchNorm1dActivation(TorchNormActivation, nn.BatchNorm1d):
-    pass
-
-
-class BatchNorm2dActivation(TorchNormActivation, nn.BatchNorm2d):
-    pass
-
-
-class BatchNorm3dActivation(TorchNormActivation, nn.BatchNorm3d):
-    pass
-
-
-class InstanceNorm1dActivation(TorchNormActivation, nn.InstanceNorm1d):
-    pass
-
-
-class InstanceNorm2dActivation(TorchNormActivation, nn.InstanceNorm2d):
-    pass
-
-
-class InstanceNorm3dActivation(TorchNormActivation, nn.InstanceNorm3d):
-    pass
-
-
-class GroupNormActivation(TorchNormActivation, nn.GroupNorm):
-    pass
-
-
-class LayerNormActivation(TorchNormActivation, nn.LayerNorm):
-    pass
-
-
-# (torch.nn, fastnorm, what a fastnorm module with an activation reverts to)
-_FAMILIES: tuple[tuple[type[nn.Module], type[modules.Norm], type[nn.Module]], ...] = (
-    (nn.BatchNorm1d, modules.BatchNorm1d, BatchNorm1dActivation),
-    (nn.BatchNorm2d, modules.BatchNorm2d, BatchNorm2dActivation),
-    (nn.BatchNorm3d, modules.BatchNorm3d, BatchNorm3dActivation),
-    (nn.InstanceNorm1d, modules.InstanceNorm1d, InstanceNorm1dActivation),
-    (nn.InstanceNorm2d, modules.InstanceNorm2d, InstanceNorm2dActivation),
-    (nn.InstanceNorm3d, modules.InstanceNorm3d, InstanceNorm3dActivation),
-    (nn.GroupNorm, modules.GroupNorm, GroupNormActivation),
-    (nn.LayerNorm, modules.LayerNorm, LayerNormActivation),
-)
-_FASTNORM = {torch_class: ours for torch_class, ours, _ in _FAMILIES}
-_FASTNORM |= {reverted: ours for _, ours, reverted in _FAMILIES}
-_TORCH: dict[type[nn.Module], type[nn.Module]] = {ours: torch_class for torch_class, ours, _ in _FAMILIES}
-_TORCH_WITH_ACTIVATION: dict[type[nn.Module], type[nn.Module]] = {ours: reverted for _, ours, reverted in _FAMILIES}
+_PUBLIC: tuple[type[modules.Norm], ...] = tuple(getattr(modules, name) for name in modules.__all__)
+#: torch.nn's class, or the same with an activation behind it -> fastnorm's
+_FASTNORM: dict[type[nn.Module], type[modules.Norm]] = {cls.torch_class: cls for cls in _PUBLIC}
+_FASTNORM |= {UNFUSED[cls.torch_class]: cls for cls in _PUBLIC}
 
 
 def convert(model: Model) -> Model:
     """Turn the torch.nn norms of `model` into fastnorm's, in place; returns `model`.
 
-    Only modules whose class is exactly torch.nn's: a subclass may have a forward of its own. `why_left` has the rest.
+    Only modules whose class is exactly torch.nn's: a subclass may have a forward of its own. `fastnorm.report` tells
+    why a norm is left as it is.
     """
     for module in model.modules():
-        if why_left(module) is None:
-            module.__class__ = _FASTNORM[type(module)]
+        if why_not_converted(module) is None:
+            _change_class(module, _FASTNORM[type(module)])
     return model
 
 
@@ -105,52 +44,64 @@ def revert(model: Model) -> Model:
     torch.nn's norm, then adds the residual, then applies the activation. Subclasses of fastnorm's are left alone.
     """
     for module in model.modules():
-        if type(module) not in _TORCH:
-            continue
-        if module.activation is not None:
-            module.__class__ = _TORCH_WITH_ACTIVATION[type(module)]
-        else:
-            module.__class__ = _TORCH[type(module)]
-            for name in ("activation", "activation_param"):
-                vars(module).pop(name, None)
+        if isinstance(module, modules.Norm) and type(module) in _PUBLIC:
+            fuses = module._epilogue()[0] is not None
+            torch_class = module.torch_class
+            if module._fuses and not fuses:
+                forget_activation(module)
+            _change_class(module, UNFUSED[torch_class] if fuses else torch_class)
     return model
 
 
-_ACTIVATION_MODULES: dict[str, Callable[[float], nn.Module]] = {
-    "relu": lambda param: nn.ReLU(),
-    "leaky_relu": nn.LeakyReLU,
-    "silu": lambda param: nn.SiLU(),
-    "gelu": lambda param: nn.GELU(),
-    "gelu_tanh": lambda param: nn.GELU(approximate="tanh"),
-    "hardswish": lambda param: nn.Hardswish(),
-    "sigmoid": lambda param: nn.Sigmoid(),
-    "tanh": lambda param: nn.Tanh(),
-}
+@contextlib.contextmanager
+def reverted(model: Model) -> Iterator[Model]:
+    """`model` with torch.nn's norms for the length of a `with` block: for tools that look a class up exactly
+    (quantization, FLOP counters, privacy validators). Afterwards the norms that were fastnorm's are so again, but for
+    those that the tool has replaced or changed."""
+    ours = [module for module in model.modules() if type(module) in _PUBLIC]
+    revert(model)
+    try:
+        yield model
+    finally:
+        for module in ours:
+            if why_not_converted(module) is None:
+                _change_class(module, _FASTNORM[type(module)])
 
 
-def scriptable(norm: modules.Norm | TorchNormActivation) -> nn.Module:
-    """What torch.jit.script compiles in place of `norm`: torch.nn's modules, with the same Parameters and buffers."""
-    activation = norm.activation
-    plain = copy.copy(norm)
-    plain.activation = None
-    revert(convert(plain))
-    if activation is None:
-        return plain
-    return nn.Sequential(plain, _ACTIVATION_MODULES[activation](norm.activation_param))
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """A `forward` on the instance that is only the old class's own method goes; what else is there stays."""
+    own = vars(module)
+    if _is_leftover_forward(module):
+        del own["forward"]
+    for name in modules.CALL_COUNTS:
+        own.pop(name, None)
+    module.__class__ = cls
 
 
-def why_left(module: nn.Module) -> str | None:
+def _is_leftover_forward(module: nn.Module) -> bool:
+    """Whether the instance's own `forward` is the class's, bound: what tools leave that have put theirs there and taken
+    it away."""
+    forward = vars(module).get("forward")
+    return getattr(forward, "__self__", None) is module and (
+        getattr(forward, "__func__", None) is getattr(type(module), "forward", None)
+    )
+
+
+def why_not_converted(module: nn.Module) -> str | None:
     """Why `convert` leaves this module as it is; None if it does not."""
     if isinstance(module, modules.Norm):
         return "is a fastnorm module already"
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript"
     if type(module) not in _FASTNORM:
-        if isinstance(module, tuple(_TORCH.values())):
+        if isinstance(module, tuple(_FASTNORM)):
             return f"{type(module).__name__} is a subclass, which may compute something else"
         return f"fastnorm has no {type(module).__name__}"
-    if "forward" in vars(module):
+    if has_own_forward(module):
         return "its forward was replaced on the instance"
-    if not isinstance(module, TorchNormActivation) and hasattr(module, "activation"):
-        return "it has an attribute `activation` of its own"
     return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance has a `forward` that is not its class's."""
+    return "forward" in vars(module) and not _is_leftover_forward(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from .ops import _C
+from .extension import _C
 
 __all__ = ["leave_multiprocessors_free"]
 

@@ -1,9 +1,9 @@
 """batch_norm, group_norm, instance_norm and layer_norm with the signatures of torch.nn.functional and a fused
 epilogue: `act(norm(input) + residual)`.
 
-Each asks its `serve_*` function, which calls the kernels or raises; whatever that raised, torch.nn.functional's own
-function then answers. So what torch rejects is rejected by torch, in its words, and what the kernels do not do is
-computed by torch. `logging.getLogger("fastnorm")` tells at level DEBUG why a call was left to torch.
+Each calls the kernels; what they refuse, torch.nn.functional's own function computes. So what torch rejects is rejected
+by torch, in its words. `FASTNORM_LOG=fallback`, or the logger "fastnorm" at level DEBUG, tells why a call was left to
+torch.
 
 Keyword arguments that all of them share:
     activation: None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid" or "tanh".
@@ -16,41 +16,27 @@ Raises: what torch.nn.functional raises; ValueError for an unknown activation.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import ops, reference
-from .autograd import apply_norm, require_plain
-from .ops import KIND_BATCH, KIND_GROUP, KIND_LAYER, Unserved, activation_code
+from .activations import activation_code
+from .dispatch import (
+    Unsupported,
+    entry_for,
+    fall_back,
+    fused_batch_norm,
+    fused_group_norm,
+    fused_instance_norm,
+    fused_layer_norm,
+    serve,
+    trace_norm,
+)
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "moments"]
-
-#: What a `serve_*` function raises for a call that torch has to answer; not ValueError, which is torch's own check.
-REFUSALS = (RuntimeError, LookupError, TypeError, AttributeError)
-#: RuntimeErrors that are none: a kernel or an allocation failed on the GPU, and torch should not be left to hide it.
-FAILURES = (torch.AcceleratorError, torch.OutOfMemoryError)
-
-_logger = logging.getLogger("fastnorm")
-
-
-def leave_to_torch(name: str, refusal: Exception) -> None:
-    """Say in the debug log why a call of `name` is left to torch; raise what is no refusal."""
-    if is_compiling():
-        return
-    if isinstance(refusal, FAILURES):
-        raise refusal
-    if _logger.isEnabledFor(logging.DEBUG):
-        _logger.debug("%s left to torch: %s", name, why(refusal))
-
-
-def why(refusal: Exception) -> str:
-    """The reason an exception gives, on one line."""
-    return str(refusal).removeprefix("fastnorm: ").partition("\n")[0]
 
 
 def batch_norm(
@@ -73,30 +59,14 @@ def batch_norm(
     running_var in place. Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
     code = activation_code(activation)
-    try:
-        require_plain(input)
-        if momentum is None:
-            raise Unserved("momentum is None")
-        return apply_norm(
-            input,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            None,
-            KIND_BATCH,
-            0,
-            training,
-            momentum,
-            eps,
-            code,
-            activation_param,
-        )
-    except REFUSALS as refusal:
-        leave_to_torch("batch_norm", refusal)
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return reference.epilogue(y, residual, code, activation_param)
+    norm = (running_mean, running_var, weight, bias, training, momentum, eps)
+    return serve(
+        "batch_norm",
+        lambda entry, x, added: fused_batch_norm(entry, x, *norm, added, code, activation_param),
+        lambda x, added: reference.epilogue(F.batch_norm(x, *norm), added, activation, activation_param),
+        input,
+        residual,
+    )
 
 
 def instance_norm(
@@ -119,27 +89,14 @@ def instance_norm(
     use_input_stats the running statistics move in place. Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022.
     """
     code = activation_code(activation)
-    try:
-        require_plain(input)
-        if momentum is None:
-            raise Unserved("momentum is None")
-        return serve_instance_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            use_input_stats,
-            momentum,
-            eps,
-            residual,
-            code,
-            activation_param,
-        )
-    except REFUSALS as refusal:
-        leave_to_torch("instance_norm", refusal)
-    y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return reference.epilogue(y, residual, code, activation_param)
+    norm = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return serve(
+        "instance_norm",
+        lambda entry, x, added: fused_instance_norm(entry, x, *norm, added, code, activation_param),
+        lambda x, added: reference.epilogue(F.instance_norm(x, *norm), added, activation, activation_param),
+        input,
+        residual,
+    )
 
 
 def group_norm(
@@ -159,13 +116,14 @@ def group_norm(
     Wu & He 2018, https://arxiv.org/abs/1803.08494.
     """
     code = activation_code(activation)
-    try:
-        require_plain(input)
-        return serve_group_norm(input, num_groups, weight, bias, eps, residual, code, activation_param)
-    except REFUSALS as refusal:
-        leave_to_torch("group_norm", refusal)
-    y = F.group_norm(input, num_groups, weight, bias, eps)
-    return reference.epilogue(y, residual, code, activation_param)
+    norm = (num_groups, weight, bias, eps)
+    return serve(
+        "group_norm",
+        lambda entry, x, added: fused_group_norm(entry, x, *norm, added, code, activation_param),
+        lambda x, added: reference.epilogue(F.group_norm(x, *norm), added, activation, activation_param),
+        input,
+        residual,
+    )
 
 
 def layer_norm(
@@ -185,16 +143,14 @@ def layer_norm(
     Ba et al. 2016, https://arxiv.org/abs/1607.06450.
     """
     code = activation_code(activation)
-    try:
-        require_plain(input)
-        if not isinstance(normalized_shape, (tuple, list)):
-            raise Unserved(f"normalized_shape is a {type(normalized_shape).__name__}")
-        shape = torch.Size(normalized_shape)  # TypeError for anything but integers
-        return serve_layer_norm(input, shape, weight, bias, eps, residual, code, activation_param)
-    except REFUSALS as refusal:
-        leave_to_torch("layer_norm", refusal)
-    y = F.layer_norm(input, normalized_shape, weight, bias, eps)
-    return reference.epilogue(y, residual, code, activation_param)
+    norm = (normalized_shape, weight, bias, eps)
+    return serve(
+        "layer_norm",
+        lambda entry, x, added: fused_layer_norm(entry, x, *norm, added, code, activation_param),
+        lambda x, added: reference.epilogue(F.layer_norm(x, *norm), added, activation, activation_param),
+        input,
+        residual,
+    )
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,85 +162,13 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dim() < 2:
         raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
     try:
-        require_plain(x)
         if torch.is_grad_enabled() and x.requires_grad:
-            raise Unserved("moments is differentiated by torch")
-        if is_compiling() and (refusal := ops.why_refused(x, *(None,) * 5, KIND_BATCH, 0)) is not None:
-            raise Unserved(refusal)
+            raise Unsupported("moments is differentiated by torch")
+        if entry_for(x) is trace_norm:
+            refusal = ops.why_unsupported(x, *(None,) * 5, (0, 0, 0.0, 0, 0.0))
+            if refusal is not None:
+                raise Unsupported(refusal)
         mean, var = ops.moments(x)
         return mean, var
-    except REFUSALS as refusal:
-        leave_to_torch("moments", refusal)
-    return reference.moments(x)
-
-
-def serve_instance_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    residual: Tensor | None,
-    activation: int,
-    param: float,
-) -> Tensor:
-    """Instance norm by the kernels: group norm of one channel a group; by running statistics, batch norm."""
-    kind, groups = KIND_BATCH, 0
-    if use_input_stats:
-        kind, groups = KIND_GROUP, int(x.size(1))  # int: torch.compile takes the number of channels for a constant
-        if x.numel() <= x.size(0) * groups:
-            raise Unserved("x has less than two spatial elements")
-    return apply_norm(
-        x,
-        weight,
-        bias,
-        residual,
-        running_mean,
-        running_var,
-        None,
-        kind,
-        groups,
-        use_input_stats,
-        momentum,
-        eps,
-        activation,
-        param,
-    )
-
-
-def serve_group_norm(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: int,
-    param: float,
-) -> Tensor:
-    """Group norm by the kernels."""
-    if x.numel() <= groups:  # torch counts the values of the whole batch
-        raise Unserved("x has less than two values per group")
-    return apply_norm(
-        x, weight, bias, residual, None, None, None, KIND_GROUP, groups, True, None, eps, activation, param
-    )
-
-
-def serve_layer_norm(
-    x: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: int,
-    param: float,
-) -> Tensor:
-    """Layer norm by the kernels."""
-    dims = len(normalized_shape)
-    if x.shape[-dims:] != normalized_shape or dims == 0 or x.numel() == 0:
-        raise Unserved(f"x is empty or does not end in {normalized_shape}")
-    return apply_norm(x, weight, bias, residual, None, None, None, KIND_LAYER, dims, True, None, eps, activation, param)
+    except RuntimeError as error:
+        return fall_back("moments", error, lambda: reference.moments(x))  # type: ignore[no-any-return]

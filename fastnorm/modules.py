@@ -9,21 +9,29 @@ Constructors take what the torch.nn class of the same name takes, then keyword-o
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch.fx
 from torch import Tensor, nn
 
 from . import reference
-from .autograd import apply_norm, require_plain
-from .functional import (
-    REFUSALS,
-    leave_to_torch,
-    serve_group_norm,
-    serve_instance_norm,
-    serve_layer_norm,
+from .activations import activation_code
+from .dispatch import (
+    Entry,
+    Unsupported,
+    entry_for,
+    fall_back_or_wrap,
+    fused_group_norm,
+    fused_instance_norm,
+    fused_layer_norm,
+    run_norm,
 )
-from .ops import ACTIVATIONS, KIND_BATCH, Unserved, activation_code
+from .ops import OptTensor
+from .unfused import scriptable
 
 __all__ = [
     "BatchNorm1d",
@@ -36,15 +44,30 @@ __all__ = [
     "LayerNorm",
 ]
 
+_OPTIONS = """
+
+    Takes what torch.nn.{name} takes, then, by keyword:
+        activation: None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid" or "tanh".
+        activation_param: the slope of leaky_relu.
+    forward(input, residual=None) returns act(norm(input) + residual) of input's shape and dtype; residual has them too.
+    Dtypes: float64, float32, bfloat16 and float16; parameters of input's dtype, or float32.
+    What the kernels do not serve, torch.nn's own forward computes; `fastnorm.explain` tells why.
+"""
+
 
 class Norm(nn.Module):
     """What all fastnorm modules share. Mixed in before the torch.nn class.
 
-    The defaults are the class's, so that a torch.nn module becomes one of ours when its class is changed.
+    All state of ours is on the class, unless an activation is fused: a torch.nn module becomes one of ours when its
+    class is changed. A norm that fuses an activation has the attributes `activation` and `activation_param`, which may
+    be set; to any other norm these names mean nothing, as to torch.nn's.
     """
 
-    activation: str | None = None
-    activation_param: float = 0.01
+    #: The torch.nn class that this is a drop-in for.
+    torch_class: ClassVar[type[nn.Module]]
+    #: Every public class names itself: a subclass of the user's may redefine anything.
+    _public_class: ClassVar[type[nn.Module]]
+    _fuses: bool = False
 
     def __init__(
         self,
@@ -57,74 +80,135 @@ class Norm(nn.Module):
         if not isinstance(activation_param, (int, float)):
             raise TypeError(f"activation_param must be a number, but got {type(activation_param).__name__}")
         super().__init__(*args, **kwargs)
-        self.activation = activation
-        self.activation_param = float(activation_param)
+        if activation is not None:
+            self._fuses = True
+            self.activation = activation
+            self.activation_param = float(activation_param)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(norm(input) + residual), of input's shape and dtype. residual: input's shape and dtype."""
+        if not isinstance(self, Norm):  # a wrapper has kept this method, and `revert` has changed the class since
+            return type(self).forward(self, input, *([] if residual is None else [residual]))
         try:
-            require_plain(input)
-            return self._serve(input, residual, ACTIVATIONS[self.activation])
-        except REFUSALS as refusal:
-            leave_to_torch(type(self).__name__, refusal)
-        code = activation_code(self.activation)
-        if isinstance(input, torch.fx.Proxy):
-            return self._record(input, residual)
-        return reference.epilogue(super().forward(input), residual, code, self.activation_param)
+            entry = entry_for(input)
+            y = self._fused(entry, input, residual)
+        except RuntimeError as error:
+            return self._refused(error, input, residual)
+        if entry is run_norm:
+            own = self.__dict__
+            own["_served_calls"] = own.get("_served_calls", 0) + 1
+        return y
 
-    def _record(self, input: torch.fx.Proxy, residual: torch.fx.Proxy | None) -> Any:
-        """Be a leaf to torch.fx, as torch.nn's own modules are."""
-        tracer: Any = input.tracer
-        args = (input,) if residual is None else (input, residual)
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
+        """By the kernels; Unsupported if they do not serve this call."""
+        raise NotImplementedError
+
+    def _unfused(self, x: Tensor, residual: OptTensor) -> Any:
+        """By torch.nn's own forward."""
+        return reference.epilogue(super().forward(x), residual, *self._epilogue())
+
+    def _refused(self, error: RuntimeError, x: Tensor, residual: OptTensor) -> Any:
+        """What a call gives that the kernels refused; `error` itself where it is no refusal."""
+        if isinstance(x, torch.fx.Proxy):
+            return self._trace(x, residual)
+        y, served = fall_back_or_wrap(
+            type(self).__name__, error, partial(Norm.forward, self), self._unfused, x, residual
+        )
+        if not served:
+            own = self.__dict__
+            own["_left_calls"] = own.get("_left_calls", 0) + 1
+        return y
+
+    def _trace(self, x: torch.fx.Proxy, residual: OptTensor) -> Any:
+        """Be a leaf to torch.fx where a torch.nn norm in this place would be one; else be traced as that one is."""
+        tracer: Any = x.tracer
+        leaf = False
+        if type(self) is self._public_class and isinstance(tracer, torch.fx.Tracer) and tracer.root is not self:
+            path = tracer.path_of_module(self)
+            stand_in = object.__new__(self.torch_class)
+            stand_in.__dict__ = self.__dict__
+            leaf = tracer.is_leaf_module(stand_in, path)
+        if not leaf:
+            return self._unfused(x, residual)  # type: ignore[arg-type]
+        return tracer.create_proxy("call_module", path, (x,) if residual is None else (x, residual), {})
+
+    def _epilogue(self) -> tuple[str | None, float]:
+        """The fused activation and its parameter."""
+        return (self.activation, self.activation_param) if self._fuses else (None, 0.0)
+
+    def _fused_code(self) -> tuple[int, float]:
+        """The same for the operators."""
+        return (activation_code(self.activation), self.activation_param) if self._fuses else (0, 0.0)
+
+    def _affine(self) -> tuple[OptTensor, OptTensor]:
+        """weight and bias: whatever `self.weight` and `self.bias` are."""
+        own = self.__dict__
+        # nn.Module.__getattr__ takes ten times as long.
+        if type(self) is self._public_class and "weight" not in own and "bias" not in own:
+            parameters = own["_parameters"]
+            if "weight" in parameters:
+                return parameters["weight"], parameters["bias"]
+        module: Any = self
+        return module.weight, module.bias
+
+    def _tensors(self) -> tuple[OptTensor, OptTensor, OptTensor, OptTensor, OptTensor]:
+        """weight, bias, running_mean, running_var and num_batches_tracked, likewise."""
+        own = self.__dict__
+        if (
+            type(self) is self._public_class
+            and "weight" not in own
+            and "bias" not in own
+            and "running_mean" not in own
+            and "running_var" not in own
+            and "num_batches_tracked" not in own
+        ):
+            parameters, buffers = own["_parameters"], own["_buffers"]
+            if "weight" in parameters and "running_mean" in buffers:
+                mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+                return parameters["weight"], parameters["bias"], mean, var, batches
+        m: Any = self
+        return m.weight, m.bias, m.running_mean, m.running_var, m.num_batches_tracked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin to count anew."""
+        state = self.__dict__.copy()
+        for name in CALL_COUNTS:
+            state.pop(name, None)
+        return state
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script asks for what to compile in this module's place."""
-        from .convert import scriptable
-
         return scriptable(self)
-
-    def _serve(self, x: Tensor, residual: Tensor | None, activation: int) -> Tensor:
-        """By the kernels; raises one of REFUSALS if they do not serve this call."""
-        raise NotImplementedError
-
-    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
-        parameters = self._parameters
-        try:  # a tenth of what nn.Module.__getattr__ takes
-            return parameters["weight"], parameters["bias"]
-        except KeyError:  # parametrized, or a replica of DataParallel
-            module: Any = self
-            return module.weight, module.bias
-
-    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        buffers = self._buffers
-        try:
-            return buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        except KeyError:
-            module: Any = self
-            return module.running_mean, module.running_var, module.num_batches_tracked
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
-        if self.activation == "leaky_relu":
-            text += f", activation_param={self.activation_param}"
+        activation, param = self._epilogue()
+        if activation is not None:
+            text += f", activation={activation!r}"
+        if activation == "leaky_relu":
+            text += f", activation_param={param}"
         return text
 
+
+#: Of eager calls: those that the kernels served, and those that were left to torch. (On a module, from its first call.)
+CALL_COUNTS = ("_served_calls", "_left_calls")
 
 NormClass = TypeVar("NormClass", bound=type[Norm])
 
 
-def _with_signature(cls: NormClass) -> NormClass:
-    """Let help() and inspect.signature show the constructor in full: torch.nn's of the torch that is installed."""
+def _public(cls: NormClass) -> NormClass:
+    """Completes a public class: the torch.nn class of its name, and a constructor whose signature help() shows in full,
+    torch.nn's of the torch that is installed."""
     base: Any = cls
+    base._public_class = cls
+    base.torch_class = getattr(nn, cls.__name__)
+    base.__doc__ = (cls.__doc__ or "") + _OPTIONS.format(name=cls.__name__)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(base, self).__init__(*args, **kwargs)
 
     own = inspect.signature(Norm.__init__).parameters
-    parameters = dict(inspect.signature(getattr(nn, cls.__name__).__init__).parameters)
+    parameters = dict(inspect.signature(base.torch_class.__init__).parameters)
     parameters |= {name: own[name] for name in ("activation", "activation_param")}
     __init__.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     base.__init__ = __init__
@@ -132,10 +216,9 @@ def _with_signature(cls: NormClass) -> NormClass:
 
 
 class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
-    def _serve(self, x: Tensor, residual: Tensor | None, activation: int) -> Tensor:
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
         self._check_input_dim(x)  # torch's, with torch's ValueError
-        weight, bias = self._affine()
-        running_mean, running_var, num_batches_tracked = self._statistics()
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
         training = self.training
         momentum = self.momentum
         if not training:
@@ -145,86 +228,81 @@ class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
             running_mean = running_var = num_batches_tracked = None
         elif momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        return apply_norm(
-            x,
-            weight,
-            bias,
-            residual,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            KIND_BATCH,
-            0,
-            training,
-            momentum,
-            self.eps,
-            activation,
-            self.activation_param,
-        )
+        activation, param = self._fused_code() if self._fuses else (0, 0.0)
+        config = (0, 0, self.eps, activation, param, training, momentum)  # a Config; to make one takes 0.2 us
+        return entry(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, *config)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """A norm has none; torch.nn.SyncBatchNorm.convert_sync_batchnorm asks, having read all that it will keep."""
+        if self._fuses and sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__:  # type: ignore[attr-defined]
+            warnings.warn(
+                f"convert_sync_batchnorm makes a torch.nn.SyncBatchNorm of a fastnorm.{type(self).__name__} and loses "
+                f"its activation, {self.activation!r}: call fastnorm.revert(model) first, and put the activation "
+                "behind the norm",
+                stacklevel=3,
+            )
+        return super().named_children()
 
 
 class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
-    def _serve(self, x: Tensor, residual: Tensor | None, activation: int) -> Tensor:
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
         self._check_input_dim(x)
         if x.dim() == self._get_no_batch_dim():
             batched = None if residual is None else residual.unsqueeze(0)
-            return self._serve(x.unsqueeze(0), batched, activation).squeeze(0)
+            return self._fused(entry, x.unsqueeze(0), batched).squeeze(0)
         if x.size(1) != self.num_features:
-            raise Unserved(f"x has {x.size(1)} channels, expected {self.num_features}")
-        weight, bias = self._affine()
-        running_mean, running_var, _ = self._statistics()
-        return serve_instance_norm(
-            x, running_mean, running_var, weight, bias,
-            self.training or not self.track_running_stats, self.momentum or 0.0, self.eps,
-            residual, activation, self.activation_param,
+            raise Unsupported(f"x has {x.size(1)} channels, expected {self.num_features}")
+        weight, bias, running_mean, running_var, _ = self._tensors()
+        use_input_stats = self.training or not self.track_running_stats
+        momentum = self.momentum or 0.0
+        return fused_instance_norm(
+            entry, x, running_mean, running_var, weight, bias, use_input_stats, momentum, self.eps,
+            residual, *self._fused_code(),
         )  # fmt: skip
 
 
-@_with_signature
+@_public
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d with a fused epilogue: x (N, C) or (N, C, L)."""
 
 
-@_with_signature
+@_public
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d with a fused epilogue: x (N, C, H, W)."""
 
 
-@_with_signature
+@_public
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d with a fused epilogue: x (N, C, D, H, W)."""
 
 
-@_with_signature
+@_public
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
     """torch.nn.InstanceNorm1d with a fused epilogue: x (N, C, L) or (C, L)."""
 
 
-@_with_signature
+@_public
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
     """torch.nn.InstanceNorm2d with a fused epilogue: x (N, C, H, W) or (C, H, W). Keeps channels_last."""
 
 
-@_with_signature
+@_public
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     """torch.nn.InstanceNorm3d with a fused epilogue: x (N, C, D, H, W) or (C, D, H, W). Keeps channels_last_3d."""
 
 
-@_with_signature
+@_public
 class GroupNorm(Norm, nn.GroupNorm):
     """torch.nn.GroupNorm with a fused epilogue: x (N, C, *)."""
 
-    def _serve(self, x: Tensor, residual: Tensor | None, activation: int) -> Tensor:
-        weight, bias = self._affine()
-        return serve_group_norm(x, self.num_groups, weight, bias, self.eps, residual, activation, self.activation_param)
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
+        return fused_group_norm(entry, x, self.num_groups, *self._affine(), self.eps, residual, *self._fused_code())
 
 
-@_with_signature
+@_public
 class LayerNorm(Norm, nn.LayerNorm):
     """torch.nn.LayerNorm with a fused epilogue: x (*, *normalized_shape)."""
 
-    def _serve(self, x: Tensor, residual: Tensor | None, activation: int) -> Tensor:
-        weight, bias = self._affine()
-        return serve_layer_norm(
-            x, self.normalized_shape, weight, bias, self.eps, residual, activation, self.activation_param
-        )
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
+        shape: Any = self.normalized_shape
+        return fused_layer_norm(entry, x, shape, *self._affine(), self.eps, residual, *self._fused_code())

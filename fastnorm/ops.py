@@ -9,50 +9,33 @@
 | `update_running_stats_`        | moves running_mean, running_var and num_batches_tracked, in place       |
 | `moments`                      | per-channel mean and biased variance                                    |
 
-`stats` is [4, sets]: mean, rstd, biased variance, what mean lost by rounding. `mask` is opaque: a bit an element.
-The C++ side holds the schemas and checks every argument before it writes anything.
+Each takes its tensors, then `groups` and `normalized_dims` (both 0: batch norm), eps, activation, activation_param
+(`Settings`), then what it alone needs. `stats` is [STATS_ROWS, sets]: mean, rstd, biased variance, what rounding cut
+off the mean. `mask` is opaque: a bit an element. The C++ side holds the schemas and checks every argument before it
+writes anything; what the kernels do not serve raises NotImplementedError.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-try:
-    from . import _C as _C  # registers the operators
-except ImportError as error:
-    if "FASTNORM_CPU" in str(error):
-        raise
-    raise ImportError(
-        f"fastnorm's extension is not built for torch {torch.__version__} here: run `pip install --no-build-isolation "
-        f"--force-reinstall --no-deps .` in its checkout, and Python outside of it ({error})"
-    ) from error
+from .activations import CODES
+from .extension import _C
 
-KIND_BATCH = 0
-KIND_GROUP = 1
-KIND_LAYER = 2
+OptTensor: TypeAlias = Tensor | None
+#: groups, normalized_dims, eps, activation, activation_param: what forward and backward both take (dispatch.Config)
+Settings: TypeAlias = tuple[int, int, float, int, float]
 
-#: Names of activations and their numbers in the operators (`Activation` in csrc/core/activation.h).
-ACTIVATIONS: dict[str | None, int] = {
-    None: 0,
-    "relu": 1,
-    "leaky_relu": 2,
-    "silu": 3,
-    "gelu": 4,
-    "gelu_tanh": 5,
-    "hardswish": 6,
-    "sigmoid": 7,
-    "tanh": 8,
-}
-RELU = ACTIVATIONS["relu"]
-LEAKY_RELU = ACTIVATIONS["leaky_relu"]
+#: Numbers of the activations that save a mask.
+TWO_SIDED: tuple[int, ...] = tuple(CODES[name] for name in _C.two_sided_activations())
 
-#: Rows of `stats` (csrc/core/args.h).
-STATS_ROWS = 4
+#: Rows of `stats` (StatsRow in csrc/core/args.h).
+STATS_ROWS: int = _C.STATS_ROWS
 
 #: Input dtype -> the dtypes its weight, bias and statistics may have.
 PARAMETER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
@@ -73,33 +56,19 @@ update_running_stats_ = torch.ops.fastnorm.update_running_stats_.default
 moments = torch.ops.fastnorm.moments.default
 
 
-class Unserved(RuntimeError):
-    """The kernels do not serve this call; the text says why. Caught inside fastnorm, never seen by users."""
-
-
-def activation_code(name: str | None) -> int:
-    """The operators' number of an activation; ValueError if there is none of that name."""
-    try:
-        return ACTIVATIONS[name]
-    except KeyError:
-        known = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"activation must be one of {known}, but got {name!r}") from None
-
-
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics: float64 for float64 x, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def why_refused(
+def why_unsupported(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    kind: int,
-    groups: int,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    mean: OptTensor,
+    var: OptTensor,
+    settings: Settings,
 ) -> str | None:
     """Why `norm_forward` would refuse these arguments (None: it takes them). From sizes and dtypes alone.
 
@@ -112,14 +81,15 @@ def why_refused(
         return f"x is on {x.device}, expected {' or '.join(DEVICES)}: what this build has kernels for"
     if x.layout is not torch.strided or x.is_nested:
         return "x is sparse or nested, expected a strided tensor"
-    if kind == KIND_LAYER:
-        if not 1 <= groups <= x.dim():
-            return f"normalized_shape has {groups} dimensions, expected 1 to {x.dim()}"
-        expected = x.shape[x.dim() - groups :]
+    groups, normalized_dims = settings[:2]
+    if normalized_dims > 0:
+        if normalized_dims > x.dim():
+            return f"normalized_shape has {normalized_dims} dimensions, expected 1 to {x.dim()}"
+        expected = x.shape[x.dim() - normalized_dims :]
     else:
         if x.dim() < 2:
             return f"x has {x.dim()} dimensions, expected at least 2"
-        if kind == KIND_GROUP and (groups < 1 or x.shape[1] % groups != 0):
+        if groups > 0 and x.shape[1] % groups != 0:
             return f"x has {x.shape[1]} channels, expected a multiple of {groups} groups"
         expected = x.shape[1:2]
     if (mean is None) != (var is None):
@@ -143,83 +113,85 @@ def why_refused(
     return None
 
 
-def _memory_format(x: Tensor, kind: int) -> torch.memory_format:
+def _memory_format(x: Tensor, normalized_dims: int) -> torch.memory_format:
     """The layout the kernels walk x in, and give their outputs."""
-    return torch.contiguous_format if kind == KIND_LAYER else suggest_memory_format(x)
+    return torch.contiguous_format if normalized_dims > 0 else suggest_memory_format(x)
 
 
-def _empty_like(x: Tensor, kind: int) -> Tensor:
-    return torch.empty_like(x, memory_format=_memory_format(x, kind))
+def _empty_like(x: Tensor, normalized_dims: int) -> Tensor:
+    return torch.empty_like(x, memory_format=_memory_format(x, normalized_dims))
 
 
-def _mask_bytes(x: Tensor, kind: int, groups: int) -> int:
+def _mask_bytes(x: Tensor, groups: int, normalized_dims: int) -> int:
     """`mask_bytes` of csrc/core/args.h: a bit an element, every run beginning at a whole pack."""
-    if kind == KIND_LAYER:
-        run = math.prod(x.shape[x.dim() - groups :])
+    if normalized_dims > 0:
+        run = math.prod(x.shape[x.dim() - normalized_dims :])
     else:
         channels, spatial = x.shape[1], math.prod(x.shape[2:])
-        last = _memory_format(x, kind) is not torch.contiguous_format
+        last = _memory_format(x, normalized_dims) is not torch.contiguous_format
         if spatial == 1:
-            run = channels if kind == KIND_BATCH else channels // groups
+            run = channels if groups == 0 else channels // groups
         else:
             run = channels if last and channels > 1 else spatial
     lanes = 8 if x.dtype == torch.float64 else 16
     return x.numel() // run * ((run + lanes - 1) // lanes * lanes // 8)
 
 
-def _set_count(x: Tensor, kind: int, groups: int) -> int:
-    if kind == KIND_BATCH:
-        return x.shape[1]
-    return x.shape[0] * groups if kind == KIND_GROUP else math.prod(x.shape[: x.dim() - groups])
+def _set_count(x: Tensor, groups: int, normalized_dims: int) -> int:
+    if normalized_dims > 0:
+        return math.prod(x.shape[: x.dim() - normalized_dims])
+    return x.shape[1] if groups == 0 else x.shape[0] * groups
 
 
 def _fake_forward(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    kind: int,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    mean: OptTensor,
+    var: OptTensor,
     groups: int,
+    normalized_dims: int,
     eps: float,
     activation: int,
     activation_param: float,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    refusal = why_refused(x, weight, bias, residual, mean, var, kind, groups)
+    settings = (groups, normalized_dims, eps, activation, activation_param)
+    refusal = why_unsupported(x, weight, bias, residual, mean, var, settings)
     if refusal is not None:
-        raise RuntimeError(f"fastnorm: {refusal}")
-    stats = x.new_empty(STATS_ROWS, _set_count(x, kind, groups), dtype=accumulation_dtype(x))
-    masked = save_mask and residual is not None and activation in (RELU, LEAKY_RELU)
-    mask = x.new_empty(_mask_bytes(x, kind, groups) if masked else 0, dtype=torch.uint8)
-    return _empty_like(x, kind), stats, mask
+        raise NotImplementedError(f"fastnorm: {refusal}")
+    stats = x.new_empty(STATS_ROWS, _set_count(x, groups, normalized_dims), dtype=accumulation_dtype(x))
+    masked = save_mask and residual is not None and activation in TWO_SIDED
+    mask = x.new_empty(_mask_bytes(x, groups, normalized_dims) if masked else 0, dtype=torch.uint8)
+    return _empty_like(x, normalized_dims), stats, mask
 
 
 def _fake_backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
     stats: Tensor,
     mask: Tensor,
-    kind: int,
     groups: int,
-    frozen: bool,
+    normalized_dims: int,
+    eps: float,
     activation: int,
     activation_param: float,
-    needs: list[bool],
+    frozen: bool,
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def parameter_gradient(parameter: Tensor | None) -> Tensor:
-        wanted = needs[1] and parameter is not None
+    def parameter_gradient(parameter: OptTensor) -> Tensor:
+        wanted = output_mask[1] and parameter is not None
         return torch.empty_like(parameter) if wanted else x.new_empty(0)  # type: ignore[arg-type]
 
     return (
-        _empty_like(x, kind) if needs[0] else x.new_empty(0),
+        _empty_like(x, normalized_dims) if output_mask[0] else x.new_empty(0),
         parameter_gradient(weight),
         parameter_gradient(bias),
-        _empty_like(x, kind) if needs[2] and activation else x.new_empty(0),
+        _empty_like(x, normalized_dims) if output_mask[2] and activation else x.new_empty(0),
     )
 
 

@@ -5,33 +5,53 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import _C, modules, ops
-from .autograd import require_plain
-from .convert import why_left
-from .functional import FAILURES, REFUSALS, why
+from . import modules, ops
+from .convert import has_own_forward, why_not_converted
+from .dispatch import entry_for, is_refusal, reason_of
+from .extension import _C
 
 __all__ = ["Report", "Row", "explain", "report"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A norm layer of a model: name, class, "served" or "left", and by which kernels or why it is left."""
+    """A norm layer of a model.
+
+    name, layer: its name in the model and its class. status: "served" where fastnorm can serve it, else "left"; why: by
+    which kernels, or why it is left. served_calls, left_calls: the eager calls so far that the kernels served, and
+    those that they refused and torch computed.
+    """
 
     name: str
     layer: str
-    status: str
+    status: Literal["served", "left"]
     why: str
+    served_calls: int = 0
+    left_calls: int = 0
+
+    @property
+    def calls(self) -> str:
+        """The calls so far, in words."""
+        counts = [f"{self.served_calls} served"] * bool(self.served_calls)
+        counts += [f"{self.left_calls} left"] * bool(self.left_calls)
+        return ", ".join(counts) or "none"
 
 
 @dataclass(frozen=True)
 class Report:
-    """The norm layers of a model, in the order of `model.named_modules()`. Iterate over it, or print it."""
+    """The norm layers of a model, in the order of `model.named_modules()`. Iterate over it, or print it.
+
+    refused_gangs: launches of this process whose blocks wait for each other and which a GPU has refused (it is shared
+    or partitioned); their calls were served by other launches, which read x twice.
+    """
 
     rows: tuple[Row, ...]
+    refused_gangs: int = 0
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -41,29 +61,37 @@ class Report:
 
     def __str__(self) -> str:
         served = sum(row.status == "served" for row in self.rows)
-        summary = f"{served} of {len(self.rows)} norm layers served by fastnorm"
+        summary = f"{served} of {len(self.rows)} norm layers can be served by fastnorm"
+        left = sum(row.left_calls for row in self.rows)
+        if calls := left + sum(row.served_calls for row in self.rows):
+            summary += f"; {calls - left} of {calls} calls so far were"
+        if self.refused_gangs:
+            summary += f"; the GPU refused {self.refused_gangs} fused launches of this process"
         if not self.rows:
             return summary
-        table = [("layer", "class", "status", "why")]
-        table += [(row.name or "(model)", row.layer, row.status, row.why) for row in self.rows]
+        table = [("layer", "class", "status", "calls", "why")]
+        table += [(row.name or "(model)", row.layer, row.status, row.calls, row.why) for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
         return "\n".join([*lines, summary])
 
 
 def report(model: nn.Module) -> Report:
-    """Which norm layers of `model` fastnorm serves, by which kernels, and why the others are left as they are."""
+    """Which norm layers of `model` fastnorm can serve, by which kernels, and why the others are left as they are; and
+    which of their calls so far were served. (Calls under torch.compile are not counted.)"""
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, modules.Norm):
             refusal = _why_unserved(module)
-            status, reason = ("left", refusal) if refusal else ("served", _kernels(module, _device(module, model)))
+            status: Literal["served", "left"] = "left" if refusal else "served"
+            reason = refusal or _kernels(module, _device(module, model))
         elif _is_norm(module) and "parametrizations" not in name.split("."):
-            status, reason = "left", why_left(module) or "fastnorm.convert(model) would serve it"
+            status, reason = "left", why_not_converted(module) or "fastnorm.convert(model) would serve it"
         else:
             continue
-        rows.append(Row(name, _class_name(module), status, reason))
-    return Report(tuple(rows))
+        counts = (vars(module).get(key, 0) for key in modules.CALL_COUNTS)
+        rows.append(Row(name, _class_name(module), status, reason, *counts))
+    return Report(tuple(rows), _C.refused_gangs())
 
 
 def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str:
@@ -72,18 +100,17 @@ def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str
     Makes the call, without gradients, on a copy of the running statistics: the answer is what happens.
     """
     if not isinstance(module, modules.Norm):
-        reason = why_left(module) or "fastnorm.convert would serve it"
+        reason = why_not_converted(module) or "fastnorm.convert would serve it"
         return f"torch: {reason}"
     trial = copy.copy(module)
     trial._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
     try:
-        require_plain(x)
         with torch.no_grad():
-            trial._serve(x, residual, ops.activation_code(module.activation))
-    except FAILURES:
-        raise
-    except (*REFUSALS, ValueError) as refusal:
-        return f"torch: {why(refusal)}"
+            trial._fused(entry_for(x), x, residual)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and not is_refusal(error):
+            raise
+        return f"torch: {reason_of(error)}"
     return f"fastnorm: {_kernels(module, x.device)}"
 
 
@@ -98,7 +125,8 @@ def _kernels(module: modules.Norm, device: torch.device) -> str:
     description = f"cpu {_C.cpu_capability()}"
     if device.type == "cuda":
         description = "cuda sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return description if module.activation is None else f"{description}, {module.activation} fused"
+    activation, _ = module._epilogue()
+    return description if activation is None else f"{description}, {activation} fused"
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -112,7 +140,7 @@ def _class_name(module: nn.Module) -> str:
 
 def _why_unserved(module: modules.Norm) -> str | None:
     """Why no call of this module can be served, as far as its tensors tell."""
-    if type(module).forward is not modules.Norm.forward or "forward" in vars(module):
+    if type(module).forward is not modules.Norm.forward or has_own_forward(module):
         return "has a forward of its own"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name == "num_batches_tracked":

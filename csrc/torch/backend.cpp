@@ -1,6 +1,8 @@
 // The backend of a device: which ones there are depends on the build.
 #include "backend.h"
 
+#include "supported.h"
+
 namespace fastnorm::ops {
 
 const Backend& backend_of(const at::Tensor& t, const char* name) {
@@ -16,7 +18,7 @@ const Backend& backend_of(const at::Tensor& t, const char* name) {
   constexpr const char* kExpected = "cpu: this build has no CUDA kernels";
 #endif
 #endif
-  TORCH_CHECK(false, "fastnorm: ", name, " is on ", t.device(), ", expected ", kExpected);
+  FASTNORM_SUPPORTED(false, name, " is on ", t.device(), ", expected ", kExpected);
 }
 
 }  // namespace fastnorm::ops

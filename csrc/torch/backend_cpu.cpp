@@ -162,7 +162,7 @@ void update_running_stats(const RunningArgs& args, at::Device) {
     const A* stats = static_cast<const A*>(args.stats);
     if (args.running_mean.data) move_running(args.running_mean, args.mean_stride, stats, args, momentum, 1);
     if (args.running_var.data) {
-      move_running(args.running_var, args.var_stride, stats + 2 * args.sets, args, momentum, unbiased(count));
+      move_running(args.running_var, args.var_stride, stats + kVar * args.sets, args, momentum, unbiased(count));
     }
   });
 }

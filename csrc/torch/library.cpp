@@ -16,11 +16,12 @@
 FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
   m.def(
       "norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
-      "int kind, int groups, float eps, int activation, float activation_param, bool save_mask) "
+      "int groups, int normalized_dims, float eps, int activation, float activation_param, bool save_mask) "
       "-> (Tensor y, Tensor stats, Tensor mask)");
   m.def(
       "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, Tensor mask, "
-      "int kind, int groups, bool frozen, int activation, float activation_param, bool[3] needs) "
+      "int groups, int normalized_dims, float eps, int activation, float activation_param, bool frozen, "
+      "bool[3] output_mask) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
   m.def(
       "update_running_stats_(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
@@ -28,12 +29,33 @@ FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
   m.def("moments(Tensor x) -> (Tensor mean, Tensor var)");
 }
 
-static void implement(torch::Library& m) {
-  m.impl("norm_forward", &fastnorm::ops::norm_forward);
-  m.impl("norm_backward", &fastnorm::ops::norm_backward);
-  m.impl("update_running_stats_", &fastnorm::ops::update_running_stats_);
-  m.impl("moments", &fastnorm::ops::moments);
+namespace fastnorm::ops {
+
+static Forward flat_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& residual,
+                            const OptTensor& mean, const OptTensor& var, int64_t groups, int64_t normalized_dims,
+                            double eps, int64_t activation, double activation_param, bool save_mask) {
+  return norm_forward({x, weight, bias, residual}, mean, var,
+                      {groups, normalized_dims, eps, activation, activation_param}, save_mask);
 }
+
+static Backward flat_backward(const Tensor& dy, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                              const OptTensor& residual, const Tensor& stats, const Tensor& mask, int64_t groups,
+                              int64_t normalized_dims, double eps, int64_t activation, double activation_param,
+                              bool frozen, std::array<bool, 3> output_mask) {
+  return norm_backward(dy, {x, weight, bias, residual}, stats, mask,
+                       {groups, normalized_dims, eps, activation, activation_param}, frozen, output_mask);
+}
+
+static void implement(torch::Library& m) {
+  m.impl("norm_forward", &flat_forward);
+  m.impl("norm_backward", &flat_backward);
+  m.impl("update_running_stats_", &update_running_stats_);
+  m.impl("moments", &moments);
+}
+
+}  // namespace fastnorm::ops
+
+using fastnorm::ops::implement;
 
 FASTNORM_LIBRARY_IMPL(FASTNORM_NAMESPACE, CPU, m) { implement(m); }
 

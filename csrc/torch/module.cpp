@@ -275,6 +275,21 @@ PYBIND11_MODULE(_C, m) {
         "Version, torch, compiler, instruction sets and CUDA this extension was built with.");
   m.def("cpu_capability", [] { return std::string(cpu::kernels().name); }, "The instruction set in use.");
   m.def("cpu_capabilities", &capabilities, "Those this build and this processor can run, best first.");
+  m.attr("STATS_ROWS") = static_cast<int>(kStatsRows);
+  m.def(
+      "activations", [] { return std::vector<std::string>(std::begin(kActivationNames), std::end(kActivationNames)); },
+      "The names of the activations, by their numbers in the operators; the first is none.");
+  m.def(
+      "two_sided_activations",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < kActivations; ++i) {
+          if (is_two_sided(static_cast<Activation>(i))) names.emplace_back(kActivationNames[i]);
+        }
+        return names;
+      },
+      "Those whose derivative is one of two constants: with a residual they save a mask.");
+  m.def("refused_gangs", [] { return 0; });
   m.def("has_stream", &has_cuda_stream, "Whether the torch that is loaded has CUDA streams.");
   m.def("plan", &plan, "How a call on the CPU is cut into tasks, on one line.", py::arg("kind"), py::arg("N"),
         py::arg("C"), py::arg("S"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"), py::arg("streams"),

@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 
 #include "backend.h"
+#include "running.h"
 #include "tensor_args.h"
 
 namespace fastnorm::ops {
@@ -18,7 +19,7 @@ class Allocator {
   Tensor empty(at::IntArrayRef sizes, at::ScalarType type) const {
     return backend_.make_empty(sizes, type, at::MemoryFormat::Contiguous, x_.device());
   }
-  Tensor stats(const Geometry& g, DType dtype) const { return empty({4, g.sets()}, accum_type(dtype)); }
+  Tensor stats(const Geometry& g, DType dtype) const { return empty({kStatsRows, g.sets()}, accum_type(dtype)); }
   // What an op returns for an output that is not needed.
   Tensor nothing() const { return empty({0}, x_.scalar_type()); }
   Tensor like_x(bool needed, const View& view) const {
@@ -38,26 +39,25 @@ class Allocator {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                                const OptTensor& residual, const OptTensor& mean, const OptTensor& var,
-                                                int64_t kind, int64_t groups, double eps, int64_t activation,
-                                                double activation_param, bool save_mask) {
+Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTensor& var, const Config& config,
+                     bool save_mask) {
+  const auto& [x, weight, bias, residual] = inputs;
   const Allocator allocate(x);
   const DType dtype = dtype_of(x, "x");
-  const View view(x, kind, groups);
+  const View view(x, config.groups, config.normalized_dims);
   const Geometry& g = view.geometry;
   ForwardArgs args{};
   args.geometry = g;
   args.dtype = dtype;
-  args.activation = check_activation(activation);
-  args.activation_param = activation_param;
-  args.eps = eps;
+  args.activation = check_activation(config.activation);
+  args.activation_param = config.activation_param;
+  args.eps = config.eps;
   check_params(weight, "weight", x, view);
   check_params(bias, "bias", x, view);
   check_same_dtype(weight, bias, "weight and bias");
-  TORCH_CHECK(present(mean) == present(var), "fastnorm: of mean and var one is given, expected both or neither");
-  TORCH_CHECK(!present(mean) || kind == 0, "fastnorm: mean and var are given with kind ", kind,
-              ", expected kind 0 (batch)");
+  FASTNORM_SUPPORTED(present(mean) == present(var), "of mean and var one is given, expected both or neither");
+  FASTNORM_SUPPORTED(!present(mean) || config.is_batch(), "mean and var are given with groups = ", config.groups,
+                     " and normalized_dims = ", config.normalized_dims, ", expected both 0 (batch norm)");
   check_params(mean, "mean", x, view);
   check_params(var, "var", x, view);
   check_same_dtype(mean, var, "mean and var");
@@ -86,44 +86,43 @@ std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptTensor
   return {y, stats, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, const OptTensor& weight,
-                                                         const OptTensor& bias, const OptTensor& residual,
-                                                         const Tensor& stats, const Tensor& mask, int64_t kind,
-                                                         int64_t groups, bool frozen, int64_t activation,
-                                                         double activation_param, std::array<bool, 3> needs) {
+Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask,
+                       const Config& config, bool frozen, std::array<bool, 3> output_mask) {
+  const auto& [x, weight, bias, residual] = inputs;
   const Allocator allocate(x);
   const DType dtype = dtype_of(x, "x");
-  const View view(x, kind, groups);
+  const View view(x, config.groups, config.normalized_dims);
   const Geometry& g = view.geometry;
-  TORCH_CHECK(!frozen || kind == 0, "fastnorm: frozen is set with kind ", kind, ", expected kind 0 (batch)");
+  FASTNORM_SUPPORTED(!frozen || config.is_batch(), "frozen is set with groups = ", config.groups,
+                     " and normalized_dims = ", config.normalized_dims, ", expected both 0 (batch norm)");
   BackwardArgs args{};
   args.geometry = g;
   args.dtype = dtype;
   args.frozen = frozen;
-  args.activation = check_activation(activation);
-  args.activation_param = activation_param;
+  args.activation = check_activation(config.activation);
+  args.activation_param = config.activation_param;
   check_params(weight, "weight", x, view);
   check_params(bias, "bias", x, view);
   check_same_dtype(weight, bias, "weight and bias");
   check_on(stats, "stats", x.device());
-  TORCH_CHECK(stats.scalar_type() == accum_type(dtype) && stats.sizes() == at::IntArrayRef({4, g.sets()}) &&
-                  stats.is_contiguous(),
-              "fastnorm: stats has dtype ", stats.scalar_type(), " and shape ", stats.sizes(),
-              ", expected a contiguous ", accum_type(dtype), " [4, ", g.sets(), "]");
+  FASTNORM_SUPPORTED(stats.scalar_type() == accum_type(dtype) &&
+                         stats.sizes() == at::IntArrayRef({kStatsRows, g.sets()}) && stats.is_contiguous(),
+                     "stats has dtype ", stats.scalar_type(), " and shape ", stats.sizes(), ", expected a contiguous ",
+                     accum_type(dtype), " [", kStatsRows, ", ", g.sets(), "]");
   check_like_x(dy, "dy", x);
   if (present(residual)) check_like_x(*residual, "residual", x);
   check_on(mask, "mask", x.device());
   const bool masked = mask.numel() > 0;
-  TORCH_CHECK(!masked || (mask.scalar_type() == at::kByte && mask.is_contiguous() && is_two_sided(args.activation) &&
-                          mask.numel() == mask_bytes(g, dtype)),
-              "fastnorm: mask has dtype ", mask.scalar_type(), " and shape ", mask.sizes(), ", expected uint8 [",
-              mask_bytes(g, dtype), "] of a norm_forward with the same arguments");
+  FASTNORM_SUPPORTED(!masked || (mask.scalar_type() == at::kByte && mask.is_contiguous() &&
+                                 is_two_sided(args.activation) && mask.numel() == mask_bytes(g, dtype)),
+                     "mask has dtype ", mask.scalar_type(), " and shape ", mask.sizes(), ", expected uint8 [",
+                     mask_bytes(g, dtype), "] of a norm_forward with the same arguments");
 
-  const bool residual_needed = needs[2] && args.activation != Activation::kNone;
-  Tensor dx = allocate.like_x(needs[0], view);
+  const bool residual_needed = output_mask[2] && args.activation != Activation::kNone;
+  Tensor dx = allocate.like_x(output_mask[0], view);
   Tensor dresidual = allocate.like_x(residual_needed, view);
-  Tensor dweight = allocate.like_param(needs[1], weight, args.dweight);
-  Tensor dbias = allocate.like_param(needs[1], bias, args.dbias);
+  Tensor dweight = allocate.like_param(output_mask[1], weight, args.dweight);
+  Tensor dbias = allocate.like_param(output_mask[1], bias, args.dbias);
   if (g.numel() == 0) {
     dweight.zero_();
     dbias.zero_();
@@ -140,60 +139,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const
   args.residual = residual_read ? dense_residual.const_data_ptr() : nullptr;
   args.mask = masked ? mask.const_data_ptr<uint8_t>() : nullptr;
   args.stats = stats.const_data_ptr();
-  args.dx = needs[0] ? dx.mutable_data_ptr() : nullptr;
+  args.dx = output_mask[0] ? dx.mutable_data_ptr() : nullptr;
   args.dresidual = residual_needed ? dresidual.mutable_data_ptr() : nullptr;
   allocate.backend().backward(args, x.device());
   return {dx, dweight, dbias, dresidual};
 }
-
-namespace {
-
-ParamGrads check_running(const OptTensor& t, const char* name, const Tensor& stats, int64_t& stride) {
-  if (!present(t)) return {nullptr, DType::kFloat32};
-  check_on(*t, name, stats.device());
-  const DType dtype = dtype_of(*t, name);
-  at::assert_no_internal_overlap(*t);
-  at::assert_no_overlap(*t, stats);
-  const int64_t sets = stats.size(1);
-  TORCH_CHECK(t->dim() == 1 && (t->numel() == 0 ? sets == 0 : sets % t->numel() == 0), "fastnorm: ", name,
-              " has shape ", t->sizes(), ", expected one that divides the ", sets, " sets of stats");
-  stride = t->stride(0);
-  return {t->mutable_data_ptr(), dtype};
-}
-
-}  // namespace
 
 void update_running_stats_(const OptTensor& running_mean, const OptTensor& running_var,
                            const OptTensor& num_batches_tracked, const Tensor& stats, int64_t count,
                            std::optional<double> momentum) {
   const Backend& backend = backend_of(stats, "stats");
   check_on(stats, "stats", stats.device());
-  TORCH_CHECK((stats.scalar_type() == at::kFloat || stats.scalar_type() == at::kDouble) && stats.dim() == 2 &&
-                  stats.size(0) == 4 && stats.is_contiguous(),
-              "fastnorm: stats has dtype ", stats.scalar_type(), " and shape ", stats.sizes(),
-              ", expected a contiguous float32 or float64 [4, sets]");
+  FASTNORM_SUPPORTED((stats.scalar_type() == at::kFloat || stats.scalar_type() == at::kDouble) && stats.dim() == 2 &&
+                         stats.size(0) == kStatsRows && stats.is_contiguous(),
+                     "stats has dtype ", stats.scalar_type(), " and shape ", stats.sizes(),
+                     ", expected a contiguous float32 or float64 [", kStatsRows, ", sets]");
+  FASTNORM_SUPPORTED(count >= 0, "count is ", count, ", expected the number of elements of a set");
+  const Running running{running_mean, running_var, num_batches_tracked, momentum};
+  running.check(stats.device());
   RunningArgs args{};
-  args.running_mean = check_running(running_mean, "running_mean", stats, args.mean_stride);
-  args.running_var = check_running(running_var, "running_var", stats, args.var_stride);
-  if (present(running_mean) && present(running_var)) {
-    at::assert_no_overlap(*running_mean, *running_var);
-    TORCH_CHECK(running_mean->sizes() == running_var->sizes(), "fastnorm: running_mean and running_var have shapes ",
-                running_mean->sizes(), " and ", running_var->sizes(), ", expected one");
-  }
-  TORCH_CHECK(count >= 0, "fastnorm: count is ", count, ", expected the number of elements of a set");
-  TORCH_CHECK(momentum.has_value() || present(num_batches_tracked),
-              "fastnorm: momentum is absent, expected num_batches_tracked to average by");
-  if (present(num_batches_tracked)) {
-    check_on(*num_batches_tracked, "num_batches_tracked", stats.device());
-    TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1,
-                "fastnorm: num_batches_tracked has dtype ", num_batches_tracked->scalar_type(), " and ",
-                num_batches_tracked->numel(), " elements, expected one int64");
-    args.num_batches_tracked = num_batches_tracked->mutable_data_ptr<int64_t>();
-  }
   args.dtype = dtype_of(stats, "stats");
   args.stats = stats.const_data_ptr();
   args.sets = stats.size(1);
-  args.channels = present(running_mean) ? running_mean->numel() : present(running_var) ? running_var->numel() : 0;
+  for (const auto& [t, name, grads, stride] :
+       {std::tuple(&running_mean, "running_mean", &args.running_mean, &args.mean_stride),
+        std::tuple(&running_var, "running_var", &args.running_var, &args.var_stride)}) {
+    if (!present(*t)) continue;
+    const int64_t channels = (*t)->numel();
+    FASTNORM_SUPPORTED(channels == 0 ? args.sets == 0 : args.sets % channels == 0, name, " has shape ", (*t)->sizes(),
+                       ", expected one that divides the ", args.sets, " sets of stats");
+    FASTNORM_SUPPORTED(at::get_overlap_status(**t, stats) == at::MemOverlapStatus::No, name, " overlaps stats");
+    args.channels = channels;
+    *grads = {(*t)->mutable_data_ptr(), dtype_of(**t, name)};
+    *stride = (*t)->stride(0);
+  }
+  if (present(num_batches_tracked)) args.num_batches_tracked = num_batches_tracked->mutable_data_ptr<int64_t>();
   args.count = count;
   args.cumulative = !momentum.has_value();
   args.momentum = momentum.value_or(0);
@@ -203,7 +183,7 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
 std::tuple<Tensor, Tensor> moments(const Tensor& x) {
   const Allocator allocate(x);
   const DType dtype = dtype_of(x, "x");
-  const View view(x, 0, 0);
+  const View view(x, 0, 0);  // as batch norm
   const Geometry& g = view.geometry;
   Tensor stats = allocate.stats(g, dtype);
   if (g.numel() == 0) {
@@ -217,7 +197,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
     args.stats = stats.mutable_data_ptr();
     allocate.backend().forward(args, x.device());
   }
-  return {stats[0].clone(), stats[2].clone()};
+  return {stats[kMean].clone(), stats[kVar].clone()};
 }
 
 }  // namespace fastnorm::ops

@@ -1,4 +1,4 @@
-// The ops of torch.ops.fastnorm: check, plan, allocate, call.
+// The ops of torch.ops.fastnorm: check, plan, allocate, call. library.cpp has their schemas.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,23 +12,36 @@ namespace fastnorm::ops {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-// y = act((x - mean) * rstd * weight + bias + residual).
-//   kind, groups  0 batch (groups ignored), 1 group norm with `groups` groups, 2 layer norm over the last `groups` dims
-//   mean, var     batch only: frozen statistics; absent: those of x
-//   save_mask     ask for the mask that saves backward the residual
-// Returns y; stats [4, sets] = mean, rstd, biased variance, what mean lost by rounding; mask, empty unless asked for
-// and of use.
-std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                                const OptTensor& residual, const OptTensor& mean, const OptTensor& var,
-                                                int64_t kind, int64_t groups, double eps, int64_t activation,
-                                                double activation_param, bool save_mask);
+// The tensors that forward and backward both take.
+struct Inputs {
+  const Tensor& x;
+  const OptTensor &weight, &bias, &residual;
+};
 
-// needs = dx, dweight and dbias, dresidual; what is not needed, or has no parameter, comes back with shape (0,).
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, const OptTensor& weight,
-                                                         const OptTensor& bias, const OptTensor& residual,
-                                                         const Tensor& stats, const Tensor& mask, int64_t kind,
-                                                         int64_t groups, bool frozen, int64_t activation,
-                                                         double activation_param, std::array<bool, 3> needs);
+// What is normalized, and what follows. fastnorm/dispatch.py has the same, and the settings of the `norm` op besides.
+struct Config {
+  int64_t groups;           // of group norm; else 0
+  int64_t normalized_dims;  // trailing dims that layer norm normalizes; else 0. Both 0: batch norm
+  double eps;
+  int64_t activation;  // Activation in csrc/core/activation.h
+  double activation_param;
+
+  bool is_batch() const { return groups == 0 && normalized_dims == 0; }
+};
+
+using Forward = std::tuple<Tensor, Tensor, Tensor>;           // y, stats, mask
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dweight, dbias, dresidual
+
+// y = act((x - mean) * rstd * weight + bias + residual).
+//   mean, var     batch norm only: frozen statistics; absent: those of x
+//   save_mask     ask for the mask that saves backward the residual
+// stats is [kStatsRows, sets]; mask is empty unless asked for and of use.
+Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTensor& var, const Config& config,
+                     bool save_mask);
+
+// output_mask = dx, dweight and dbias, dresidual; an output that is not wanted, or has no parameter, has shape (0,).
+Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask,
+                       const Config& config, bool frozen, std::array<bool, 3> output_mask);
 
 // running = (1 - momentum) * running + momentum * stats, the variance unbiased by count / (count - 1), averaged over
 // the samples where stats has several per channel; momentum absent: 1 / num_batches_tracked. count 0 moves nothing
@@ -39,5 +52,14 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
 
 // Per-channel mean and biased variance over all other dims.
 std::tuple<Tensor, Tensor> moments(const Tensor& x);
+
+// The same ops as the dispatcher calls them, with every field an argument.
+using ForwardSignature = Forward(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
+                                 const OptTensor&, int64_t, int64_t, double, int64_t, double, bool);
+using BackwardSignature = Backward(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
+                                   const Tensor&, const Tensor&, int64_t, int64_t, double, int64_t, double, bool,
+                                   std::array<bool, 3>);
+using UpdateSignature = void(const OptTensor&, const OptTensor&, const OptTensor&, const Tensor&, c10::SymInt,
+                             std::optional<double>);
 
 }  // namespace fastnorm::ops

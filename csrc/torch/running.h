@@ -1,0 +1,43 @@
+// The running statistics of a call, and what must hold of them before any of them moves.
+#pragma once
+
+#include <ATen/MemoryOverlap.h>
+
+#include "tensor_args.h"
+
+namespace fastnorm::ops {
+
+struct Running {
+  const OptTensor &mean, &var, &num_batches_tracked;
+  std::optional<double> momentum;  // absent: 1 / num_batches_tracked
+
+  bool present() const { return ops::present(mean) || ops::present(var); }
+  bool moves() const { return present() || ops::present(num_batches_tracked); }
+
+  // That update_running_stats_ can take them, on `device`. What no tensor without data can tell is left out.
+  void check(at::Device device) const {
+    for (const auto& [t, name] : {std::pair(&mean, "running_mean"), std::pair(&var, "running_var")}) {
+      if (!ops::present(*t)) continue;
+      check_place(**t, name, device);
+      dtype_of(**t, name);
+      FASTNORM_SUPPORTED((*t)->dim() == 1, name, " has shape ", (*t)->sym_sizes(), ", expected one dim");
+      FASTNORM_SUPPORTED(!has_data(**t) || at::has_internal_overlap(**t) != at::MemOverlap::Yes, name,
+                         " overlaps itself, expected an element of its own for every channel");
+    }
+    if (ops::present(mean) && ops::present(var)) {
+      FASTNORM_SUPPORTED(mean->sym_size(0) == var->sym_size(0), "running_mean and running_var have shapes ",
+                         mean->sym_sizes(), " and ", var->sym_sizes(), ", expected one");
+      FASTNORM_SUPPORTED(!has_data(*mean) || at::get_overlap_status(*mean, *var) == at::MemOverlapStatus::No,
+                         "running_mean and running_var overlap, expected memory of their own");
+    }
+    FASTNORM_SUPPORTED(momentum.has_value() || ops::present(num_batches_tracked),
+                       "momentum is absent, expected num_batches_tracked to average by");
+    if (!ops::present(num_batches_tracked)) return;
+    check_place(*num_batches_tracked, "num_batches_tracked", device);
+    FASTNORM_SUPPORTED(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->sym_numel() == 1,
+                       "num_batches_tracked has dtype ", num_batches_tracked->scalar_type(), " and ",
+                       num_batches_tracked->sym_numel(), " elements, expected one int64");
+  }
+};
+
+}  // namespace fastnorm::ops

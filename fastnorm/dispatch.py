@@ -1,0 +1,336 @@
+"""The front door: every norm comes through here, to be served by the kernels or left to torch.
+
+    entry_for(x)          how the kernels are called on x; Unsupported where torch has to see its own operators
+    fused_*(entry, ...)   one norm each, by the kernels; Unsupported for what they do not serve
+    fall_back(...)        lets torch answer a call that was refused
+
+A refusal is an `Unsupported` of ours or a NotImplementedError of the operators, raised before anything is written.
+Every other exception reaches the user unchanged.
+
+Host time counts: a layer on a small tensor costs its Python. So an eager call is one operator, `norm`, whose C++ checks
+the arguments and records the gradient (csrc/torch/autograd.cpp). torch.compile sees the functional operators.
+
+    FASTNORM_LOG=fallback   prints a line for every distinct reason for which a call is left to torch
+    FASTNORM_STRICT=1       such a call raises Unsupported, unless torch raises too
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
+
+from . import autograd as autograd  # registers the derivatives
+from . import ops
+from .ops import OptTensor, Settings
+
+__all__ = ["Config", "Unsupported", "entry_for", "fall_back"]
+
+strict: bool = os.environ.get("FASTNORM_STRICT") == "1"
+log_fallbacks: bool = "fallback" in os.environ.get("FASTNORM_LOG", "").split(",")
+
+_logger = logging.getLogger("fastnorm")
+_logged: set[str] = set()
+
+
+class Unsupported(NotImplementedError):
+    """The kernels do not serve this call; the text says why. Users see it in strict mode alone."""
+
+
+class Config(NamedTuple):
+    """What a call is besides its tensors: the operator `norm` takes these after them."""
+
+    groups: int
+    """Of group norm, else 0."""
+    normalized_dims: int
+    """Trailing dims that layer norm normalizes, else 0. Both 0: batch norm."""
+    eps: float
+    activation: int
+    activation_param: float
+    use_input_stats: bool = True
+    """The statistics are x's, and the running ones move; else the statistics are the running ones."""
+    momentum: float | None = None
+    """None: running statistics become the average over all batches."""
+
+    @property
+    def settings(self) -> Settings:
+        """What the functional operators take."""
+        return self[:5]
+
+
+#: (x, weight, bias, residual, running_mean, running_var, num_batches_tracked, *config) ->
+#: act((x - mean) * rstd * weight + bias + residual), differentiable
+Entry: TypeAlias = Callable[..., Tensor]
+
+_functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_mode = torch._C._get_dispatch_mode
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
+#: An eager call: one operator, which checks its arguments. (What OpOverload.__call__ calls: a Python frame less.)
+run_norm: Entry = ops.norm._op
+
+
+# ---- calling the kernels ----
+
+
+def trace_norm(
+    x: Tensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    num_batches_tracked: OptTensor,
+    *call: Any,
+) -> Tensor:
+    """A call under torch.compile: functional operators, and all checks beforehand, as none could be caught."""
+    config = Config(*call)
+    groups, normalized_dims, eps, _, _, use_input_stats, momentum = config
+    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, config.settings)
+    if refusal is not None:
+        raise Unsupported(refusal)
+    if not use_input_stats and running_mean is None:
+        raise Unsupported("there are no running statistics to use")
+    if groups == normalized_dims == 0 and (eps < 0 or (use_input_stats and (eps == 0 or x.numel() <= x.shape[1]))):
+        raise Unsupported("eps is not positive, or a channel has a single value")
+    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+        raise Unsupported("running statistics require grad")
+    mean, var = (None, None) if use_input_stats else (running_mean, running_var)
+    save_mask = torch.is_grad_enabled()
+    y, stats, _ = ops.norm_forward(x, weight, bias, residual, mean, var, *config.settings, save_mask)
+    if use_input_stats and (running_mean is not None or num_batches_tracked is not None):
+        count = x.numel() // stats.shape[1]
+        ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
+    return y  # type: ignore[no-any-return]
+
+
+def entry_for(x: Tensor) -> Entry:
+    """How the kernels are called on x. Unsupported unless x is an ordinary tensor, outside of everything that has to
+    see torch's own operators."""
+    if is_compiling():
+        if is_exporting():
+            raise Unsupported("an exported program should need nothing but torch")
+        if _functorch_active() or forward_ad._current_level >= 0:
+            raise Unsupported("a torch.func transform or forward-mode differentiation is active")
+        return trace_norm
+    if type(x) not in _PLAIN:
+        raise Unsupported(f"x is a {type(x).__name__}, not a plain Tensor")
+    if _functorch_active():
+        raise Unsupported("a torch.func transform is active")
+    if forward_ad._current_level >= 0:
+        raise Unsupported("forward-mode differentiation is active")
+    if type(x) is FakeTensor and _dispatch_mode(_PROXY) is not None:  # the operator asks where tensors are real
+        raise Unsupported("make_fx records torch's operators")
+    return run_norm
+
+
+# ---- each norm ----
+
+
+def fused_batch_norm(
+    entry: Entry,
+    x: Tensor,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: OptTensor,
+    activation: int,
+    param: float,
+) -> Tensor:
+    """Batch norm by the kernels."""
+    if momentum is None:
+        raise Unsupported("momentum is None")
+    return entry(
+        x,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        None,
+        *Config(0, 0, eps, activation, param, training, momentum),
+    )
+
+
+def fused_instance_norm(
+    entry: Entry,
+    x: Tensor,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    residual: OptTensor,
+    activation: int,
+    param: float,
+) -> Tensor:
+    """Instance norm by the kernels: group norm of one channel a group; by running statistics, batch norm."""
+    if momentum is None:
+        raise Unsupported("momentum is None")
+    if x.dim() < 2:
+        raise Unsupported(f"x has {x.dim()} dimensions, expected at least 2")
+    groups = 0
+    if use_input_stats:
+        groups = int(x.size(1))  # int: torch.compile takes the number of channels for a constant
+        if x.numel() <= x.size(0) * groups:
+            raise Unsupported("x has less than two spatial elements")
+    return entry(
+        x,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        None,
+        *Config(groups, 0, eps, activation, param, use_input_stats, momentum),
+    )
+
+
+def fused_group_norm(
+    entry: Entry,
+    x: Tensor,
+    groups: int,
+    weight: OptTensor,
+    bias: OptTensor,
+    eps: float,
+    residual: OptTensor,
+    activation: int,
+    param: float,
+) -> Tensor:
+    """Group norm by the kernels."""
+    if groups < 1 or x.numel() <= groups:  # torch counts the values of the whole batch
+        raise Unsupported(f"groups is {groups}, expected at least 1, and less than x has values")
+    return entry(x, weight, bias, residual, None, None, None, *Config(groups, 0, eps, activation, param))
+
+
+def fused_layer_norm(
+    entry: Entry,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: OptTensor,
+    bias: OptTensor,
+    eps: float,
+    residual: OptTensor,
+    activation: int,
+    param: float,
+) -> Tensor:
+    """Layer norm by the kernels."""
+    if not isinstance(normalized_shape, (tuple, list)):
+        raise Unsupported(f"normalized_shape is a {type(normalized_shape).__name__}")
+    dims = len(normalized_shape)
+    if dims == 0 or x.shape[-dims:] != tuple(normalized_shape) or x.numel() == 0:
+        raise Unsupported(f"x is empty or does not end in {tuple(normalized_shape)}")
+    return entry(x, weight, bias, residual, None, None, None, *Config(0, dims, eps, activation, param))
+
+
+# ---- leaving a call to torch ----
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the kernels refused, before anything was written: everything else is a failure, or the user's own."""
+    if isinstance(error, Unsupported):
+        return True
+    # The dispatcher's own: it has no kernel for the device; an argument is of another type than the schema says.
+    text = str(error)
+    if isinstance(error, NotImplementedError):
+        return text.startswith(("fastnorm: ", "Could not run 'fastnorm::"))
+    return text.startswith("fastnorm::") and "Expected a value of type" in text
+
+
+def reason_of(refusal: Exception) -> str:
+    """The reason a refusal gives, on one line."""
+    return str(refusal).removeprefix("fastnorm: ").partition("\n")[0]
+
+
+def fall_back(name: str, error: Exception, unfused: Callable[[], Any]) -> Any:
+    """What `unfused` makes of a call of `name` that the kernels refused with `error`; raises what is no refusal."""
+    if is_compiling():
+        if strict or not isinstance(error, NotImplementedError):
+            raise error
+        return unfused()
+    if not is_refusal(error):
+        raise error
+    reason = reason_of(error)
+    note_fallback(f"{name} left to torch: {reason}")
+    result = unfused()  # what torch rejects, it rejects in its own words
+    if strict:
+        raise Unsupported(f"{name} was left to torch: {reason}") from error
+    return result
+
+
+def note_fallback(text: str) -> None:
+    """Tell the debug log; print the line, once, where FASTNORM_LOG asks for it."""
+    if _logger.isEnabledFor(logging.DEBUG):
+        _logger.debug("%s", text)
+    if log_fallbacks and text not in _logged:
+        _logged.add(text)
+        print(f"fastnorm: {text}", file=sys.stderr)
+
+
+# ---- tensors that carry metadata ----
+
+
+def carries_metadata(x: object) -> bool:
+    """Whether x is a Tensor subclass that is a tensor like any other to the dispatcher: what makes it special, its
+    `__torch_function__` adds (MONAI's MetaTensor)."""
+    return (
+        isinstance(x, Tensor)
+        and type(x) not in _PLAIN
+        and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not is_compiling()
+    )
+
+
+def _call_on_plain(call: Callable[[Tensor, OptTensor], Tensor], x: Tensor, residual: OptTensor) -> Tensor:
+    plain = residual if residual is None else residual.as_subclass(Tensor)
+    return call(x.as_subclass(Tensor), plain)
+
+
+# ---- a whole call ----
+
+
+def serve(
+    name: str,
+    fused: Callable[[Entry, Tensor, OptTensor], Tensor],
+    unfused: Callable[[Tensor, OptTensor], Tensor],
+    x: Tensor,
+    residual: OptTensor,
+) -> Tensor:
+    """fused(entry, x, residual) by the kernels; where they refuse, unfused(x, residual) by torch."""
+    try:
+        return fused(entry_for(x), x, residual)
+    except RuntimeError as error:
+        return fall_back_or_wrap(name, error, partial(serve, name, fused, unfused), unfused, x, residual)[0]
+
+
+def fall_back_or_wrap(
+    name: str,
+    error: RuntimeError,
+    call: Callable[[Tensor, OptTensor], Tensor],
+    unfused: Callable[[Tensor, OptTensor], Tensor],
+    x: Tensor,
+    residual: OptTensor,
+) -> tuple[Tensor, bool]:
+    """What a refused call gives, and whether the kernels gave it after all: `call` is made again on the plain tensor of
+    an x that only carries metadata, and x's class wraps the result as it wraps those of torch's functions."""
+    if carries_metadata(x):
+        cls = type(x)
+        y = cls.__torch_function__(_call_on_plain, (cls,), (call, x, residual), {})
+        if y is not NotImplemented:
+            return y, True
+    return fall_back(name, error, lambda: unfused(x, residual)), False
