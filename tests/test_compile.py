@@ -30,8 +30,8 @@ def fresh_compiler() -> Iterator[None]:
 
 def forward_args(layer: Layer, **changes: Any) -> tuple[Any, ...]:
     x = torch.randn(layer.shape)
-    kind, groups = {"B": (0, 0), "G": (1, 3), "I": (1, 5), "L": (2, 1)}[layer.norm[0]]
-    channels = layer.shape[-1] if kind == 2 else layer.shape[1]
+    groups, normalized_dims = {"B": (0, 0), "G": (3, 0), "I": (5, 0), "L": (0, 1)}[layer.norm[0]]
+    channels = layer.shape[-1] if normalized_dims else layer.shape[1]
     args: dict[str, Any] = {
         "x": x,
         "weight": torch.rand(channels),
@@ -39,8 +39,8 @@ def forward_args(layer: Layer, **changes: Any) -> tuple[Any, ...]:
         "residual": torch.randn_like(x),
         "mean": None,
         "var": None,
-        "kind": kind,
         "groups": groups,
+        "normalized_dims": normalized_dims,
         "eps": 1e-5,
         "activation": 1,
         "activation_param": 0.01,
@@ -63,10 +63,10 @@ def test_opcheck_forward_and_backward(layer: Layer, layout: str) -> None:
     args = forward_args(layer, x=x, residual=residual)
     torch.library.opcheck(ops.norm_forward.default, args)
     y, stats, mask = ops.norm_forward(*args)
-    _, weight, bias, _, _, _, kind, groups, _, activation, param, _ = args
-    for needs in ([True, True, True], [True, False, False], [False, True, False]):
-        common = (y, x, weight, bias, None, stats, mask, kind, groups, False)
-        torch.library.opcheck(ops.norm_backward.default, (*common, activation, param, needs))
+    _, weight, bias, _, _, _, *settings, _ = args
+    for output_mask in ([True, True, True], [True, False, False], [False, True, False]):
+        common = (y, x, weight, bias, None, stats, mask, *settings, False)
+        torch.library.opcheck(ops.norm_backward.default, (*common, output_mask))
 
 
 def test_opcheck_variants() -> None:

@@ -33,6 +33,7 @@ struct Call {
   const Config& config;
   const Running& running;
   bool use_input_stats;
+  mutable bool has_moved_running = false;
 
   bool frozen() const { return !use_input_stats; }
   bool moves_running() const { return use_input_stats && running.moves(); }
@@ -51,7 +52,7 @@ bool has_values(const Tensor& x, bool use_input_stats) {
 // What torch.nn refuses and the functional ops cannot, as none of them sees all the arguments. Sizes may be symbolic.
 // Whatever else the arguments may be refused for, norm_forward and update_running_stats_ check before they write.
 void check(const Call& call) {
-  const auto& [inputs, config, running, use_input_stats] = call;
+  const auto& [inputs, config, running, use_input_stats, _] = call;
   const Tensor& x = inputs.x;
   FASTNORM_SUPPORTED(!torch::jit::tracer::isTracing(), "torch.jit.trace records torch's operators");
   if (c10::impl::dispatch_mode_enabled() && !x.key_set().has(c10::DispatchKey::Python)) {
@@ -87,7 +88,7 @@ void check(const Call& call) {
 Forward forward(const Call& call, bool save_mask) {
   static const auto forward_op = find_op<ForwardSignature>("fastnorm::norm_forward");
   static const auto update_op = find_op<UpdateSignature>("fastnorm::update_running_stats_");
-  const auto& [inputs, c, running, use_input_stats] = call;
+  const auto& [inputs, c, running, use_input_stats, _] = call;
   Forward result = forward_op.call(inputs.x, inputs.weight, inputs.bias, inputs.residual, call.statistics(running.mean),
                                    call.statistics(running.var), c.groups, c.normalized_dims, c.eps, c.activation,
                                    c.activation_param, save_mask);
@@ -95,13 +96,14 @@ Forward forward(const Call& call, bool save_mask) {
     const Tensor& stats = std::get<1>(result);
     update_op.call(running.mean, running.var, running.num_batches_tracked, stats,
                    inputs.x.sym_numel() / stats.sym_size(1), running.momentum);
+    call.has_moved_running = true;
   }
   return result;
 }
 
 // Calls body, which may run code of the user's. torch.nn has counted the batch before anything can fail; here it is
-// counted by the kernel that moves the statistics, so where body fails it is counted now. After a refusal torch's own
-// forward runs, and counts.
+// counted by the kernel that moves the statistics, so where body fails before that it is counted now. After a refusal
+// torch's own forward runs, and counts.
 template <class Body>
 auto counting_batches(const Call& call, Body body) {
   try {
@@ -109,7 +111,7 @@ auto counting_batches(const Call& call, Body body) {
   } catch (const c10::NotImplementedError&) {
     throw;
   } catch (...) {
-    if (call.use_input_stats && present(call.running.num_batches_tracked)) {
+    if (call.use_input_stats && !call.has_moved_running && present(call.running.num_batches_tracked)) {
       at::AutoDispatchBelowADInplaceOrView guard;
       call.running.num_batches_tracked->add_(1);
     }

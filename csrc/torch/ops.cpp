@@ -168,7 +168,7 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
     const int64_t channels = (*t)->numel();
     FASTNORM_SUPPORTED(channels == 0 ? args.sets == 0 : args.sets % channels == 0, name, " has shape ", (*t)->sizes(),
                        ", expected one that divides the ", args.sets, " sets of stats");
-    FASTNORM_SUPPORTED(at::get_overlap_status(**t, stats) == at::MemOverlapStatus::No, name, " overlaps stats");
+    FASTNORM_SUPPORTED(!overlap(**t, stats), name, " overlaps stats");
     args.channels = channels;
     *grads = {(*t)->mutable_data_ptr(), dtype_of(**t, name)};
     *stride = (*t)->stride(0);

@@ -7,6 +7,11 @@
 
 namespace fastnorm::ops {
 
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const at::MemOverlapStatus status = at::get_overlap_status(a, b);
+  return status == at::MemOverlapStatus::Full || status == at::MemOverlapStatus::Partial;
+}
+
 struct Running {
   const OptTensor &mean, &var, &num_batches_tracked;
   std::optional<double> momentum;  // absent: 1 / num_batches_tracked
@@ -27,7 +32,7 @@ struct Running {
     if (ops::present(mean) && ops::present(var)) {
       FASTNORM_SUPPORTED(mean->sym_size(0) == var->sym_size(0), "running_mean and running_var have shapes ",
                          mean->sym_sizes(), " and ", var->sym_sizes(), ", expected one");
-      FASTNORM_SUPPORTED(!has_data(*mean) || at::get_overlap_status(*mean, *var) == at::MemOverlapStatus::No,
+      FASTNORM_SUPPORTED(!has_data(*mean) || !overlap(*mean, *var),
                          "running_mean and running_var overlap, expected memory of their own");
     }
     FASTNORM_SUPPORTED(momentum.has_value() || ops::present(num_batches_tracked),

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnorm.ops import ACTIVATIONS
+from fastnorm.activations import CODES
 from tests.common.cases import Case
 from tests.common.numerics import SLOPE, Inputs, add_batch, build
-from tests.common.plan_model import BATCH, GROUP, LAYER, Shape, shape_of
+from tests.common.plan_model import Shape, shape_of
 
 
 @dataclasses.dataclass
@@ -31,12 +31,11 @@ class RawCall:
             None if t is None else t.detach() for t in (self.module._parameters.get(n) for n in ("weight", "bias"))
         )
         norm = case.layer.norm
-        self.kind = BATCH if norm.startswith("Batch") else LAYER if norm == "LayerNorm" else GROUP
-        self.groups = case.layer.groups
-        if self.kind == LAYER:
-            self.groups = len(self.module.normalized_shape)
-        self.frozen = self.kind == BATCH and case.mode != "train" and self.module._buffers["running_mean"] is not None
-        self.activation = ACTIVATIONS[case.activation]
+        normalized_dims = len(self.module.normalized_shape) if norm == "LayerNorm" else 0
+        is_batch = norm.startswith("Batch")
+        self.frozen = is_batch and case.mode != "train" and self.module._buffers["running_mean"] is not None
+        self.activation = CODES[case.activation]
+        self.settings = (case.layer.groups, normalized_dims, self.module.eps, self.activation, SLOPE)
 
     @property
     def shape(self) -> Shape:
@@ -52,19 +51,15 @@ class RawCall:
             self.bias,
             self.residual,
             *statistics,
-            self.kind,
-            self.groups,
-            self.module.eps,
-            self.activation,
-            SLOPE,
+            *self.settings,
             save_mask,
         )
         return dict(zip(("y", "stats", "mask"), outputs, strict=True))
 
     def backward(
-        self, stats: Tensor, mask: Tensor, needs: tuple[bool, bool, bool] = (True, True, True)
+        self, stats: Tensor, mask: Tensor, output_mask: tuple[bool, bool, bool] = (True, True, True)
     ) -> dict[str, Tensor]:
-        """needs: of dx, of dweight and dbias, of dresidual."""
+        """output_mask: of dx, of dweight and dbias, of dresidual."""
         recomputes = self.activation != 0 and mask.numel() == 0
         outputs = self.ops.norm_backward(
             self.dy,
@@ -74,12 +69,9 @@ class RawCall:
             self.residual if recomputes else None,
             stats,
             mask,
-            self.kind,
-            self.groups,
+            *self.settings,
             self.frozen,
-            self.activation,
-            SLOPE,
-            list(needs),
+            list(output_mask),
         )
         return dict(zip(("dx", "dweight", "dbias", "dresidual"), outputs, strict=True))
 
