@@ -176,6 +176,16 @@ def check_torch_version(version: str) -> None:
         stop(f"torch {version} is too old: run `pip install --upgrade 'torch>={least}'`, then {INSTALL}.")
 
 
+CXX20 = """
+#include <compare>
+#include <concepts>
+#include <string>
+template <std::integral T>
+std::strong_ordering compare(T a, T b) { return a <=> b; }
+bool is_less(const std::string& text) { return text.starts_with("a") && compare(1, 2) < 0; }
+"""
+
+
 def find_compiler(env: Mapping[str, str] = os.environ) -> Compiler:
     named = env.get("CXX", "").strip()
     command = shlex.split(named or ("clang++" if sys.platform == "darwin" else "g++"))
@@ -189,12 +199,18 @@ def find_compiler(env: Mapping[str, str] = os.environ) -> Compiler:
             "install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
             "macOS: xcode-select --install), or set CXX to one."
         )
-    return Compiler(command, (run.stdout.strip().splitlines() or ["unknown"])[0])
+    compiler = Compiler(command, (run.stdout.strip().splitlines() or ["unknown"])[0])
+    if not accepts(compiler, ["-std=c++20"], CXX20):
+        stop(
+            f"{compiler.version} does not compile the C++20 of torch's headers: "
+            "install g++ 11 or newer, or clang 14 or newer, and set CXX to it."
+        )
+    return compiler
 
 
-def accepts(compiler: Compiler, flags: Sequence[str]) -> bool:
-    trial = [*compiler.command, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
-    return subprocess.run(trial, capture_output=True).returncode == 0
+def accepts(compiler: Compiler, flags: Sequence[str], source: str = "") -> bool:
+    trial = [*compiler.command, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(trial, input=source, text=True, capture_output=True).returncode == 0
 
 
 def find_capabilities(compiler: Compiler, machine: str = platform.machine()) -> dict[str, list[str]]:
@@ -400,8 +416,10 @@ class BuildWithNinja(build_ext):
         if subprocess.run([*ninja, "-j", str(tools.jobs)]).returncode:
             stop("the build failed: the compiler's own message is above.")
 
+        # With the time of the copy: setuptools copies on what is newer alone, and after a change of torch this may be a
+        # library that was linked long ago.
         library.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(place / library.name), str(library))
+        shutil.copyfile(place / library.name, library)
         print(
             f"fastnorm: built {library.name} in {time.monotonic() - start:.0f} s for "
             f"{', '.join(tools.capabilities)}; CUDA {tools.cuda or 'none'}; "
