@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.test_install import assert_sentence, load_setup, make_tools, run, sentence_of
 from tests.test_install import toy as toy  # a fixture
 
