@@ -59,7 +59,7 @@ clean:
 	rm -rf build dist fastnorm.egg-info fastnorm/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # The first line compiles where one can watch, the second makes `import fastnorm` find this checkout.
-$(BUILT): $(READY) $(SOURCES) setup.py setup_cuda.py pyproject.toml
+$(BUILT): $(READY) $(SOURCES) setup.py setup_cuda.py setup_ninja.py pyproject.toml
 	$(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	rm -f build/.built-*

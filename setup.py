@@ -51,6 +51,7 @@ except ImportError:
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip's way of building has it taken away
 from setup_cuda import Cuda, cuda_mode, find_cuda, stop  # noqa: E402
+from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 10)
@@ -251,13 +252,6 @@ def find_python_headers(include: str = sysconfig.get_paths()["include"]) -> Path
 # The build.
 
 
-class Object(NamedTuple):
-    path: str
-    source: Path
-    flags: list[str]
-    rule: str = "compile"
-
-
 def plan_cuda_objects(csrc: Path, flags: Sequence[str]) -> list[Object]:
     """The CUDA kernels: files with FASTNORM_DTYPE in them, once per storage type."""
     objects = []
@@ -285,8 +279,7 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
     }
     with_pybind11 = [f"-isystem{tools.pybind11}", f"-isystem{tools.python}"]
     with_pybind11 += [f"-DFASTNORM_{name}={json.dumps(text)}" for name, text in facts.items()]
-    includes = (torch.root / "include", torch.root / "include/torch/csrc/api/include")
-    with_torch = [f"-isystem{path}" for path in includes]
+    with_torch = torch_include_flags(torch.root)
     with_cuda = [f"-DFASTNORM_CUDA_BUILD={json.dumps(str(cuda))}"] if cuda else []
     plain = [f"-DFASTNORM_HAVE_{name.upper()}" for name in capabilities if name != "baseline"]
 
@@ -309,43 +302,6 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
         flags = [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in cuda.codes]
         objects += plan_cuda_objects(csrc, [*flags, "-c", *["--Werror=all-warnings"] * strict])
     return objects
-
-
-def link_flags(torch: Torch, system: str = sys.platform) -> list[str]:
-    # libtorch.so is in every torch and brings the CUDA half along where there is one. No rpath:
-    # torch is imported first. No OpenMP: the kernels' loops run on torch's own threads.
-    libraries = [f"-L{torch.root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    if system == "darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup", *libraries]
-    return ["-shared", "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
-
-
-def ninja_file(library: str, objects: Sequence[Object], cxx: list[str], link: list[str], nvcc: str = "nvcc") -> str:
-    def command(words: Sequence[str]) -> str:
-        return " ".join(map(shlex.quote, words)).replace("$", "$$")
-
-    def name(path: object) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(path))
-
-    nvcc_lines = ["  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
-    by_nvcc = f"  command = {command([nvcc])} $flags -MD -MT $out -MF $out.d $in -o $out"
-    lines = [
-        *("rule nvcc", by_nvcc, *nvcc_lines),
-        *("rule cubin", f"{by_nvcc} 2> $out.ptxas || {{ cat $out.ptxas; exit 1; }}", *nvcc_lines),
-        "rule compile",
-        f"  command = {command(cxx)} $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        f"  command = {command(cxx)} $in {command(link)} -o $out",
-        "  description = link $out",
-    ]
-    # The longest compilations start first: the kernels.
-    for o in sorted(objects, key=lambda o: o.rule == "compile" and "kernels" not in o.path):
-        lines += [f"build {name(o.path)}: {o.rule} {name(o.source)}", f"  flags = {command(o.flags)}"]
-    lines += [f"build {name(library)}: link {' '.join(name(o.path) for o in objects)}"] * bool(library)
-    return "\n".join(lines) + "\n"
 
 
 def check_cuda() -> None:
@@ -405,7 +361,7 @@ class BuildWithNinja(build_ext):
 
         place = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{tools.torch.version}"
         place.mkdir(parents=True, exist_ok=True)
-        link, nvcc = link_flags(tools.torch), "nvcc"
+        link, nvcc = torch_link_flags(tools.torch.root), "nvcc"
         if tools.cuda:
             link, nvcc = [*link, *tools.cuda.link], tools.cuda.nvcc
         rules = ninja_file(library.name, objects, tools.compiler.command, link, nvcc)

@@ -37,6 +37,7 @@ def load_setup() -> ModuleType:
 
 setup = load_setup()
 HERE = setup.Torch(torch.__version__, Path(torch.__path__[0]), True)
+SETUP = [path.name for path in ROOT.glob("setup*.py")]
 COMPILER = setup.find_compiler()
 
 
@@ -274,14 +275,14 @@ def test_source_distribution(tmp_path: Path) -> None:
     needed += [*ROOT.glob("fastnorm/*.py"), *ROOT.glob("tests/*.py")]
     assert {str(p.relative_to(ROOT)) for p in needed} <= names
     assert {"fastnorm/py.typed", "fastnorm/_C.pyi", "LICENSE", "README.md", "pyproject.toml"} <= names
-    assert {"setup.py", "setup_cuda.py"} <= names
+    assert set(SETUP) <= names
     assert not any(name.endswith((".so", ".pyc")) for name in names)
 
 
 def test_make_builds_for_the_torch_and_the_environment_named(tmp_path: Path) -> None:
     """There is one library, so that a change of either builds; without one nothing is done."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("csrc/a.cpp", "tests/b.h", "requirements-dev.txt", "setup.py", "setup_cuda.py", "pyproject.toml"):
+    for name in ("csrc/a.cpp", "tests/b.h", "requirements-dev.txt", *SETUP, "pyproject.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     log = tmp_path / "log"
