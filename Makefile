@@ -19,7 +19,8 @@ JOBS ?= auto
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.torch-$(TORCH)
-BUILT := $(VENV)/.built
+# There is one fastnorm/_C.*.so, for the torch and the environment named here: naming others builds it anew.
+BUILT := build/.built-$(TORCH)-$(subst /,_,$(VENV))
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(NATIVE))
 
@@ -56,13 +57,13 @@ format: $(READY)
 
 clean:
 	rm -rf build dist fastnorm.egg-info fastnorm/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(BUILT)
 
 # The first line compiles where one can watch, the second makes `import fastnorm` find this checkout.
-$(BUILT): $(READY) $(SOURCES) setup.py setup_cuda.py pyproject.toml
+$(BUILT): $(READY) $(SOURCES) setup.py setup_cuda.py setup_ninja.py pyproject.toml
 	$(PY) setup.py --quiet build_ext --inplace
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	touch $@
+	rm -f build/.built-*
+	mkdir -p build && touch $@
 
 # One call of pip, so that torch stays the one named. The stamp is torch's: naming another version installs that one.
 $(READY): requirements-dev.txt | $(PY)

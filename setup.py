@@ -51,6 +51,7 @@ except ImportError:
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip's way of building has it taken away
 from setup_cuda import Cuda, cuda_mode, find_cuda, stop  # noqa: E402
+from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 10)
@@ -176,6 +177,16 @@ def check_torch_version(version: str) -> None:
         stop(f"torch {version} is too old: run `pip install --upgrade 'torch>={least}'`, then {INSTALL}.")
 
 
+CXX20 = """
+#include <compare>
+#include <concepts>
+#include <string>
+template <std::integral T>
+std::strong_ordering compare(T a, T b) { return a <=> b; }
+bool is_less(const std::string& text) { return text.starts_with("a") && compare(1, 2) < 0; }
+"""
+
+
 def find_compiler(env: Mapping[str, str] = os.environ) -> Compiler:
     named = env.get("CXX", "").strip()
     command = shlex.split(named or ("clang++" if sys.platform == "darwin" else "g++"))
@@ -189,12 +200,18 @@ def find_compiler(env: Mapping[str, str] = os.environ) -> Compiler:
             "install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
             "macOS: xcode-select --install), or set CXX to one."
         )
-    return Compiler(command, (run.stdout.strip().splitlines() or ["unknown"])[0])
+    compiler = Compiler(command, (run.stdout.strip().splitlines() or ["unknown"])[0])
+    if not accepts(compiler, ["-std=c++20"], CXX20):
+        stop(
+            f"{compiler.version} does not compile the C++20 of torch's headers: "
+            "install g++ 11 or newer, or clang 14 or newer, and set CXX to it."
+        )
+    return compiler
 
 
-def accepts(compiler: Compiler, flags: Sequence[str]) -> bool:
-    trial = [*compiler.command, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
-    return subprocess.run(trial, capture_output=True).returncode == 0
+def accepts(compiler: Compiler, flags: Sequence[str], source: str = "") -> bool:
+    trial = [*compiler.command, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(trial, input=source, text=True, capture_output=True).returncode == 0
 
 
 def find_capabilities(compiler: Compiler, machine: str = platform.machine()) -> dict[str, list[str]]:
@@ -235,13 +252,6 @@ def find_python_headers(include: str = sysconfig.get_paths()["include"]) -> Path
 # The build.
 
 
-class Object(NamedTuple):
-    path: str
-    source: Path
-    flags: list[str]
-    rule: str = "compile"
-
-
 def plan_cuda_objects(csrc: Path, flags: Sequence[str]) -> list[Object]:
     """The CUDA kernels: files with FASTNORM_DTYPE in them, once per storage type."""
     objects = []
@@ -269,8 +279,7 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
     }
     with_pybind11 = [f"-isystem{tools.pybind11}", f"-isystem{tools.python}"]
     with_pybind11 += [f"-DFASTNORM_{name}={json.dumps(text)}" for name, text in facts.items()]
-    includes = (torch.root / "include", torch.root / "include/torch/csrc/api/include")
-    with_torch = [f"-isystem{path}" for path in includes]
+    with_torch = torch_include_flags(torch.root)
     with_cuda = [f"-DFASTNORM_CUDA_BUILD={json.dumps(str(cuda))}"] if cuda else []
     plain = [f"-DFASTNORM_HAVE_{name.upper()}" for name in capabilities if name != "baseline"]
 
@@ -293,43 +302,6 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
         flags = [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in cuda.codes]
         objects += plan_cuda_objects(csrc, [*flags, "-c", *["--Werror=all-warnings"] * strict])
     return objects
-
-
-def link_flags(torch: Torch, system: str = sys.platform) -> list[str]:
-    # libtorch.so is in every torch and brings the CUDA half along where there is one. No rpath:
-    # torch is imported first. No OpenMP: the kernels' loops run on torch's own threads.
-    libraries = [f"-L{torch.root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    if system == "darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup", *libraries]
-    return ["-shared", "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
-
-
-def ninja_file(library: str, objects: Sequence[Object], cxx: list[str], link: list[str], nvcc: str = "nvcc") -> str:
-    def command(words: Sequence[str]) -> str:
-        return " ".join(map(shlex.quote, words)).replace("$", "$$")
-
-    def name(path: object) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(path))
-
-    nvcc_lines = ["  depfile = $out.d", "  deps = gcc", "  description = compile $out"]
-    by_nvcc = f"  command = {command([nvcc])} $flags -MD -MT $out -MF $out.d $in -o $out"
-    lines = [
-        *("rule nvcc", by_nvcc, *nvcc_lines),
-        *("rule cubin", f"{by_nvcc} 2> $out.ptxas || {{ cat $out.ptxas; exit 1; }}", *nvcc_lines),
-        "rule compile",
-        f"  command = {command(cxx)} $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        f"  command = {command(cxx)} $in {command(link)} -o $out",
-        "  description = link $out",
-    ]
-    # The longest compilations start first: the kernels.
-    for o in sorted(objects, key=lambda o: o.rule == "compile" and "kernels" not in o.path):
-        lines += [f"build {name(o.path)}: {o.rule} {name(o.source)}", f"  flags = {command(o.flags)}"]
-    lines += [f"build {name(library)}: link {' '.join(name(o.path) for o in objects)}"] * bool(library)
-    return "\n".join(lines) + "\n"
 
 
 def check_cuda() -> None:
@@ -389,7 +361,7 @@ class BuildWithNinja(build_ext):
 
         place = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{tools.torch.version}"
         place.mkdir(parents=True, exist_ok=True)
-        link, nvcc = link_flags(tools.torch), "nvcc"
+        link, nvcc = torch_link_flags(tools.torch.root), "nvcc"
         if tools.cuda:
             link, nvcc = [*link, *tools.cuda.link], tools.cuda.nvcc
         rules = ninja_file(library.name, objects, tools.compiler.command, link, nvcc)
@@ -400,8 +372,10 @@ class BuildWithNinja(build_ext):
         if subprocess.run([*ninja, "-j", str(tools.jobs)]).returncode:
             stop("the build failed: the compiler's own message is above.")
 
+        # With the time of the copy: setuptools copies on what is newer alone, and after a change of torch this may be a
+        # library that was linked long ago.
         library.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(place / library.name), str(library))
+        shutil.copyfile(place / library.name, library)
         print(
             f"fastnorm: built {library.name} in {time.monotonic() - start:.0f} s for "
             f"{', '.join(tools.capabilities)}; CUDA {tools.cuda or 'none'}; "

@@ -21,7 +21,8 @@ from tests.common import cases
 Call = Callable[[], object]
 Norm = Callable[[Tensor, Tensor | None], Tensor]
 
-MODES = ("forward", "step", "eval")  # step: forward and backward
+MODE_NAMES = {"forward": "forward", "step": "forward + backward", "eval": "eval"}
+MODES = tuple(MODE_NAMES)
 DTYPES = ("float32", "bfloat16")
 SHORT = {
     "planar": "planar",

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
-from benchmarks.contestants import SHORT
+from benchmarks.contestants import MODE_NAMES, SHORT
 from benchmarks.results import Result, geometric_mean
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 MODE_COLOURS = {"forward": "#4c9be8", "step": "#1f4e8c", "eval": "#9fd0a5"}
-MODE_NAMES = {"forward": "forward", "step": "forward + backward", "eval": "eval"}
 FEW = 20  # rows: a bar each; more rows: a bar per shape, dtype and layout
 LONG_AXIS = 12  # times torch.nn: beyond it, bars of 2 could not be read on a linear axis
 GREEN, GREY = "#2e8b57", "#444444"

@@ -11,19 +11,12 @@ from pathlib import Path
 
 import torch
 
+import fastnorm
+from fastnorm import _C
+from fastnorm.__main__ import cpu_model
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CACHE_BYTES = 32 << 20  # a server's share of L3, where the system does not say
-
-
-def cpu_model() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def cpu_cores() -> int:
@@ -77,8 +70,6 @@ def commit() -> str:
 
 def describe(device: str) -> dict[str, object]:
     """Machine, versions, commit and date, ready for JSON."""
-    import fastnorm._C
-
     machine: dict[str, object] = {
         "cpu": cpu_model(),
         "cores": cpu_cores(),
@@ -86,7 +77,7 @@ def describe(device: str) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "cache_bytes": cache_bytes(device),
         "busy_cores": busy_cores(),
-        "fastnorm_capability": fastnorm_capability(),
+        "fastnorm_capability": _C.cpu_capability(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }
     if device == "cuda":
@@ -94,13 +85,13 @@ def describe(device: str) -> dict[str, object]:
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fastnorm": str(getattr(fastnorm, "__version__", "unknown")),
+        "fastnorm": fastnorm.__version__,
     }
     if device == "cuda":
         versions |= {
             "cuda": str(torch.version.cuda),
             "cudnn": str(torch.backends.cudnn.version()),
-            "fastnorm_cuda": str(fastnorm._C.build_info().get("cuda")),
+            "fastnorm_cuda": _C.build_info()["cuda"],
         }
     return {
         "machine": machine,
@@ -108,12 +99,3 @@ def describe(device: str) -> dict[str, object]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def fastnorm_capability() -> str:
-    """The instruction set that fastnorm's CPU kernels use."""
-    try:
-        from fastnorm import _C
-    except ImportError:
-        return "none"
-    return str(_C.cpu_capability())

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from benchmarks.contestants import MODES
+from benchmarks.contestants import MODE_NAMES, MODES
 from benchmarks.results import OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines
 
-HEADINGS = {"forward": "forward", "step": "forward + backward", "eval": "eval"}
 PLAIN_WIDTH = 140  # of a file or a pipe
 LABEL = 26
 WIDTHS = {"us": 9, "torch": 7, "compile": 9, "cudnn": 7, "copies": 7, "floor": 6}  # of the columns of one mode
@@ -82,7 +81,7 @@ def make_table(results: Sequence[Result], width: int, modes: Sequence[str] = MOD
     modes, columns = _layout(results, width, modes)
     block = sum(WIDTHS[c] for c in columns)
     lines = [
-        Text(" " * LABEL + "".join(f"  {HEADINGS[m]:>{block}}" for m in modes), "bold"),
+        Text(" " * LABEL + "".join(f"  {MODE_NAMES[m]:>{block}}" for m in modes), "bold"),
         Text(
             " " * LABEL + len(modes) * ("  " + "".join(f"{c:>{WIDTHS[c]}}" for c in columns)),
             "bold",
@@ -126,7 +125,7 @@ def make_markdown(results: Sequence[Result], modes: Sequence[str] = MODES) -> st
         mean, low, high = geometric_mean(values), min(values), max(values)
         return f"{mean:.1f}{unit}" + (f" ({low:.1f} to {high:.1f})" if len(values) > 1 else "")
 
-    heads = [f"{HEADINGS[m]}: {what}" for m in modes for what in ("torch.nn", "copies")]
+    heads = [f"{MODE_NAMES[m]}: {what}" for m in modes for what in ("torch.nn", "copies")]
     lines = ["| layer | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for title, group in itertools.groupby((r for r in results if not r.is_tiny), key=lambda r: r.row.title):
         members, cells = list(group), [title]
@@ -143,7 +142,7 @@ def print_summary(console: Console, results: list[Result], modes: tuple[str, ...
         mean = means(results, mode)
         if math.isnan(mean["times_torch"]):
             continue
-        text = f"  {HEADINGS[mode]:<19} {times(mean['times_torch']):>6} torch.nn"
+        text = f"  {MODE_NAMES[mode]:<19} {times(mean['times_torch']):>6} torch.nn"
         for other, name in (("times_compile", "torch.compile"), ("times_cudnn", "cuDNN")):
             if other in mean:
                 text += f", {times(mean[other])} {name}"

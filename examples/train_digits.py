@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastnorm
+from fastnorm import _C
+from fastnorm.__main__ import cpu_model
 
 # Run as a file, its own folder is on the path, and not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench
-from benchmarks.machine import cpu_model, fastnorm_capability
 from benchmarks.tables import make_console, print_results
 from examples.demo_figure import save_picture
 
@@ -312,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cpu = f"{cpu_model()}, {torch.get_num_threads()} threads, {fastnorm_capability()}"
+    cpu = f"{cpu_model()}, {torch.get_num_threads()} threads, {_C.cpu_capability()}"
     machine = torch.cuda.get_device_name() if device == "cuda" else cpu
     where = f"fastnorm {fastnorm.__version__}, torch {torch.__version__}, device {device}: {machine}"
     console = make_console()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from setuptools import Distribution, Extension
 
 import fastnorm
 import fastnorm.__main__ as report
@@ -34,6 +37,8 @@ def load_setup() -> ModuleType:
 
 setup = load_setup()
 HERE = setup.Torch(torch.__version__, Path(torch.__path__[0]), True)
+SETUP = [path.name for path in ROOT.glob("setup*.py")]
+COMPILER = setup.find_compiler()
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -120,6 +125,17 @@ def test_torch_hidden_by_isolation(tmp_path: Path) -> None:
     assert setup.find_torch(env={**os.environ, "PYTHONPATH": str(tmp_path)}).root == HERE.root
 
 
+@pytest.mark.parametrize("standard", ["c++17", "none"])
+def test_old_compiler(standard: str, tmp_path: Path) -> None:
+    """One that knows only C++17, and one that does not know -std=c++20."""
+    old = tmp_path / "old-compiler"
+    swap = f'set -- $(echo "$*" | sed s/c++20/{standard}/)' if standard == "c++17" else "exit 1"
+    old.write_text(f'#!/bin/sh\ncase "$*" in *c++20*) {swap};; esac\nexec {" ".join(COMPILER.command)} "$@"\n')
+    old.chmod(0o755)
+    text = sentence_of(setup.find_compiler, {"CXX": str(old)})
+    assert_sentence(text, COMPILER.version, "C++20", "g++ 11 or newer", "set CXX")
+
+
 def test_no_ninja(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(setup.shutil, "which", lambda name: f"/usr/bin/{name}")
@@ -157,8 +173,8 @@ def test_no_traceback(command: list[str], missing: str, tmp_path: Path) -> None:
 def toy(tmp_path: Path) -> Path:
     """Sources in the places setup.py knows, in a folder whose name has to be quoted."""
     sources = {
-        "plan.cpp": '#include "plan.h"\nint plan() { return kPlan; }\n',
-        "plan.h": "constexpr int kPlan = 1;\n",
+        "plan/grid.cpp": '#include "grid.h"\nint plan() { return kPlan; }\n',
+        "plan/grid.h": "constexpr int kPlan = 1;\n",
         "cpu/dispatch.cpp": "int dispatch() { return 2; }\n",
         "cpu/kernels.cpp": "namespace FASTNORM_CPU_CAPABILITY { int run() { return 3; } }\n",
         "torch/ops.cpp": "int ops() { return 4; }\n",
@@ -182,7 +198,7 @@ CAPABILITIES = {"baseline": [], **setup.X86_CAPABILITIES}
 def test_objects(toy: Path) -> None:
     objects = setup.plan_objects(toy, make_tools(CAPABILITIES), "1.2.3")
     names = [o.path for o in objects]
-    assert sorted(names[:4]) == ["cpu_dispatch.o", "plan.o", "torch_module.o", "torch_ops.o"]
+    assert sorted(names[:4]) == ["cpu_dispatch.o", "plan_grid.o", "torch_module.o", "torch_ops.o"]
     assert names[4:] == ["cpu_kernels.baseline.o", "cpu_kernels.avx2.o", "cpu_kernels.avx512.o"]
     flags = {o.path: o.flags for o in objects}
     for name in names:
@@ -223,9 +239,30 @@ def test_incremental_build(toy: Path, tmp_path: Path) -> None:
 
     assert len(compiled()) == len(objects) + 1
     assert compiled() == []
-    (toy / "plan.h").write_text("constexpr int kPlan = 5;\n")
-    assert compiled() == ["plan.o", "toy.so"]
+    (toy / "plan" / "grid.h").write_text("constexpr int kPlan = 5;\n")
+    assert compiled() == ["plan_grid.o", "toy.so"]
     assert b'a "quoted" $version' in (build / "toy.so").read_bytes()
+
+
+def test_change_of_torch(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back at a torch that was built for before: nothing is compiled, and the library is the one for it."""
+    (toy / "torch" / "module.cpp").write_text("const char* torch() { return FASTNORM_TORCH_VERSION; }\n")
+    tools = make_tools({"baseline": []})
+    monkeypatch.setattr(setup, "ROOT", toy.parent)
+    monkeypatch.chdir(toy.parent)
+    (toy.parent / "fastnorm").mkdir()
+    for version in ("2.13.0", "2.14.1", "2.13.0"):
+        named = tools._replace(torch=HERE._replace(version=version))
+        monkeypatch.setattr(setup, "find_tools", lambda named=named: named)
+        distribution = Distribution(
+            {"name": "toy", "version": "1", "packages": ["fastnorm"], "ext_modules": [Extension("fastnorm._C", [])]}
+        )
+        command = setup.BuildWithNinja(distribution)
+        command.inplace = True
+        command.ensure_finalized()
+        command.run()
+        (library,) = (toy.parent / "fastnorm").glob("_C.*")
+        assert version.encode() in library.read_bytes()
 
 
 def test_source_distribution(tmp_path: Path) -> None:
@@ -238,8 +275,41 @@ def test_source_distribution(tmp_path: Path) -> None:
     needed += [*ROOT.glob("fastnorm/*.py"), *ROOT.glob("tests/*.py")]
     assert {str(p.relative_to(ROOT)) for p in needed} <= names
     assert {"fastnorm/py.typed", "fastnorm/_C.pyi", "LICENSE", "README.md", "pyproject.toml"} <= names
-    assert {"setup.py", "setup_cuda.py"} <= names
+    assert set(SETUP) <= names
     assert not any(name.endswith((".so", ".pyc")) for name in names)
+
+
+def test_make_builds_for_the_torch_and_the_environment_named(tmp_path: Path) -> None:
+    """There is one library, so that a change of either builds; without one nothing is done."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("csrc/a.cpp", "tests/b.h", "requirements-dev.txt", *SETUP, "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    log = tmp_path / "log"
+    for venv in (".venv", "other"):
+        python = tmp_path / venv / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f'#!/bin/sh\necho "$*" >> "{log}"\n')
+        python.chmod(0o755)
+
+    # `make test TORCH=2.14.1` would pass its own variables on.
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "TORCH", "VENV")}
+
+    def done(*arguments: str) -> list[str]:
+        log.write_text("")
+        subprocess.run(["make", "--silent", "build", *arguments], cwd=tmp_path, env=env, check=True, timeout=60)
+        return re.findall(r"torch==\S+|build_ext", log.read_text())
+
+    assert done() == ["torch==2.13.0", "build_ext"]
+    assert done() == []
+    newest = ("TORCH=2.14.1", "VENV=other")
+    assert done(*newest) == ["torch==2.14.1", "build_ext"]
+    assert done(*newest) == []
+    assert done() == ["build_ext"]
+    assert done("TORCH=2.14.1") == ["torch==2.14.1", "build_ext"]
+    assert done() == ["torch==2.13.0", "build_ext"]
+    os.utime(tmp_path / "csrc/a.cpp", (time.time() + 9, time.time() + 9))
+    assert done() == ["build_ext"]
 
 
 # What is written in several places is the same in all.

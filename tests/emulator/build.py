@@ -19,15 +19,18 @@ import fcntl
 import functools
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # else its own folder is on the path, and not the checkout
+
+from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
+
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "emulator"
 PLACE = ROOT / "build" / "emulator"
@@ -55,12 +58,6 @@ SANITIZER_OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "exitcode=66 atexit_sleep_ms=0",
 }
-
-
-class Object(NamedTuple):
-    path: str
-    source: Path
-    flags: list[str]
 
 
 class Target(NamedTuple):
@@ -129,18 +126,10 @@ def torch_root() -> Path:
 def torch_objects() -> list[Object]:
     import torch
 
-    includes = (torch_root() / "include", torch_root() / "include/torch/csrc/api/include")
-    flags = [f"-isystem{path}" for path in includes]
+    flags = torch_include_flags(torch_root())
     flags += ["-O1", "-DNDEBUG", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     names = ("backend", "backend_cuda", "library", "ops")
     return [plain_object("plain", CSRC / "torch" / f"{name}.cpp", *flags) for name in names]
-
-
-def torch_link_flags() -> list[str]:
-    libraries = [f"-L{torch_root() / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    if sys.platform == "darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup", *libraries]
-    return ["-shared", "-Wl,--no-as-needed", *libraries, "-Wl,--as-needed"]
 
 
 def make_target(path: str) -> Target:
@@ -149,7 +138,7 @@ def make_target(path: str) -> Target:
     if path == LIBRARY:
         bindings = plain_object(variant, EMULATOR / "bindings.cpp")
         objects = [*torch_objects(), *kernel_objects(variant), *emulator_objects(variant), bindings]
-        return Target(path, objects, [*link, *torch_link_flags()])
+        return Target(path, objects, [*link, *torch_link_flags(torch_root())])
     sources = sorted(EMULATOR.glob(f"{name}*.cpp"))
     if variant not in VARIANTS or not sources:
         raise BuildError(f"no target {path}")
@@ -162,34 +151,6 @@ def all_targets() -> list[str]:
     return [LIBRARY, *(f"{variant}/{name}" for name in ("self_test", "drive_kernels") for variant in VARIANTS)]
 
 
-# Ninja.
-
-
-def ninja_file(target: Target) -> str:
-    def command(words: Sequence[str]) -> str:
-        return " ".join(map(shlex.quote, words)).replace("$", "$$")
-
-    def name(path: object) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(path))
-
-    cxx = command(compiler())
-    lines = [
-        "rule compile",
-        # Flags of the language come before the file they are about.
-        f"  command = {cxx} $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        f"  command = {cxx} $in {command(target.flags)} -o $out",
-        "  description = link $out",
-    ]
-    for o in target.objects:
-        lines += [f"build {name(o.path)}: compile {name(o.source)}", f"  flags = {command(o.flags)}"]
-    lines.append(f"build {name(target.path)}: link {' '.join(name(o.path) for o in target.objects)}")
-    return "\n".join(lines) + "\n"
-
-
 def build(path: str, quiet: bool = True) -> Path:
     """Brings a target up to date and returns its file. Raises BuildError with what the compiler says."""
     target = make_target(path)
@@ -197,7 +158,7 @@ def build(path: str, quiet: bool = True) -> Path:
     rules = PLACE / (path.replace("/", "_") + ".ninja")
     with open(PLACE / "lock", "w") as lock:  # pytest-xdist: one process builds, the others find it built
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rules.write_text(ninja_file(target))
+        rules.write_text(ninja_file(target.path, target.objects, compiler(), target.flags))
         command = [sys.executable, "-m", "ninja", "-C", str(PLACE), "-f", rules.name, path]
         if os.environ.get("MAX_JOBS", "").strip():
             command += ["-j", os.environ["MAX_JOBS"]]
