@@ -19,7 +19,7 @@ Plan = _C.ForwardPlan | _C.BackwardPlan
 Forced = dict[str, str | int]
 Kind = tuple[str, str, int]
 
-RESIDENTS = (1, 2)  # blocks to a multiprocessor that plans share its memory out to
+BLOCKS_PER_SM = (1, 2)  # blocks to a multiprocessor that plans share its memory out to
 
 
 def _of(label: str) -> list[cases.Layer]:
@@ -141,8 +141,8 @@ class Candidate:
             return str(f["strategy"])
         pieces = f" of {f['pieces']}" if "pieces" in f else ""
         tile = f", tiles of {f['tile_bytes']} B" if "tile_bytes" in f else ""
-        buffers = ", two buffers" if f["buffers"] == 2 else ""
-        return f"{f['gang']}{pieces}, {f['residents']} resident{tile}{buffers}"
+        stages = ", 2 stages" if f["stages"] == 2 else ""
+        return f"{f['gang']}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}"
 
 
 def grid_of(plan: Plan) -> _C.Grid:
@@ -152,7 +152,7 @@ def grid_of(plan: Plan) -> _C.Grid:
 
 def kind_of(plan: Plan) -> Kind:
     grid = grid_of(plan)
-    return plan.strategy, grid.gang, grid.buffers
+    return plan.strategy, grid.gang, grid.stages
 
 
 def predict(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Parts:
@@ -175,12 +175,12 @@ def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
     if plan.strategy != "fused":
         return {"strategy": plan.strategy}
     grid = grid_of(plan)
-    forced: Forced = {"strategy": "fused", "gang": grid.gang, "buffers": grid.buffers}
+    forced: Forced = {"strategy": "fused", "gang": grid.gang, "stages": grid.stages}
     if grid.gang != "block":
         forced["pieces"] = grid.pieces
     if grid.traversal == "columns":
         forced["tile_bytes"] = grid.tile * job.call.size
-    choices = ({**forced, "residents": residents} for residents in RESIDENTS)
+    choices = ({**forced, "blocks_per_sm": blocks_per_sm} for blocks_per_sm in BLOCKS_PER_SM)
     return next((each for each in choices if job.plan(facts, each) == plan), None)
 
 

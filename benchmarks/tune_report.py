@@ -237,8 +237,8 @@ def fit_parts(outcomes: Iterable[Outcome]) -> Fit | None:
         for i, candidate in enumerate(o.candidates if o.times else ()):
             parts.append([getattr(candidate.predicted, part) for part in PARTS])
             us.append(o.us(i))
-            strategy, gang, buffers = kind_of(candidate.plan)
-            kinds.append(f"{gang}{', two buffers' if buffers == 2 else ''}" if strategy == "fused" else strategy)
+            strategy, gang, stages = kind_of(candidate.plan)
+            kinds.append(f"{gang}{', 2 stages' if stages == 2 else ''}" if strategy == "fused" else strategy)
     if len(us) < 2 * len(PARTS):
         return None
     known, taken = np.array(parts), np.array(us)

@@ -84,24 +84,24 @@ class DeviceInfo:
     def __init__(
         self,
         capability: int,
-        multiprocessors: int,
-        threads_per_multiprocessor: int,
-        shared_per_multiprocessor: int,
+        num_sms: int,
+        threads_per_sm: int,
+        shared_per_sm: int,
         shared_per_block: int,
         l2_bytes: int,
         bytes_per_us: int,
         largest_cluster: int,
-        cluster_multiprocessors: int,
+        cluster_sms: int,
         cooperative: bool,
     ) -> None: ...
     @property
     def capability(self) -> int: ...
     @property
-    def multiprocessors(self) -> int: ...
+    def num_sms(self) -> int: ...
     @property
-    def threads_per_multiprocessor(self) -> int: ...
+    def threads_per_sm(self) -> int: ...
     @property
-    def shared_per_multiprocessor(self) -> int: ...
+    def shared_per_sm(self) -> int: ...
     @property
     def shared_per_block(self) -> int: ...
     @property
@@ -111,7 +111,7 @@ class DeviceInfo:
     @property
     def largest_cluster(self) -> int: ...
     @property
-    def cluster_multiprocessors(self) -> int: ...
+    def cluster_sms(self) -> int: ...
     @property
     def cooperative(self) -> bool: ...
 
@@ -159,7 +159,7 @@ class Grid:
     @property
     def gang(self) -> str: ...
     @property
-    def buffers(self) -> int: ...
+    def stages(self) -> int: ...
 
 class Units:
     """How fused rows add up the cells of a set: csrc/plan/types.h."""
@@ -186,7 +186,7 @@ class ForwardPlan:
     def estimate(self) -> Estimate: ...
 
 class BackwardPlan:
-    """How a backward call is cut into CUDA launches; param_sums: "none", "shared", "along" or "apart"."""
+    """How a backward call is cut into CUDA launches; param_sums: "none", "from_cells", "in_gang" or "own_launch"."""
 
     @property
     def strategy(self) -> str: ...
@@ -213,7 +213,7 @@ class BackwardPlan:
     @property
     def workspace_bytes(self) -> int: ...
     @property
-    def meets(self) -> bool: ...
+    def grid_sync(self) -> bool: ...
     @property
     def launches(self) -> int: ...
     @property
@@ -228,10 +228,10 @@ def plan_forward(
     output: bool = True,
     frozen: bool = False,
     forced: Mapping[str, str | int] = {},
-    free_multiprocessors: int = 0,
+    free_sms: int = 0,
 ) -> ForwardPlan:
     """The cheapest plan of a forward call. dtype: "float32", "bfloat16", ...; forced: what it has to be, of strategy,
-    gang, pieces, buffers, residents and tile_bytes, as csrc/plan/types.h has them.
+    gang, pieces, stages, blocks_per_sm and tile_bytes, as csrc/plan/types.h has them.
     ValueError for a geometry of no elements, and where no plan is as forced."""
 
 def plan_backward(
@@ -245,7 +245,7 @@ def plan_backward(
     input: bool = True,
     params: bool = True,
     forced: Mapping[str, str | int] = {},
-    free_multiprocessors: int = 0,
+    free_sms: int = 0,
 ) -> BackwardPlan:
     """The cheapest plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; params: those
     of weight or bias are."""
@@ -259,7 +259,7 @@ def compare_forward(
     output: bool = True,
     frozen: bool = False,
     forced: Mapping[str, str | int] = {},
-    free_multiprocessors: int = 0,
+    free_sms: int = 0,
 ) -> list[ForwardPlan]:
     """All plans of a forward call, cheapest first."""
 
@@ -274,11 +274,11 @@ def compare_backward(
     input: bool = True,
     params: bool = True,
     forced: Mapping[str, str | int] = {},
-    free_multiprocessors: int = 0,
+    free_sms: int = 0,
 ) -> list[BackwardPlan]:
     """All plans of a backward call, cheapest first."""
 
-def set_plan_options(*, forced: Mapping[str, str | int] = {}, free_multiprocessors: int = 0) -> None:
+def set_plan_options(*, forced: Mapping[str, str | int] = {}, free_sms: int = 0) -> None:
     """What all CUDA calls from now on are planned with; no call may be under way. `forced` is for tests and tuning."""
 
 def cuda_device_info(index: int = 0) -> DeviceInfo:

@@ -18,4 +18,4 @@ def leave_multiprocessors_free(count: int) -> None:
 
     count: 0 or more; ValueError for less, TypeError for what is no integer. At least one multiprocessor stays in use.
     """
-    _C.set_plan_options(free_multiprocessors=operator.index(count))
+    _C.set_plan_options(free_sms=operator.index(count))

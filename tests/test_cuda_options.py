@@ -26,7 +26,7 @@ def test_what_is_no_count_is_refused(count: object, error: type[Exception]) -> N
 
 
 def test_the_error_names_what_was_given() -> None:
-    with pytest.raises(ValueError, match=r"free_multiprocessors is -3, expected 0 or more"):
+    with pytest.raises(ValueError, match=r"free_sms is -3, expected 0 or more"):
         leave_multiprocessors_free(-3)
 
 
@@ -35,16 +35,14 @@ def test_grids_keep_off_them(free: int) -> None:
     """A grid whose blocks wait for each other takes what is left, and one multiprocessor at least."""
     geometry = Shape(BATCH, 256, 64, 112 * 112, 64, False).geometry
     facts = DEVICES["H200"]
-    whole = _C.plan_forward(geometry, "bfloat16", facts, forced={"gang": "grid", "residents": 1})
-    assert facts.multiprocessors - 4 <= whole.grid.blocks <= facts.multiprocessors
-    left = max(1, facts.multiprocessors - free)
+    whole = _C.plan_forward(geometry, "bfloat16", facts, forced={"gang": "grid", "blocks_per_sm": 1})
+    assert facts.num_sms - 4 <= whole.grid.blocks <= facts.num_sms
+    left = max(1, facts.num_sms - free)
     try:
-        plan = _C.plan_forward(
-            geometry, "bfloat16", facts, forced={"gang": "grid", "residents": 1}, free_multiprocessors=free
-        )
+        plan = _C.plan_forward(geometry, "bfloat16", facts, forced={"gang": "grid", "blocks_per_sm": 1}, free_sms=free)
     except ValueError:  # a set of 6.4 MB does not fit what is left, and is split
         assert left * 227 * 1024 < 256 * 112 * 112 * 2
-        assert _C.plan_forward(geometry, "bfloat16", facts, free_multiprocessors=free).strategy == "split"
+        assert _C.plan_forward(geometry, "bfloat16", facts, free_sms=free).strategy == "split"
     else:
         assert 0 < plan.grid.blocks <= left
 

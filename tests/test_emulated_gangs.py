@@ -38,10 +38,10 @@ GANGS = (
     {"gang": "cluster", "pieces": 2},
     {"gang": "cluster", "pieces": 5},
     {"gang": "cluster", "pieces": 16},
-    {"gang": "grid", "buffers": 1},
-    {"gang": "grid", "buffers": 2},
-    {"gang": "grid", "buffers": 2, "pieces": 3},
-    {"gang": "block", "buffers": 2},
+    {"gang": "grid", "stages": 1},
+    {"gang": "grid", "stages": 2},
+    {"gang": "grid", "stages": 2, "pieces": 3},
+    {"gang": "block", "stages": 2},
 )
 PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
 EPILOGUES = ((None, False), ("silu", True), ("relu", True), ("leaky_relu", True), ("relu", False))
@@ -50,8 +50,8 @@ EPILOGUES = ((None, False), ("silu", True), ("relu", True), ("leaky_relu", True)
 FEW = dataclasses.replace(
     emulator.load().device("tiny"),
     largest_cluster=16,
-    cluster_multiprocessors=16,
-    shared_per_multiprocessor=40 << 10,
+    cluster_sms=16,
+    shared_per_sm=40 << 10,
     shared_per_block=39 << 10,
 )
 FACTS = _C.DeviceInfo(**dataclasses.asdict(FEW))
@@ -116,7 +116,7 @@ def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) 
     recomputes = case.residual and case.activation is not None and not bits
     times = {"relu": 1, "leaky_relu": 2}.get(case.activation or "", 0) * bits  # that the mask is read
     reads = (2 + recomputes) * tensor + times * call.x.numel() // backward.reduce.pack
-    if backward.param_sums == "apart":
+    if backward.param_sums == "own_launch":
         reads += (2 + recomputes) * tensor + bits * call.x.numel() // backward.params.pack
     assert backward_counts.traffic.read_stream == reads, backward
     writes = 1 + (case.activation is not None)
@@ -126,7 +126,7 @@ def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) 
         assert (counts.launches[0].blocks, counts.launches[0].shared_bytes) == (grid.blocks, grid.shared_bytes)
     assert len(forward_counts.launches) == 1 and forward_counts.launches[0].cooperative == (forward.grid.gang == "grid")
     assert len(backward_counts.launches) == backward.launches
-    if backward.param_sums != "apart":
+    if backward.param_sums != "own_launch":
         assert backward.launches == 1, backward
 
 
@@ -138,7 +138,7 @@ def test_every_gang_is_met() -> None:
         for grid in (found[0].grid, found[1].reduce):
             waves = -(-grid.items // grid.blocks)
             seen |= {
-                (grid.traversal, grid.gang, grid.buffers),
+                (grid.traversal, grid.gang, grid.stages),
                 (grid.gang, "waves" if waves > 1 else "one wave"),
                 (grid.gang, "runs" if grid.piece_runs > 1 else "parts"),
                 (grid.gang, grid.pack),
@@ -147,7 +147,7 @@ def test_every_gang_is_met() -> None:
     walks = {(t, g, b) for t in ("rows", "columns") for g, b in (("cluster", 1), ("grid", 1), ("grid", 2))}
     gangs = ("cluster", "grid")
     wanted = walks | {(g, w) for g in gangs for w in ("one wave", "runs", "parts", 8, 4, 1)} | {("grid", "waves")}
-    wanted |= {(p, g) for p in ("shared", "along") for g in gangs}
+    wanted |= {(p, g) for p in ("from_cells", "in_gang") for g in gangs}
     assert wanted <= seen, wanted - seen
 
 
@@ -157,7 +157,7 @@ def test_a_device_that_refuses_gangs_is_served_without() -> None:
     settings = emulator.load()
     case = Case(LAYERS[4])
     call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
-    assert _C.plan_backward(call.shape.geometry, "float32", FACTS).meets
+    assert _C.plan_backward(call.shape.geometry, "float32", FACTS).grid_sync
     without = dataclasses.replace(FEW, cooperative=False, largest_cluster=1)
     with settings.configured(device=without):
         expected = call.both()
@@ -167,14 +167,14 @@ def test_a_device_that_refuses_gangs_is_served_without() -> None:
     assert not any(launch.cooperative or launch.cluster > 1 for launch in counts.launches)
 
 
-def test_free_multiprocessors_are_left_alone() -> None:
+def test_free_sms_are_left_alone() -> None:
     settings = emulator.load()
     case = Case(LAYERS[1])
     call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
-    forced = {"gang": "grid", "residents": 1}
+    forced = {"gang": "grid", "blocks_per_sm": 1}
     blocks = []
     for free in (0, 2):
-        with settings.configured(device=FEW, forced=forced, free_multiprocessors=free), settings.counting() as counts:
+        with settings.configured(device=FEW, forced=forced, free_sms=free), settings.counting() as counts:
             call.forward()
         blocks.append(counts.launches[0].blocks)
-    assert blocks[1] <= FEW.multiprocessors - 2 < blocks[0]
+    assert blocks[1] <= FEW.num_sms - 2 < blocks[0]

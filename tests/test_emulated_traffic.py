@@ -104,7 +104,7 @@ def check_backward(
         assert all(counts.launches[0].threads == grid.threads for grid in grids if grid.items > 0), what
     # One when x is read once, and never more than reduce, fold and apply.
     assert len(counts.launches) == plan.launches <= 3, what
-    if plan.strategy == "fused" and plan.param_sums != "apart" and facts.cooperative:
+    if plan.strategy == "fused" and plan.param_sums != "own_launch" and facts.cooperative:
         assert plan.launches == 1, what
 
 
@@ -172,7 +172,7 @@ def test_apply_walks_back_over_what_reduce_left(layout: str, factor: int) -> Non
     goes to what is written meanwhile. Read forwards it would hold nothing."""
     settings = emulator.load()
     # Pieces far smaller than L2: within one, threads run one after the other here.
-    facts = dataclasses.replace(settings.device("tiny"), multiprocessors=64, l2_bytes=1 << 20)
+    facts = dataclasses.replace(settings.device("tiny"), num_sms=64, l2_bytes=1 << 20)
     channels = 8
     layer = Layer("", "BatchNorm2d", (2, channels, 8, factor * facts.l2_bytes // (2 * channels * 8 * 4)), (channels,))
     call = RawCall(Case(layer, layout), make_inputs(Case(layer, layout), CPU), torch.ops.fastnorm_emulated)

@@ -246,8 +246,8 @@ def test_caught_by_address_sanitizer(built: Builder, mutant: Mutant) -> None:
 
 # ---- the production kernels ----
 
-# Gangs with one buffer or two.
-GANGS = tuple(f" {gang} {buffers}" for gang in ("block", "cluster", "grid") for buffers in (1, 2))
+# Gangs of one stage or two.
+GANGS = tuple(f" {gang} {stages}" for gang in ("block", "cluster", "grid") for stages in (1, 2))
 PLANS = {
     *(
         f"{direction} {strategy} {traversal}{gang}"
@@ -256,8 +256,8 @@ PLANS = {
         for strategy, gangs in (("fused", GANGS), ("split", ("",)), ("apply", ("",)))
         for gang in gangs
     ),
-    *("parameter sums none", "parameter sums shared", "parameter sums along", "parameter sums apart"),
-    *("parameter sums shared, meets", "parameter sums along, meets"),
+    *("parameter sums none", "parameter sums from_cells", "parameter sums in_gang", "parameter sums own_launch"),
+    *("parameter sums from_cells, grid sync", "parameter sums in_gang, grid sync"),
 }
 
 
@@ -366,11 +366,11 @@ def test_library_refuses(library: backend.Emulator) -> None:
         library.configure(forced={"gang": "grid", "teams": 3})
     with pytest.raises(ValueError, match="a plan's gang cannot be 'pair'; there are block, cluster, grid"):
         library.configure(forced={"gang": "pair"})
-    with pytest.raises(ValueError, match="a plan's buffers cannot be 'two'; it is a number"):
-        library.configure(forced={"buffers": "two"})
+    with pytest.raises(ValueError, match="a plan's stages cannot be 'two'; it is a number"):
+        library.configure(forced={"stages": "two"})
 
 
 def test_library_knows_its_devices(library: backend.Emulator) -> None:
     assert library.device("tiny").largest_cluster == 4
     assert library.device("small").cooperative is True
-    assert library.device("h200").cluster_multiprocessors == 128
+    assert library.device("h200").cluster_sms == 128

@@ -66,12 +66,12 @@ def everywhere(*calls: Call) -> Iterator[tuple[Call, str, _C.DeviceInfo, bool]]:
 
 
 def check_all(call: Call, facts: _C.DeviceInfo, backward: bool, free: int) -> None:
-    options = {"free_multiprocessors": free}
+    options = {"free_sms": free}
     found = plans(call, facts, backward, **options)
     for plan in found:
         check(call, facts, plan, free)
         grid = grid_of(plan)
-        assert grid.buffers == 1 or rounds(grid) > grid.blocks, "the second buffer has no second wave"
+        assert grid.stages == 1 or rounds(grid) > grid.blocks, "the second stage has no second wave"
     totals = [plan.estimate.total for plan in found]
     assert totals == sorted(totals)
     best = chosen(call, facts, backward, **options)
@@ -122,7 +122,7 @@ def test_no_other_share_of_the_grid_is_much_cheaper() -> None:
     """The planner tries few numbers of blocks to a gang."""
     r = random.Random(5)
     for call, name, facts, backward in everywhere(*(large_call(r) for _ in range(100))):
-        best, most = chosen(call, facts, backward), 2 * facts.multiprocessors
+        best, most = chosen(call, facts, backward), 2 * facts.num_sms
         for pieces in {*range(2, 20), *range(20, most, 9), most // 2, most} if facts.cooperative else ():
             forced: Forced = {"gang": "grid", "pieces": pieces}
             for other in plans(call, facts, backward, forced=forced)[:1]:
@@ -140,14 +140,14 @@ def test_devices_without_gangs_get_none() -> None:
 
 
 def obeys(plan: Plan, forced: Forced, call: Call, facts: _C.DeviceInfo) -> bool:
-    """residents: so many blocks have room on a multiprocessor."""
+    """blocks_per_sm: so many blocks have room on a multiprocessor."""
     grid = grid_of(plan)
-    is_so = {"strategy": plan.strategy, "gang": grid.gang, "buffers": grid.buffers}
+    is_so = {"strategy": plan.strategy, "gang": grid.gang, "stages": grid.stages}
     if plan.strategy == "split" and len(forced) > ("strategy" in forced):
         return False
     if any(is_so[key] != forced[key] for key in forced.keys() & is_so.keys()):
         return False
-    room = facts.shared_per_multiprocessor // int(forced.get("residents", 1)) - RESERVED
+    room = facts.shared_per_sm // int(forced.get("blocks_per_sm", 1)) - RESERVED
     widest = grid.traversal == "rows" or grid.tile == call.shape.C
     return (
         (grid.gang == "block" or grid.pieces <= int(forced.get("pieces", grid.pieces)))
@@ -161,8 +161,8 @@ def random_forced(r: random.Random) -> Forced:
         "strategy": ("fused", "fused", "split"),
         "gang": GANGS,
         "pieces": (1, 2, 5, 16, 60),
-        "buffers": (1, 2),
-        "residents": (1, 2, 3),
+        "stages": (1, 2),
+        "blocks_per_sm": (1, 2, 3),
         "tile_bytes": (8, 64, 200, 1024),
     }
     return {key: r.choice(choices[key]) for key in r.sample(sorted(choices), r.randint(1, 3))}
@@ -189,21 +189,21 @@ def test_forced_plans_are_as_forced(seed: int) -> None:
 
 
 def test_what_is_compared_can_be_forced() -> None:
-    """The cheapest of each kind; a second buffer may be forced where it is of no use."""
+    """The cheapest of each kind; a second stage may be forced where it is of no use."""
     r = random.Random(1)
     for call, name, facts, backward in everywhere(*CALLS, *(random_call(r) for _ in range(60))):
         found = plans(call, facts, backward)
         kinds = [SPLIT]
-        kinds += [{"gang": gang, "buffers": buffers} for gang in GANGS for buffers in (1, 2)]
+        kinds += [{"gang": gang, "stages": stages} for gang in GANGS for stages in (1, 2)]
         for forced in kinds:
             best = next((plan for plan in found if obeys(plan, {"strategy": "fused", **forced}, call, facts)), None)
             again = next(iter(plans(call, facts, backward, forced=forced)), None)
-            if call.frozen or (best is None and forced.get("buffers") == 2):
+            if call.frozen or (best is None and forced.get("stages") == 2):
                 continue
             assert (again is None) == (best is None), f"{forced}: {again}, {best}"
             if again is not None and best is not None:
                 assert again.estimate.total <= best.estimate.total, f"{forced}: {again}, {best} on {name}"
-                assert again == best or forced.get("buffers") == 2
+                assert again == best or forced.get("stages") == 2
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,9 @@ def test_what_is_compared_can_be_forced() -> None:
         ({"gang": 1}, "forced has 'gang'"),
         ({"pieces": "many"}, "forced has 'pieces'"),
         *(({key: number}, f"forced {key} is {number}")
-          for key in ("pieces", "buffers", "residents", "tile_bytes") for number in (0, -3)),
-        ({"buffers": 3}, "forced buffers is 3"),
-        ({"residents": 300}, "no plan"),
+          for key in ("pieces", "stages", "blocks_per_sm", "tile_bytes") for number in (0, -3)),
+        ({"stages": 3}, "forced stages is 3"),
+        ({"blocks_per_sm": 300}, "no plan"),
         ({"gang": "cluster", "strategy": "split"}, "no plan"),
         ({"strategy": "apply"}, "no plan"),
     ],
@@ -232,14 +232,14 @@ def test_what_cannot_be_forced_is_refused(forced: Forced, text: str) -> None:
 def test_a_tile_narrower_than_an_element_is_one() -> None:
     """In a process of its own: a division by zero ends it."""
     code = "from tests.test_plan_choices import *; chosen(CALLS[3], DEVICES['H200'], False, forced={'tile_bytes': 1})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_negative_number_of_multiprocessors_is_refused() -> None:
+def test_a_negative_number_of_free_sms_is_refused() -> None:
     for backward in (False, True):
-        with pytest.raises(ValueError, match="free_multiprocessors is -1"):
-            chosen(RESNET, DEVICES["H200"], backward, free_multiprocessors=-1)
+        with pytest.raises(ValueError, match="free_sms is -1"):
+            chosen(RESNET, DEVICES["H200"], backward, free_sms=-1)
 
 
 # ---- estimates ----
@@ -248,8 +248,8 @@ def test_a_negative_number_of_multiprocessors_is_refused() -> None:
 def kinds_of(call: Call, facts: _C.DeviceInfo, backward: bool) -> Iterator[tuple[Forced, Plan]]:
     """The cheapest plan of every kind that there is."""
     for gang in (None, *GANGS):
-        for buffers in (1, 2):
-            forced: Forced = {"gang": gang, "buffers": buffers} if gang else SPLIT
+        for stages in (1, 2):
+            forced: Forced = {"gang": gang, "stages": stages} if gang else SPLIT
             found = plans(call, facts, backward, forced=forced)
             if found:
                 yield forced, found[0]
@@ -284,7 +284,7 @@ def test_another_tensor_costs_more() -> None:
 def test_larger_gangs_cost_more_to_meet() -> None:
     call = Call(Shape(GROUP, 2, 32, 64, 2, False), "float32", 16, False, False, True, False)
     waits = [
-        chosen(call, DEVICES["H200"], backward, forced={"gang": gang, "buffers": 1}).estimate.barriers
+        chosen(call, DEVICES["H200"], backward, forced={"gang": gang, "stages": 1}).estimate.barriers
         for backward in (False, True)
         for gang in GANGS
     ]

@@ -60,7 +60,7 @@ def choices_of(call: Call, forward: _C.ForwardPlan, backward: _C.BackwardPlan) -
     yield from ((forward.strategy, forward.grid.traversal), (backward.strategy, call.shape.traversal))
     yield (backward.strategy, backward.param_sums)
     for grid in (forward.grid, backward.reduce):
-        yield from ((grid.gang, grid.traversal), (grid.gang, grid.buffers), (grid.gang, grid.pack))
+        yield from ((grid.gang, grid.traversal), (grid.gang, grid.stages), (grid.gang, grid.pack))
         if grid.gang != "block":
             yield (grid.gang, "waves" if grid.items > grid.blocks else "one wave")
             yield (grid.gang, "runs" if grid.piece_runs > 1 else "parts of runs")
@@ -70,8 +70,8 @@ def choices_of(call: Call, forward: _C.ForwardPlan, backward: _C.BackwardPlan) -
         "parts of runs": grid.pieces > call.shape.runs[0],
         "teams": grid.threads_y > 1,
         "segments": backward.units.segments > 1,
-        "meets": backward.meets,
-        "meeting clusters": backward.meets and backward.reduce.gang == "cluster",
+        "grid_sync": backward.grid_sync,
+        "grid sync of clusters": backward.grid_sync and backward.reduce.gang == "cluster",
         "huge": call.shape.numel > 2**33,
     }
     yield from (name for name, holds in named.items() if holds)
@@ -85,12 +85,15 @@ def test_the_sweep_reaches_every_choice() -> None:
         call = random_call(r)
         for facts in DEVICES.values():
             seen.update(choices_of(call, call.forward(facts), call.backward(facts)))
-    gangs, shared = ("block", "cluster", "grid"), ("cluster", "grid")
+    gangs, several = ("block", "cluster", "grid"), ("cluster", "grid")
     wanted: set[object] = set(product(("fused", "split", "apply"), ("rows", "columns")))
     wanted |= set(product(gangs, ("rows", "columns", 1, 2, 4, 8)))
-    wanted |= set(product(shared, ("one wave", "waves", "runs", "parts of runs")))
-    wanted |= set(product(("fused", "split"), ("none", "shared", "apart"))) | {("fused", "along"), ("apply", "none")}
-    wanted |= {"pieces of runs", "parts of runs", "teams", "segments", "meets", "meeting clusters", "huge"}
+    wanted |= set(product(several, ("one wave", "waves", "runs", "parts of runs")))
+    wanted |= set(product(("fused", "split"), ("none", "from_cells", "own_launch"))) | {
+        ("fused", "in_gang"),
+        ("apply", "none"),
+    }
+    wanted |= {"pieces of runs", "parts of runs", "teams", "segments", "grid_sync", "grid sync of clusters", "huge"}
     assert wanted <= seen, wanted - seen
 
 
@@ -141,9 +144,9 @@ def test_few_large_sets_fill_the_device(layer: Layer, layout: str) -> None:
         grids = ((forward.strategy, forward.grid), (backward.strategy, backward.reduce))
         for strategy, grid in (*grids, (backward.strategy, backward.apply)):
             if strategy == "split":
-                assert grid.blocks >= 4 * facts.multiprocessors and div_up(grid.items, grid.blocks) == 1
+                assert grid.blocks >= 4 * facts.num_sms and div_up(grid.items, grid.blocks) == 1
             elif grid.items > 0:
-                assert grid.gang != "block" and 4 * grid.blocks >= 3 * facts.multiprocessors
+                assert grid.gang != "block" and 4 * grid.blocks >= 3 * facts.num_sms
 
 
 # ---- the golden table ----

@@ -107,7 +107,7 @@ def test_the_best_of_every_kind_is_among_them(device: str) -> None:
 
 def cannot_be_forced(each: Job, plan: _C.ForwardPlan | _C.BackwardPlan) -> bool:
     """Where LayerNorm's parameters are summed tells two plans apart, and nothing forces it."""
-    return each.backward and each.row.layer.norm == "LayerNorm" and plan.param_sums in ("along", "apart")  # type: ignore[union-attr]
+    return each.backward and each.row.layer.norm == "LayerNorm" and plan.param_sums in ("in_gang", "own_launch")  # type: ignore[union-attr]
 
 
 def test_few_candidates_are_the_cheapest_kinds() -> None:
@@ -387,7 +387,7 @@ def test_without_a_gpu_it_predicts(tmp_path: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     assert "VAE GroupNorm 1x512x64x64" in text and "GroupNorm" in text and "GPU" not in text
     saved = json.loads(files[0].read_text())
-    assert saved["facts"]["multiprocessors"] == 132 and saved["ceilings"] is None and saved["fit"] is None
+    assert saved["facts"]["num_sms"] == 132 and saved["ceilings"] is None and saved["fit"] is None
     assert [(j["direction"], len(j["candidates"])) for j in saved["jobs"]] == [("forward", 2), ("backward", 2)] * 2
     assert saved["commit"] and len(files[1].read_text().splitlines()) == 2 + 8
 

@@ -24,7 +24,7 @@ apply_rows(ForwardTensors<T> t, RowsShape shape) {
                                                 load_param_of<T>(t.running_var, set, A(1)), writes)
                                   : load_stats(t.stats, t.sets, set);
     forward_rows<kSmooth, true>(t, piece, piece.whole(team, valid), stats,
-                                [&](const Place& place) { return load<W>(t.x + piece.element(place)); });
+                                [&](const Step& step) { return load<W>(t.x + piece.element(step)); });
   });
 }
 

@@ -21,14 +21,14 @@ template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
 apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsShape shape,
                     FoldParamsArgs<Accum<T>> fold, int64_t fold_blocks) {
-  const Blocks all = all_blocks();
+  const BlockRange all = all_blocks();
   if (all.index < fold_blocks) return fold_params(fold, {all.index, fold_blocks});
   for_rows<W>(shape, {all.index - fold_blocks, all.count - fold_blocks},
               [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
                 const int64_t set = piece.span.set;
                 apply_gradient_rows<kSmooth, true, kBackwardUnroll<kSmooth, W>>(
                     t, piece, piece.whole(team, valid), load_stats(t.stats, t.sets, set), load_terms(terms, set),
-                    [&](const Place& place) { return load_gradient(t, piece, place); });
+                    [&](const Step& step) { return load_gradient(t, piece, step); });
               });
 }
 
@@ -37,7 +37,7 @@ FASTNORM_KERNEL(kBlockThreads, 2)
 apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, ColumnsShape shape,
                        FoldParamsArgs<Accum<T>> fold, int64_t fold_blocks) {
   using A = Accum<T>;
-  const Blocks all = all_blocks();
+  const BlockRange all = all_blocks();
   if (all.index < fold_blocks) return fold_params(fold, {all.index, fold_blocks});
   for_columns<W>(shape, {all.index - fold_blocks, all.count - fold_blocks}, [&](const ColumnsPiece<W>& piece) {
     LaneCoefs<A, W> coefs;

@@ -60,7 +60,7 @@ struct Backward {
 
   template <int W, bool kSmooth>
   int reduce() const {
-    if (plan.param_sums == ParamSums::kApart) return reduce_elements_of<W, kSmooth>(plan.reduce.items > 0);
+    if (plan.param_sums == ParamSums::kOwnLaunch) return reduce_elements_of<W, kSmooth>(plan.reduce.items > 0);
     if (plan.reduce.items == 0) return 0;
     const LaunchConfig config = config_of(plan.reduce, plan.reduce.shared_bytes, stream);
     if (rows) {
@@ -99,14 +99,14 @@ struct Backward {
     f.dweight = args.dweight;
     f.dbias = args.dbias;
     const bool fused = plan.strategy == Strategy::kFused;
-    if (plan.param_sums == ParamSums::kShared) {
+    if (plan.param_sums == ParamSums::kFromCells) {
       f.sums = sums();
       f.outer = g.outer();
       f.pieces = fused ? run_pieces(g, plan.reduce) : plan.reduce.pieces;
     } else if (plan.param_sums != ParamSums::kNone) {
       f.sums = params();
       f.outer = 1;
-      f.pieces = plan.param_sums == ParamSums::kAlong ? plan.reduce.blocks / plan.reduce.pieces : plan.params.pieces;
+      f.pieces = plan.param_sums == ParamSums::kInGang ? plan.reduce.blocks / plan.reduce.pieces : plan.params.pieces;
       f.scaled = true;
     }
     return f;
@@ -139,9 +139,9 @@ struct Backward {
     f.unit_length = static_cast<int>(plan.units.length);
     f.batch = g.kind == Kind::kBatch;
     f.sums = sums();
-    if (plan.param_sums == ParamSums::kAlong) f.gathered = params();
-    if (plan.param_sums == ParamSums::kShared && f.batch) f.dweight = args.dweight, f.dbias = args.dbias;
-    f.meets = plan.meets;
+    if (plan.param_sums == ParamSums::kInGang) f.gathered = params();
+    if (plan.param_sums == ParamSums::kFromCells && f.batch) f.dweight = args.dweight, f.dbias = args.dbias;
+    f.grid_sync = plan.grid_sync;
     f.fold = fold_of_params();
     return f;
   }
@@ -149,7 +149,7 @@ struct Backward {
   template <int W, bool kSmooth>
   int fused() const {
     if constexpr (!std::is_same<T, double>::value) {  // float64 goes by the plain path
-      const LaunchConfig config = fused_config(plan.reduce, plan.meets, stream);
+      const LaunchConfig config = fused_config(plan.reduce, plan.grid_sync, stream);
       if (rows) {
         return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_args(), rows_of(g, plan.reduce));
       }
@@ -165,8 +165,8 @@ struct Backward {
   int run() const {
     if (plan.strategy == Strategy::kFused) {
       int error = fused<W, kSmooth>();
-      if (!error && plan.param_sums == ParamSums::kApart) error = reduce_elements_of<W, kSmooth>(false);
-      if (!error && has_partials() && !plan.meets) error = launch_fold_params(fold_of_params(), stream);
+      if (!error && plan.param_sums == ParamSums::kOwnLaunch) error = reduce_elements_of<W, kSmooth>(false);
+      if (!error && has_partials() && !plan.grid_sync) error = launch_fold_params(fold_of_params(), stream);
       return error;
     }
     int error = reduce<W, kSmooth>();

@@ -8,7 +8,7 @@
 
 namespace fastnorm::cuda {
 
-// What there is to read at a place in global memory; bits(): of the mask.
+// What there is to read at a step in global memory; bits(): of the mask.
 template <int W, class T, class Bits>
 FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, int64_t element, Bits bits) {
   GradientPacks<T, W> packs{};
@@ -20,8 +20,8 @@ FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, i
 }
 template <int W, class T>
 FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
-                                                  const Place& place) {
-  return load_gradient<W>(t, piece.element(place), [&] { return piece.mask_bits(t.mask, place); });
+                                                  const Step& step) {
+  return load_gradient<W>(t, piece.element(step), [&] { return piece.mask_bits(t.mask, step); });
 }
 template <int W, class T>
 FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
@@ -31,16 +31,16 @@ FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, c
 
 // ---- rows ----
 
-// Adds this thread's share of a stretch's sums to `total`, U packs at a time; keep(place, x, d) sees every pack.
+// Adds this thread's share of a range's sums to `total`, U packs at a time; keep(step, x, d) sees every pack.
 template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
-FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
+FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
                                      const SetStats<A>& stats, Read read, Keep keep, GradSums<A>& total) {
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  piece.template walk_read<U>(stretch, read, [&](const Place& place, const GradientPacks<T, W>& packs) {
-    const RowCoefs<A, W>& c = coefs.at(piece, place);
+  piece.template walk_read<U>(range, read, [&](const Step& step, const GradientPacks<T, W>& packs) {
+    const RowCoefs<A, W>& c = coefs.at(piece, step);
     A x[W], d[W];
     gradient<kSmooth>(t, packs, c, x, d);
-    keep(place, x, d);
+    keep(step, x, d);
     if (piece.shape.per_element) {  // cells of one element: their weights go in here
 #pragma unroll
       for (int w = 0; w < W; ++w) d[w] *= c.scale[w];
@@ -51,14 +51,15 @@ FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiec
 
 // dx and dresidual of a piece, U packs at a time.
 template <bool kSmooth, bool kFromEnd, int U, int W, class T, class Read, class A = Accum<T>>
-FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
-                                         const SetStats<A>& stats, const SetTerms<A>& terms, Read read) {
+FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
+                                         const ThreadSteps& range, const SetStats<A>& stats, const SetTerms<A>& terms,
+                                         Read read) {
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  piece.template walk_read<U, kFromEnd>(stretch, read, [&](const Place& place, const GradientPacks<T, W>& packs) {
-    const RowCoefs<A, W>& c = coefs.at(piece, place);
+  piece.template walk_read<U, kFromEnd>(range, read, [&](const Step& step, const GradientPacks<T, W>& packs) {
+    const RowCoefs<A, W>& c = coefs.at(piece, step);
     A x[W], d[W];
     gradient<kSmooth>(t, packs, c, x, d);
-    store_gradients(t, x, d, c, SharedTerms<A>{terms}, piece.element(place));
+    store_gradients(t, x, d, c, SharedTerms<A>{terms}, piece.element(step));
   });
 }
 

@@ -124,9 +124,9 @@ struct ColumnsPiece {
 
   FASTNORM_DEVICE Range whole() const { return {0, positions}; }
   // A share of the positions, in whole rounds: of all shares a thread takes the positions that it takes of the whole.
-  FASTNORM_DEVICE Range share(int index) const {
+  FASTNORM_DEVICE Range copy_group(int index) const {
     const int round = kUnroll<W> * shape.threads_y;
-    const int length = (positions + kShares * round - 1) / (kShares * round) * round;
+    const int length = (positions + kCopyGroups * round - 1) / (kCopyGroups * round) * round;
     return {index * length, std::min(positions, (index + 1) * length)};
   }
 
@@ -165,7 +165,7 @@ struct ColumnsPiece {
 
 // body(piece) for the items of these blocks.
 template <int W, class Body>
-FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const Blocks& blocks, Body body) {
+FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const BlockRange& blocks, Body body) {
   for (int64_t item = blocks.index; item < shape.items; item += blocks.count) {
     body(ColumnsPiece<W>(shape, shape.backwards ? shape.items - 1 - item : item));
   }
@@ -173,9 +173,9 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const Blocks& blocks
 
 // Begins to copy a share of a piece of `tensor` to shared memory; every thread what it reads itself.
 template <int W, class T>
-FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, int share, const T* tensor, Pack<T, W>* staged) {
+FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, int copy_group, const T* tensor, Pack<T, W>* staged) {
   piece.template walk<kUnroll<W>>(
-      piece.share(share), [&](const int (&position)[kUnroll<W>], const bool (&in)[kUnroll<W>]) {
+      piece.copy_group(copy_group), [&](const int (&position)[kUnroll<W>], const bool (&in)[kUnroll<W>]) {
 #pragma unroll
         for (int u = 0; u < kUnroll<W>; ++u) {
           if (in[u]) stage<W>(staged + piece.slot(position[u], tensor), tensor + piece.element(position[u]));
@@ -186,9 +186,9 @@ FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, int share, cons
 // body(range) for what has landed of a piece; ready(share) waits for a share.
 template <int W, class Ready, class Body>
 FASTNORM_DEVICE void for_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
-  for (int share = 0; share < kShares; ++share) {
-    ready(share);
-    body(piece.share(share));
+  for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
+    ready(copy_group);
+    body(piece.copy_group(copy_group));
   }
 }
 // Begins to bring a piece of `tensor` into L2, to be read when it is there.
@@ -215,7 +215,7 @@ FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], cons
 #pragma unroll
   for (int u = 0; u < kLaneUnroll<W>; ++u) rows += in[u];
   if (rows == 0) return;
-  const A batch = static_cast<A>(rows), share = A(1) / batch;
+  const A batch = static_cast<A>(rows), inverse = A(1) / batch;
 #pragma unroll
   for (int w = 0; w < W; ++w) {
     A x[kLaneUnroll<W>], sum = 0, m2 = 0;
@@ -224,7 +224,7 @@ FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], cons
       x[u] = in[u] ? widen<A>(packs[u].lane[w]) - origin[w] : A(0);
       sum += x[u];
     }
-    const A mean = sum * share;
+    const A mean = sum * inverse;
 #pragma unroll
     for (int u = 0; u < kLaneUnroll<W>; ++u) m2 += in[u] ? (x[u] - mean) * (x[u] - mean) : A(0);
     if (total.count == A(0)) {
@@ -273,7 +273,7 @@ FASTNORM_DEVICE void load_lane_coefs(const ColumnsPiece<W>& piece, const SetStat
 // What the threads of every column have, into `merged`, which holds W accumulators for each thread: those of channel c
 // of the item are then at c, c + width, ... Returns the width.
 template <int W, class Acc>
-FASTNORM_DEVICE int put_down(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged) {
+FASTNORM_DEVICE int stack_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged) {
   const int width = piece.shape.threads_x * W;
 #pragma unroll
   for (int w = 0; w < W; ++w) merged[piece.y * width + piece.x * W + w] = mine[w];
@@ -284,8 +284,8 @@ FASTNORM_DEVICE int put_down(const ColumnsPiece<W>& piece, const Acc (&mine)[W],
 // The sums of all threads of a column, downwards: use(c, total) is called once for each channel c of the item, by some
 // thread.
 template <int W, class Acc, class Use>
-FASTNORM_DEVICE void merge_down(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged, Use use) {
-  const int width = put_down(piece, mine, merged);
+FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged, Use use) {
+  const int width = stack_rows(piece, mine, merged);
   for (int c = thread_index(); c < piece.channels; c += block_threads()) {
     Acc total = merged[c];
     for (int y = 1; y < piece.shape.threads_y; ++y) total.merge(merged[y * width + c]);
@@ -295,9 +295,9 @@ FASTNORM_DEVICE void merge_down(const ColumnsPiece<W>& piece, const Acc (&mine)[
 
 // The same for moments, whose counts follow from the positions: their mean first, so that there is one division.
 template <int W, class A, class Use>
-FASTNORM_DEVICE void merge_down(const ColumnsPiece<W>& piece, const Moments<A> (&mine)[W], Moments<A>* merged,
+FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const Moments<A> (&mine)[W], Moments<A>* merged,
                                 Use use) {
-  const int width = put_down(piece, mine, merged);
+  const int width = stack_rows(piece, mine, merged);
   for (int c = thread_index(); c < piece.channels; c += block_threads()) {
     const int rows = std::min(piece.shape.threads_y, piece.positions);
     A sum = 0;

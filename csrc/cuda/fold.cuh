@@ -85,7 +85,7 @@ FASTNORM_HOST_DEVICE inline int fold_lanes(int64_t partials) {
 
 // dweight and dbias, by these blocks.
 template <class A>
-FASTNORM_DEVICE void fold_params(const FoldParamsArgs<A>& f, const Blocks& blocks) {
+FASTNORM_DEVICE void fold_params(const FoldParamsArgs<A>& f, const BlockRange& blocks) {
   const int64_t partials = f.outer * f.pieces;
   const int lanes = fold_lanes(partials), lane = thread_index() % lanes;
   const int64_t width = block_threads() / lanes;

@@ -21,25 +21,25 @@ FASTNORM_DEVICE void forward_pack(const ForwardTensors<T>& t, const Pack<T, W>& 
   if (in) store(t.y + element, narrow<T>(z));
 }
 
-// read(place): the pack of x there.
+// read(step): the pack of x there.
 template <bool kSmooth, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
-FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const Stretch& stretch,
+FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
                                   const SetStats<A>& stats, Read read) {
   constexpr int U = kApplyUnroll<kSmooth, W>;
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  piece.template walk<U, kFromEnd>(stretch, [&](const Place(&places)[U]) {
+  piece.template walk<U, kFromEnd>(range, [&](const Step(&steps)[U]) {
     Pack<T, W> x[U] = {}, residual[U] = {};
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (!places[u].in) continue;
-      x[u] = read(places[u]);
-      if (t.residual != nullptr) residual[u] = load<W>(t.residual + piece.element(places[u]));
+      if (!steps[u].in) continue;
+      x[u] = read(steps[u]);
+      if (t.residual != nullptr) residual[u] = load<W>(t.residual + piece.element(steps[u]));
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const Place& place = places[u];
-      const RowCoefs<A, W>& c = place.in ? coefs.at(piece, place) : coefs.last();
-      forward_pack<kSmooth>(t, x[u], residual[u], place.in, c, piece.element(place), t.mask + piece.mask_byte(place));
+      const Step& step = steps[u];
+      const RowCoefs<A, W>& c = step.in ? coefs.at(piece, step) : coefs.last();
+      forward_pack<kSmooth>(t, x[u], residual[u], step.in, c, piece.element(step), t.mask + piece.mask_byte(step));
     }
   });
 }

@@ -23,7 +23,7 @@ struct FusedBackward {
   GradSums<A>* sums;          // of cells, for fold: [outer, parts of a cell, C], or null
   GradSums<A>* gathered;      // [gangs, C] of d xhat and d, or null
   ParamGrads dweight, dbias;  // batch
-  bool meets;
+  bool grid_sync;
   FoldParamsArgs<A> fold;  // what is done when the blocks have met
 };
 
@@ -38,13 +38,13 @@ struct Staged {
         residual(reinterpret_cast<Pack<T, W>*>(memory + 2 * stream_bytes)) {}
 };
 
-// What is staged of a place (rows) or a position (columns) of a piece; and the mask's bits, from global memory.
-template <bool kSmooth, int W, class T, class Piece, class Place>
+// What is staged of a step (rows) or a position (columns) of a piece; and the mask's bits, from global memory.
+template <bool kSmooth, int W, class T, class Piece, class At>
 FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const Piece& piece,
-                                                    const Staged<T, W>& staged, const Place& place) {
-  GradientPacks<T, W> packs{staged.x[piece.slot(place, t.x)], staged.dy[piece.slot(place, t.dy)], {}, 0};
-  if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(place, t.residual)];
-  if (!kSmooth && t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, place);
+                                                    const Staged<T, W>& staged, const At& at) {
+  GradientPacks<T, W> packs{staged.x[piece.slot(at, t.x)], staged.dy[piece.slot(at, t.dy)], {}, 0};
+  if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(at, t.residual)];
+  if (!kSmooth && t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, at);
   return packs;
 }
 
@@ -91,12 +91,13 @@ FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const Fus
   for (int first = 0; first < units; first += slots) {
     const int unit = first + slot, cell = unit / f.segments, begin = (unit - cell * f.segments) * f.unit_length;
     const int steps = valid && unit < units ? std::min(f.unit_length, cell_packs - begin) : 0;
-    const Stretch stretch{cell * cell_packs + begin, steps, f.unit_length, team.lane % f.unit_threads, f.unit_threads};
+    const ThreadSteps range{cell * cell_packs + begin, steps, f.unit_length, team.lane % f.unit_threads,
+                            f.unit_threads};
     GradSums<A> mine{};
     accumulate_sums<kSmooth, 1>(
-        t, piece, stretch, stats, [&](const Place& place) { return staged_gradient<kSmooth>(t, piece, staged, place); },
-        [&](const Place& place, const A(&)[W], const A(&d)[W]) {
-          if (masks) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
+        t, piece, range, stats, [&](const Step& step) { return staged_gradient<kSmooth>(t, piece, staged, step); },
+        [&](const Step& step, const A(&)[W], const A(&d)[W]) {
+          if (masks) staged.dy[piece.slot(step, t.dy)] = narrow<T>(d);
         },
         mine);
     mine = reduce_lanes(mine, f.unit_threads);
@@ -124,16 +125,16 @@ FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const Row
                                           GradSums<A>* gathered, Ready ready) {
   const bool masks = masks_once<kSmooth>(t);
   GradSums<A> total{};
-  for_landed(piece, team, valid, ready, [&](const Stretch& stretch) {
+  for_landed(piece, team, valid, ready, [&](const ThreadSteps& range) {
     accumulate_sums<kSmooth, 1>(
-        t, piece, stretch, stats, [&](const Place& place) { return staged_gradient<kSmooth>(t, piece, staged, place); },
-        [&](const Place& place, const A(&x)[W], const A(&d)[W]) {
-          if (masks) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
+        t, piece, range, stats, [&](const Step& step) { return staged_gradient<kSmooth>(t, piece, staged, step); },
+        [&](const Step& step, const A(&x)[W], const A(&d)[W]) {
+          if (masks) staged.dy[piece.slot(step, t.dy)] = narrow<T>(d);
           if (gathered == nullptr) return;
 #pragma unroll
           for (int w = 0; w < W; ++w) {
             const A xhat = (x[w] - stats.mean) * stats.rstd - stats.low * stats.rstd;
-            gathered[w * piece.span.packs + place.pack].merge({d[w], d[w] * xhat});
+            gathered[w * piece.span.packs + step.pack].merge({d[w], d[w] * xhat});
           }
         },
         total);
@@ -159,9 +160,9 @@ FASTNORM_DEVICE void store_gathered(const FusedBackward<A>& f, const RowsShape& 
 }
 
 template <class A>
-FASTNORM_DEVICE void leave_fused(const FusedBackward<A>& f, const GangPartials<GradSums<A>>& gang) {
-  gang.leave();
-  if (!f.meets) return;
+FASTNORM_DEVICE void finish_fused(const FusedBackward<A>& f, const GangPartials<GradSums<A>>& gang) {
+  gang.exit();
+  if (!f.grid_sync) return;
   sync_grid();
   fold_params(f.fold, all_blocks());
 }
@@ -172,31 +173,31 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
   using A = Accum<T>;
   const Team team(shape.team);
   const int teams = block_threads() / team.width, streams = t.residual != nullptr ? 3 : 2;
-  const int buffer_bytes = streams * f.shape.stream_bytes;
+  const int stage_bytes = streams * f.shape.stream_bytes;
   unsigned char* const mine = shared_memory() + team.index * f.shape.team_bytes;
-  auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.buffers * buffer_bytes);  // of units, or gathered
+  auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.stages * stage_bytes);  // of units, or gathered
   unsigned char* const scratch = shared_memory() + teams * f.shape.team_bytes;
   const GangPartials<GradSums<A>> gang(f.shape, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   if (f.gathered != nullptr) {
     for (int i = team.lane; i < shape.piece_length * W; i += team.width) extra[i] = {};
     team.sync();
   }
-  const auto buffer_of = [&](int buffer) { return Staged<T, W>(mine + buffer * buffer_bytes, f.shape.stream_bytes); };
-  const auto stage_share = [&](int64_t item, int buffer, int share) {
+  const auto memory_of = [&](int stage) { return Staged<T, W>(mine + stage * stage_bytes, f.shape.stream_bytes); };
+  const auto load_group = [&](int64_t item, int stage, int copy_group) {
     const RowsPiece<W> piece(shape, item);
-    const Staged<T, W> staged = buffer_of(buffer);
-    stage_rows(piece, team, share, t.x, staged.x);
-    stage_rows(piece, team, share, t.dy, staged.dy);
-    if (t.residual != nullptr) stage_rows(piece, team, share, t.residual, staged.residual);
+    const Staged<T, W> staged = memory_of(stage);
+    stage_rows(piece, team, copy_group, t.x, staged.x);
+    stage_rows(piece, team, copy_group, t.dy, staged.dy);
+    if (t.residual != nullptr) stage_rows(piece, team, copy_group, t.residual, staged.residual);
   };
-  const auto use_wave = [&](int64_t item, int buffer, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items, by_units = f.unit_threads > 0;
     const RowsPiece<W> piece(shape, valid ? item : 0);
-    const Staged<T, W> staged = buffer_of(buffer);
+    const Staged<T, W> staged = memory_of(stage);
     const SetStats<A> stats = load_stats(t.stats, t.sets, piece.span.set);
     GradSums<A> sums;
     if (by_units) {
-      ready(kShares - 1);
+      ready(kCopyGroups - 1);
       team.sync();  // staged by other threads
       sums = sums_by_cells<kSmooth>(t, f, piece, team, valid, stats, staged, extra);
     } else {
@@ -217,17 +218,17 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     }
     const SetTerms<A> terms = t.frozen ? SetTerms<A>{} : set_terms<A>(sums, stats.rstd, stats.low, scale);
     const BackwardTensors<T> rest = without_mask<kSmooth>(t);
-    apply_gradient_rows<kSmooth, false, 1>(
-        rest, piece, piece.whole(team, valid), stats, terms,
-        [&](const Place& place) { return staged_gradient<kSmooth>(rest, piece, staged, place); });
-    leave_staged<W>(team);
+    apply_gradient_rows<kSmooth, false, 1>(rest, piece, piece.whole(team, valid), stats, terms, [&](const Step& step) {
+      return staged_gradient<kSmooth>(rest, piece, staged, step);
+    });
+    release_staged<W>(team);
   };
-  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, stage_share, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_group, use_wave);
   if (f.gathered != nullptr) {
-    store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.buffers * buffer_bytes),
+    store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes),
                       teams);
   }
-  leave_fused(f, gang);
+  finish_fused(f, gang);
 }
 
 // The terms of a tile's sets, from the sums of its channels over all positions.
@@ -254,24 +255,24 @@ template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, W == 8 ? 1 : 2)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {
   using A = Accum<T>;
-  const int buffer_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
-  auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.buffers * buffer_bytes);
+  const int stage_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
+  auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes);
   auto* const set_terms_of = reinterpret_cast<SetTerms<A>*>(merged + block_threads() * W);
   const GangPartials<GradSums<A>> gang(f.shape, reinterpret_cast<A*>(set_terms_of) + 4 * shape.tile, shape.tile);
-  const auto buffer_of = [&](int buffer) {
-    return Staged<T, W>(shared_memory() + buffer * buffer_bytes, f.shape.stream_bytes);
+  const auto memory_of = [&](int stage) {
+    return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
-  const auto stage_share = [&](int64_t item, int buffer, int share) {
+  const auto load_group = [&](int64_t item, int stage, int copy_group) {
     const ColumnsPiece<W> piece(shape, item);
-    const Staged<T, W> staged = buffer_of(buffer);
-    stage_columns(piece, share, t.x, staged.x);
-    stage_columns(piece, share, t.dy, staged.dy);
-    if (t.residual != nullptr) stage_columns(piece, share, t.residual, staged.residual);
+    const Staged<T, W> staged = memory_of(stage);
+    stage_columns(piece, copy_group, t.x, staged.x);
+    stage_columns(piece, copy_group, t.dy, staged.dy);
+    if (t.residual != nullptr) stage_columns(piece, copy_group, t.residual, staged.residual);
   };
-  const auto use_wave = [&](int64_t item, int buffer, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
-    const Staged<T, W> staged = buffer_of(buffer);
+    const Staged<T, W> staged = memory_of(stage);
     LaneCoefs<A, W> coefs;
     load_lane_coefs(t, piece, coefs);
     const bool masks = masks_once<kSmooth>(t);
@@ -291,11 +292,11 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
       if (f.sums != nullptr) store_one(f.sums + piece.outer * shape.C + channel, total);
       if (f.batch) store_param_gradients(f, channel, total, load_stats(t.stats, t.sets, channel));
     };
-    merge_down(piece, mine, merged, [&](int c, const GradSums<A>& total) {
+    merge_rows(piece, mine, merged, [&](int c, const GradSums<A>& total) {
       if (gang.is_block()) {
         take(c, total);
       } else {
-        gang.put(parity, c, total);
+        gang.publish(parity, c, total);
       }
     });
     if (!gang.is_block()) gang.exchange_channels(parity, piece.channels, take);
@@ -312,8 +313,8 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
       return staged_gradient<kSmooth>(rest, piece, staged, position);
     });
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), stage_share, use_wave);
-  leave_fused(f, gang);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_group, use_wave);
+  finish_fused(f, gang);
 }
 
 }  // namespace fastnorm::cuda

@@ -3,7 +3,7 @@
 // What: as apply.cuh, with the statistics of x itself.
 // Who: rows: a gang to a set (or a team of a block to a small one); columns: a gang to a tile of whole sets.
 //
-//   block of a gang   [ wave 0 ][ wave 1 ] ...     a piece each; with two buffers wave 1 is loaded during wave 0
+//   block of a gang   [ wave 0 ][ wave 1 ] ...     a piece each; with two stages wave 1 is loaded during wave 0
 //   of a wave         moments of what lands, share by share | exchange partials with the gang | normalize, activate,
 //   store
 //
@@ -31,32 +31,32 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   unsigned char* const mine = shared_memory() + team.index * f.team_bytes;
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
   const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
-  const auto buffer_of = [&](int buffer) { return reinterpret_cast<Pack<T, W>*>(mine + buffer * f.stream_bytes); };
-  const auto stage_share = [&](int64_t item, int buffer, int share) {
+  const auto memory_of = [&](int stage) { return reinterpret_cast<Pack<T, W>*>(mine + stage * f.stream_bytes); };
+  const auto load_group = [&](int64_t item, int stage, int copy_group) {
     const RowsPiece<W> piece(shape, item);
-    stage_rows(piece, team, share, t.x, buffer_of(buffer));
-    if (t.residual != nullptr && share == kShares - 1) prefetch_rows(piece, team, t.residual);
+    stage_rows(piece, team, copy_group, t.x, memory_of(stage));
+    if (t.residual != nullptr && copy_group == kCopyGroups - 1) prefetch_rows(piece, team, t.residual);
   };
-  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, stage_share,
-            [&](int64_t item, int buffer, int parity, auto ready) {
+  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_group,
+            [&](int64_t item, int stage, int parity, auto ready) {
               const bool valid = item < shape.items;
               const RowsPiece<W> piece(shape, valid ? item : 0);
               const int64_t set = piece.span.set;
-              const Pack<T, W>* const staged = buffer_of(buffer);
-              const auto read = [&](const Place& place) { return staged[piece.slot(place, t.x)]; };
+              const Pack<T, W>* const staged = memory_of(stage);
+              const auto read = [&](const Step& step) { return staged[piece.slot(step, t.x)]; };
               const A origin = origin_of<A>(t.x + set * shape.set_stride);
-              Welford<A> share{};
-              for_landed(piece, team, valid, ready, [&](const Stretch& stretch) {
-                accumulate_moments<kLaneUnroll<W>, T>(piece, stretch, origin, read, share);
+              Welford<A> own{};
+              for_landed(piece, team, valid, ready, [&](const ThreadSteps& range) {
+                accumulate_moments<kLaneUnroll<W>, T>(piece, range, origin, read, own);
               });
-              const Moments<A> moments = gang.exchange(parity, reduce_team(team, share, scratch)).moments;
+              const Moments<A> moments = gang.exchange(parity, reduce_team(team, own, scratch)).moments;
               const A var = moments.m2 / static_cast<A>(shape.set_size);
               const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
               if (valid && team.lane == 0 && piece.span.piece == 0) store_stats(t.stats, t.sets, set, stats, var);
               if (t.y != nullptr) forward_rows<kSmooth, false>(t, piece, piece.whole(team, valid), stats, read);
-              leave_staged<W>(team);
+              release_staged<W>(team);
             });
-  gang.leave();
+  gang.exit();
 }
 
 // The statistics of a tile's sets, from the moments of its channels over all positions.
@@ -88,33 +88,33 @@ template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
 fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   using A = Accum<T>;
-  unsigned char* const extra = shared_memory() + f.buffers * f.stream_bytes;
+  unsigned char* const extra = shared_memory() + f.stages * f.stream_bytes;
   auto* const merged = reinterpret_cast<Moments<A>*>(extra);
   auto* const set_stats = reinterpret_cast<SetStats<A>*>(merged + block_threads() * W);
   const GangPartials<Welford<A>> gang(f, reinterpret_cast<A*>(set_stats) + 4 * shape.tile, shape.tile);
-  const auto buffer_of = [&](int buffer) {
-    return reinterpret_cast<Pack<T, W>*>(shared_memory() + buffer * f.stream_bytes);
+  const auto memory_of = [&](int stage) {
+    return reinterpret_cast<Pack<T, W>*>(shared_memory() + stage * f.stream_bytes);
   };
-  const auto stage_share = [&](int64_t item, int buffer, int share) {
+  const auto load_group = [&](int64_t item, int stage, int copy_group) {
     const ColumnsPiece<W> piece(shape, item);
-    stage_columns(piece, share, t.x, buffer_of(buffer));
-    if (t.residual != nullptr && share == kShares - 1) prefetch_columns(piece, t.residual);
+    stage_columns(piece, copy_group, t.x, memory_of(stage));
+    if (t.residual != nullptr && copy_group == kCopyGroups - 1) prefetch_columns(piece, t.residual);
   };
-  const auto use_wave = [&](int64_t item, int buffer, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
-    const Pack<T, W>* const staged = buffer_of(buffer);
+    const Pack<T, W>* const staged = memory_of(stage);
     const auto read = [&](int position) { return staged[piece.slot(position, t.x)]; };
     A origin[W];
     load_origins(piece, t.x, origin);
     LaneMoments<A, W> moments;
     for_landed(piece, ready, [&](const Range& range) { accumulate_lanes<T>(piece, range, origin, read, moments); });
     // Rows of `merged` below the first are read by no one else after their channel is done.
-    merge_down(piece, moments.lane, merged, [&](int c, const Welford<A>& total) {
+    merge_rows(piece, moments.lane, merged, [&](int c, const Welford<A>& total) {
       if (gang.is_block()) {
         merged[c] = total.moments;
       } else {
-        gang.put(parity, c, total);
+        gang.publish(parity, c, total);
       }
     });
     if (!gang.is_block()) {
@@ -135,8 +135,8 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       forward_columns<kSmooth, false>(t, piece, coefs, read);
     }
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), stage_share, use_wave);
-  gang.leave();
+  for_waves(f, shape.items, grid_blocks(), block_index(), load_group, use_wave);
+  gang.exit();
 }
 
 }  // namespace fastnorm::cuda

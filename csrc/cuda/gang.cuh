@@ -20,7 +20,7 @@ namespace fastnorm::cuda {
 struct FusedShape {
   Gang gang;
   int pieces;        // blocks of a gang
-  int buffers;       // waves in shared memory at a time
+  int stages;        // waves in shared memory at a time
   int stream_bytes;  // one staged tensor of one wave
   int team_bytes;    // rows: all that a team has
   void* partials;    // kGrid
@@ -36,14 +36,14 @@ class GangPartials {
   FASTNORM_DEVICE bool is_block() const { return f_.gang == Gang::kBlock; }
 
   // Tells this block's partial of a channel.
-  FASTNORM_DEVICE void put(int parity, int channel, const Acc& partial) const {
+  FASTNORM_DEVICE void publish(int parity, int channel, const Acc& partial) const {
     if (f_.gang == Gang::kCluster) {
       shared_[parity * channels_ + channel] = partial;
     } else {
       store_one(global(parity, block_index()) + channel, partial);
     }
   }
-  FASTNORM_DEVICE void meet() const {
+  FASTNORM_DEVICE void sync() const {
     if (f_.gang == Gang::kCluster) {
       sync_cluster();
     } else {
@@ -53,21 +53,22 @@ class GangPartials {
   // The sum of a channel, by `lanes` neighbouring lanes that all get it. All lanes of the warp take part, `in` or not.
   FASTNORM_DEVICE Acc total(int parity, int channel, bool in, int lane, int lanes) const {
     Acc sum{};
-    for (int piece = lane; in && piece < f_.pieces; piece += lanes) sum.merge(get(parity, piece, channel));
+    for (int piece = lane; in && piece < f_.pieces; piece += lanes) sum.merge(fetch(parity, piece, channel));
     return reduce_lanes(sum, lanes);
   }
 
   // Rows: this block's partial, the same in all threads -> the gang's.
   FASTNORM_DEVICE Acc exchange(int parity, const Acc& mine) const {
     if (is_block()) return mine;
-    if (thread_index() == 0) put(parity, 0, mine);
-    meet();
+    if (thread_index() == 0) publish(parity, 0, mine);
+    sync();
     return total(parity, 0, true, thread_index() % kWarp, kWarp);
   }
-  // Columns: each of the first `channels` of this block's partials, which put() has told -> use(channel, the gang's).
+  // Columns: each of the first `channels` of this block's partials, which publish() has told -> use(channel, the
+  // gang's).
   template <class Use>
   FASTNORM_DEVICE void exchange_channels(int parity, int channels, Use use) const {
-    meet();
+    sync();
     int lanes = 1;
     while (lanes < kWarp && 2 * lanes * channels <= block_threads()) lanes *= 2;
     const int lane = thread_index() % lanes, group = thread_index() / lanes, groups = block_threads() / lanes;
@@ -79,12 +80,12 @@ class GangPartials {
   }
 
   // Before a block leaves: its peers may still read its shared memory.
-  FASTNORM_DEVICE void leave() const {
+  FASTNORM_DEVICE void exit() const {
     if (f_.gang == Gang::kCluster) sync_cluster();
   }
 
  private:
-  FASTNORM_DEVICE Acc get(int parity, int piece, int channel) const {
+  FASTNORM_DEVICE Acc fetch(int parity, int piece, int channel) const {
     if (f_.gang == Gang::kCluster) return *cluster_shared(shared_ + parity * channels_ + channel, piece);
     const int64_t first = block_index() - block_index() % f_.pieces;
     return load_one(global(parity, first + piece) + channel);
@@ -98,25 +99,26 @@ class GangPartials {
   int channels_;
 };
 
-// The waves of a fused launch, for a team that takes item `mine` of each: stage(item, buffer, share) begins to load a
-// share of an item; use(item, buffer, parity, ready) finds a share there after ready(share), all of them after the
+// The waves of a fused launch, for a team that takes item `mine` of each: load(item, stage, copy_group) begins to load
+// a share of an item; use(item, stage, parity, ready) finds a share there after ready(share), all of them after the
 // last. All teams make as many calls; an item may lie beyond the last.
-template <class Stage, class Use>
-FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Stage stage,
+template <class Load, class Use>
+FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Load load,
                                Use use) {
-  const auto begin = [&](int64_t item, int buffer) {
-    for (int share = 0; share < kShares; ++share) {
-      if (item < items) stage(item, buffer, share);
+  const auto begin = [&](int64_t item, int stage) {
+    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
+      if (item < items) load(item, stage, copy_group);
       commit_copies();
     }
   };
-  const bool ahead = f.buffers == 2;  // the next wave is loaded during this one
+  const bool ahead = f.stages == 2;  // the next wave is loaded during this one
   if (ahead) begin(mine, 0);
   int parity = 0;
   for (int64_t first = 0; first < items; first += wave_items, parity ^= 1) {
     const int64_t item = first + mine;
     begin(ahead ? item + wave_items : item, ahead ? parity ^ 1 : 0);
-    use(item, ahead ? parity : 0, parity, [&](int share) { wait_copies(kShares - 1 - share + (ahead ? kShares : 0)); });
+    use(item, ahead ? parity : 0, parity,
+        [&](int copy_group) { wait_copies(kCopyGroups - 1 - copy_group + (ahead ? kCopyGroups : 0)); });
   }
 }
 

@@ -24,11 +24,11 @@ struct Team {
   }
 };
 
-// Blocks that go through items together: all of a launch, or some of it.
-struct Blocks {
+// BlockRange that go through items together: all of a launch, or some of it.
+struct BlockRange {
   int64_t index, count;
 };
-FASTNORM_DEVICE Blocks all_blocks() { return {block_index(), grid_blocks()}; }
+FASTNORM_DEVICE BlockRange all_blocks() { return {block_index(), grid_blocks()}; }
 
 // Over `width` neighbouring lanes, a power of two. All lanes of the warp take part.
 template <class Acc>

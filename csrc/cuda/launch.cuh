@@ -12,17 +12,17 @@ constexpr int kNoSuchKernel = 1;
 inline LaunchConfig config_of(const Grid& grid, int64_t shared_bytes, void* stream) {
   return {grid.blocks, grid.threads(), shared_bytes, stream};
 }
-// meets: the blocks of the launch, whatever its gangs are.
-inline LaunchConfig fused_config(const Grid& grid, bool meets, void* stream) {
+// grid_sync: the blocks of the launch, whatever its gangs are.
+inline LaunchConfig fused_config(const Grid& grid, bool grid_sync, void* stream) {
   LaunchConfig config = config_of(grid, grid.shared_bytes, stream);
   if (grid.gang == Gang::kCluster) config.cluster = static_cast<int>(grid.pieces);
-  config.cooperative = meets || grid.gang == Gang::kGrid;
+  config.cooperative = grid_sync || grid.gang == Gang::kGrid;
   return config;
 }
 inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
   return {grid.gang,
           static_cast<int>(grid.pieces),
-          grid.buffers,
+          grid.stages,
           static_cast<int>(grid.stream_bytes(dtype)),
           static_cast<int>(grid.team_bytes),
           partials};

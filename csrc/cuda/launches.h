@@ -51,7 +51,7 @@ struct FoldParamsArgs {
 };
 int launch_fold_params(const FoldParamsArgs<float>& args, void* stream);
 int launch_fold_params(const FoldParamsArgs<double>& args, void* stream);
-// Blocks of so many threads that are of use to it.
+// BlockRange of so many threads that are of use to it.
 int64_t fold_params_blocks(int64_t channels, int64_t partials, int threads);
 
 }  // namespace fastnorm::cuda

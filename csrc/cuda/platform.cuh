@@ -9,7 +9,7 @@
 
 namespace fastnorm::cuda {
 
-// Where and how wide a kernel is launched. Blocks and grids have one dimension.
+// Where and how wide a kernel is launched. BlockRange and grids have one dimension.
 struct LaunchConfig {
   int64_t blocks;
   int threads;
@@ -56,7 +56,7 @@ FASTNORM_DEVICE void sync_warp() { __syncwarp(); }
 // All blocks of a cooperative launch.
 FASTNORM_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
-// Blocks of a cluster. Below sm_90 a block is a cluster of its own.
+// BlockRange of a cluster. Below sm_90 a block is a cluster of its own.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 FASTNORM_DEVICE void sync_cluster() { cooperative_groups::this_cluster().sync(); }
 FASTNORM_DEVICE int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
@@ -219,7 +219,7 @@ int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&
 }
 
 // Clusters of so many blocks that are on the device at a time, each block with a multiprocessor of its own.
-inline int resident_clusters(const void* kernel, int cluster, int64_t shared_per_block) {
+inline int max_active_clusters(const void* kernel, int cluster, int64_t shared_per_block) {
   int clusters = 0;
   if (allow(kernel, shared_per_block, kMaxCluster)) return 0;
   const LaunchWords words({cluster, kBlockThreads, shared_per_block, nullptr, cluster});
@@ -231,13 +231,13 @@ inline int resident_clusters(const void* kernel, int cluster, int64_t shared_per
 // The largest clusters that lose no multiprocessors to smaller ones: a graphics processing cluster may lack a few.
 inline void query_clusters(const void* kernel, DeviceInfo* info) {
   info->largest_cluster = 1;
-  info->cluster_multiprocessors = 0;
+  info->cluster_sms = 0;
   if (info->capability < 90) return;
   for (int cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
-    const int covered = cluster * resident_clusters(kernel, cluster, info->shared_per_block);
-    if (covered == 0 || covered * 10 < info->cluster_multiprocessors * 9) return;
+    const int covered = cluster * max_active_clusters(kernel, cluster, info->shared_per_block);
+    if (covered == 0 || covered * 10 < info->cluster_sms * 9) return;
     info->largest_cluster = cluster;
-    info->cluster_multiprocessors = covered;
+    info->cluster_sms = covered;
   }
 }
 
@@ -252,9 +252,9 @@ inline int query_device(int device, const void* kernel, DeviceInfo* info) {
   int major = 0, minor = 0, kilohertz = 0, bus_bits = 0;
   cudaError_t error = ask(cudaDevAttrComputeCapabilityMajor, &major);
   if (!error) error = ask(cudaDevAttrComputeCapabilityMinor, &minor);
-  if (!error) error = ask(cudaDevAttrMultiProcessorCount, &info->multiprocessors);
-  if (!error) error = ask(cudaDevAttrMaxThreadsPerMultiProcessor, &info->threads_per_multiprocessor);
-  if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &info->shared_per_multiprocessor);
+  if (!error) error = ask(cudaDevAttrMultiProcessorCount, &info->num_sms);
+  if (!error) error = ask(cudaDevAttrMaxThreadsPerMultiProcessor, &info->threads_per_sm);
+  if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &info->shared_per_sm);
   if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &info->shared_per_block);
   if (!error) error = ask(cudaDevAttrL2CacheSize, &info->l2_bytes);
   if (!error) error = ask(cudaDevAttrCooperativeLaunch, &info->cooperative);
@@ -264,7 +264,7 @@ inline int query_device(int device, const void* kernel, DeviceInfo* info) {
   info->capability = 10 * major + minor;
   // Two transfers a clock. A virtual device may not tell: then as an H200 has it for each multiprocessor.
   info->bytes_per_us = int64_t(2) * kilohertz * (bus_bits / 8) / 1000;
-  if (info->bytes_per_us <= 0) info->bytes_per_us = int64_t(36000) * info->multiprocessors;
+  if (info->bytes_per_us <= 0) info->bytes_per_us = int64_t(36000) * info->num_sms;
   query_clusters(kernel, info);
   return 0;
 }

@@ -23,7 +23,7 @@ reduce_rows(const T* x, Welford<Accum<T>>* partials, RowsShape shape) {
     const A origin = origin_of<A>(x + piece.span.set * shape.set_stride);
     Welford<A> mine{};
     accumulate_moments<kUnroll<W>, T>(
-        piece, piece.whole(team, valid), origin, [&](const Place& place) { return load<W>(x + piece.element(place)); },
+        piece, piece.whole(team, valid), origin, [&](const Step& step) { return load<W>(x + piece.element(step)); },
         mine);
     const Welford<A> total = reduce_team(team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(partials + partial_of(shape, piece.span), total);
@@ -40,7 +40,7 @@ reduce_columns(const T* x, Welford<Accum<T>>* partials, ColumnsShape shape) {
     LaneMoments<A, W> moments;
     accumulate_lanes<T>(
         piece, piece.whole(), origin, [&](int position) { return load<W>(x + piece.element(position)); }, moments);
-    merge_down(piece, moments.lane, reinterpret_cast<Moments<A>*>(shared_memory()),
+    merge_rows(piece, moments.lane, reinterpret_cast<Moments<A>*>(shared_memory()),
                [&](int c, const Welford<A>& total) { store_one(partials + piece.partial(c), total); });
     sync_block();  // before the next item's moments are written
   });

@@ -14,12 +14,12 @@ namespace fastnorm::cuda {
 
 template <bool kSmooth, int W, class T, class A = Accum<T>>
 FASTNORM_DEVICE void sum_rows(const BackwardTensors<T>& t, GradSums<A>* sums, const RowsShape& shape,
-                              const Blocks& blocks) {
+                              const BlockRange& blocks) {
   for_rows<W>(shape, blocks, [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const auto stats = load_stats(t.stats, t.sets, piece.span.stats(shape));
     GradSums<A> mine{};
     accumulate_sums<kSmooth, kBackwardUnroll<kSmooth, W>>(
-        t, piece, piece.whole(team, valid), stats, [&](const Place& place) { return load_gradient(t, piece, place); },
+        t, piece, piece.whole(team, valid), stats, [&](const Step& step) { return load_gradient(t, piece, step); },
         [](const auto&...) {}, mine);
     const auto total = reduce_team(team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(sums + partial_of(shape, piece.span), total);
@@ -35,7 +35,7 @@ reduce_backward_rows(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape s
 // The sums of an item's channels, from those of its threads.
 template <int W, class A>
 FASTNORM_DEVICE void store_sums(const ColumnsPiece<W>& piece, const GradSums<A> (&mine)[W], GradSums<A>* sums) {
-  merge_down(piece, mine, reinterpret_cast<GradSums<A>*>(shared_memory()),
+  merge_rows(piece, mine, reinterpret_cast<GradSums<A>*>(shared_memory()),
              [&](int c, const GradSums<A>& total) { store_one(sums + piece.partial(c), total); });
   sync_block();  // before the next item's sums are written
 }
@@ -58,7 +58,7 @@ reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsS
 // Statistics change with the position, weights with the channel: sums of d xhat for dweight, of d for dbias.
 template <bool kSmooth, int W, class T, class A = Accum<T>>
 FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, const ColumnsShape& shape,
-                                const Blocks& blocks) {
+                                const BlockRange& blocks) {
   for_columns<W>(shape, blocks, [&](const ColumnsPiece<W>& piece) {
     A weight[W] = {}, bias[W] = {};
     if (piece.in) {
@@ -87,7 +87,7 @@ template <class T, int W, int kColumnsW, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
 reduce_elements(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape rows, int64_t rows_blocks,
                 GradSums<Accum<T>>* params, ColumnsShape columns) {
-  const Blocks all = all_blocks();
+  const BlockRange all = all_blocks();
   if (all.index < rows_blocks) {
     sum_rows<kSmooth, W>(t, sums, rows, {all.index, rows_blocks});
   } else {

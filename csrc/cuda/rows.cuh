@@ -104,24 +104,24 @@ FASTNORM_DEVICE int64_t partial_of(const RowsShape& s, const Span& span) {
 }
 
 // Where a step of the walk is.
-struct Place {
-  int step, run, pack;  // pack: of the piece's share of the run
+struct Step {
+  int index, run, pack;  // pack: of the piece's share of the run
   bool in;
 };
-FASTNORM_DEVICE Place place_of(const RowsShape& s, const Span& span, int step, bool in) {
-  Place place{step, 0, step, in};
+FASTNORM_DEVICE Step step_of(const RowsShape& s, const Span& span, int index, bool in) {
+  Step step{index, 0, index, in};
   if (span.runs > 1) {
-    place.run = static_cast<int>(s.by_length.divide(static_cast<uint32_t>(step)));
-    place.pack = step - place.run * s.length;
+    step.run = static_cast<int>(s.by_length.divide(static_cast<uint32_t>(index)));
+    step.pack = index - step.run * s.length;
   }
-  place.in = in && place.run < span.runs && place.pack < span.packs;
-  return place;
+  step.in = in && step.run < span.runs && step.pack < span.packs;
+  return step;
 }
 
-// Steps of a piece that `width` neighbouring threads walk together. `longest`: the steps of the longest stretch walked
+// Steps of a piece that `width` neighbouring threads walk together. `longest`: the steps of the longest range walked
 // at the same time, so that all threads make as many rounds.
-struct Stretch {
-  int begin, steps, longest, lane, width;
+struct ThreadSteps {
+  int begin, count, longest, lane, width;
 };
 
 // A piece in memory: addresses of its packs, channels and bytes of the mask.
@@ -129,7 +129,7 @@ template <int W>
 struct RowsPiece {
   const RowsShape& shape;
   Span span;
-  int64_t base, channel, mask_base;  // of its first place: element, channel, byte of the mask
+  int64_t base, channel, mask_base;  // of its first step: element, channel, byte of the mask
 
   // A part of a run begins with a whole byte of the mask.
   FASTNORM_DEVICE RowsPiece(const RowsShape& s, int64_t item) : shape(s), span(s, item) {
@@ -139,21 +139,21 @@ struct RowsPiece {
     mask_base = span.mask_row(s) * s.mask_row_bytes + first / 8;
   }
 
-  FASTNORM_DEVICE int64_t element(const Place& p) const { return base + p.run * shape.run_stride + p.pack * W; }
-  FASTNORM_DEVICE int64_t channel_of(const Place& p) const {
+  FASTNORM_DEVICE int64_t element(const Step& p) const { return base + p.run * shape.run_stride + p.pack * W; }
+  FASTNORM_DEVICE int64_t channel_of(const Step& p) const {
     return channel + p.run * shape.run_channels + (shape.per_element ? p.pack * W : 0);
   }
-  FASTNORM_DEVICE int64_t mask_byte(const Place& p) const {
+  FASTNORM_DEVICE int64_t mask_byte(const Step& p) const {
     return mask_base + p.run * shape.run_masks * shape.mask_row_bytes + p.pack * W / 8;
   }
-  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const Place& p) const {
+  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const Step& p) const {
     return load_mask<W>(mask + mask_base + p.run * shape.run_masks * shape.mask_row_bytes, p.pack * W);
   }
 
-  // Where a staged piece of `tensor` keeps the pack of a place. Single elements lie as in global memory: as far past a
+  // Where a staged piece of `tensor` keeps the pack of a step. Single elements lie as in global memory: as far past a
   // multiple of 16 bytes.
   template <class T>
-  FASTNORM_DEVICE int slot(const Place& p, const T* tensor) const {
+  FASTNORM_DEVICE int slot(const Step& p, const T* tensor) const {
     if constexpr (W > 1) return p.run * shape.run_slots + p.pack;
     return p.run * shape.run_slots + shift(tensor, p.run) + p.pack;
   }
@@ -166,44 +166,44 @@ struct RowsPiece {
   }
 
   // The whole piece by a team; nothing of it where the item is not `valid`.
-  FASTNORM_DEVICE Stretch whole(const Team& team, bool valid) const {
+  FASTNORM_DEVICE ThreadSteps whole(const Team& team, bool valid) const {
     const int steps = span.steps(shape);
     return {0, valid ? steps : 0, steps, team.lane, team.width};
   }
-  // A share of it, in whole rounds: of all shares a thread takes the places that it takes of the whole.
-  FASTNORM_DEVICE Stretch share(const Team& team, bool valid, int index) const {
+  // A share of it, in whole rounds: of all shares a thread takes the steps that it takes of the whole.
+  FASTNORM_DEVICE ThreadSteps copy_group(const Team& team, bool valid, int index) const {
     const int steps = span.steps(shape), round = kUnroll<W> * team.width;
-    const int length = (steps + kShares * round - 1) / (kShares * round) * round, begin = index * length;
+    const int length = (steps + kCopyGroups * round - 1) / (kCopyGroups * round) * round, begin = index * length;
     const int here = std::max(0, std::min(length, steps - begin));
     return {begin, valid ? here : 0, here, team.lane, team.width};
   }
 
-  // body(places) for U places at a time, the last first where kFromEnd.
+  // body(steps) for U steps at a time, the last first where kFromEnd.
   template <int U, bool kFromEnd = false, class Body>
-  FASTNORM_DEVICE void walk(const Stretch& stretch, Body body) const {
-    const int length = U * stretch.width, first = kFromEnd ? (stretch.longest - 1) / length * length : 0;
-    for (int begin = first; kFromEnd ? begin >= 0 : begin < stretch.longest; begin += kFromEnd ? -length : length) {
-      Place places[U];
+  FASTNORM_DEVICE void walk(const ThreadSteps& range, Body body) const {
+    const int length = U * range.width, first = kFromEnd ? (range.longest - 1) / length * length : 0;
+    for (int begin = first; kFromEnd ? begin >= 0 : begin < range.longest; begin += kFromEnd ? -length : length) {
+      Step steps[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int step = begin + u * stretch.width + stretch.lane;
-        places[u] = place_of(shape, span, stretch.begin + step, step < stretch.steps);
+        const int index = begin + u * range.width + range.lane;
+        steps[u] = step_of(shape, span, range.begin + index, index < range.count);
       }
-      body(places);
+      body(steps);
     }
   }
-  // use(place, read(place)) for every place, U of them read before the first is used.
+  // use(step, read(step)) for every step, U of them read before the first is used.
   template <int U, bool kFromEnd = false, class Read, class Use>
-  FASTNORM_DEVICE void walk_read(const Stretch& stretch, Read read, Use use) const {
-    walk<U, kFromEnd>(stretch, [&](const Place(&places)[U]) {
-      decltype(read(places[0])) what[U];
+  FASTNORM_DEVICE void walk_read(const ThreadSteps& range, Read read, Use use) const {
+    walk<U, kFromEnd>(range, [&](const Step(&steps)[U]) {
+      decltype(read(steps[0])) what[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        if (places[u].in) what[u] = read(places[u]);
+        if (steps[u].in) what[u] = read(steps[u]);
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        if (places[u].in) use(places[u], what[u]);
+        if (steps[u].in) use(steps[u], what[u]);
       }
     });
   }
@@ -212,7 +212,7 @@ struct RowsPiece {
 // body(team, piece, valid) for the items of these blocks' teams. All threads make as many calls: where no item is left,
 // `valid` is false and the piece is another's.
 template <int W, class Body>
-FASTNORM_DEVICE void for_rows(const RowsShape& shape, const Blocks& blocks, Body body) {
+FASTNORM_DEVICE void for_rows(const RowsShape& shape, const BlockRange& blocks, Body body) {
   const Team team(shape.team);
   const int teams = block_threads() / team.width;
   for (int64_t first = blocks.index * teams; first < shape.items; first += blocks.count * teams) {
@@ -248,66 +248,66 @@ FASTNORM_DEVICE void stage_runs(const RowsPiece<1>& piece, const Team& team, con
 // Begins to copy a share of a team's piece to shared memory: every thread what it reads itself on a walk over the same
 // share. Of runs that are no whole packs the first share is all there is.
 template <int W, class T>
-FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, int share, const T* tensor,
+FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, int copy_group, const T* tensor,
                                 Pack<T, W>* staged) {
   if constexpr (W == 1) {
-    if (share == 0) stage_runs(piece, team, tensor, staged);
+    if (copy_group == 0) stage_runs(piece, team, tensor, staged);
   } else {
-    piece.template walk<kUnroll<W>>(piece.share(team, true, share), [&](const Place(&places)[kUnroll<W>]) {
+    piece.template walk<kUnroll<W>>(piece.copy_group(team, true, copy_group), [&](const Step(&steps)[kUnroll<W>]) {
 #pragma unroll
       for (int u = 0; u < kUnroll<W>; ++u) {
-        if (places[u].in) stage<W>(staged + piece.slot(places[u], tensor), tensor + piece.element(places[u]));
+        if (steps[u].in) stage<W>(staged + piece.slot(steps[u], tensor), tensor + piece.element(steps[u]));
       }
     });
   }
 }
-// body(stretch) for what has landed of a team's piece; ready(share) waits for a share.
+// body(range) for what has landed of a team's piece; ready(copy_group) waits for a share.
 template <int W, class Ready, class Body>
 FASTNORM_DEVICE void for_landed(const RowsPiece<W>& piece, const Team& team, bool valid, Ready ready, Body body) {
   if constexpr (W == 1) {
-    ready(kShares - 1);
+    ready(kCopyGroups - 1);
     team.sync();  // staged by other threads
     body(piece.whole(team, valid));
   } else {
-    for (int share = 0; share < kShares; ++share) {
-      ready(share);
-      body(piece.share(team, valid, share));
+    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
+      ready(copy_group);
+      body(piece.copy_group(team, valid, copy_group));
     }
   }
 }
 // Before a piece is staged where another was.
 template <int W>
-FASTNORM_DEVICE void leave_staged(const Team& team) {
+FASTNORM_DEVICE void release_staged(const Team& team) {
   if constexpr (W == 1) team.sync();  // other threads stage what this one has read
 }
 // Begins to bring a team's piece of `tensor` into L2, to be read when it is there.
 template <int W, class T>
 FASTNORM_DEVICE void prefetch_rows(const RowsPiece<W>& piece, const Team& team, const T* tensor) {
-  piece.template walk<1>(piece.whole(team, true), [&](const Place(&places)[1]) {
+  piece.template walk<1>(piece.whole(team, true), [&](const Step(&steps)[1]) {
     // Of single elements one in 16 bytes brings the others.
-    const bool brings = W > 1 || places[0].pack % (16 / static_cast<int>(sizeof(T))) == 0;
-    if (places[0].in && brings) prefetch_l2(tensor + piece.element(places[0]));
+    const bool brings = W > 1 || steps[0].pack % (16 / static_cast<int>(sizeof(T))) == 0;
+    if (steps[0].in && brings) prefetch_l2(tensor + piece.element(steps[0]));
   });
 }
 
-// Merges this thread's share of a stretch's moments, relative to `origin`, into `total`; read(place): the pack of x
+// Merges this thread's share of a range's moments, relative to `origin`, into `total`; read(step): the pack of x
 // there.
 template <int U, class T, int W, class A, class Read>
-FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const Stretch& stretch, A origin, Read read,
+FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const ThreadSteps& range, A origin, Read read,
                                         Welford<A>& total) {
-  piece.template walk<U>(stretch, [&](const Place(&places)[U]) {
+  piece.template walk<U>(range, [&](const Step(&steps)[U]) {
     Pack<T, W> packs[U];
     bool in[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      in[u] = places[u].in;
-      if (in[u]) packs[u] = read(places[u]);
+      in[u] = steps[u].in;
+      if (in[u]) packs[u] = read(steps[u]);
     }
     total.merge(batch_moments(packs, in, origin));
   });
 }
 
-// The coefficients at one place after another: loaded when the channel changes.
+// The coefficients at one step after another: loaded when the channel changes.
 template <class T, int W, class A = Accum<T>>
 class RowCoefsReader {
  public:
@@ -315,8 +315,8 @@ class RowCoefsReader {
       : weight_(weight), bias_(bias), low_(stats.low) {
     coefs_ = {stats.mean, stats.rstd, {}, {}};
   }
-  FASTNORM_DEVICE const RowCoefs<A, W>& at(const RowsPiece<W>& piece, const Place& place) {
-    const int64_t channel = piece.channel_of(place);
+  FASTNORM_DEVICE const RowCoefs<A, W>& at(const RowsPiece<W>& piece, const Step& step) {
+    const int64_t channel = piece.channel_of(step);
     if (channel == channel_) return coefs_;
     channel_ = channel;
     A weight[W], bias[W];

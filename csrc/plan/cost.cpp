@@ -28,7 +28,7 @@ constexpr double kGridBarrierUs = 1.5;
 constexpr double kExposed = 0.1;
 
 // One multiprocessor draws so many times its share of the memory's bandwidth: two thirds of them keep it busy.
-constexpr double kShareOfOne = 1.5;
+constexpr double kOneSmShare = 1.5;
 
 // What of L2 still holds what was read last, and how much faster than memory it gives it.
 constexpr double kL2Share = 0.5;
@@ -36,19 +36,19 @@ constexpr double kL2Speed = 2.0;
 
 // A stretch of memory is as good as one so many bytes longer is without its neighbours: memory moves 64 bytes at a
 // time, and opens rows of kilobytes. A tile of 64 bytes gets four fifths of the bandwidth.
-constexpr double kStretchBytes = 16;
+constexpr double kContiguousBytes = 16;
 
 // Rows adjoin each other, and so do the positions of a tile of all channels.
-double stretch_share(const Grid& grid, const Streams& streams) {
+double contiguous_share(const Grid& grid, const Streams& streams) {
   if (grid.traversal == Traversal::kRows || grid.tile == streams.C) return 1;
   const double bytes = static_cast<double>(grid.tile * size_of(streams.dtype));
-  return bytes / (bytes + kStretchBytes);
+  return bytes / (bytes + kContiguousBytes);
 }
 
 // Microseconds that `blocks` blocks take to move so many bytes each.
 double move_us(double bytes, int64_t blocks, const DeviceInfo& device) {
-  const double busy = static_cast<double>(std::min<int64_t>(blocks, device.multiprocessors));
-  const double share = std::min(1.0, busy * kShareOfOne / device.multiprocessors);
+  const double busy = static_cast<double>(std::min<int64_t>(blocks, device.num_sms));
+  const double share = std::min(1.0, busy * kOneSmShare / device.num_sms);
   return bytes * static_cast<double>(blocks) / (share * static_cast<double>(device.bytes_per_us));
 }
 
@@ -64,21 +64,21 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, int64_t reside
   const bool rows = grid.traversal == Traversal::kRows;
   const int64_t piece =
       rows ? grid.teams() * grid.piece_runs * grid.piece_length * grid.pack : grid.tile * grid.piece_length;
-  const double stream = static_cast<double>(piece * size_of(streams.dtype)) / stretch_share(grid, streams);
+  const double stream = static_cast<double>(piece * size_of(streams.dtype)) / contiguous_share(grid, streams);
   const double bytes = stream * (streams.read + streams.written);
   Estimate e{};
   e.memory = static_cast<double>(waves - 1) * move_us(bytes, together, device) +
              move_us(bytes, wanted - (waves - 1) * together, device);
   // Meanwhile copies that are under way use the memory: of a second buffer, and of other blocks of the multiprocessor;
   // not of a grid's, which all wait together.
-  const double staged = stream * streams.read * static_cast<double>(div_up(together, device.multiprocessors));
-  const double wait = kLatencyUs + barrier_us(grid.gang) + staged / kShares / kReduceBytesPerUs;
+  const double staged = stream * streams.read * static_cast<double>(div_up(together, device.num_sms));
+  const double wait = kLatencyUs + barrier_us(grid.gang) + staged / kCopyGroups / kReduceBytesPerUs;
   double hidden = 0;
   if (grid.gang == Gang::kGrid) {
-    if (grid.buffers == 2) hidden = move_us(stream * streams.read, together, device);
+    if (grid.stages == 2) hidden = move_us(stream * streams.read, together, device);
   } else {
-    const double loads = static_cast<double>(grid.buffers * together) / device.multiprocessors;
-    const double one = move_us(bytes, std::min<int64_t>(together, device.multiprocessors), device);
+    const double loads = static_cast<double>(grid.stages * together) / device.num_sms;
+    const double one = move_us(bytes, std::min<int64_t>(together, device.num_sms), device);
     if (loads > 1) hidden = std::min((loads - 1) * one, move_us(bytes, together, device));
   }
   const double shown = std::max(hidden > 0 ? kExposed * wait : wait, wait - hidden);
@@ -91,7 +91,7 @@ Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, c
   const double found = std::min(read, kL2Share * static_cast<double>(device.l2_bytes));
   const double bytes = passes * read + streams.bytes(streams.written) - (passes - 1) * found * (1 - 1 / kL2Speed);
   Estimate e{};
-  e.memory = move_us(bytes / static_cast<double>(grid.blocks) / stretch_share(grid, streams), grid.blocks, device);
+  e.memory = move_us(bytes / static_cast<double>(grid.blocks) / contiguous_share(grid, streams), grid.blocks, device);
   e.barriers = passes * kLatencyUs;
   return e;
 }
@@ -104,6 +104,6 @@ Estimate estimate_partials(int64_t bytes, const DeviceInfo& device) {
   return {2 * static_cast<double>(bytes) / (kL2Speed * static_cast<double>(device.bytes_per_us)), 0, 0};
 }
 
-Estimate estimate_meeting() { return {0, kGridBarrierUs, 0}; }
+Estimate estimate_grid_sync() { return {0, kGridBarrierUs, 0}; }
 
 }  // namespace fastnorm

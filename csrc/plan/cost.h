@@ -26,6 +26,6 @@ Estimate estimate_launches(int launches, bool cooperative);
 // Few bytes that are written once and read once, by way of L2.
 Estimate estimate_partials(int64_t bytes, const DeviceInfo& device);
 // All blocks of a launch meet.
-Estimate estimate_meeting();
+Estimate estimate_grid_sync();
 
 }  // namespace fastnorm

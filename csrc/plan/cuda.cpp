@@ -16,7 +16,7 @@ constexpr int64_t kTileBytes[] = {64, 128, 256};
 
 // Two blocks to a multiprocessor wait in turn; one alone has its shared memory for itself. More there are not: kernels
 // are compiled for two.
-constexpr int kResidents[] = {2, 1};
+constexpr int kBlocksPerSm[] = {2, 1};
 
 // How many sizes of a grid's gangs are tried, from the smallest that may hold a set: some leave fewer blocks idle in
 // the last wave, and where more than the set is staged, or runs are not cut, the smallest do not hold it.
@@ -31,23 +31,23 @@ std::vector<int64_t> options_of(int forced, const List& list) {
 }
 
 // Blocks of a gang that takes its share of the grid: as few as hold a set, in as many waves as that makes, and more.
-std::vector<int64_t> grid_pieces(const Shares& shares, const FusedChoice& choice, int streams,
+std::vector<int64_t> grid_pieces(const StagedSets& sets, const FusedChoice& choice, int streams,
                                  const DeviceInfo& device) {
-  const int64_t blocks = choice.residents * int64_t(device.multiprocessors);
-  const int64_t limit = std::max<int64_t>(1, shared_limit(choice.residents, device));
-  const int64_t least = std::max<int64_t>(2, div_up(shares.bytes * streams * choice.buffers, limit));
+  const int64_t blocks = choice.blocks_per_sm * int64_t(device.num_sms);
+  const int64_t limit = std::max<int64_t>(1, shared_limit(choice.blocks_per_sm, device));
+  const int64_t least = std::max<int64_t>(2, div_up(sets.bytes * streams * choice.stages, limit));
   std::vector<int64_t> pieces;
   int64_t each = least;
   for (int tried = 0; tried < kGridPieces && each <= blocks; ++tried, ++each) {
-    const int64_t gangs = std::min(shares.count, blocks / each);
-    each = blocks / div_up(shares.count, div_up(shares.count, gangs));  // the fewest gangs that take as many waves
+    const int64_t gangs = std::min(sets.count, blocks / each);
+    each = blocks / div_up(sets.count, div_up(sets.count, gangs));  // the fewest gangs that take as many waves
     pieces.push_back(each);
   }
   return pieces;
 }
 
 // Everything a fused launch could be.
-std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int streams, bool stays,
+std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int streams, bool persistent,
                                        const DeviceInfo& device, const Forced& forced) {
   std::vector<FusedChoice> choices;
   const auto tiles = g.traversal() == Traversal::kRows ? std::vector<int64_t>{1}  // none
@@ -57,7 +57,7 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int strea
   const auto add = [&](FusedChoice choice, Gang gang, const std::vector<int64_t>& pieces) {
     if (!allows(forced.gang, static_cast<int>(gang))) return;
     choice.gang = gang;
-    choice.stays = stays || choice.buffers == 2 || gang == Gang::kGrid;
+    choice.persistent = persistent || choice.stages == 2 || gang == Gang::kGrid;
     const bool free = forced.pieces < 0 || gang == Gang::kBlock;
     for (const int64_t each : free ? pieces : std::vector<int64_t>{forced.pieces}) {
       choice.pieces = each;
@@ -65,14 +65,14 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int strea
     }
   };
   for (const int64_t tile : tiles) {
-    for (const int64_t residents : options_of(forced.residents, kResidents)) {
-      for (const int buffers : {1, 2}) {
-        if (!allows(forced.buffers, buffers)) continue;
-        const FusedChoice choice{Gang::kBlock, 1, buffers, static_cast<int>(residents), tile, false};
+    for (const int64_t blocks_per_sm : options_of(forced.blocks_per_sm, kBlocksPerSm)) {
+      for (const int stages : {1, 2}) {
+        if (!allows(forced.stages, stages)) continue;
+        const FusedChoice choice{Gang::kBlock, 1, stages, static_cast<int>(blocks_per_sm), tile, false};
         add(choice, Gang::kBlock, {1});
         add(choice, Gang::kCluster, clusters);
         if (device.cooperative) {
-          add(choice, Gang::kGrid, grid_pieces(fused_shares(g, dtype, tile), choice, streams, device));
+          add(choice, Gang::kGrid, grid_pieces(staged_sets(g, dtype, tile), choice, streams, device));
         }
       }
     }
@@ -80,19 +80,19 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int strea
   return choices;
 }
 
-// The second buffer holds a second wave.
-bool buffers_idle(const Grid& grid) { return grid.buffers == 2 && div_up(grid.items, grid.teams()) <= grid.blocks; }
+// The second stage holds a second wave.
+bool second_stage_idle(const Grid& grid) { return grid.stages == 2 && div_up(grid.items, grid.teams()) <= grid.blocks; }
 
 // What launches whose blocks meet have of a device.
-DeviceInfo leave_free(DeviceInfo device, int multiprocessors) {
-  device.multiprocessors = std::max(1, device.multiprocessors - multiprocessors);
-  device.cluster_multiprocessors = std::max(0, device.cluster_multiprocessors - multiprocessors);
+DeviceInfo without_free_sms(DeviceInfo device, int free_sms) {
+  device.num_sms = std::max(1, device.num_sms - free_sms);
+  device.cluster_sms = std::max(0, device.cluster_sms - free_sms);
   return device;
 }
 
 // Whether only fused plans will do, and whether others will.
 bool only_fused(const Forced& f) {
-  return f.gang >= 0 || f.pieces >= 0 || f.buffers >= 0 || f.residents >= 0 || f.tile_bytes >= 0;
+  return f.gang >= 0 || f.pieces >= 0 || f.stages >= 0 || f.blocks_per_sm >= 0 || f.tile_bytes >= 0;
 }
 bool allows_fused(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kFused)); }
 bool allows_split(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kSplit)) && !only_fused(f); }
@@ -119,20 +119,20 @@ struct Planner {
   const DeviceInfo& device;
   const PlanOptions& options;
   const int pack = pack_width(g, dtype, needs.alignment);
-  const DeviceInfo met = leave_free(device, options.free_multiprocessors);  // what launches whose blocks meet have
+  const DeviceInfo sync_device = without_free_sms(device, options.free_sms);  // what launches whose blocks meet have
 
   // Calls make(grid, resident blocks) for all fused launches that fit.
   template <class Make>
-  void for_each_fused(const Staging& staging, bool stays, bool meets, Make make) const {
+  void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, Make make) const {
     const Forced& forced = options.forced;
-    for (const FusedChoice& choice : fused_choices(g, dtype, staging.streams, stays, met, forced)) {
-      const DeviceInfo& where = meets || choice.gang == Gang::kGrid ? met : device;
+    for (const FusedChoice& choice : fused_choices(g, dtype, staging.streams, persistent, sync_device, forced)) {
+      const DeviceInfo& where = grid_sync || choice.gang == Gang::kGrid ? sync_device : device;
       Grid grid;
       if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
-      if (buffers_idle(grid) && forced.buffers != 2) continue;
+      if (second_stage_idle(grid) && forced.stages != 2) continue;
       // Other sizes of clusters than powers of two might fill a device badly; runs can make some.
       if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
-      make(grid, resident_blocks(grid, staging.backward, where));
+      make(grid, co_resident_blocks(grid, staging.backward, where));
     }
   }
 };
@@ -189,33 +189,33 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
 
   // The gradients of parameters that change with every element, down the rows.
   void add_params(BackwardPlan& plan) const {
-    if (plan.param_sums != ParamSums::kApart) return;
+    if (plan.param_sums != ParamSums::kOwnLaunch) return;
     // Rows have half packs of the half types, columns have not.
     plan.params = split_columns(1, g.N, g.C, dtype, pack * size_of(dtype) == 16 ? pack : 1, device);
     plan.params_bytes = plan.params.pieces * g.C * pair;
   }
 
   void add_fused(ParamSums sums, std::vector<BackwardPlan>& plans) const {
-    const bool along = sums == ParamSums::kAlong, apart = sums == ParamSums::kApart;
+    const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // A batch norm's fused sums are final, and are written as the gradients themselves.
-    const bool folds = along || (sums == ParamSums::kShared && g.kind != Kind::kBatch);
-    const bool meets = folds && device.cooperative;
-    const Staging staging{streams.read, true, along};
-    for_each_fused(staging, meets || along, meets, [&](const Grid& grid, int64_t resident) {
+    const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
+    const bool grid_sync = folds && device.cooperative;
+    const Staging staging{streams.read, true, in_gang};
+    for_each_fused(staging, grid_sync || in_gang, grid_sync, [&](const Grid& grid, int64_t resident) {
       BackwardPlan plan = empty(Strategy::kFused, sums);
       plan.reduce = grid;
-      plan.meets = meets;
+      plan.grid_sync = grid_sync;
       if (has_units(g, grid)) plan.units = choose_units(grid);
-      if (folds && !along) plan.sums_bytes = g.outer() * run_pieces(g, grid) * g.C * pair;
-      if (along) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
+      if (folds && !in_gang) plan.sums_bytes = g.outer() * run_pieces(g, grid) * g.C * pair;
+      if (in_gang) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
       add_params(plan);
       plan.gang_bytes = gang_bytes(grid, 2, dtype);
-      plan.launches = 1 + (apart ? 2 : 0) + (folds && !meets);
+      plan.launches = 1 + (own_launch ? 2 : 0) + (folds && !grid_sync);
       plan.estimate = estimate_fused(grid, streams, resident, device) +
                       estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
-                      estimate_launches(plan.launches, meets || grid.gang == Gang::kGrid);
-      if (meets) plan.estimate = plan.estimate + estimate_meeting();
-      if (apart) {
+                      estimate_launches(plan.launches, grid_sync || grid.gang == Gang::kGrid);
+      if (grid_sync) plan.estimate = plan.estimate + estimate_grid_sync();
+      if (own_launch) {
         plan.estimate =
             plan.estimate + estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, device);
       }
@@ -225,20 +225,20 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
 
   BackwardPlan split(ParamSums sums) const {
     BackwardPlan plan = empty(Strategy::kSplit, sums);
-    const bool terms = needs.input && !needs.frozen, apart = sums == ParamSums::kApart;
-    if (terms || sums == ParamSums::kShared) {
+    const bool terms = needs.input && !needs.frozen, own_launch = sums == ParamSums::kOwnLaunch;
+    if (terms || sums == ParamSums::kFromCells) {
       plan.cells = cells_of(g);
-      plan.reduce = split_grid(plan.cells, dtype, pack, device, apart);
+      plan.reduce = split_grid(plan.cells, dtype, pack, device, own_launch);
       plan.sums_bytes = partials(plan.cells, plan.reduce) * pair;
       ++plan.launches;
     }
     add_params(plan);
-    if (apart && plan.launches == 0) ++plan.launches;  // else in the launch of reduce
+    if (own_launch && plan.launches == 0) ++plan.launches;  // else in the launch of reduce
     if (terms) plan.terms_bytes = g.sets() * pair, ++plan.launches;
     if (needs.input) plan.apply = split_grid(g, dtype, pack, device);
     ++plan.launches;  // of apply, or of the fold of the parameters
-    const int passes = (plan.reduce.items > 0) + apart + needs.input;
-    const Grid& main = needs.input ? plan.apply : apart ? plan.params : plan.reduce;
+    const int passes = (plan.reduce.items > 0) + own_launch + needs.input;
+    const Grid& main = needs.input ? plan.apply : own_launch ? plan.params : plan.reduce;
     plan.estimate = estimate_passes(main, streams, passes, device) + estimate_launches(plan.launches, false) +
                     estimate_partials(plan.workspace_bytes(), device);
     return plan;
@@ -255,10 +255,12 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
   std::vector<BackwardPlan> all() const {
     if (needs.frozen && !needs.params) return {given()};
     // Gathered along the rows a channel has one place in every row, which several groups do not give.
-    const ParamSums sums = !needs.params ? ParamSums::kNone : g.per_element() ? ParamSums::kApart : ParamSums::kShared;
+    const ParamSums sums = !needs.params     ? ParamSums::kNone
+                           : g.per_element() ? ParamSums::kOwnLaunch
+                                             : ParamSums::kFromCells;
     std::vector<BackwardPlan> plans;
     if (needs.input && allows_fused(options.forced)) {
-      if (sums == ParamSums::kApart && g.G == 1) add_fused(ParamSums::kAlong, plans);
+      if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(ParamSums::kInGang, plans);
       add_fused(sums, plans);
     }
     if (allows_split(options.forced)) plans.push_back(split(sums));

@@ -24,7 +24,7 @@ constexpr int64_t kMaskPacks = 8;
 
 // Blocks to a multiprocessor that a split aims at: two or three are there at a time, as registers allow, and either
 // number goes into six whole rounds. More would be more partials: of 12 bytes a channel for columns.
-constexpr int64_t kBlocksPerMultiprocessor = 6;
+constexpr int64_t kSplitBlocksPerSm = 6;
 
 // The smallest piece worth a block of its own: 16 KB, what one multiprocessor of an H200 must have under way to be
 // busy.
@@ -49,14 +49,14 @@ int64_t power_of_two(int64_t at_least) {
   return p;
 }
 
-int64_t wanted_blocks(const DeviceInfo& device) { return kBlocksPerMultiprocessor * device.multiprocessors; }
+int64_t wanted_blocks(const DeviceInfo& device) { return kSplitBlocksPerSm * device.num_sms; }
 
 // Threads of a team for so many packs, and teams of a block, spread over the device when there are few items.
 void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_blocks) {
   const int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
   grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), kBlockThreads));
   if (full_blocks && grid.threads_x > kWarp) grid.threads_x = kBlockThreads;
-  const int64_t spread = full_blocks ? grid.items : grid.items / device.multiprocessors;
+  const int64_t spread = full_blocks ? grid.items : grid.items / device.num_sms;
   if (grid.threads_x >= kWarp) {
     const int64_t most = grid.threads_x > kWarp ? 1 : kBlockThreads / kWarp;
     grid.threads_y = static_cast<int>(full_blocks ? most : std::clamp<int64_t>(spread, 1, most));
@@ -127,14 +127,14 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
     grid.threads_y = 1;
   }
   const int64_t pair = 2 * accum_size(dtype);
-  grid.team_bytes = choice.buffers * staging.streams * grid.stream_bytes(dtype);
+  grid.team_bytes = choice.stages * staging.streams * grid.stream_bytes(dtype);
   if (staging.gathers) grid.team_bytes += align_up(grid.piece_length * grid.pack * pair);
   if (staging.backward && has_units(g, grid)) {
     grid.team_bytes += align_up(grid.piece_runs * choose_units(grid).segments * pair);
   }
   const int64_t others =
       ladder_bytes(kBlockThreads, static_cast<int>(accum_size(dtype))) + partial_bytes(staging, choice.gang, 1, dtype);
-  const int64_t limit = shared_limit(choice.residents, device) - others;
+  const int64_t limit = shared_limit(choice.blocks_per_sm, device) - others;
   const int step = std::max(1, kWarp / grid.threads_x);
   while (grid.threads_y > step && grid.threads_y * grid.team_bytes > limit) {
     grid.threads_y = std::max(step, grid.threads_y / 2 / step * step);
@@ -155,18 +155,18 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
   if (grid.threads_x > kBlockThreads || grid.piece_length > kMaxPiecePositions) return false;
   grid.threads_y = kBlockThreads / grid.threads_x;
   // The merge of the threads' sums, and four numbers a set.
-  grid.shared_bytes = choice.buffers * staging.streams * grid.stream_bytes(dtype) + columns_merge_bytes(grid, dtype) +
+  grid.shared_bytes = choice.stages * staging.streams * grid.stream_bytes(dtype) + columns_merge_bytes(grid, dtype) +
                       align_up(grid.tile * 4 * accum_size(dtype)) +
                       partial_bytes(staging, choice.gang, grid.tile, dtype);
-  return grid.shared_bytes <= shared_limit(choice.residents, device);
+  return grid.shared_bytes <= shared_limit(choice.blocks_per_sm, device);
 }
 
 }  // namespace
 
 int64_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
-int64_t shared_limit(int residents, const DeviceInfo& device) {
-  return std::min(device.shared_per_block, device.shared_per_multiprocessor / residents - kReservedShared);
+int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device) {
+  return std::min(device.shared_per_block, device.shared_per_sm / blocks_per_sm - kReservedShared);
 }
 
 Grid empty_grid(Traversal traversal, int pack) {
@@ -207,23 +207,23 @@ Units choose_units(const Grid& grid) {
   return units;
 }
 
-Shares fused_shares(const Geometry& g, DType dtype, int64_t tile_bytes) {
+StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes) {
   if (g.traversal() == Traversal::kRows) return {g.set_size() * size_of(dtype), g.sets()};
   const int64_t tile = fused_tile(g, dtype, tile_bytes);
   return {tile * g.positions() * size_of(dtype), g.outer() * div_up(g.C, tile)};
 }
 
-int64_t resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device) {
+int64_t co_resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device) {
   // kernels are compiled for two blocks to a multiprocessor, but for those that have no registers left for the second.
   const bool alone = backward && grid.traversal == Traversal::kColumns && grid.pack == 8;
   const int64_t by_registers = (alone ? kBlockThreads : kResidentThreads) / grid.threads();
-  const int64_t by_threads = device.threads_per_multiprocessor / grid.threads();
-  const int64_t by_shared = device.shared_per_multiprocessor / (grid.shared_bytes + kReservedShared);
+  const int64_t by_threads = device.threads_per_sm / grid.threads();
+  const int64_t by_shared = device.shared_per_sm / (grid.shared_bytes + kReservedShared);
   const int64_t each = std::min({by_registers, by_threads, by_shared});
-  if (grid.gang != Gang::kCluster) return each * device.multiprocessors;
+  if (grid.gang != Gang::kCluster) return each * device.num_sms;
   // As a cluster of the largest size lies, smaller ones lie within it.
   const int64_t largest = device.largest_cluster;
-  return largest > 0 ? device.cluster_multiprocessors / largest * (largest * each / grid.pieces) * grid.pieces : 0;
+  return largest > 0 ? device.cluster_sms / largest * (largest * each / grid.pieces) * grid.pieces : 0;
 }
 
 bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging, const FusedChoice& choice,
@@ -236,12 +236,12 @@ bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging
   if (!fits || (grid.pieces == 1) != (choice.gang == Gang::kBlock)) return false;
   if (choice.gang == Gang::kCluster && grid.pieces > device.largest_cluster) return false;
   grid.gang = choice.gang;
-  grid.buffers = choice.buffers;
+  grid.stages = choice.stages;
   const int64_t blocks = div_up(grid.items, grid.teams());
-  int64_t resident = resident_blocks(grid, staging.backward, device);
-  resident = std::min(resident, int64_t(choice.residents) * kBlockThreads / grid.threads() * device.multiprocessors);
+  int64_t resident = co_resident_blocks(grid, staging.backward, device);
+  resident = std::min(resident, int64_t(choice.blocks_per_sm) * kBlockThreads / grid.threads() * device.num_sms);
   resident = resident / grid.pieces * grid.pieces;
-  grid.blocks = std::min(choice.stays ? resident : kMaxBlocks / grid.pieces * grid.pieces, blocks);
+  grid.blocks = std::min(choice.persistent ? resident : kMaxBlocks / grid.pieces * grid.pieces, blocks);
   return resident > 0;
 }
 

@@ -11,10 +11,10 @@ namespace fastnorm {
 struct FusedChoice {
   Gang gang;
   int64_t pieces;      // blocks of a gang, at most
-  int buffers;         // waves in shared memory
-  int residents;       // blocks to a multiprocessor that its shared memory is shared out to
+  int stages;          // waves in shared memory
+  int blocks_per_sm;   // blocks to a multiprocessor that its shared memory is shared out to
   int64_t tile_bytes;  // columns: of neighbouring channels, at least
-  bool stays;          // blocks take items in strides: all are on the device at a time
+  bool persistent;     // blocks take items in strides: all are on the device at a time
 };
 
 // What a fused launch keeps in shared memory.
@@ -42,17 +42,17 @@ bool has_units(const Geometry& g, const Grid& grid);
 Units choose_units(const Grid& grid);
 
 // Bytes of one staged tensor of a set (rows) or of a tile of at least tile_bytes (columns), and how many there are.
-struct Shares {
+struct StagedSets {
   int64_t bytes, count;
 };
-Shares fused_shares(const Geometry& g, DType dtype, int64_t tile_bytes);
+StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes);
 
 // Blocks of a launch that are on the device at a time: as its gangs allow, at least.
-int64_t resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device);
+int64_t co_resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device);
 
 int64_t accum_size(DType dtype);
 
 // Shared memory of a block when so many share a multiprocessor.
-int64_t shared_limit(int residents, const DeviceInfo& device);
+int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device);
 
 }  // namespace fastnorm

@@ -9,10 +9,10 @@ const char* name_of(Strategy s) { return s == Strategy::kFused ? "fused" : s == 
 const char* name_of(Gang g) { return g == Gang::kBlock ? "block" : g == Gang::kCluster ? "cluster" : "grid"; }
 const char* name_of(Traversal t) { return t == Traversal::kRows ? "rows" : "columns"; }
 const char* name_of(ParamSums s) {
-  return s == ParamSums::kNone     ? "none"
-         : s == ParamSums::kShared ? "shared"
-         : s == ParamSums::kAlong  ? "along"
-                                   : "apart";
+  return s == ParamSums::kNone        ? "none"
+         : s == ParamSums::kFromCells ? "from_cells"
+         : s == ParamSums::kInGang    ? "in_gang"
+                                      : "own_launch";
 }
 
 namespace {
@@ -31,7 +31,7 @@ std::string to_string(const Grid& grid) {
                : number(grid.piece_length) + " positions, tile " + number(grid.tile);
   text += ", " + number(grid.threads_x) + "x" + number(grid.threads_y) + " threads, " + number(grid.blocks) +
           " blocks for " + number(grid.items) + " items, " + number(grid.shared_bytes) + " B shared";
-  return grid.buffers == 2 ? text + ", two buffers" : text;
+  return grid.stages == 2 ? text + ", 2 stages" : text;
 }
 
 std::string to_string(const Estimate& e) {
@@ -63,7 +63,7 @@ std::string to_string(const BackwardPlan& plan) {
   if (plan.apply.items > 0) text += "; apply: " + to_string(plan.apply);
   text += std::string("; parameters ") + name_of(plan.param_sums);
   if (plan.params.items > 0) text += ": " + to_string(plan.params);
-  if (plan.meets) text += ", folded when the blocks have met";
+  if (plan.grid_sync) text += ", folded after a grid sync";
   return text + costs(plan.launches, plan.workspace_bytes(), plan.estimate);
 }
 

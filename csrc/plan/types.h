@@ -12,28 +12,20 @@ namespace fastnorm {
 
 struct DeviceInfo {
   int capability;  // 90 for sm_90
-  int multiprocessors;
-  int threads_per_multiprocessor;
-  int64_t shared_per_multiprocessor, shared_per_block;  // bytes; per block: what a kernel may opt in to
+  int num_sms;
+  int threads_per_sm;
+  int64_t shared_per_sm, shared_per_block;  // bytes; per block: what a kernel may opt in to
   int64_t l2_bytes;
-  int64_t bytes_per_us;         // between global memory and the chip, at most
-  int largest_cluster;          // blocks; 1: no clusters
-  int cluster_multiprocessors;  // that clusters of the largest size cover at a time, with one block to each
-  bool cooperative;             // the blocks of a launch may meet
+  int64_t bytes_per_us;  // between global memory and the chip, at most
+  int largest_cluster;   // blocks; 1: no clusters
+  int cluster_sms;       // that clusters of the largest size cover at a time, with one block to each
+  bool cooperative;      // the blocks of a launch may meet
 };
 
 // All facts as numbers, in their order.
 inline std::array<int64_t, 10> facts_of(const DeviceInfo& d) {
-  return {d.capability,
-          d.multiprocessors,
-          d.threads_per_multiprocessor,
-          d.shared_per_multiprocessor,
-          d.shared_per_block,
-          d.l2_bytes,
-          d.bytes_per_us,
-          d.largest_cluster,
-          d.cluster_multiprocessors,
-          d.cooperative};
+  return {d.capability, d.num_sms,      d.threads_per_sm,  d.shared_per_sm, d.shared_per_block,
+          d.l2_bytes,   d.bytes_per_us, d.largest_cluster, d.cluster_sms,   d.cooperative};
 }
 
 // Threads of a block, at most; kernels are compiled for as many (__launch_bounds__), two blocks to a multiprocessor:
@@ -44,7 +36,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxCluster = 16;
 
 // A staged piece lands share by share: the first are reduced while the last are under way.
-constexpr int kShares = 4;
+constexpr int kCopyGroups = 4;
 
 // Shared memory of a reduction over a block: an accumulator of three numbers for every warp, and the result.
 FASTNORM_HOST_DEVICE constexpr int ladder_bytes(int threads, int number_bytes) {
@@ -79,7 +71,7 @@ struct Grid {
   int64_t shared_bytes;  // dynamic shared memory of a block
   int64_t team_bytes;    // fused rows: what of it is each team's own; else 0
   Gang gang;             // fused; else kBlock
-  int buffers;           // fused: 2 where the next wave is loaded during this one; else 1
+  int stages;            // fused: 2 where the next wave is loaded during this one; else 1
 
   int threads() const { return threads_x * threads_y; }
   // Packs that a staged run takes in shared memory. Single elements are staged in blocks of 16 bytes that begin where
@@ -99,7 +91,7 @@ struct Grid {
     return traversal == o.traversal && pack == o.pack && threads_x == o.threads_x && threads_y == o.threads_y &&
            pieces == o.pieces && piece_runs == o.piece_runs && piece_length == o.piece_length && tile == o.tile &&
            items == o.items && blocks == o.blocks && shared_bytes == o.shared_bytes && team_bytes == o.team_bytes &&
-           gang == o.gang && buffers == o.buffers;
+           gang == o.gang && stages == o.stages;
   }
 };
 
@@ -145,10 +137,10 @@ struct Units {
 // Where the sums of dweight and dbias come from. Weights that change with every element (LayerNorm) need sums of their
 // own, down the rows instead of along them.
 enum class ParamSums : int {
-  kNone = 0,    // not wanted
-  kShared = 1,  // the sums of the cells, which dx needs too
-  kAlong = 2,   // gathered by each fused gang over its rows; partials [gangs, C]
-  kApart = 3,   // over columns: by blocks of their own in the launch of reduce, or in a launch of their own
+  kNone = 0,       // not wanted
+  kFromCells = 1,  // the sums of the cells, which dx needs too
+  kInGang = 2,     // gathered by each fused gang over its rows; partials [gangs, C]
+  kOwnLaunch = 3,  // over columns: by blocks of their own in the launch of reduce, or in a launch of their own
 };
 
 struct BackwardPlan {
@@ -157,9 +149,9 @@ struct BackwardPlan {
   Geometry cells;  // whose sets the sums are taken over: every cell a set of its own, unless weights change in a run
   Grid reduce;     // fused: the one launch
   Grid apply;      // split and apply
-  Grid params;     // kApart; as many threads as `reduce` has, where that is launched too
+  Grid params;     // kOwnLaunch; as many threads as `reduce` has, where that is launched too
   Units units;     // fused rows, pieces of several cells
-  bool meets;      // fused: a cooperative launch, whose blocks meet at the end and fold the parameters' gradients
+  bool grid_sync;  // fused: a cooperative launch, whose blocks meet at the end and fold the parameters' gradients
   int64_t sums_bytes, params_bytes, terms_bytes, gang_bytes;  // of the workspace, in this order
   int launches;
   Estimate estimate;
@@ -167,7 +159,7 @@ struct BackwardPlan {
   int64_t workspace_bytes() const { return sums_bytes + params_bytes + terms_bytes + gang_bytes; }
   bool operator==(const BackwardPlan& o) const {
     return strategy == o.strategy && param_sums == o.param_sums && cells == o.cells && reduce == o.reduce &&
-           apply == o.apply && params == o.params && units == o.units && meets == o.meets &&
+           apply == o.apply && params == o.params && units == o.units && grid_sync == o.grid_sync &&
            sums_bytes == o.sums_bytes && params_bytes == o.params_bytes && terms_bytes == o.terms_bytes &&
            gang_bytes == o.gang_bytes && launches == o.launches;
   }
@@ -191,15 +183,15 @@ struct BackwardNeeds {
 // What a plan has to be, for tests and tuning; -1: whatever is cheapest. Where no plan is so, planning throws
 // std::invalid_argument.
 struct Forced {
-  int strategy = -1;    // Strategy; not of calls with given statistics, whose strategy is apply
-  int gang = -1;        // Gang
-  int pieces = -1;      // blocks of a gang, at most
-  int buffers = -1;     // 1 or 2
-  int residents = -1;   // blocks to a multiprocessor that shared memory is shared out to
-  int tile_bytes = -1;  // columns
+  int strategy = -1;       // Strategy; not of calls with given statistics, whose strategy is apply
+  int gang = -1;           // Gang
+  int pieces = -1;         // blocks of a gang, at most
+  int stages = -1;         // 1 or 2
+  int blocks_per_sm = -1;  // blocks to a multiprocessor that shared memory is shared out to
+  int tile_bytes = -1;     // columns
 };
 struct PlanOptions {
-  int free_multiprocessors = 0;  // that launches whose blocks meet leave free, for communication beside them
+  int free_sms = 0;  // that launches whose blocks meet leave free, for communication beside them
   Forced forced;
 };
 

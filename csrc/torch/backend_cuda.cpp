@@ -126,7 +126,7 @@ class Workspace {
 
 DeviceInfo without_gangs(DeviceInfo device) {
   device.largest_cluster = 1;
-  device.cluster_multiprocessors = 0;
+  device.cluster_sms = 0;
   device.cooperative = false;
   return device;
 }

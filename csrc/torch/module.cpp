@@ -72,14 +72,13 @@ int value_named(const std::string& key, const std::string& name, std::initialize
   throw std::invalid_argument("forced " + key + " is '" + name + "', which there is not");
 }
 
-PlanOptions make_options(const ForcedByName& forced, int free_multiprocessors) {
-  require(free_multiprocessors >= 0,
-          "free_multiprocessors is " + std::to_string(free_multiprocessors) + ", expected 0 or more");
+PlanOptions make_options(const ForcedByName& forced, int free_sms) {
+  require(free_sms >= 0, "free_sms is " + std::to_string(free_sms) + ", expected 0 or more");
   PlanOptions options;
-  options.free_multiprocessors = free_multiprocessors;
+  options.free_sms = free_sms;
   Forced& f = options.forced;
   const std::map<std::string, int*> numbers = {
-      {"pieces", &f.pieces}, {"buffers", &f.buffers}, {"residents", &f.residents}, {"tile_bytes", &f.tile_bytes}};
+      {"pieces", &f.pieces}, {"stages", &f.stages}, {"blocks_per_sm", &f.blocks_per_sm}, {"tile_bytes", &f.tile_bytes}};
   for (const auto& [key, value] : forced) {
     const std::string* name = std::get_if<std::string>(&value);
     const auto number = numbers.find(key);
@@ -90,14 +89,14 @@ PlanOptions make_options(const ForcedByName& forced, int free_multiprocessors) {
     } else {
       require(number != numbers.end() && !name,
               "forced has '" + key +
-                  "', expected names of strategy and gang, numbers of pieces, buffers, residents and "
+                  "', expected names of strategy and gang, numbers of pieces, stages, blocks_per_sm and "
                   "tile_bytes");
       *number->second = std::get<int>(value);
       require(*number->second >= 1,
               "forced " + key + " is " + std::to_string(*number->second) + ", expected 1 or more");
     }
   }
-  require(f.buffers <= 2, "forced buffers is " + std::to_string(f.buffers) + ", expected 1 or 2");
+  require(f.stages <= 2, "forced stages is " + std::to_string(f.stages) + ", expected 1 or 2");
   return options;
 }
 
@@ -152,18 +151,18 @@ void add_planner(py::module_& m) {
       .def("__repr__", [](const Geometry& g) { return to_string(g); });
   py::class_<DeviceInfo>(m, "DeviceInfo")
       .def(py::init<int, int, int, int64_t, int64_t, int64_t, int64_t, int, int, bool>(), py::arg("capability"),
-           py::arg("multiprocessors"), py::arg("threads_per_multiprocessor"), py::arg("shared_per_multiprocessor"),
-           py::arg("shared_per_block"), py::arg("l2_bytes"), py::arg("bytes_per_us"), py::arg("largest_cluster"),
-           py::arg("cluster_multiprocessors"), py::arg("cooperative"))
+           py::arg("num_sms"), py::arg("threads_per_sm"), py::arg("shared_per_sm"), py::arg("shared_per_block"),
+           py::arg("l2_bytes"), py::arg("bytes_per_us"), py::arg("largest_cluster"), py::arg("cluster_sms"),
+           py::arg("cooperative"))
       .def_readonly("capability", &DeviceInfo::capability)
-      .def_readonly("multiprocessors", &DeviceInfo::multiprocessors)
-      .def_readonly("threads_per_multiprocessor", &DeviceInfo::threads_per_multiprocessor)
-      .def_readonly("shared_per_multiprocessor", &DeviceInfo::shared_per_multiprocessor)
+      .def_readonly("num_sms", &DeviceInfo::num_sms)
+      .def_readonly("threads_per_sm", &DeviceInfo::threads_per_sm)
+      .def_readonly("shared_per_sm", &DeviceInfo::shared_per_sm)
       .def_readonly("shared_per_block", &DeviceInfo::shared_per_block)
       .def_readonly("l2_bytes", &DeviceInfo::l2_bytes)
       .def_readonly("bytes_per_us", &DeviceInfo::bytes_per_us)
       .def_readonly("largest_cluster", &DeviceInfo::largest_cluster)
-      .def_readonly("cluster_multiprocessors", &DeviceInfo::cluster_multiprocessors)
+      .def_readonly("cluster_sms", &DeviceInfo::cluster_sms)
       .def_readonly("cooperative", &DeviceInfo::cooperative);
   py::class_<Estimate>(m, "Estimate")
       .def_readonly("memory", &Estimate::memory)
@@ -185,7 +184,7 @@ void add_planner(py::module_& m) {
       .def_readonly("shared_bytes", &Grid::shared_bytes)
       .def_readonly("team_bytes", &Grid::team_bytes)
       .def_property_readonly("gang", [](const Grid& g) { return name_of(g.gang); })
-      .def_readonly("buffers", &Grid::buffers)
+      .def_readonly("stages", &Grid::stages)
       .def(py::self == py::self);
   py::class_<Units>(m, "Units")
       .def_readonly("threads", &Units::threads)
@@ -213,7 +212,7 @@ void add_planner(py::module_& m) {
       .def_readonly("terms_bytes", &BackwardPlan::terms_bytes)
       .def_readonly("gang_bytes", &BackwardPlan::gang_bytes)
       .def_property_readonly("workspace_bytes", &BackwardPlan::workspace_bytes)
-      .def_readonly("meets", &BackwardPlan::meets)
+      .def_readonly("grid_sync", &BackwardPlan::grid_sync)
       .def_readonly("launches", &BackwardPlan::launches)
       .def_readonly("estimate", &BackwardPlan::estimate)
       .def(py::self == py::self)
@@ -224,27 +223,27 @@ void add_planner(py::module_& m) {
     m.def(
         name,
         [plan](const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment, bool output,
-               bool frozen, const ForcedByName& forced, int free_multiprocessors) {
+               bool frozen, const ForcedByName& forced, int free_sms) {
           const DType type = parse_dtype(dtype);
           return plan(g, type, forward_needs(g, type, alignment, output, frozen), device,
-                      make_options(forced, free_multiprocessors));
+                      make_options(forced, free_sms));
         },
         doc, py::arg("geometry"), py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16,
         py::arg("output") = true, py::arg("frozen") = false, py::arg("forced") = ForcedByName{},
-        py::arg("free_multiprocessors") = 0);
+        py::arg("free_sms") = 0);
   };
   const auto def_backward = [&](const char* name, const char* doc, auto plan) {
     m.def(
         name,
         [plan](const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment, bool residual,
-               bool frozen, bool input, bool params, const ForcedByName& forced, int free_multiprocessors) {
+               bool frozen, bool input, bool params, const ForcedByName& forced, int free_sms) {
           const DType type = parse_dtype(dtype);
           return plan(g, type, backward_needs(g, type, alignment, residual, frozen, input, params), device,
-                      make_options(forced, free_multiprocessors));
+                      make_options(forced, free_sms));
         },
         doc, py::arg("geometry"), py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16,
         py::arg("residual") = false, py::arg("frozen") = false, py::arg("input") = true, py::arg("params") = true,
-        py::arg("forced") = ForcedByName{}, py::arg("free_multiprocessors") = 0);
+        py::arg("forced") = ForcedByName{}, py::arg("free_sms") = 0);
   };
   def_forward("plan_forward", "How a forward call is cut into CUDA launches.", &plan_forward);
   def_backward("plan_backward", "How a backward call is cut into CUDA launches.", &plan_backward);
@@ -252,11 +251,9 @@ void add_planner(py::module_& m) {
   def_backward("compare_backward", "All plans of a backward call, cheapest first.", &compare_backward);
   m.def(
       "set_plan_options",
-      [](const ForcedByName& forced, int free_multiprocessors) {
-        plan_options() = make_options(forced, free_multiprocessors);
-      },
+      [](const ForcedByName& forced, int free_sms) { plan_options() = make_options(forced, free_sms); },
       "What all CUDA calls from now on are planned with; no call may be under way.", py::kw_only(),
-      py::arg("forced") = ForcedByName{}, py::arg("free_multiprocessors") = 0);
+      py::arg("forced") = ForcedByName{}, py::arg("free_sms") = 0);
   m.def(
       "pack_width",
       [](const Geometry& g, const std::string& dtype, int alignment) {

@@ -23,12 +23,12 @@ inline PlanKey plan_key(const Geometry& g, DType dtype, const std::array<int64_t
               g.G,
               g.channels_last,
               static_cast<int64_t>(dtype),
-              options.free_multiprocessors,
+              options.free_sms,
               f.strategy,
               f.gang,
               f.pieces,
-              f.buffers,
-              f.residents,
+              f.stages,
+              f.blocks_per_sm,
               f.tile_bytes};
   const auto facts = facts_of(device);
   std::copy(facts.begin(), facts.end(), std::copy(needs.begin(), needs.end(), key.begin() + 14));

@@ -43,7 +43,7 @@ def check_launch(grid: _C.Grid, call: Call, facts: _C.DeviceInfo) -> None:
     assert grid.threads == grid.threads_x * grid.threads_y
     assert grid.threads % WARP == 0 and WARP <= grid.threads <= MAX_THREADS
     assert 1 <= grid.blocks <= min(MAX_BLOCKS, rounds(grid))
-    assert 0 <= grid.shared_bytes <= min(facts.shared_per_block, facts.shared_per_multiprocessor - RESERVED)
+    assert 0 <= grid.shared_bytes <= min(facts.shared_per_block, facts.shared_per_sm - RESERVED)
     assert grid.shared_bytes % 16 == 0 and grid.team_bytes % 16 == 0
     # What kernels are compiled for: 16 bytes, single elements, and for rows half packs of the half types.
     assert grid.pack == 1 or grid.pack * call.size in ((8, 16) if grid.traversal == "rows" else (16,))
@@ -57,7 +57,7 @@ def check_grid(grid: _C.Grid, call: Call, shape: Shape, facts: _C.DeviceInfo, fu
     check_launch(grid, call, facts)
     stretches = check_rows(grid, shape) if rows else check_columns(grid, shape.outer, shape.positions, shape.C)
     if not fused:
-        assert grid.gang == "block" and grid.buffers == 1 and grid.team_bytes == 0
+        assert grid.gang == "block" and grid.stages == 1 and grid.team_bytes == 0
         check_busy(grid, shape.set_size // grid.pack if rows else shape.positions, facts)
         check_scratch(grid, call)
     if stretches <= MODELLED and grid.pieces * (1 if rows else shape.outer) <= WALKED:
@@ -71,7 +71,7 @@ def check_busy(grid: _C.Grid, packs: int, facts: _C.DeviceInfo) -> None:
     least = SMALL_PIECE if grid.traversal == "rows" else SMALL_COLUMN * grid.threads_y
     piece = grid.piece_runs * grid.piece_length
     assert grid.pieces == 1 or piece >= least // 2
-    assert grid.blocks >= facts.multiprocessors or piece < 2 * least + MASK_BITS or packs < 2 * least
+    assert grid.blocks >= facts.num_sms or piece < 2 * least + MASK_BITS or packs < 2 * least
 
 
 def ladder(grid: _C.Grid, accum: int) -> int:
@@ -103,18 +103,18 @@ class Fused:
     gathers: bool  # a row of the workspace for each gang
 
 
-def resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: int) -> int:
+def co_resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: int) -> int:
     """Blocks that are on the device at a time, `free` multiprocessors left alone."""
     each = min(
         (MAX_THREADS if kind.one_block else RESIDENT_THREADS) // grid.threads,
-        facts.threads_per_multiprocessor // grid.threads,
+        facts.threads_per_sm // grid.threads,
         RESIDENT_BLOCKS,
-        facts.shared_per_multiprocessor // (grid.shared_bytes + RESERVED),
+        facts.shared_per_sm // (grid.shared_bytes + RESERVED),
     )
     if grid.gang != "cluster":
-        return each * max(1, facts.multiprocessors - free)
+        return each * max(1, facts.num_sms - free)
     # A cluster lies within one of the places that the largest have, a multiprocessor to each block of those.
-    places = max(0, facts.cluster_multiprocessors - free) // facts.largest_cluster
+    places = max(0, facts.cluster_sms - free) // facts.largest_cluster
     return places * (facts.largest_cluster * each // grid.pieces) * grid.pieces
 
 
@@ -127,14 +127,14 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     assert grid.gang == "block" or not rows or (grid.threads_y == 1 and grid.threads_x >= WARP)
     assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
     assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
-    assert grid.buffers in (1, 2)
+    assert grid.stages in (1, 2)
     assert facts.cooperative or not kind.cooperative
     # Blocks that wait for each other; and those that had better take all of their items one after the other.
-    if kind.cooperative or kind.gathers or grid.buffers == 2:
-        assert grid.blocks <= resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
+    if kind.cooperative or kind.gathers or grid.stages == 2:
+        assert grid.blocks <= co_resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
     # Shared memory, in the kernels' order.
     piece = grid.piece_runs * staged_run(grid, call.size) if rows else grid.piece_length * grid.tile
-    staged = grid.buffers * kind.streams * align(piece * call.size)
+    staged = grid.stages * kind.streams * align(piece * call.size)
     partials = 2 * kind.numbers * (1 if rows else grid.tile) * call.accum if grid.gang == "cluster" else 0
     if rows:
         check_bytes(grid.team_bytes, staged + kind.extra)
@@ -188,7 +188,7 @@ def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: 
     parts = (estimate.memory, estimate.barriers, estimate.launches)
     assert all(math.isfinite(part) and part >= 0 for part in parts) and estimate.launches > 0
     assert math.isclose(estimate.total, sum(parts))
-    share = min(1.0, MOST_SHARES * blocks / facts.multiprocessors)
+    share = min(1.0, MOST_SHARES * blocks / facts.num_sms)
     assert estimate.memory * facts.bytes_per_us * share >= least_bytes * (1 - 1e-9)
 
 
@@ -232,26 +232,26 @@ def check_params(plan: _C.BackwardPlan, call: Call, facts: _C.DeviceInfo) -> Non
 def folds_params(call: Call, plan: _C.BackwardPlan) -> bool:
     """Whether the parameters' gradients are folded of partials; the sums of a fused batch norm are final."""
     final = plan.strategy == "fused" and call.shape.kind == BATCH
-    return plan.param_sums in ("along", "apart") or (plan.param_sums == "shared" and not final)
+    return plan.param_sums in ("in_gang", "own_launch") or (plan.param_sums == "from_cells" and not final)
 
 
 def check_launches(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan) -> None:
     """As csrc/cuda/backward.cu makes them."""
-    folds, apart = folds_params(call, plan), plan.param_sums == "apart"
+    folds, own_launch = folds_params(call, plan), plan.param_sums == "own_launch"
     reduces, applies = plan.reduce.items > 0, plan.apply.items > 0
     assert 1 <= plan.launches <= 3
     assert plan.reduce.pack == plan.apply.pack  # one instantiation serves both
     if plan.strategy == "fused":
         assert call.input and call.size < 8 and reduces and not applies
-        assert plan.launches == 1 + apart + (folds and not plan.meets)
-        assert plan.launches == 1 or apart or not facts.cooperative
-        assert not plan.meets or (folds and not apart)
+        assert plan.launches == 1 + own_launch + (folds and not plan.grid_sync)
+        assert plan.launches == 1 or own_launch or not facts.cooperative
+        assert not plan.grid_sync or (folds and not own_launch)
     else:
         terms = call.input and not call.frozen
-        assert plan.launches == (reduces or apart) + terms + (applies or folds)
-        assert reduces == (terms or plan.param_sums == "shared")
-        assert applies == call.input and not plan.meets
-    assert (plan.params.items > 0) == apart
+        assert plan.launches == (reduces or own_launch) + terms + (applies or folds)
+        assert reduces == (terms or plan.param_sums == "from_cells")
+        assert applies == call.input and not plan.grid_sync
+    assert (plan.params.items > 0) == own_launch
     assert plan.strategy != "apply" or (call.frozen and not call.params)
 
 
@@ -259,11 +259,11 @@ def check_workspace(call: Call, plan: _C.BackwardPlan) -> None:
     shape, grid, sums = call.shape, plan.reduce, plan.param_sums
     fused, pair = plan.strategy == "fused", 2 * call.accum
     rows = {"sums": 0, "params": 0}  # of C pairs
-    if fused and sums == "shared" and shape.kind != BATCH:  # [outer, parts of a run, C]
+    if fused and sums == "from_cells" and shape.kind != BATCH:  # [outer, parts of a run, C]
         parted = grid.traversal == "rows" and grid.piece_runs == 1
         rows["sums"] = shape.outer * (grid.pieces // shape.runs[0] if parted else 1)
-    if sums in ("along", "apart"):
-        rows["params"] = grid.blocks // grid.pieces if sums == "along" else plan.params.pieces
+    if sums in ("in_gang", "own_launch"):
+        rows["params"] = grid.blocks // grid.pieces if sums == "in_gang" else plan.params.pieces
     counts = {name: count * shape.C for name, count in rows.items()}
     if grid.items > 0 and not fused:
         counts["sums"] = partials(grid, shape.cells)
@@ -273,15 +273,15 @@ def check_workspace(call: Call, plan: _C.BackwardPlan) -> None:
     assert plan.gang_bytes == (gang_bytes(grid, 2) if fused else 0)
     assert plan.workspace_bytes == sum(counts.values()) * pair + plan.gang_bytes
     if plan.apply.items > 0 and folds_params(call, plan):
-        folded = counts["params" if sums == "apart" else "sums"] // shape.C
+        folded = counts["params" if sums == "own_launch" else "sums"] // shape.C
         assert plan.apply.blocks + fold_blocks(shape.C, folded, plan.apply.threads) <= MAX_BLOCKS
 
 
 def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free: int = 0) -> None:
     shape, sums, grid, fused = call.shape, plan.param_sums, plan.reduce, plan.strategy == "fused"
-    sources = ("along", "apart") if shape.per_element else ("shared",)
+    sources = ("in_gang", "own_launch") if shape.per_element else ("from_cells",)
     assert sums in (sources if call.params else ("none",))
-    assert sums != "along" or (fused and shape.G == 1)  # a channel has one place in every row
+    assert sums != "in_gang" or (fused and shape.G == 1)  # a channel has one place in every row
     check_launches(call, facts, plan)
     cells = shape if fused or grid.items == 0 else shape.cells
     assert plan.cells == cells.geometry
@@ -289,15 +289,15 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
         check_grid(grid, call, cells, facts, fused)
     if plan.apply.items > 0:
         check_grid(plan.apply, call, shape, facts)
-    if sums == "apart":
+    if sums == "own_launch":
         check_params(plan, call, facts)
     extra, streams = check_units(plan, shape), 3 if call.residual else 2
-    if sums == "along":
+    if sums == "in_gang":
         extra = grid.piece_length * grid.pack * 8  # two floats an element
     if fused:
         one_block = grid.traversal == "columns" and grid.pack == 8
-        meet = plan.meets or grid.gang == "grid"
-        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, meet, sums == "along"), free)
+        waits = plan.grid_sync or grid.gang == "grid"
+        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, waits, sums == "in_gang"), free)
     check_workspace(call, plan)
     blocks = max(g.blocks for g in (grid, plan.apply, plan.params))
     check_estimate(plan.estimate, (streams + call.input) * call.bytes, blocks, facts)
@@ -307,7 +307,7 @@ def check_chosen(grid: _C.Grid, strategy: str, call: Call, facts: _C.DeviceInfo)
     """A large tensor keeps half of the multiprocessors busy at least, where its sets can be shared."""
     gangs = facts.cooperative or facts.largest_cluster > 1
     if strategy == "fused" and gangs and call.bytes > LARGE_US * facts.bytes_per_us:
-        assert 2 * grid.blocks >= facts.multiprocessors
+        assert 2 * grid.blocks >= facts.num_sms
 
 
 def check_everywhere(call: Call) -> None:

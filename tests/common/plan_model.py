@@ -34,14 +34,14 @@ def device(
     """shared, block: KiB; l2: MiB; gigabytes: of bandwidth, a second; covered: multiprocessors, by clusters."""
     return _C.DeviceInfo(
         capability=capability,
-        multiprocessors=processors,
-        threads_per_multiprocessor=threads,
-        shared_per_multiprocessor=shared * KIB,
+        num_sms=processors,
+        threads_per_sm=threads,
+        shared_per_sm=shared * KIB,
         shared_per_block=block * KIB,
         l2_bytes=l2 * MIB,
         bytes_per_us=gigabytes * 1000,
         largest_cluster=cluster,
-        cluster_multiprocessors=covered,
+        cluster_sms=covered,
         cooperative=cooperative,
     )
 
@@ -157,7 +157,7 @@ def div_up(a: int, b: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Everything that a plan depends on, but for the device. options: `forced` and `free_multiprocessors`."""
+    """Everything that a plan depends on, but for the device. options: `forced` and `free_sms`."""
 
     shape: Shape
     dtype: str

@@ -21,7 +21,7 @@ from tests.emulator import build
 ORDERS = ("fifo", "lifo", "random", "priority")
 
 # csrc/plan/types.h's Forced, in its order, and the names of what is numbered there.
-FORCED = ("strategy", "gang", "pieces", "buffers", "residents", "tile_bytes")
+FORCED = ("strategy", "gang", "pieces", "stages", "blocks_per_sm", "tile_bytes")
 NAMES = {"strategy": ("fused", "split", "apply"), "gang": ("block", "cluster", "grid")}
 FREE = -1
 
@@ -31,14 +31,14 @@ class Device:
     """What plans are made of: csrc/plan/types.h's DeviceInfo, in its order."""
 
     capability: int
-    multiprocessors: int
-    threads_per_multiprocessor: int
-    shared_per_multiprocessor: int
+    num_sms: int
+    threads_per_sm: int
+    shared_per_sm: int
     shared_per_block: int
     l2_bytes: int
     bytes_per_us: int
     largest_cluster: int
-    cluster_multiprocessors: int
+    cluster_sms: int
     cooperative: bool
 
 
@@ -121,12 +121,12 @@ class Emulator:
         *,
         forced: Mapping[str, str | int] | None = None,
         refuse_gangs: bool = False,
-        free_multiprocessors: int = 0,
+        free_sms: int = 0,
     ) -> None:
         """Of all launches from now on. `order`: one of ORDERS; the same configuration gives the same schedules again.
         `blocks_together`: how many blocks run side by side where a launch asks for no more. `forced`: what plans have
         to be, by the names in FORCED and NAMES. `refuse_gangs`: launches whose blocks meet are refused, as by a device
-        that is shared. `free_multiprocessors`: what such launches leave free."""
+        that is shared. `free_sms`: what such launches leave free."""
         facts = dataclasses.astuple(self.device(device) if isinstance(device, str) else device)
         numbers = forced_numbers(forced or {})
         self._check(
@@ -136,7 +136,7 @@ class Emulator:
                 blocks_together,
                 (ctypes.c_int64 * FACTS)(*facts),
                 ctypes.c_bool(refuse_gangs),
-                free_multiprocessors,
+                free_sms,
                 (ctypes.c_int * len(FORCED))(*numbers),
             )
         )

@@ -36,8 +36,8 @@ FASTNORM_EXPORT const char* fastnorm_emulator_device(const char* name, int64_t* 
 
 // forced: PlanOptions::forced, in its order.
 FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint64_t seed, int blocks_together,
-                                                        const int64_t* facts, bool refuse_gangs,
-                                                        int free_multiprocessors, const int* forced) {
+                                                        const int64_t* facts, bool refuse_gangs, int free_sms,
+                                                        const int* forced) {
   return text_of_failure([&] {
     emulator::Settings settings;
     settings.order = emulator::order_named(order);
@@ -55,7 +55,7 @@ FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint6
                        facts[9] != 0};
     settings.refuse_gangs = refuse_gangs;
     emulator::configure(settings);
-    plan_options() = {free_multiprocessors, {forced[0], forced[1], forced[2], forced[3], forced[4], forced[5]}};
+    plan_options() = {free_sms, {forced[0], forced[1], forced[2], forced[3], forced[4], forced[5]}};
   });
 }
 

@@ -24,13 +24,13 @@ inline DeviceInfo device_named(const std::string& name) {
 
 // Blocks, in clusters of so many, that are resident at the same time; registers, which the emulator does not know, may
 // allow fewer.
-inline int64_t resident_blocks(const DeviceInfo& device, int threads, int64_t shared_bytes, int cluster) {
+inline int64_t co_resident_blocks(const DeviceInfo& device, int threads, int64_t shared_bytes, int cluster) {
   const int64_t reserved = device.capability >= 80 ? 1 << 10 : 0;  // shared memory of every block that CUDA keeps
-  const int64_t by_threads = device.threads_per_multiprocessor / threads;
-  const int64_t by_shared = device.shared_per_multiprocessor / std::max<int64_t>(shared_bytes + reserved, 1);
+  const int64_t by_threads = device.threads_per_sm / threads;
+  const int64_t by_shared = device.shared_per_sm / std::max<int64_t>(shared_bytes + reserved, 1);
   const int64_t of_multiprocessor = std::min(by_threads, by_shared);
-  if (cluster == 1) return device.multiprocessors * of_multiprocessor;
-  const int64_t groups = device.cluster_multiprocessors / device.largest_cluster;  // of multiprocessors
+  if (cluster == 1) return device.num_sms * of_multiprocessor;
+  const int64_t groups = device.cluster_sms / device.largest_cluster;  // of multiprocessors
   return groups * (device.largest_cluster * of_multiprocessor / cluster) * cluster;
 }
 

@@ -82,12 +82,12 @@ inline std::vector<Case> forced(const std::vector<Case>& cases, const std::vecto
   }
   return all;
 }
-inline Forced forced_gang(Gang gang, int pieces, int buffers) {
+inline Forced forced_gang(Gang gang, int pieces, int stages) {
   Forced f;
   f.strategy = static_cast<int>(Strategy::kFused);
   f.gang = static_cast<int>(gang);
   f.pieces = pieces;
-  f.buffers = buffers;
+  f.stages = stages;
   return f;
 }
 

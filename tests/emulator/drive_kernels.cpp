@@ -84,15 +84,15 @@ void check_launches(int64_t planned) {
   throw std::runtime_error(std::to_string(found) + " launches where the plan has " + std::to_string(planned));
 }
 
-// Of fused plans the gang and how many buffers it has.
+// Of fused plans the gang and the number of stages.
 std::string text_of(Strategy strategy, const Grid& grid) {
   const std::string text = std::string(name_of(strategy)) + " " + name_of(grid.traversal);
-  return strategy == Strategy::kFused ? text + " " + name_of(grid.gang) + " " + std::to_string(grid.buffers) : text;
+  return strategy == Strategy::kFused ? text + " " + name_of(grid.gang) + " " + std::to_string(grid.stages) : text;
 }
 std::string text_of(const Forced& f) {
   if (f.gang < 0) return {};
-  return std::string(", ") + name_of(static_cast<Gang>(f.gang)) + " of " + std::to_string(f.pieces) + ", buffers " +
-         std::to_string(f.buffers);
+  return std::string(", ") + name_of(static_cast<Gang>(f.gang)) + " of " + std::to_string(f.pieces) + ", stages " +
+         std::to_string(f.stages);
 }
 
 // What a case is made of, and what it comes to under one schedule.
@@ -191,7 +191,7 @@ class Call {
     for (Grid* grid : {&plan.reduce, &plan.apply, &plan.params}) limit(*grid);
     const Grid& grid = plan.strategy == Strategy::kApply ? plan.apply : plan.reduce;
     plans_.insert("backward " + text_of(plan.strategy, grid));
-    plans_.insert("parameter sums " + std::string(name_of(plan.param_sums)) + (plan.meets ? ", meets" : ""));
+    plans_.insert("parameter sums " + std::string(name_of(plan.param_sums)) + (plan.grid_sync ? ", grid sync" : ""));
     const Buffer workspace(plan.workspace_bytes(), 0);
     emulator::reset_counters();
     check_launch(cuda::launch_backward(args, plan, workspace.data(), nullptr));

@@ -23,7 +23,7 @@ inline void check_launch(const cuda::LaunchConfig& config, const DeviceInfo& dev
   }
   if (!config.cooperative) return;
   if (!device.cooperative) refuse("cooperative, on a device whose blocks cannot meet");
-  const int64_t resident = resident_blocks(device, config.threads, config.shared_bytes, config.cluster);
+  const int64_t resident = co_resident_blocks(device, config.threads, config.shared_bytes, config.cluster);
   if (config.blocks > resident) {
     refuse("cooperative, with " + number(config.blocks) + " blocks where " + number(resident) + " are resident");
   }

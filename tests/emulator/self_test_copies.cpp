@@ -17,14 +17,14 @@ void wait_all() {
   wait_copies(0);
 }
 
-// Through two buffers: what is copied next disturbs nothing.
+// Through two stages: what is copied next disturbs nothing.
 template <int kBytes>
 FASTNORM_KERNEL(64, 1)
 copy_rounds(const unsigned char* in, int rounds) {
-  unsigned char* const buffers = shared_memory() + 2 * kBytes * thread_index();
+  unsigned char* const stages = shared_memory() + 2 * kBytes * thread_index();
   const int64_t threads = grid_blocks() * block_threads();
   const auto begin = [&](int round) {
-    copy_async<kBytes>(buffers + round % 2 * kBytes, in + (round * threads + global_index()) * kBytes);
+    copy_async<kBytes>(stages + round % 2 * kBytes, in + (round * threads + global_index()) * kBytes);
   };
   begin(0);
   for (int round = 0; round < rounds; ++round) {
@@ -32,7 +32,7 @@ copy_rounds(const unsigned char* in, int rounds) {
     if (round + 1 < rounds) begin(round + 1);
     for (int i = 0; i < kBytes; ++i) {
       const int64_t at = (round * threads + global_index()) * kBytes + i;
-      check_equal(buffers[round % 2 * kBytes + i], in[at], "a byte that was copied");
+      check_equal(stages[round % 2 * kBytes + i], in[at], "a byte that was copied");
     }
   }
 }
@@ -133,30 +133,30 @@ Output barrier_before_wait(bool broken) {
 
 // Waves through one buffer, or through two of which the second is filled meanwhile: then the barrier has to come before
 // the copies begin, for who still reads that buffer.
-FASTNORM_KERNEL(128, 1) copy_waves(int buffers, bool right, const float* in, float* out) {
+FASTNORM_KERNEL(128, 1) copy_waves(int stages, bool right, const float* in, float* out) {
   constexpr int kWaves = 4;
   const int64_t threads = grid_blocks() * block_threads();
-  const auto buffer = [&](int wave) { return shared_floats() + wave % buffers * block_threads(); };
+  const auto buffer = [&](int wave) { return shared_floats() + wave % stages * block_threads(); };
   const auto begin = [&](int wave) {
     if (wave < kWaves) copy_async<4>(buffer(wave) + thread_index(), in + wave * threads + global_index());
   };
   float sum = 0;
-  if (buffers == 2) begin(0);
+  if (stages == 2) begin(0);
   for (int wave = 0; wave < kWaves; ++wave) {
-    if (buffers == 1) begin(wave);
+    if (stages == 1) begin(wave);
     wait_all();
-    if (buffers == 2 && !right) begin(wave + 1);
+    if (stages == 2 && !right) begin(wave + 1);
     sync_block();
-    if (buffers == 2 && right) begin(wave + 1);
+    if (stages == 2 && right) begin(wave + 1);
     sum += buffer(wave)[(thread_index() + 40) % block_threads()];  // LINE copy_over_readers
-    if (buffers == 1 && right) sync_block();
+    if (stages == 1 && right) sync_block();
   }
   out[global_index()] = sum;
 }
-Output copy_waves_output(int buffers, bool right) {
+Output copy_waves_output(int stages, bool right) {
   Output out = zeros(), in = zeros(4 * kBlocks * kThreads);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i * i % 1009);
-  run(copy_waves, 2 * kThreads * 4, buffers, right, static_cast<const float*>(in.data()), out.data());
+  run(copy_waves, 2 * kThreads * 4, stages, right, static_cast<const float*>(in.data()), out.data());
   return out;
 }
 Output copy_over_readers(bool broken) { return copy_waves_output(1, !broken); }

@@ -45,7 +45,7 @@ void grid_of_a_whole_device() {
     emulator::Settings settings;
     settings.order = order;
     emulator::configure(settings);
-    const int blocks = 2 * settings.device.multiprocessors;
+    const int blocks = 2 * settings.device.num_sms;
     std::vector<int> of_blocks(static_cast<size_t>(2 * blocks));
     launch(sum_in_two_steps, shape(blocks, 256, 100 << 10, 1, true), of_blocks.data(), 2);
   }

@@ -270,12 +270,11 @@ void devices() {
     emulator::configure(settings);
     DeviceInfo info{};
     check_equal(query_device(0, nullptr, &info), 0, "query_device");
-    check_equal(info.multiprocessors, settings.device.multiprocessors, "multiprocessors");
+    check_equal(info.num_sms, settings.device.num_sms, "num_sms");
     check_equal(info.shared_per_block, settings.device.shared_per_block, "shared_per_block");
-    check(info.shared_per_block <= info.shared_per_multiprocessor && info.l2_bytes > 0, "facts that fit together");
+    check(info.shared_per_block <= info.shared_per_sm && info.l2_bytes > 0, "facts that fit together");
     check(info.bytes_per_us > 0, "facts that fit together");
-    check(info.largest_cluster == 1 ? info.cluster_multiprocessors == 0
-                                    : info.cluster_multiprocessors % info.largest_cluster == 0,
+    check(info.largest_cluster == 1 ? info.cluster_sms == 0 : info.cluster_sms % info.largest_cluster == 0,
           "clusters that fit together");
   }
 }
