@@ -71,6 +71,7 @@ class Config(NamedTuple):
 #: act((x - mean) * rstd * weight + bias + residual), differentiable
 Entry: TypeAlias = Callable[..., Tensor]
 
+_jit_tracing = torch._C._is_tracing
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_mode = torch._C._get_dispatch_mode
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
@@ -128,6 +129,8 @@ def entry_for(x: Tensor) -> Entry:
         raise Unsupported("a torch.func transform is active")
     if forward_ad._current_level >= 0:
         raise Unsupported("forward-mode differentiation is active")
+    if _jit_tracing():
+        raise Unsupported("torch.jit.trace records torch's operators")
     if type(x) is FakeTensor and _dispatch_mode(_PROXY) is not None:  # the operator asks where tensors are real
         raise Unsupported("make_fx records torch's operators")
     return run_norm

@@ -88,7 +88,8 @@ class Norm(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(norm(input) + residual), of input's shape and dtype. residual: input's shape and dtype."""
         if not isinstance(self, Norm):  # a wrapper has kept this method, and `revert` has changed the class since
-            return type(self).forward(self, input, *([] if residual is None else [residual]))
+            module: Any = self
+            return type(module).forward(module, *((input,) if residual is None else (input, residual)))  # type: ignore[no-any-return]
         try:
             entry = entry_for(input)
             y = self._fused(entry, input, residual)

@@ -7,7 +7,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -54,7 +53,6 @@ bool has_values(const Tensor& x, bool use_input_stats) {
 void check(const Call& call) {
   const auto& [inputs, config, running, use_input_stats, _] = call;
   const Tensor& x = inputs.x;
-  FASTNORM_SUPPORTED(!torch::jit::tracer::isTracing(), "torch.jit.trace records torch's operators");
   if (c10::impl::dispatch_mode_enabled() && !x.key_set().has(c10::DispatchKey::Python)) {
     FASTNORM_SUPPORTED(!c10::impl::TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY),
                        "make_fx records torch's operators");
