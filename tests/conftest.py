@@ -1,18 +1,26 @@
-"""Fixtures of every test: backends, seeds, thread count.
+"""Fixtures of every test: backends, strictness, seeds, thread count.
 
 pytest tests                        cpu; cuda where it is; emulated: the CUDA kernels without a GPU
 pytest tests --backend cuda         what runs on a backend, on that one alone; may be given more than once
+
+A test with the fixture `backend` or `device` runs on the CPU and on CUDA; with the mark `emulated` (MARKERS), on the
+emulated devices too. The suite is strict: where torch's operators answer in place of the kernels, the call raises, but
+in tests marked `fallback`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# fastnorm reads it when it is imported; programs that tests start read it too.
+os.environ["FASTNORM_STRICT"] = "1"
 
 import fastnorm._C
 from tests.common.cases import Case, parity_cases, thinned
@@ -72,30 +80,23 @@ def has_cuda() -> bool:
     return fastnorm._C.build_info().get("cuda", "none") != "none" and torch.cuda.is_available()
 
 
-# What runs emulated too: modules, and of some only functions of this name. The others test what all backends share, or
-# only more of the same.
-EMULATED_TESTS = {
-    "test_parity": "",
-    "test_activation": "",
-    "test_hypothesis": "",
-    "test_autograd": "",
-    "test_modules": "",
-    "test_functional": "",
-    "test_accuracy": "test_error_is_at_most_torchs",
-    "test_gradcheck": "test_gradients",
-    "test_emulated": "",
-}
-# The emulator has the tanhf of the C library, which is not CUDA's.
-NOT_EMULATED = ("test_as_accurate_as_torch",)
-
-
 def thinned_cases() -> dict[str, set[Case]]:
     """The part of the parity table that each emulated device runs."""
     return {plays: set(thinned(parity_cases(), start=3 * i)) for i, plays in enumerate(EMULATED_DEVICES)}
 
 
+MARKERS = {
+    "cuda": "runs on CUDA alone; skipped where there is no GPU",
+    "emulated": "runs on the emulated devices too",
+    "not_emulated(reason)": "does not, though its module is marked emulated",
+    "emulator": "drives the emulated kernels itself; --backend emulated runs it too",
+    "fallback": "expects torch's operators to answer: FASTNORM_STRICT is off",
+}
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cuda: of CUDA alone: skipped where there is no GPU")
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -114,8 +115,8 @@ def chosen_backends(config: pytest.Config) -> list[Backend]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
-    name, only = metafunc.function.__name__, EMULATED_TESTS.get(metafunc.module.__name__)
-    emulated = only is not None and name.startswith(only) and name not in NOT_EMULATED
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    emulated = "emulated" in marks and "not_emulated" not in marks
     backends = [b for b in chosen_backends(metafunc.config) if b.name != "emulated" or emulated]
     metafunc.parametrize("backend", backends, ids=[b.id for b in backends], indirect=True)
 
@@ -132,8 +133,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and fastnorm built for it"))
             return "cuda" in chosen or config.getoption("--backend") is None
         if not isinstance(item, pytest.Function) or "backend" not in item.fixturenames:
-            module = item.path.stem
-            return "cpu" in chosen or ("emulated" in chosen and module.startswith("test_emulated"))
+            return "cpu" in chosen or ("emulated" in chosen and item.get_closest_marker("emulator") is not None)
         params = item.callspec.params
         backend = params["backend"]
         if not isinstance(backend, Backend):  # an empty set of them
@@ -154,6 +154,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture
 def device(backend: Backend) -> torch.device:
     return backend.device
+
+
+@pytest.fixture(autouse=True)
+def strictness(request: pytest.FixtureRequest) -> None:
+    """Off in a test marked `fallback`, and in the programs that it starts."""
+    if request.node.get_closest_marker("fallback") is not None:
+        monkeypatch = request.getfixturevalue("monkeypatch")
+        monkeypatch.setattr("fastnorm.dispatch.strict", False)
+        monkeypatch.delenv("FASTNORM_STRICT")
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ SIZES = (
 )
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("precision", PRECISIONS, ids="-".join)
 @pytest.mark.parametrize("layer", SIZES, ids=lambda layer: layer.norm)

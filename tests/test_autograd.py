@@ -16,6 +16,8 @@ import fastnorm
 from tests.common.cases import TYPICAL, Case, Layer
 from tests.common.numerics import build, call, make_inputs, run
 
+pytestmark = pytest.mark.emulated
+
 
 @pytest.fixture(params=TYPICAL, ids=lambda layer: layer.norm)
 def layer(request: pytest.FixtureRequest) -> Layer:

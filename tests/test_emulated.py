@@ -29,6 +29,8 @@ from tests.common.raw_calls import RawCall, same_bits
 from tests.conftest import EMULATED, EMULATED_DEVICES, thinned_cases
 from tests.emulator import backend as emulator
 
+pytestmark = pytest.mark.emulator
+
 CPU = torch.device("cpu")
 DRAWN = ("random", "priority")
 

@@ -17,6 +17,8 @@ from tests.common.plan_model import DTYPES
 from tests.common.raw_calls import RawCall, same_bits
 from tests.emulator import backend as emulator
 
+pytestmark = pytest.mark.emulator
+
 CPU = torch.device("cpu")
 SCHEDULES = (("lifo", 0), ("random", 1), ("random", 2), ("priority", 1), ("priority", 2))
 

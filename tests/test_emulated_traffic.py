@@ -16,6 +16,8 @@ from tests.common.raw_calls import RawCall
 from tests.conftest import EMULATED, Backend
 from tests.emulator import backend as emulator
 
+pytestmark = pytest.mark.emulator
+
 CPU = torch.device("cpu")
 PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"), ("float64", "float64"))
 EPILOGUES = ((None, False), ("silu", False), ("relu", True), ("silu", True), (None, True))

@@ -16,6 +16,8 @@ from fastnorm import BatchNorm2d, dispatch, functional, modules
 from tests.common.cases import DTYPES, make_data
 from tests.common.numerics import assert_alike
 
+pytestmark = pytest.mark.emulated
+
 NAMES = ("batch_norm", "group_norm", "instance_norm", "layer_norm")
 
 

@@ -83,6 +83,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize(("norm", "activation", "residual", "layout"), COMBINATIONS)
 def test_gradients(norm: Norm, activation: str | None, residual: bool, layout: str, device: torch.device) -> None:
     args = make_args(norm, residual, layout, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,8 @@ import fastnorm
 from tests.common.cases import ACTIVATIONS, PRECISIONS, Case, Layer
 from tests.common.numerics import build, make_inputs, measure, run, scale_of, truth
 from tests.conftest import Backend
+
+pytestmark = pytest.mark.emulated
 
 # In epsilons of the dtype, times the size of the terms of the sum.
 TOLERANCE = 5.0

@@ -19,6 +19,8 @@ import fastnorm
 from tests.common.cases import TYPICAL, Case, Layer
 from tests.common.numerics import assert_alike, build, call, make_inputs
 
+pytestmark = pytest.mark.emulated
+
 NAMES = (
     "BatchNorm1d",
     "BatchNorm2d",

@@ -12,6 +12,8 @@ from tests.common.cases import EMPTY, LAYERS, Case, Layer, modes, parity_cases, 
 from tests.common.numerics import build, compare, differences, make_inputs, run
 from tests.conftest import Backend
 
+pytestmark = pytest.mark.emulated
+
 # Beyond torch.nn's own error, in epsilons of the quantity's dtype times the size of its terms. Kernels for CUDA have
 # float32 where those of the CPU, torch's too, take a double for what is computed once a set.
 SLACK = {"cpu": 1.5, "cuda": 2.5, "emulated": 2.5}
