@@ -89,7 +89,7 @@ class Norm(nn.Module):
         """act(norm(input) + residual), of input's shape and dtype. residual: input's shape and dtype."""
         if not isinstance(self, Norm):  # a wrapper has kept this method, and `revert` has changed the class since
             module: Any = self
-            return type(module).forward(module, *((input,) if residual is None else (input, residual)))  # type: ignore[no-any-return]
+            return type(module).forward(module, *((input,) if residual is None else (input, residual)))
         try:
             entry = entry_for(input)
             y = self._fused(entry, input, residual)
@@ -108,10 +108,11 @@ class Norm(nn.Module):
         """By torch.nn's own forward."""
         return reference.epilogue(super().forward(x), residual, *self._epilogue())
 
-    def _refused(self, error: RuntimeError, x: Tensor, residual: OptTensor) -> Any:
+    def _refused(self, error: RuntimeError, x: Tensor, residual: OptTensor) -> Tensor:
         """What a call gives that the kernels refused; `error` itself where it is no refusal."""
         if isinstance(x, torch.fx.Proxy):
-            return self._trace(x, residual)
+            traced: Tensor = self._trace(x, residual)
+            return traced
         y, served = fall_back_or_wrap(
             type(self).__name__, error, partial(Norm.forward, self), self._unfused, x, residual
         )
