@@ -124,8 +124,10 @@ class Norm(nn.Module):
     def _trace(self, x: torch.fx.Proxy, residual: OptTensor) -> Any:
         """Be a leaf to torch.fx where a torch.nn norm in this place would be one; else be traced as that one is."""
         tracer: Any = x.tracer
+        # A subclass or a wrapper on the instance has recorded its own part already, and a leaf would run it again.
+        own_forward = type(self) is not self._public_class or "forward" in self.__dict__
         leaf = False
-        if type(self) is self._public_class and isinstance(tracer, torch.fx.Tracer) and tracer.root is not self:
+        if not own_forward and isinstance(tracer, torch.fx.Tracer) and tracer.root is not self:
             path = tracer.path_of_module(self)
             stand_in = object.__new__(self.torch_class)
             stand_in.__dict__ = self.__dict__

@@ -27,12 +27,27 @@ c10::TypedOperatorHandle<F> find_op(const char* name) {
 }
 
 // The arguments of the op.
-struct Call {
+struct Arguments {
   const Inputs& inputs;
   const Config& config;
   const Running& running;
   bool use_input_stats;
+};
+
+// A call, and how far its running statistics have got.
+struct Call : Arguments {
   mutable bool has_moved_running = false;
+  mutable Tensor moved_last;  // the stats that they move by when all is saved
+
+  Call(const Inputs& inputs, const Config& config, const Running& running, bool use_input_stats)
+      : Arguments{inputs, config, running, use_input_stats} {}
+
+  void move_running(const Tensor& stats) const {
+    static const auto op = find_op<UpdateSignature>("fastnorm::update_running_stats_");
+    op.call(running.mean, running.var, running.num_batches_tracked, stats, inputs.x.sym_numel() / stats.sym_size(1),
+            running.momentum);
+    has_moved_running = true;
+  }
 
   bool frozen() const { return !use_input_stats; }
   bool moves_running() const { return use_input_stats && running.moves(); }
@@ -51,7 +66,7 @@ bool has_values(const Tensor& x, bool use_input_stats) {
 // What torch.nn refuses and the functional ops cannot, as none of them sees all the arguments. Sizes may be symbolic.
 // Whatever else the arguments may be refused for, norm_forward and update_running_stats_ check before they write.
 void check(const Call& call) {
-  const auto& [inputs, config, running, use_input_stats, _] = call;
+  const auto& [inputs, config, running, use_input_stats] = static_cast<const Arguments&>(call);
   const Tensor& x = inputs.x;
   if (c10::impl::dispatch_mode_enabled() && !x.key_set().has(c10::DispatchKey::Python)) {
     FASTNORM_SUPPORTED(!c10::impl::TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY),
@@ -82,19 +97,19 @@ void check(const Call& call) {
   }
 }
 
-// Runs forward, then moves the running statistics.
+// Runs forward. Batch norm moves the running statistics at once, instance norm when all is saved: as torch.nn does.
 Forward forward(const Call& call, bool save_mask) {
   static const auto forward_op = find_op<ForwardSignature>("fastnorm::norm_forward");
-  static const auto update_op = find_op<UpdateSignature>("fastnorm::update_running_stats_");
-  const auto& [inputs, c, running, use_input_stats, _] = call;
+  const auto& [inputs, c, running, use_input_stats] = static_cast<const Arguments&>(call);
   Forward result = forward_op.call(inputs.x, inputs.weight, inputs.bias, inputs.residual, call.statistics(running.mean),
                                    call.statistics(running.var), c.groups, c.normalized_dims, c.eps, c.activation,
                                    c.activation_param, save_mask);
   if (call.moves_running()) {
-    const Tensor& stats = std::get<1>(result);
-    update_op.call(running.mean, running.var, running.num_batches_tracked, stats,
-                   inputs.x.sym_numel() / stats.sym_size(1), running.momentum);
-    call.has_moved_running = true;
+    if (c.is_batch()) {
+      call.move_running(std::get<1>(result));
+    } else {
+      call.moved_last = std::get<1>(result);
+    }
   }
   return result;
 }
@@ -103,15 +118,24 @@ Forward forward(const Call& call, bool save_mask) {
 // counted by the kernel that moves the statistics, so where body fails before that it is counted now. After a refusal
 // torch's own forward runs, and counts.
 template <class Body>
-auto counting_batches(const Call& call, Body body) {
+Tensor counting_batches(const Call& call, Body body) {
   try {
-    return body();
+    const Tensor y = body();
+    if (call.moved_last.defined()) {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      call.move_running(call.moved_last);
+    }
+    return y;
   } catch (const c10::NotImplementedError&) {
     throw;
   } catch (...) {
-    if (call.use_input_stats && !call.has_moved_running && present(call.running.num_batches_tracked)) {
+    const OptTensor& batches = call.running.num_batches_tracked;
+    if (call.use_input_stats && !call.has_moved_running && present(batches) && has_data(*batches)) {
+      // An exception of Python's may be on its way, and then no more Python can run.
+      const c10::impl::ExcludeDispatchKeyGuard no_modes(
+          c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
       at::AutoDispatchBelowADInplaceOrView guard;
-      call.running.num_batches_tracked->add_(1);
+      batches->add_(1);
     }
     throw;
   }
