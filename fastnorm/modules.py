@@ -55,6 +55,11 @@ _OPTIONS = """
 """
 
 
+def add_if_given(y: Tensor, residual: OptTensor) -> Tensor:
+    """What torch.fx records where a residual may be None when the graph runs."""
+    return y if residual is None else y + residual
+
+
 class Norm(nn.Module):
     """What all fastnorm modules share. Mixed in before the torch.nn class.
 
@@ -132,6 +137,11 @@ class Norm(nn.Module):
             stand_in = object.__new__(self.torch_class)
             stand_in.__dict__ = self.__dict__
             leaf = tracer.is_leaf_module(stand_in, path)
+        if not leaf and isinstance(residual, torch.fx.Proxy) and residual.node.op == "placeholder":
+            # The root's own parameter, which may be left out when the graph runs.
+            activation, param = self._epilogue()
+            z = tracer.create_proxy("call_function", add_if_given, (super().forward(x), residual), {})
+            return reference.epilogue(z, None, activation, param)
         if not leaf:
             return self._unfused(x, residual)  # type: ignore[arg-type]
         return tracer.create_proxy("call_module", path, (x,) if residual is None else (x, residual), {})
