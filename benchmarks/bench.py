@@ -14,7 +14,6 @@ device's alone, and so many copies of the tensors take turns that none is found 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contestants import DTYPES, MODES, Arena, Row, copies_for, quick_table, table
 from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe
-from benchmarks.results import Result
+from benchmarks.results import Result, json_text
 from benchmarks.tables import make_console, make_markdown, print_results, print_summary
 from benchmarks.timing import keep_memory, race
 from tests.common import cases
@@ -204,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.json:
         options = {"budget_s": budget, "quick": args.quick, "modes": modes, "memory_kept": kept}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(as_json(results, options, args.device), indent=1) + "\n")
+        args.json.write_text(json_text(as_json(results, options, args.device)))
     if args.markdown:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(make_markdown(results, modes))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from benchmarks.contestants import MODES, Row, passes
@@ -94,6 +95,17 @@ class Result:
             "disagreement_eps": round(self.disagreement, 2),
             "modes": measured,
         }
+
+
+def json_text(run: Mapping[str, object]) -> str:
+    """A run as JSON: a line for every entry, and one for every element of a list, so that a diff is one of rows."""
+
+    def entry(key: str, value: object) -> str:
+        if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
+            return f" {json.dumps(key)}: {json.dumps(value)}"
+        return f" {json.dumps(key)}: [\n" + ",\n".join(f"  {json.dumps(each)}" for each in value) + "\n ]"
+
+    return "{\n" + ",\n".join(entry(key, value) for key, value in run.items()) + "\n}\n"
 
 
 def _us(value: float) -> float:
