@@ -11,7 +11,7 @@ from torch import Tensor
 from fastnorm import functional
 from tests.common.cases import to_layout
 
-# More than half of the last cache, where plan.cpp begins to stream. Beyond 64 MiB of cache the test is merely large.
+# More than half of the last cache, where csrc/plan/cpu.cpp begins to stream. Beyond 64 MiB of cache the test is merely large.
 CACHE = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
 BYTES = min(max(CACHE, 16 << 20) * 5 // 8, 40 << 20)
 
