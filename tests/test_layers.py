@@ -1,4 +1,4 @@
-"""Who may include and import whom: read from the files, so that an arrow in the wrong direction fails here."""
+"""The layering: rules for includes and imports, held against the files themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 FASTNORM = ROOT / "fastnorm"
 
-# Room -> the rooms and files that its files include.
+# Room -> the rooms and files that its files may include.
 ROOMS = {
     "core": ("core/",),
     "plan": ("core/", "plan/"),
@@ -22,19 +22,19 @@ ROOMS = {
     "cuda": ("core/", "cuda/", "plan/types.h"),
     "torch": ("core/", "cpu/api.h", "cuda/api.h", "plan/", "torch/"),
 }
-# Headers of others. Every file includes the C++ library, whose headers have neither a dot nor a slash in their names.
+# Headers of other projects. Every file may include the C++ library: names without dot and slash.
 STANDARD = r"[a-z_0-9]+"
 FOREIGN = {
     "cpu/pack.h": r"immintrin\.h",
     "cuda/platform.cuh": r"cooperative_groups\.h|cuda_\w+\.h",
-    "torch/module.cpp": r"pybind11/.*",  # and not torch's: it compiles in seconds
+    "torch/module.cpp": r"pybind11/.*",  # without torch's headers it compiles in seconds
     "torch/": r"(ATen|c10)/(?!cuda).*|torch/.*|sys/mman\.h",
 }
-EMULATED = {"cuda/platform.cuh": "emulator.h"}  # its other half
-# The CUDA planner from the ground up: a file includes those before it, and its own header.
+EMULATED = {"cuda/platform.cuh": "emulator.h"}  # platform.cuh includes it instead of CUDA's headers
+# The CUDA planner, lowest layer first: a file may include the layers before it, and its own header.
 PLANNER = ("types", "text", "grid", "cost", "cuda")
 
-# A module imports those before it. A new one has to find its place here.
+# A module may import those before it. A new module needs a place in this list.
 MODULES = (
     "_C",
     "extension",
@@ -55,14 +55,14 @@ MODULES = (
 APART = ({"functional", "modules"}, {"convert", "functional"}, {"cuda", "report"})
 
 MOST_LINES = 430
-Include = tuple[str, bool]  # what is included, and whether in angle brackets
+Include = tuple[str, bool]  # name, and whether it stands in angle brackets
 
 
 # csrc
 
 
 def sources() -> dict[str, list[Include]]:
-    """File -> its includes; of ours, their paths in csrc."""
+    """File -> its includes. A file of csrc appears by its path in csrc."""
     found = {}
     for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
         includes: list[Include] = []
@@ -92,7 +92,7 @@ def forbidden(path: str, include: Include) -> bool:
 
 
 def reached(path: str) -> set[str]:
-    """The files of ours that come along, by way of others too; `path` itself where there is a circle."""
+    """All files of csrc that `path` includes, directly or not; `path` itself where there is a circle."""
     found: set[str] = set()
     waiting = [path]
     while waiting:
@@ -144,7 +144,7 @@ def test_no_circle_of_includes() -> None:
 
 
 def test_what_must_not_come_along() -> None:
-    """What is compiled once per instruction set or dtype does not wait for the CUDA planner; the walks stand alone."""
+    """A change of the CUDA planner's heuristics recompiles no kernel; and neither traversal needs the other."""
     assert "plan/cpu.h" in reached("cpu/kernels.cpp") and "plan/types.h" in reached("cuda/forward.cu")
     for path in SOURCES:
         if path.startswith("cpu/"):
@@ -159,7 +159,7 @@ def test_what_must_not_come_along() -> None:
 
 
 def imports(source: str) -> Iterator[tuple[str, str]]:
-    """What a module of fastnorm imports, inside functions too: (package, module of ours or "")."""
+    """All imports of a module, those inside functions too: (package, module of fastnorm or "")."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -201,7 +201,7 @@ def test_every_module_has_a_place() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_those_before_it(module: str) -> None:
-    """So there is no circle; derivatives know nothing of the front door, nor modules of what converts them."""
+    """So there is no circle: autograd does not know dispatch, modules do not know convert."""
     assert imported_by(module) <= set(MODULES[: MODULES.index(module)])
 
 
@@ -218,7 +218,7 @@ def test_only_torch_and_the_standard_library() -> None:
 
 
 def test_the_extension_has_one_door() -> None:
-    """extension.py says what to do where it does not load; `python -m fastnorm` is there after that."""
+    """extension.py loads it and says what to do where that fails; __main__ runs only after that."""
     assert {module for module in MODULES if "_C" in imported_by(module)} == {"extension", "__main__"}
 
 

@@ -1,4 +1,4 @@
-"""fastnorm/_C.pyi says what fastnorm._C has, and nothing else: names, signatures, attributes, constants, types."""
+"""fastnorm/_C.pyi and fastnorm._C agree both ways: names, signatures, attributes, constants, types."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 from fastnorm import _C
 
 STUB = ast.parse((Path(__file__).resolve().parent.parent / "fastnorm" / "_C.pyi").read_text())
-INTEGERS = "typing.SupportsInt | typing.SupportsIndex"  # pybind11's word for an int that is taken
+INTEGERS = "typing.SupportsInt | typing.SupportsIndex"  # pybind11 prints this for an int parameter
 FLOATS = "typing.SupportsFloat | typing.SupportsIndex"
 
-# Of a function its signature, of a property and a constant "-> type", of a class its members.
+# A function's signature; "-> type" of a property or a constant; a class's members.
 Described = str | dict[str, str]
 
 
-# Both are brought into one form: the signature as Python writes it, without the type of self.
+# Both sides come to one form: the signature as Python writes it, without the type of self.
 
 
 def signature(function: ast.FunctionDef) -> str:
@@ -58,7 +58,7 @@ def described_by_stub(body: list[ast.stmt]) -> dict[str, Described]:
     return found
 
 
-# The extension: pybind11 puts the signature first into the docstring.
+# The extension: the first line of pybind11's docstring is the signature.
 
 
 def described_by_docstring(doc: str, name: str) -> str:
