@@ -30,7 +30,7 @@ demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
 
 test: $(BUILT)
-	$(PY) -m pytest tests -n $(JOBS) $(ARGS)
+	$(PY) -m pytest tests benchmarks/test_bench_results.py benchmarks/test_bench_cuda.py -n $(JOBS) $(ARGS)
 
 bench: $(BUILT)
 	$(PY) benchmarks/bench.py $(ARGS)

@@ -8,20 +8,20 @@ Environment variables:
     MAX_JOBS            compilations at a time; default the number of processors
     FASTNORM_CUDA       auto (default): CUDA kernels too, where torch has CUDA and there is an nvcc
                         0: none; 1: with any torch, for one that comes later
-                        check: compiles them for every architecture, warnings being errors, into
-                        build/cuda-check, and links nothing: python setup.py build_ext
+                        check: compiles them for every architecture into build/cuda-check, with warnings
+                        as errors, and links nothing: python setup.py build_ext
     TORCH_CUDA_ARCH_LIST  GPUs to compile for, as "9.0;12.0+PTX"; default those at hand, else all
     CUDA_HOME           the CUDA toolkit; default the newest in /usr/local, else nvcc's on PATH
     FASTNORM_WERROR     1: warnings are errors
 
-What must be known of this machine is found by one `find_*` function each; whatever is missing ends
-the build with one sentence that says what to do. Sources are compiled in five groups:
+One `find_*` function finds each fact about this machine; where something is missing, it ends the build
+with one sentence that says what to do. Sources are compiled in five groups:
 
     csrc/cpu/kernels*.cpp        once per instruction set; FASTNORM_CPU_CAPABILITY names it
-    csrc/cuda/*.cu               by nvcc; what knows FASTNORM_DTYPE, once per storage type
+    csrc/cuda/*.cu               by nvcc; files with FASTNORM_DTYPE in them, once per storage type
     csrc/torch/module.cpp        with pybind11, without torch: seconds instead of twenty
     csrc/torch/*.cpp             with torch, without pybind11
-    csrc/*/*.cpp                 plain C++; csrc/cuda's only where there are CUDA kernels
+    csrc/*/*.cpp                 plain C++; those of csrc/cuda only where CUDA kernels are built
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ except ImportError:
     raise SystemExit("fastnorm: setuptools is missing: run `pip install setuptools`.") from None
 
 ROOT = Path(__file__).parent.resolve()
-sys.path.insert(0, str(ROOT))  # pip's way of building has it taken away
+sys.path.insert(0, str(ROOT))  # pip removes it when it builds
 from setup_cuda import Cuda, cuda_mode, find_cuda, stop  # noqa: E402
 from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
@@ -70,12 +70,12 @@ X86_CAPABILITIES = {  # least first
 }
 
 STORAGE_TYPES = ["float", "double", "BFloat16", "Float16"]
-KERNEL_BUDGET = 300  # instantiations: what keeps the build short
+KERNEL_BUDGET = 300  # instantiations: the limit keeps the build short
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
-# What is there, and what to do when it is not.
+# The tools, and what to do where one is missing.
 
 
 class Torch(NamedTuple):
@@ -149,8 +149,8 @@ print(json.dumps([str(torch.__version__), torch.__path__[0], bool(abi), cuda, gp
 
 
 def find_torch(python: Sequence[str] = (sys.executable,), env: Mapping[str, str] = os.environ) -> Torch:
-    """The torch that this Python will run. pip's isolated builds hide it by PYTHONPATH, so where
-    there is none it is looked for without that: building against any other would be of no use."""
+    """The torch that this Python will run: no other is of use to build against. pip's isolated builds hide
+    it by means of PYTHONPATH, so where torch is not found, a second attempt goes without that variable."""
     hidden_by = ("PYTHONPATH", "PYTHONNOUSERSITE")
     for attempt in (env, {name: env[name] for name in env if name not in hidden_by}):
         probe = subprocess.run([*python, "-c", PROBE_TORCH], env=attempt, capture_output=True, text=True)
@@ -221,7 +221,7 @@ def find_capabilities(compiler: Compiler, machine: str = platform.machine()) -> 
 
 
 def find_ninja() -> list[str]:
-    # This Python's own first: versions of ninja do not read each other's logs, and compile it all again.
+    # This Python's own comes first: a ninja of another version does not read the log, and compiles everything again.
     if importlib.util.find_spec("ninja"):
         return [sys.executable, "-m", "ninja"]
     on_path = shutil.which("ninja")
@@ -305,7 +305,7 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
 
 
 def check_cuda() -> None:
-    """Every kernel for every architecture, warnings being errors: cubins, and ptxas's reports of them."""
+    """Compiles every kernel for every architecture, with warnings as errors, to cubins and ptxas's reports."""
     jobs, ninja, cuda = max_jobs(), find_ninja(), find_cuda("check")
     codes = [code for code in cuda.codes if code.startswith("sm_")]
     objects = []
@@ -320,7 +320,7 @@ def check_cuda() -> None:
         left.unlink()
 
     start, times = time.monotonic(), []
-    for code in ("sm_90", "sm_"):  # then all the others
+    for code in ("sm_90", "sm_"):  # sm_90 first, then all the others
         paths = [o.path for o in objects if f".{code}" in o.path]
         if not paths:
             continue
@@ -339,7 +339,7 @@ def check_cuda() -> None:
 
 
 class CheckFirst(dist_info):
-    """pip asks for the metadata first: whatever is missing is said before it downloads anything."""
+    """pip asks for the metadata first, so this command says what is missing before pip downloads anything."""
 
     def run(self) -> None:
         find_tools()
@@ -372,8 +372,8 @@ class BuildWithNinja(build_ext):
         if subprocess.run([*ninja, "-j", str(tools.jobs)]).returncode:
             stop("the build failed: the compiler's own message is above.")
 
-        # With the time of the copy: setuptools copies on what is newer alone, and after a change of torch this may be a
-        # library that was linked long ago.
+        # copyfile sets the time to now: setuptools then copies the library to its place only where it is newer than the
+        # one there, and after a change of torch ninja may have linked it long ago.
         library.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(place / library.name, library)
         print(

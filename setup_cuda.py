@@ -1,4 +1,4 @@
-"""setup.py's part that knows CUDA: the toolkit, and what GPUs to compile for."""
+"""The part of setup.py that knows CUDA: finds the toolkit, and the GPUs to compile for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cuda(NamedTuple):
     nvcc: str
     version: str
     codes: list[str]
-    """What to compile to: sm_90 is machine code, compute_90 code for all that is newer."""
+    """Targets: sm_90 is machine code, compute_90 is PTX for every newer GPU."""
     link: list[str]
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ def output_of(*command: str) -> str:
 
 
 def find_nvcc(env: Mapping[str, str] = os.environ, root: Path = Path("/usr/local")) -> str | None:
-    """The toolkit's own nvcc, if it can be had: the one on PATH may be a wrapper somewhere else."""
+    """The nvcc in a toolkit's own folder where there is one: the one on PATH may be a wrapper somewhere else."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if env.get(name) and not Path(env[name], "bin/nvcc").is_file():
             stop(f"{name}={env[name]} has no bin/nvcc: set it to a CUDA toolkit's folder, or unset it.")
@@ -95,7 +95,7 @@ def find_cuda_codes(nvcc: str, gpus: Sequence[str], env: Mapping[str, str] = os.
 
 
 def find_cuda_libraries(nvcc: str) -> list[str]:
-    """Linker flags. The runtime is linked in: what is built loads without a driver, too."""
+    """Linker flags. The runtime is linked statically, so that the extension also loads where there is no driver."""
     dry_run = output_of(nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull)
     for folder in re.findall(r'"-L([^"]+)"', dry_run):
         if Path(folder, "libcudart_static.a").is_file():

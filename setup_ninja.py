@@ -1,4 +1,4 @@
-"""What setup.py and tests/emulator/build.py share: the rules for ninja, and the flags that torch asks for."""
+"""The rules for ninja and the flags for torch, shared by setup.py and tests/emulator/build.py."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def torch_include_flags(root: Path) -> list[str]:
 
 
 def torch_link_flags(root: Path, system: str = sys.platform) -> list[str]:
-    # libtorch.so is in every torch and brings the CUDA half along where there is one. No rpath:
-    # torch is imported first. No OpenMP: the kernels' loops run on torch's own threads.
+    # Every torch has libtorch.so, which brings the CUDA half along where there is one. No rpath:
+    # Python imports torch first. No OpenMP: the kernels' loops run on torch's own threads.
     libraries = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     if system == "darwin":
         return ["-bundle", "-undefined", "dynamic_lookup", *libraries]
@@ -32,7 +32,7 @@ def torch_link_flags(root: Path, system: str = sys.platform) -> list[str]:
 
 
 def ninja_file(library: str, objects: Sequence[Object], cxx: list[str], link: list[str], nvcc: str = "nvcc") -> str:
-    """Rules that compile the objects and link them into `library`; without a name for it, nothing is linked."""
+    """Rules that compile the objects and link them into `library`; without a name, nothing is linked."""
 
     def command(words: Sequence[str]) -> str:
         return " ".join(map(shlex.quote, words)).replace("$", "$$")
@@ -46,7 +46,7 @@ def ninja_file(library: str, objects: Sequence[Object], cxx: list[str], link: li
         *("rule nvcc", by_nvcc, *nvcc_lines),
         *("rule cubin", f"{by_nvcc} 2> $out.ptxas || {{ cat $out.ptxas; exit 1; }}", *nvcc_lines),
         "rule compile",
-        # The flags come first: -x c++ is about the files after it.
+        # The flags come first: -x c++ applies to the files after it.
         f"  command = {command(cxx)} $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",

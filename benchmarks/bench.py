@@ -8,13 +8,12 @@
 All contestants of a row take turns in one process (timing.py); the numbers are medians. Every op
 here is bound by memory, so next to torch.nn there is one absolute measure: the time that copying the
 least bytes takes (the floor), as a share of ours. On a GPU cuDNN's batch norm runs too, times are the
-device's alone, and so many copies of the tensors take turns that none is found in its cache.
+device's alone, and copies of the tensors take turns, enough of them that the cache holds none.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -25,12 +24,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-# Run as a file, its own folder is on the path, and not the checkout.
+# Run as a file, only its own folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contestants import DTYPES, MODES, Arena, Row, copies_for, quick_table, table
 from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe
-from benchmarks.results import Result
+from benchmarks.results import Result, json_text
 from benchmarks.tables import make_console, make_markdown, print_results, print_summary
 from benchmarks.timing import keep_memory, race
 from tests.common import cases
@@ -51,8 +50,8 @@ def measure(
     compile_budget_s: float = math.inf,
     tick: Callable[[Row], None] = lambda row: None,
 ) -> list[Result]:
-    """Time every row in about `budget_s` seconds, not counting what compiling takes: after `compile_budget_s` of that,
-    rows go without.
+    """Time every row in about `budget_s` seconds. Compiling does not count; once it has taken `compile_budget_s`, the
+    other rows run without torch.compile.
     """
     cache = cache_bytes(device)
     deadline, compiling = time.perf_counter() + budget_s, 0.0
@@ -60,7 +59,7 @@ def measure(
     results = []
     for i, row in enumerate(rows):
         tick(row)
-        # A tiny row is about the host, and the CPU's caches hold what they would between two layers.
+        # A tiny row measures the host; on a CPU the caches hold what they would hold between two layers.
         copies = copies_for(row.nbytes, cache) if device == "cuda" and row.layer.label != "tiny" else 1
         arena = Arena(row, device, copies)
         row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
@@ -87,7 +86,7 @@ def measure(
 
 
 def runs(call: Callable[[], object]) -> bool:
-    """Whether cuDNN serves this call: not all dtypes and layouts in all versions."""
+    """Whether cuDNN serves this call: dtypes and layouts differ from version to version."""
     try:
         call()
     except RuntimeError:
@@ -99,7 +98,7 @@ def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object)
     """`measure` with a progress bar on stderr."""
     counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     columns = (TextColumn("measuring"), *counts, TextColumn("[dim]{task.description}"))
-    # No refreshing in the background: its thread would take time from the timed ones.
+    # No refreshing in the background: its thread would take time from the timed calls.
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
         task, started = progress.add_task("", total=len(rows)), False
 
@@ -112,7 +111,7 @@ def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object)
 
 
 def warn_when_busy(console: Console, device: str) -> None:
-    """Say so when other processes disturb what is about to be timed."""
+    """Warn where other processes would disturb the timing."""
     busy = busy_cores() if device == "cpu" else 0.0
     if busy > NOISY_CORES:
         console.print(f"[yellow]Other processes keep {busy} of {cpu_cores()} cores busy: do not trust the times below.")
@@ -204,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.json:
         options = {"budget_s": budget, "quick": args.quick, "modes": modes, "memory_kept": kept}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(as_json(results, options, args.device), indent=1) + "\n")
+        args.json.write_text(json_text(as_json(results, options, args.device)))
     if args.markdown:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(make_markdown(results, modes))

@@ -1,4 +1,4 @@
-"""The rows of the table, and who runs in each: fastnorm, torch.nn, torch.compile, cuDNN, a plain copy.
+"""The rows of the table and their contestants: fastnorm, torch.nn, torch.compile, cuDNN, a plain copy.
 
 The shapes are `BENCH` and `TINY` of tests/common/cases.py, the table that the tests read, and larger ones for a GPU.
 """
@@ -32,7 +32,7 @@ SHORT = {
     "float16": "f16",
     "float64": "f64",
 }
-# What fills a GPU: the batches that ResNet-50 trains with, 3-D networks, long rows.
+# Layers that fill a GPU: the batches that ResNet-50 trains with, 3-D networks, long rows.
 _AFFINE = (("affine", True),)
 CUDA_LAYERS = (
     *(cases.Layer("ResNet-50", "BatchNorm2d", (256, c, s, s), (c,)) for c, s in ((64, 112), (256, 56), (2048, 7))),
@@ -68,7 +68,7 @@ CUDA_QUICK = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a layer, its dtype, its layout and what is fused behind it.
+    """One line of the table: a layer, its dtype, its layout and its fused epilogue.
 
     Parameters are float32 whatever the input is, as in training under autocast.
     """
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def activation(self) -> str | None:
-        """Of the fused epilogue: the model's own one, and ReLU after a residual add."""
+        """The activation of the epilogue: the model's own, and ReLU after a residual add."""
         return {"plain": None, "act": self.layer.activations[0], "add_act": "relu"}[self.epilogue]
 
     @property
@@ -89,7 +89,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the input."""
+        """Bytes in the input."""
         elements = 1
         for size in self.layer.shape:
             elements *= size
@@ -97,12 +97,12 @@ class Row:
 
     @property
     def title(self) -> str:
-        """What the rows of one shape share: "ResNet-50 BatchNorm2d 32x64x56x56"."""
+        """The part of the name that all rows of one shape share: "ResNet-50 BatchNorm2d 32x64x56x56"."""
         return f"{self.layer.label} {self.layer.norm} {'x'.join(map(str, self.layer.shape))}"
 
     @property
     def variant(self) -> str:
-        """What tells apart the rows of one shape: "bf16 last +add+relu"."""
+        """The part of the name that tells rows of one shape apart: "bf16 last +add+relu"."""
         return f"{SHORT[self.dtype]} {SHORT[self.layout]} {self.fused}"
 
     @property
@@ -116,7 +116,7 @@ class Row:
 
 
 def passes(mode: str, activation: str | None, residual: bool) -> int:
-    """How often, at least, a tensor of the input's size passes between memory and processor.
+    """The least number of times that a tensor of the input's size passes between memory and processor.
 
     forward reads x (and the residual) and writes y; backward reads dy and x and writes dx (and
     dresidual, unless that is dy itself). Behind a residual, ReLU needs one saved bit per element
@@ -138,7 +138,7 @@ def table(
     epilogues: tuple[str, ...] = cases.EPILOGUES,
     device: str = "cpu",
 ) -> Iterator[Row]:
-    """Every row of the full table whose name has the regular expression `pattern` in it."""
+    """Every row of the full table whose name contains a match of the regular expression `pattern`."""
     for layer in (cases.TINY, *cases.BENCH, *(CUDA_LAYERS if device == "cuda" else ())):
         for dtype, layout, epilogue in product(dtypes, layer.layouts, cases.EPILOGUES):
             row = Row(layer, dtype, layout, epilogue)
@@ -154,8 +154,8 @@ def quick_table(pattern: str = "", device: str = "cpu") -> Iterator[Row]:
 
 
 def torch_activation(name: str | None) -> Callable[[Tensor], Tensor]:
-    """The activation as a torch.nn user writes it: ReLU in place, as torchvision's models have it;
-    the others not, since in place they would save a copy for the backward pass.
+    """The activation as a torch.nn user writes it: ReLU in place, as in torchvision's models; the others
+    not in place, because there they would save a copy for the backward pass.
     """
     return {
         None: lambda t: t,
@@ -180,7 +180,7 @@ def torch_norm(row: Row, norm: Callable[[Tensor], Tensor]) -> Norm:
 
 
 def cudnn_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A batch norm by cuDNN, whatever torch.nn would choose."""
+    """A batch norm by cuDNN, even where torch.nn would choose another."""
 
     def run(x: Tensor) -> Tensor:
         running = norm.running_mean, norm.running_var
@@ -190,12 +190,12 @@ def cudnn_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def copies_for(nbytes: int, cache: int) -> int:
-    """How many copies of a row's tensors take turns, so that none is found in a cache of `cache` bytes."""
+    """The number of copies of a row's tensors that take turns, so that a cache of `cache` bytes holds none."""
     return min(MAX_COPIES, 1 + -(-cache // max(nbytes, 1)))
 
 
 def in_turn(calls: Sequence[Call]) -> Call:
-    """One call after the other. Each result is kept until its turn comes again: no output lands in warm memory."""
+    """A call that runs `calls` in turn, and keeps each result until its next turn: no output lands in warm memory."""
     if len(calls) == 1:
         return calls[0]
     results: list[object] = [None] * len(calls)
@@ -255,7 +255,7 @@ class Arena:
             self.norms["cudnn"] = torch_norm(row, cudnn_norm(self.modules["cudnn"]))
 
     def calls(self, mode: str, with_compile: bool = False) -> dict[str, Call]:
-        """What to time in `mode`, by contestant; "clone" is the copy that measures the floor."""
+        """The calls to time in `mode`, by contestant; "clone" is the copy that measures the floor."""
         for module in self.modules.values():
             module.train(mode != "eval")
         if with_compile and "compile" not in self.norms:

@@ -26,11 +26,11 @@ FEW = 20  # rows: a bar each; more rows: a bar per shape, dtype and layout
 LONG_AXIS = 12  # times torch.nn: beyond it, bars of 2 could not be read on a linear axis
 GREEN, GREY = "#2e8b57", "#444444"
 
-Label = tuple[str, str]  # the shape, and what tells rows of one shape apart
+Label = tuple[str, str]  # the shape, and the rest of the row's name
 
 
 def style() -> None:
-    """What all pictures here share."""
+    """Settings that all pictures here share."""
     plt.rcParams.update(
         {
             "font.size": 9,
@@ -129,7 +129,7 @@ def draw_panels(figure: Figure | SubFigure, results: list[Result], modes: tuple[
 
 
 def save_figure(results: list[Result], path: Path, subtitle: str) -> None:
-    """A picture of all results; the name of `path` says which kind of image."""
+    """A picture of all results; the suffix of `path` chooses the kind of image."""
     style()
     modes = tuple(m for m in MODE_COLOURS if all(m in r.times for r in results))
     bars = len(_bars(results))

@@ -1,4 +1,4 @@
-"""What a measurement must say about where it was taken: processor, versions, commit, date."""
+"""The facts that every measurement states: processor, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_CACHE_BYTES = 32 << 20  # a server's share of L3, where the system does 
 
 
 def cpu_cores() -> int:
-    """Cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -40,7 +40,7 @@ def cache_bytes(device: str = "cpu") -> int:
 
 
 def busy_cores(seconds: float = 0.25) -> float:
-    """How many cores other processes keep busy while this one sleeps; 0.0 if the system is silent."""
+    """The number of cores that other processes keep busy while this one sleeps; 0.0 where the system does not tell."""
 
     def ticks() -> tuple[int, int]:
         user, nice, system, idle, wait, *_ = map(int, Path("/proc/stat").read_text().split()[1:8])

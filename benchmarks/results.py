@@ -1,23 +1,24 @@
-"""What was measured and what it means: against torch.nn, against a copy, and the lines to reach."""
+"""The measurements and their meaning: against torch.nn, against a copy, and the lines to reach."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from benchmarks.contestants import MODES, Row, passes
 from benchmarks.timing import Timing
 
 # The lines to reach: times torch.nn, for all tensors; and times the copies that move the least
-# bytes, for tensors that no cache holds. Reported, never enforced: a busy machine fails no build.
+# bytes, for tensors that no cache holds. They are reported, never enforced: a busy machine fails no build.
 SPEEDUP_GOAL, SPEEDUP_LINE = 3.0, 1.1
 COPIES_LINE = {"forward": 1.3, "step": 1.5}
 # On a GPU: no row slower than torch.nn, and the least bytes at 60% of the copy's bandwidth.
 CUDA_SPEEDUP_LINE = 1.0
 CUDA_COPIES_LINE = {"forward": 1.67, "step": 1.67}
 CLONE_PASSES = 2  # a copy reads and writes
-OTHERS = ("torch", "compile", "cudnn")  # contestants that not every run has, but for the first
+OTHERS = ("torch", "compile", "cudnn")  # contestants beside fastnorm; every run has the first
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Result:
         return self.times[mode][contestant].median
 
     def speedup(self, mode: str, contestant: str = "torch") -> float:
-        """How many times longer the other contestant takes."""
+        """The other contestant's time over ours."""
         return self.seconds(mode, contestant) / self.seconds(mode)
 
     def floor(self, mode: str) -> float:
@@ -96,6 +97,17 @@ class Result:
         }
 
 
+def json_text(run: Mapping[str, object]) -> str:
+    """A run as JSON: one line for every entry and for every element of a list of rows, so that diffs show rows."""
+
+    def entry(key: str, value: object) -> str:
+        if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
+            return f" {json.dumps(key)}: {json.dumps(value)}"
+        return f" {json.dumps(key)}: [\n" + ",\n".join(f"  {json.dumps(each)}" for each in value) + "\n ]"
+
+    return "{\n" + ",\n".join(entry(key, value) for key, value in run.items()) + "\n}\n"
+
+
 def _us(value: float) -> float:
     """Seconds as microseconds; a count of rounds stays as it is."""
     return value if isinstance(value, int) else round(value * 1e6, 3)
@@ -109,7 +121,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 @dataclass
 class Line:
-    """One line to reach: how many rows it is about, and which miss it, the furthest first."""
+    """One line to reach: the number of rows that it is about, and the rows that miss it, the furthest first."""
 
     what: str
     rows: int = 0
@@ -137,7 +149,7 @@ def _line(
 
 
 def summary_lines(results: list[Result], modes: tuple[str, ...] = MODES) -> list[Line]:
-    """How the results stand to the lines of the issue."""
+    """The results against the lines to reach."""
     big = [r for r in results if r.above_cache]
     tiny = [r for r in results if r.is_tiny]
     shapes = [r for r in results if not r.is_tiny]

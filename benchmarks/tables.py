@@ -57,8 +57,8 @@ def _cell(result: Result, mode: str, column: str) -> Cell:
 
 
 def _layout(results: Sequence[Result], width: int, modes: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The modes and columns that fit into `width`: first go the copies (they are 1 / floor), then
-    the last modes.
+    """The modes and columns that fit into `width`. The copies (which are 1 / floor) are left out first,
+    then the last modes.
     """
     columns = list(WIDTHS)
     for other in OTHERS[1:]:
@@ -77,7 +77,7 @@ def _layout(results: Sequence[Result], width: int, modes: Sequence[str]) -> tupl
 
 
 def make_table(results: Sequence[Result], width: int, modes: Sequence[str] = MODES) -> Text:
-    """One line per row, one group of columns per mode; `print_results` says what the columns mean."""
+    """One line per row, one group of columns per mode; `print_results` explains the columns."""
     modes, columns = _layout(results, width, modes)
     block = sum(WIDTHS[c] for c in columns)
     lines = [
@@ -102,7 +102,7 @@ def make_table(results: Sequence[Result], width: int, modes: Sequence[str] = MOD
 
 
 def print_results(console: Console, results: Sequence[Result], modes: Sequence[str] = MODES) -> None:
-    """The table, and what its columns mean."""
+    """Print the table and the meaning of its columns."""
     console.print(make_table(results, console.width, modes), no_wrap=True, crop=False)
     _, columns = _layout(results, console.width, modes)
     meaning = {
@@ -136,7 +136,7 @@ def make_markdown(results: Sequence[Result], modes: Sequence[str] = MODES) -> st
 
 
 def print_summary(console: Console, results: list[Result], modes: tuple[str, ...] = MODES) -> None:
-    """Geometric means, then each line to reach with the rows that miss it."""
+    """Print geometric means, then each line to reach with the rows that miss it."""
     console.print("\n[bold]Geometric means[/]")
     for mode in modes:
         mean = means(results, mode)

@@ -1,4 +1,4 @@
-"""What bench.py does for a GPU and one can see without it: buffers that take turns, a clock that waits, rows, lines."""
+"""The parts of bench.py for a GPU that can be tested without one: buffers in turn, a clock that waits, rows, lines."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_an_arena_of_several_copies_runs_each_contestant_on_all() -> None:
 
 
 class FakeEvent:
-    """An event of a device whose time is how much work it was given."""
+    """An event of a device whose time is the amount of work that it was given."""
 
     now = 0.0
 
@@ -195,7 +195,7 @@ def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_compiling_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is spent in it is not taken from the timing, and when it is gone rows do without."""
+    """Compiling takes nothing from the time for measuring; after its budget, rows run without it."""
     now, compiled = [0.0], []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(bench, "race", lambda calls, part, device: dict.fromkeys(calls, Timing(part, part, part, 1)))

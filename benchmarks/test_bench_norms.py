@@ -37,5 +37,5 @@ def test_norm(arena: Arena, mode: str, contestant: str, benchmark: BenchmarkFixt
 
 
 def test_same_values_as_torch(arena: Arena) -> None:
-    """What is timed computes the same thing."""
+    """The timed calls compute the same values."""
     assert arena.disagreement() <= WRONG_EPSILONS

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from benchmarks.contestants import MODES, Arena, Row, mode_call, passes, quick_table, table
-from benchmarks.results import Result, geometric_mean, means, summary_lines
+from benchmarks.results import Result, geometric_mean, json_text, means, summary_lines
 from benchmarks.tables import make_markdown, make_table, print_summary
 from benchmarks.timing import Timing, race, repeats_for
 from tests.common import cases
 
+RESULTS = sorted((Path(__file__).parent / "results").glob("*.json"))
 LAYER = cases.Layer("ResNet-50", "BatchNorm2d", (32, 64, 56, 56), (64,))
 
 
@@ -77,6 +79,32 @@ def test_json_has_medians_quartiles_and_units() -> None:
     step = found["modes"]["step"]
     assert step["us"]["torch"] == {"median": 30e3, "low": 30e3, "high": 30e3, "rounds": 5}
     assert (step["times_torch"], step["copies"], step["floor_share"]) == (5.0, 0.857, 1.167)
+
+
+def test_json_is_a_line_a_row() -> None:
+    run = {
+        "commit": "a",
+        "options": {"modes": ["step", "eval"], "b": 0.1},
+        "rows": [{"x": [1, 2]}, {"x": []}],
+        "no": [],
+    }
+    assert json_text(run).splitlines() == [
+        "{",
+        ' "commit": "a",',
+        ' "options": {"modes": ["step", "eval"], "b": 0.1},',
+        ' "rows": [',
+        '  {"x": [1, 2]},',
+        '  {"x": []}',
+        " ],",
+        ' "no": []',
+        "}",
+    ]
+    assert json.loads(json_text(run)) == run
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_saved_results_are_a_line_a_row(path: Path) -> None:
+    assert path.read_text() == json_text(json.loads(path.read_text()))
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 150])

@@ -21,7 +21,7 @@ Call = Callable[[], object]
 
 SAMPLE_S = 2e-3  # one sample lasts at least this long (shorter calls are repeated)
 MAX_QUEUED = 64  # calls of a sample on a GPU: its queue takes about a thousand launches before the host has to wait
-HOLD_S, MAX_HOLD_S = 2e-4, 0.2  # how long a GPU waits for the host at least, at most
+HOLD_S, MAX_HOLD_S = 2e-4, 0.2  # the least and the most that a GPU waits for the host
 SPIN_HZ = 2e9  # cycles a second that a waiting GPU counts, at most: a slower one waits longer
 MIN_ROUNDS, MAX_ROUNDS = 3, 40
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_MAX = -1, -4  # option numbers of glibc's mallopt(3)
@@ -45,7 +45,7 @@ class Timing:
 
 
 def keep_memory() -> bool:
-    """Have malloc keep what is freed, as torch's CUDA allocator and jemalloc do. False without glibc.
+    """Have malloc keep freed memory, as torch's CUDA allocator and jemalloc do. False without glibc.
 
     glibc gives every block above 32 MB back to the system at once, so each new output first pays
     for its page faults: 5 times the copy itself for a tensor of 100 MB on a 2-core virtual machine.
@@ -74,7 +74,7 @@ class CudaClock:
     """
 
     def __init__(self) -> None:
-        self.host: dict[Call, float] = {}  # seconds that one call took the host lately
+        self.host: dict[Call, float] = {}  # seconds that the host last took for one call
 
     def __call__(self, call: Call, repeats: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -108,14 +108,14 @@ def race(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
 ) -> dict[str, Timing]:
-    """Time all contestants in rounds until `budget_s` is spent, for at least and at most so many rounds.
+    """Time all contestants in rounds until `budget_s` is spent, for `min_rounds` to `max_rounds` rounds.
 
     A call does its whole work and drops its result: allocating and freeing count for all.
     """
     clock, most = (CudaClock(), MAX_QUEUED) if device == "cuda" else (cpu_clock, 1 << 30)
     gc_was_on = gc.isenabled()
     gc.collect()
-    gc.disable()  # else a collection is charged to whoever runs just then
+    gc.disable()  # else a collection counts for the contestant that runs just then
     try:
         deadline = time.perf_counter() + budget_s
         repeats = {name: repeats_for(call, clock, most) for name, call in contestants.items()}

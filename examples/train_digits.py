@@ -6,7 +6,7 @@
 Each network is trained from the same weights on the same batches: as it is (torch.nn), after
 `fastnorm.convert(model)` (one line), and with activation and residual add inside the norm (fused). For
 comparison it is trained once more with torch.nn, every weight nudged in its last bit: training amplifies
-rounding, and two runs that differ by no more than that drift apart as well.
+rounding, so two runs that differ in nothing else drift apart as well.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import fastnorm
 from fastnorm import _C
 from fastnorm.__main__ import cpu_model
 
-# Run as a file, its own folder is on the path, and not the checkout.
+# Run as a file, only its own folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench
@@ -48,7 +48,7 @@ TABLE_S, QUICK_TABLE_S = 28.0, 10.0  # for the table of layers
 IMAGE_SIZE = 16  # the digits are 8 x 8; enlarged, so that a layer has some work
 
 
-# (a) A small ResNet. First as one writes it with torch.nn, then with fastnorm's fused modules.
+# (a) A small ResNet: written with torch.nn, then with fastnorm's fused modules.
 
 
 class Bottleneck(nn.Module):
@@ -145,7 +145,7 @@ def make_groupnorm_net(fused: bool) -> nn.Module:
 
 @dataclass
 class Variant:
-    """One way to run a network, and what its training showed."""
+    """One way to run a network, and the record of its training."""
 
     name: str
     model: nn.Module
@@ -157,11 +157,11 @@ class Variant:
 
     @property
     def seconds(self) -> float:
-        """Of an epoch."""
+        """Median seconds of an epoch."""
         return statistics.median(self.epoch_seconds)
 
     def loss_difference(self, other: Variant) -> list[float]:
-        """Of every step."""
+        """The difference of losses at every step."""
         return [abs(a - b) for a, b in zip(self.losses, other.losses, strict=True)]
 
 
@@ -198,7 +198,7 @@ def load_data(device: str) -> Data:
 
 
 def nudged(model: nn.Module) -> nn.Module:
-    """A copy with every weight changed in its last bit: what rounding alone makes of a training."""
+    """A copy with every weight changed in its last bit: it shows the effect of rounding alone."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for weight in model.parameters():
@@ -245,7 +245,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def epochs_within(seconds: float, models: dict[str, nn.Module], data: Data, most: int) -> int:
-    """How many epochs of all models fit into `seconds`, judged by one epoch of a copy of the first; 2 to `most`."""
+    """The number of epochs of all models that fit into `seconds`, 2 to `most`, by one epoch of a copy of the first."""
     trial = make_variant("trial", copy.deepcopy(models["torch.nn"]), data.steps_per_epoch)
     train_epoch(trial, data, epoch=0)
     return max(2, min(most, int(seconds / trial.seconds / len(models))))
@@ -256,7 +256,7 @@ def train(title: str, models: dict[str, nn.Module], data: Data, epochs: int) -> 
     variants = [make_variant(name, model, epochs * data.steps_per_epoch) for name, model in models.items()]
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     status = (TimeElapsedColumn(), TextColumn("[dim]{task.fields[status]}"))
-    # No refreshing in the background: its thread would take time from the timed ones.
+    # No refreshing in the background: its thread would take time from the timed calls.
     with Progress(*columns, *status, console=Console(stderr=True), auto_refresh=False) as progress:
         task = progress.add_task(title, total=epochs * len(variants), status="")
         for epoch in range(epochs):

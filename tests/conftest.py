@@ -1,11 +1,11 @@
 """Fixtures of every test: backends, strictness, seeds, thread count.
 
 pytest tests                        cpu; cuda where it is; emulated: the CUDA kernels without a GPU
-pytest tests --backend cuda         what runs on a backend, on that one alone; may be given more than once
+pytest tests --backend cuda         the tests that take a backend, on that one alone; may be given more than once
 
 A test with the fixture `backend` or `device` runs on the CPU and on CUDA; with the mark `emulated` (MARKERS), on the
-emulated devices too. The suite is strict: where torch's operators answer in place of the kernels, the call raises, but
-in tests marked `fallback`.
+emulated devices too. The suite is strict: where torch's operators answer in place of the kernels, the call raises,
+except in tests marked `fallback`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# fastnorm reads it when it is imported; programs that tests start read it too.
+# fastnorm reads this on import; so do the programs that tests start.
 os.environ["FASTNORM_STRICT"] = "1"
 
 import fastnorm._C
@@ -27,12 +27,12 @@ from tests.common.cases import Case, parity_cases, thinned
 from tests.emulator import backend as emulator
 
 # One, because the tensors are small: with two, waiting for the other core of a busy machine takes most of the time.
-# test_threads.py is where the number varies.
+# test_threads.py varies the number.
 THREADS = 1
 
 OPS = ("norm_forward", "norm_backward", "update_running_stats_", "moments")
 
-# Of tests/emulator/device.h. Plans fuse what fits an H200; on the tiny one they split what other tests call small.
+# Names in tests/emulator/device.h. On an H200 plans fuse these small sets; on the tiny device they split them.
 EMULATED_DEVICES = ("h200", "tiny")
 
 
@@ -50,7 +50,7 @@ class Backend:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """While it lasts, what runs on `device` runs on this backend."""
+        """Inside the context, calls on `device` run on this backend."""
         if self.name != "emulated":
             yield
             return
@@ -76,7 +76,7 @@ EMULATED = tuple(Backend("emulated", torch.device("cpu"), plays) for plays in EM
 
 
 def has_cuda() -> bool:
-    """fastnorm was built with it, and a device is there."""
+    """Whether fastnorm was built with CUDA and there is a device."""
     return fastnorm._C.build_info().get("cuda", "none") != "none" and torch.cuda.is_available()
 
 
@@ -122,8 +122,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drops what the emulated devices leave out of the parity table; and for --backend all that runs on another: what
-    says nothing else runs on the cpu."""
+    """Drops the cases of the parity table that the emulated devices leave out; with --backend, also the tests that run
+    on another backend. A test that names no backend counts as one of the cpu."""
     chosen = {backend.name for backend in chosen_backends(config)}
     kept = thinned_cases()
 
@@ -158,7 +158,7 @@ def device(backend: Backend) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def strictness(request: pytest.FixtureRequest) -> None:
-    """Off in a test marked `fallback`, and in the programs that it starts."""
+    """Switches strict mode off in a test marked `fallback`, and in the programs that it starts."""
     if request.node.get_closest_marker("fallback") is not None:
         monkeypatch = request.getfixturevalue("monkeypatch")
         monkeypatch.setattr("fastnorm.dispatch.strict", False)

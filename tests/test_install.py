@@ -1,4 +1,4 @@
-"""setup.py: what it says when something is missing, how it builds. `python -m fastnorm`: the report, the self-test."""
+"""setup.py: its sentences where something is missing, its build. `python -m fastnorm`: the report, the self-test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_setup() -> ModuleType:
-    """setup.py as a module: nothing runs but its definitions."""
+    """setup.py as a module: only its definitions run."""
     spec = importlib.util.spec_from_file_location("fastnorm_setup", ROOT / "setup.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -57,7 +57,7 @@ OLD_TORCH = "__version__ = '2.9.1'\ndef compiled_with_cxx11_abi(): return True\n
 BROKEN_TORCH = "raise OSError('libcudart.so.13: cannot open shared object file')\n"
 
 
-# What is missing is said in one sentence.
+# One sentence says what is missing.
 
 
 def sentence_of(call: Callable[..., object], *args: Any, **kwargs: Any) -> str:
@@ -118,7 +118,7 @@ def test_broken_torch(tmp_path: Path) -> None:
 
 
 def test_torch_hidden_by_isolation(tmp_path: Path) -> None:
-    # As pip isolates a build: a sitecustomize, found by PYTHONPATH, takes the environment's packages away.
+    # pip isolates a build so: a sitecustomize, found by PYTHONPATH, takes the environment's packages away.
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nsys.path = [p for p in sys.path if 'site-packages' not in p]"
     )
@@ -127,7 +127,7 @@ def test_torch_hidden_by_isolation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("standard", ["c++17", "none"])
 def test_old_compiler(standard: str, tmp_path: Path) -> None:
-    """One that knows only C++17, and one that does not know -std=c++20."""
+    """One compiler knows only C++17, the other does not know -std=c++20."""
     old = tmp_path / "old-compiler"
     swap = f'set -- $(echo "$*" | sed s/c++20/{standard}/)' if standard == "c++17" else "exit 1"
     old.write_text(f'#!/bin/sh\ncase "$*" in *c++20*) {swap};; esac\nexec {" ".join(COMPILER.command)} "$@"\n')
@@ -154,7 +154,7 @@ def test_no_pybind11(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [["build_ext"], ["dist_info"]], ids=" ".join)
 @pytest.mark.parametrize("missing", ["compiler", "torch", "cuda"])
 def test_no_traceback(command: list[str], missing: str, tmp_path: Path) -> None:
-    """Both of the commands by which pip comes here end with the sentence alone."""
+    """pip calls setup.py by two commands: both end with the sentence alone."""
     no_cuda = {"FASTNORM_CUDA": "1", "CUDA_HOME": "/no/such/folder"}
     env = {"compiler": {"CXX": "no-such-compiler"}, "cuda": no_cuda}.get(missing, {})
     if missing == "torch":
@@ -171,7 +171,7 @@ def test_no_traceback(command: list[str], missing: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """Sources in the places setup.py knows, in a folder whose name has to be quoted."""
+    """Sources in the folders that setup.py knows, below one whose name has to be quoted."""
     sources = {
         "plan/grid.cpp": '#include "grid.h"\nint plan() { return kPlan; }\n',
         "plan/grid.h": "constexpr int kPlan = 1;\n",
@@ -217,7 +217,7 @@ def test_objects_of_other_processors(toy: Path) -> None:
 
 
 def test_capabilities(tmp_path: Path) -> None:
-    """An instruction set that the compiler does not know is left out."""
+    """setup.py leaves out an instruction set that the compiler does not know."""
     compiler = setup.find_compiler()
     assert list(setup.find_capabilities(compiler, "aarch64")) == ["baseline"]
     old = tmp_path / "old-compiler"
@@ -245,7 +245,7 @@ def test_incremental_build(toy: Path, tmp_path: Path) -> None:
 
 
 def test_change_of_torch(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Back at a torch that was built for before: nothing is compiled, and the library is the one for it."""
+    """Going back to a torch compiles nothing, and gives the library that was built for it."""
     (toy / "torch" / "module.cpp").write_text("const char* torch() { return FASTNORM_TORCH_VERSION; }\n")
     tools = make_tools({"baseline": []})
     monkeypatch.setattr(setup, "ROOT", toy.parent)
@@ -280,7 +280,7 @@ def test_source_distribution(tmp_path: Path) -> None:
 
 
 def test_make_builds_for_the_torch_and_the_environment_named(tmp_path: Path) -> None:
-    """There is one library, so that a change of either builds; without one nothing is done."""
+    """There is one library: make builds it when torch or the environment changes, and else does nothing."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("csrc/a.cpp", "tests/b.h", "requirements-dev.txt", *SETUP, "pyproject.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -312,7 +312,7 @@ def test_make_builds_for_the_torch_and_the_environment_named(tmp_path: Path) -> 
     assert done() == ["build_ext"]
 
 
-# What is written in several places is the same in all.
+# Facts written in several places are the same in all.
 
 
 def test_version() -> None:
@@ -377,7 +377,7 @@ def test_report_of_cuda(built: str, torch_cuda: str | None, monkeypatch: pytest.
 
 
 def test_stream() -> None:
-    """torch's CUDA streams are found wherever torch has CUDA, whatever this build has."""
+    """fastnorm finds torch's CUDA streams wherever torch has CUDA, even in a build without CUDA kernels."""
     assert _C.has_stream() == (torch.version.cuda is not None)
 
 

@@ -1,4 +1,4 @@
-"""setup.py and CUDA: the toolkit it finds, what it compiles for, its check mode. nvcc is a shell script here."""
+"""setup.py and CUDA: the toolkit it finds, its targets, its check mode. nvcc is a shell script here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.test_install import toy as toy  # a fixture
 setup = load_setup()
 cuda = setup.sys.modules["setup_cuda"]
 
-# "Compiles" by copying, and notes on stderr what ptxas notes.
+# It "compiles" by copying, and writes ptxas's lines to stderr.
 NVCC = """#!/bin/sh
 case "$*" in
     *--version*) echo "Cuda compilation tools, release VERSION, V0.0.0"; exit ;;
@@ -52,7 +52,7 @@ def toolkit(tmp_path: Path) -> Path:
 
 
 def test_nvcc(tmp_path: Path) -> None:
-    """What the variables name, then the newest in /usr/local, then nvcc on PATH, which may be a wrapper."""
+    """The order: the toolkit that a variable names, the newest in /usr/local, nvcc on PATH, which may be a wrapper."""
     local = tmp_path / "local"
     on_path, named, other = (make_toolkit(tmp_path / name) for name in ("path", "named", "other"))
     env = {"PATH": f"{on_path}/bin"}
@@ -95,7 +95,7 @@ def test_unknown_architecture(listed: str, parts: list[str], toolkit: Path) -> N
 
 
 def test_modes(toolkit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """auto takes CUDA where torch has it and there is an nvcc, and says so where there is none; 1 insists."""
+    """auto builds CUDA kernels where torch has CUDA and there is an nvcc, else says that there is none; 1 insists."""
     env = {"CUDA_HOME": str(toolkit)}
     assert cuda.find_cuda("0", "13.0", env=env) is None
     assert cuda.find_cuda("auto", "", env=env) is None
@@ -135,7 +135,7 @@ DTYPES = ("float", "double", "BFloat16", "Float16")
 
 
 def test_objects_with_cuda(cuda_toy: Path, toolkit: Path) -> None:
-    """Kernels once per storage type; whoever must know that they are there is told what they are built for."""
+    """Kernels are compiled once per storage type; the two files that report the build get its targets as a macro."""
     tools = make_tools({"baseline": []})
     env = {"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX"}
     plain = {o.path: o.flags for o in setup.plan_objects(cuda_toy, tools, "1")}
@@ -155,7 +155,7 @@ def test_objects_with_cuda(cuda_toy: Path, toolkit: Path) -> None:
 
 @pytest.fixture
 def checked(cuda_toy: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the check mode writes to, for the toy and the toolkit."""
+    """The folder that check mode writes to, for the toy and the toolkit."""
     monkeypatch.setattr(setup, "ROOT", cuda_toy.parent)
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
     monkeypatch.setenv("MAX_JOBS", "1")
@@ -203,7 +203,7 @@ def test_check_refuses(checked: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 
 @pytest.mark.parametrize("command", ["build_ext", "dist_info"])
 def test_check_installs_nothing(command: str, toolkit: Path, tmp_path: Path) -> None:
-    """pip is refused before it makes a package without the extension; build_ext is how the check is run."""
+    """Check mode refuses pip, which would make a package without the extension; only build_ext runs the check."""
     if command == "build_ext":
         env: dict[str, Any] = {"CUDA_HOME": "/no/such/folder"}
         expected = "/no/such/folder has no bin/nvcc"

@@ -14,8 +14,8 @@ from tests.conftest import Backend
 
 pytestmark = pytest.mark.emulated
 
-# Beyond torch.nn's own error, in epsilons of the quantity's dtype times the size of its terms. Kernels for CUDA have
-# float32 where those of the CPU, torch's too, take a double for what is computed once a set.
+# Beyond torch.nn's own error, in epsilons of the quantity's dtype times the size of its terms. For values computed
+# once per set, the kernels for CUDA take float32, those for the CPU (torch's too) a double.
 SLACK = {"cpu": 1.5, "cuda": 2.5, "emulated": 2.5}
 
 
@@ -35,7 +35,7 @@ def same_format(ours: torch.Tensor, native: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
 def test_memory_format(layer: Layer, device: torch.device) -> None:
-    """torch.nn's, except that InstanceNorm keeps channels_last."""
+    """Outputs have torch.nn's memory format, except that InstanceNorm keeps channels_last."""
     for layout in layer.layouts:
         for residual in (False, True):
             for mode in modes(layer):
@@ -81,14 +81,14 @@ def test_mixed_layouts(layer: Layer, device: torch.device) -> None:
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
 @pytest.mark.parametrize("layer", EMPTY, ids=lambda layer: layer.id)
 def test_empty(layer: Layer, mode: str, device: torch.device) -> None:
-    """No elements: torch.nn's result, or its exception."""
+    """Without elements the call gives torch.nn's result, or its exception."""
     for layout in layer.layouts:
         case = Case(layer, layout, mode=mode)
         inputs = make_inputs(case, device)
         outcomes = []
         for namespace in (torch.nn, fastnorm):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # initialising no elements
+                warnings.simplefilter("ignore")  # torch warns that it initialises no elements
                 module = build(case, namespace, device)
             try:
                 outcomes.append(run(case, module, inputs))
@@ -96,7 +96,7 @@ def test_empty(layer: Layer, mode: str, device: torch.device) -> None:
                 outcomes.append((type(error), str(error)))
         native, ours = outcomes
         if isinstance(native, tuple) and native[0] is IndexError:
-            # Not a check of torch's but a slip, which ours need not repeat.
+            # This is a slip in torch, not a check: fastnorm need not repeat it.
             assert isinstance(ours, tuple) or ours["y"].shape == layer.shape
             continue
         if isinstance(native, tuple) or isinstance(ours, tuple):
@@ -109,10 +109,9 @@ def test_empty(layer: Layer, mode: str, device: torch.device) -> None:
 @pytest.mark.parametrize("layout", ["planar", "channels_last"])
 @pytest.mark.parametrize("layer", LAYERS[-1:] + LAYERS[:1], ids=lambda layer: layer.id)
 def test_nan_and_inf_propagate(value: float, layout: str, layer: Layer, device: torch.device) -> None:
-    """One bad element spoils its set, in the output and in the gradients, and nothing else."""
+    """One bad element spoils its set in the output and in the gradients, and spoils nothing else."""
     case = Case(layer, layout)
     inputs = make_inputs(case, device)
-    inputs.x.view(-1) if layout == "planar" else None
     inputs.x[(0,) * inputs.x.dim()] = value
     ours = run(case, build(case, fastnorm, device), inputs)
     native = run(case, build(case, torch.nn, device), inputs)

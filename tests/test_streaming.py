@@ -1,4 +1,4 @@
-"""Outputs larger than the last cache are stored past it: the same bits as from parts that are not."""
+"""Outputs larger than the last cache are stored past it; they have the same bits as parts that fit it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from fastnorm import functional
 from tests.common.cases import to_layout
 
-# More than half of the last cache, where plan.cpp begins to stream. Beyond 64 MiB of cache the test is merely large.
+# More than half of the last cache: csrc/plan/cpu.cpp streams from there on. With a cache beyond 64 MiB it does not, and
+# the test is only one of large tensors.
 CACHE = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
 BYTES = min(max(CACHE, 16 << 20) * 5 // 8, 40 << 20)
 
 
 def gradients(y: Tensor, *leaves: Tensor) -> list[Tensor]:
-    """y, and the gradients of leaves when the incoming one is y / 2."""
+    """y, and the gradients of `leaves` for the incoming gradient y / 2."""
     return [y.detach(), *torch.autograd.grad(y, leaves, y.detach() / 2)]
 
 
@@ -55,7 +56,7 @@ def test_layer_norm(columns: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("width", [56, 37], ids=["aligned", "odd"])
 def test_batch_norm(width: int, frozen: bool) -> None:
-    """Split by channels."""
+    """The parts are channels."""
     samples = BYTES // (16 * width * width * 4)
     x = torch.randn(samples, 16, width, width, requires_grad=True)
     mean, var = torch.randn(16), torch.rand(16) + 0.5

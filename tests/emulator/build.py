@@ -1,4 +1,4 @@
-"""Builds what runs the CUDA kernels without a GPU, with ninja, incrementally, into build/emulator.
+"""Builds the emulator, which runs the CUDA kernels without a GPU, with ninja, incrementally, into build/emulator.
 
     python tests/emulator/build.py                    all of it
     python tests/emulator/build.py thread/self_test   one target
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # else its own folder is on the path, and not the checkout
+    sys.path.insert(0, str(ROOT))  # run as a file, only its own folder is on the path
 
 from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
@@ -41,7 +41,7 @@ DTYPES = ("float", "double", "BFloat16", "Float16")
 
 COMMON = ["-std=c++20", "-DFASTNORM_EMULATE", f"-I{CSRC}", f"-I{EMULATOR}", f"-ffile-prefix-map={ROOT}/="]
 COMMON += ["-fPIC", "-fvisibility=hidden", "-pthread", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-# g++ does not follow that what is read at a place is used there alone.
+# g++ does not see that a value which one branch reads is used in that branch alone.
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 SANITIZE = {
     "plain": [],
@@ -76,16 +76,16 @@ def compiler() -> list[str]:
 
 @functools.cache
 def machine_flags() -> list[str]:
-    """This machine's instructions, or every fused multiply-add is a call of the C library."""
+    """Flags for this machine's instructions: without them every fused multiply-add is a call of the C library."""
     trial = [*compiler(), "-march=native", "-fsyntax-only", "-x", "c++", os.devnull]
     return ["-march=native"] if subprocess.run(trial, capture_output=True).returncode == 0 else []
 
 
-# What is compiled, and how.
+# Objects and their flags.
 
 
 def plain_object(variant: str, source: Path, *flags: str, suffix: str = "", optimize: str = "-O2") -> Object:
-    """One source. What runs under ThreadSanitizer is compiled for it, but for the emulator: see sanitizer.h."""
+    """One source. In the variant `thread` all but the emulator is compiled for ThreadSanitizer: see sanitizer.h."""
     name = "_".join(source.relative_to(ROOT).with_suffix("").parts) + suffix
     sanitize = [] if variant == "thread" and source.name == "emulator.cpp" else SANITIZE[variant]
     own = [*COMMON, *machine_flags(), optimize, *sanitize, *SANITIZER_MACRO[variant], *flags]
@@ -97,7 +97,7 @@ def emulator_objects(variant: str) -> list[Object]:
 
 
 def kernel_objects(variant: str) -> list[Object]:
-    """The CUDA half of csrc, but for the binding. Under AddressSanitizer unoptimized: it takes a third of the time."""
+    """The CUDA half of csrc without the binding. Without optimization AddressSanitizer takes a third of the time."""
     optimize = {"plain": "-O2", "address": "-O0", "thread": "-O1"}[variant]
     objects = [
         plain_object(
@@ -173,14 +173,14 @@ def build(path: str, quiet: bool = True) -> Path:
 
 @functools.cache
 def runner(variant: str) -> list[str]:
-    """What to put before the command. Raises BuildError where this machine cannot run the variant."""
+    """The words to put before the command. Raises BuildError where this machine cannot run the variant."""
     trial = PLACE / f"trial_{variant}"
     PLACE.mkdir(parents=True, exist_ok=True)
     link = [*compiler(), *SANITIZE[variant], "-x", "c++", "-", "-o", str(trial)]
     linked = subprocess.run(link, input="int main() {}", capture_output=True, text=True)
     if linked.returncode != 0:
         raise BuildError(f"the compiler has no runtime for {SANITIZE[variant]}: {linked.stderr.strip()[-300:]}")
-    # ThreadSanitizer of older compilers does not know where newer kernels put things, unless they do so in order.
+    # The ThreadSanitizer of older compilers does not know the address layout of newer kernels, unless it is not random.
     found = ""
     for prefix in ([], ["setarch", platform.machine(), "--addr-no-randomize"]):
         try:
