@@ -78,6 +78,7 @@ EMULATED_TESTS = {
     "test_parity": "",
     "test_activation": "",
     "test_hypothesis": "",
+    "test_nonfinite": "",
     "test_autograd": "",
     "test_modules": "",
     "test_functional": "",
@@ -114,7 +115,8 @@ def chosen_backends(config: pytest.Config) -> list[Backend]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
-    name, only = metafunc.function.__name__, EMULATED_TESTS.get(metafunc.module.__name__)
+    module = metafunc.module.__name__.rpartition(".")[2]
+    name, only = metafunc.function.__name__, EMULATED_TESTS.get(module)
     emulated = only is not None and name.startswith(only) and name not in NOT_EMULATED
     backends = [b for b in chosen_backends(metafunc.config) if b.name != "emulated" or emulated]
     metafunc.parametrize("backend", backends, ids=[b.id for b in backends], indirect=True)

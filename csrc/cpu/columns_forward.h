@@ -72,7 +72,8 @@ struct StripMoments {
                                   double count, double positions) const {
     const auto half = [&](int64_t at, PackD about, PackD sum, PackD squares) {
       const PackD shift = sum * PackD(1 / positions), m2 = squares - sum * shift;
-      const PackD mean = (about - load(origin + at)) + shift;
+      // An infinite mean stays infinite: shift is NaN then.
+      const PackD mean = select(about * PackD(0) >= PackD(0), (about - load(origin + at)) + shift, about);
       total.merge(at, channels, {mean, select(m2 <= PackD(0), PackD(0), m2)}, count, positions);
     };
     half(i, widen_lower(pivot), widen_lower(delta), widen_lower(square));

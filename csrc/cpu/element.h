@@ -269,6 +269,8 @@ struct SharedGradSums {
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     Pack<A> d[P], centered[P];
     load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, centered);
+    // The slope at what stands past the end can be Inf or NaN, and dy's zero times it is NaN.
+    for (int p = 0; p < P; ++p) d[p] = access.keep(d[p], p);
     if (kept) {
       for (int p = 0; p < P; ++p) store(kept + i + p * kLanes<A>, d[p]);
     }

@@ -46,7 +46,9 @@ class ElementBackward : Call<T, BackwardCall> {
         const int64_t at = i + p * L;
         wd[p] = access.keep(d[p] * load(coefs.weight + at), p);
         if (dweight) {
-          store(dweight + at, fma(d[p], centered[p] * coefs.rstd, load(dweight + at)));
+          // The lanes past the end are the next set's channels: this set's d and xhat, perhaps NaN, are zero there.
+          d[p] = access.keep(d[p], p);
+          store(dweight + at, fma(d[p], access.keep(centered[p] * coefs.rstd, p), load(dweight + at)));
           store(dbias + at, load(dbias + at) + d[p]);
         }
       }
