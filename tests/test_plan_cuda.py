@@ -183,6 +183,28 @@ def test_real_shapes() -> None:
     assert table() == GOLDEN.read_text(), "plans have changed: review, then `python -m tests.test_plan_cuda`"
 
 
+def test_geometries_and_devices_give_back_what_they_were_made_of() -> None:
+    """By names that follow from one list of fields."""
+    geometry = Shape(GROUP, 2, 8, 4, 2, True).geometry
+    assert [getattr(geometry, name) for name in ("kind", "N", "C", "S", "G", "channels_last")] == [
+        "group", 2, 8, 4, 2, True
+    ]  # fmt: skip
+    assert geometry == Shape(GROUP, 2, 8, 4, 2, True).geometry != Shape(GROUP, 2, 8, 4, 4, True).geometry
+    facts = DEVICES["H200"]
+    names = [name for name in dir(facts) if not name.startswith("_")]
+    assert len(names) == 10 and (facts.num_sms, facts.cluster_sms, facts.cooperative) == (132, 128, True)
+    numbers = {name: getattr(facts, name) for name in names}
+    assert _C.DeviceInfo(**numbers) == facts
+    for name in names:
+        other = not numbers[name] if name == "cooperative" else numbers[name] + 1
+        assert _C.DeviceInfo(**numbers | {name: other}) != facts, name
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind is 'rows', expected one of batch, group, layer"):
+        _C.Geometry("rows", 2, 8, 4)
+
+
 def test_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"int8.*float32"):
         _C.plan_forward(Shape(BATCH, 2, 8, 4, 8, False).geometry, "int8", DEVICES["H200"])

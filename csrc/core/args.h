@@ -10,6 +10,9 @@
 
 namespace fastnorm {
 
+// The rows of a call's statistics, [kStatsRows, sets] of Accum<dtype>. kMeanLow is what rounding cut off the mean.
+enum StatsRow : int { kMean, kRstd, kVar, kMeanLow, kStatsRows };
+
 // A vector of C parameters of its own type; null pointers mean "absent".
 struct Params {
   const void* data;
@@ -30,7 +33,7 @@ struct ForwardArgs {
   uint8_t* mask;                     // mask_bytes(...) or null: one bit per element, the side of a two-sided activation
   Params weight, bias;               // [C]
   Params running_mean, running_var;  // [C]: frozen statistics, or null
-  void* stats;  // [4, sets] of Accum<dtype>: mean, rstd, biased variance, what mean lost by rounding
+  void* stats;                       // [kStatsRows, sets]
   double eps;
   Activation activation;
   double activation_param;

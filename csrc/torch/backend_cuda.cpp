@@ -11,7 +11,6 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -21,7 +20,6 @@
 #include "cuda_stream.h"
 #include "plan/cuda.h"
 #include "plan_cache.h"
-#include "plan_options.h"
 
 namespace fastnorm::ops {
 
@@ -131,15 +129,24 @@ DeviceInfo without_gangs(DeviceInfo device) {
   return device;
 }
 
+ForwardPlan make_plan(const PlanKey<ForwardNeeds>& key) {
+  return plan_forward(key.geometry, key.dtype, key.needs, key.device, key.options);
+}
+BackwardPlan make_plan(const PlanKey<BackwardNeeds>& key) {
+  return plan_backward(key.geometry, key.dtype, key.needs, key.device, key.options);
+}
+
 // Launches a call as planned. A device that is shared or partitioned may refuse blocks that wait for each other: then
-// the call goes, now and in future, by a plan that has none.
-template <class Plan, class MakePlan, class Launch>
-void run_planned(PlanCache<Plan>& cache, const Geometry& g, DType dtype, const std::array<int64_t, 5>& needs,
-                 const DeviceInfo& device, MakePlan make_plan, Launch launch_plan) {
-  const PlanKey key = plan_key(g, dtype, needs, device, plan_options());
-  int error = launch([&] { return launch_plan(cache.get(key, [&] { return make_plan(device, plan_options()); })); });
+// this call and later ones like it go by a plan that has none.
+template <class Plan, class Needs, class Launch>
+void run_planned(const PlanKey<Needs>& key, Launch launch_plan) {
+  static PlanCache<Plan, Needs> cache;
+  int error = launch([&] { return launch_plan(cache.get(key, [](const auto& k) { return make_plan(k); })); });
   if (error == cuda::kGangRefused) {
-    const Plan plan = make_plan(without_gangs(device), PlanOptions{});
+    PlanKey<Needs> alone = key;
+    alone.device = without_gangs(key.device);
+    alone.options = {};
+    const Plan plan = make_plan(alone);
     error = launch([&] { return launch_plan(plan); });
     if (error == 0) cache.put(key, plan);
   }
@@ -147,7 +154,6 @@ void run_planned(PlanCache<Plan>& cache, const Geometry& g, DType dtype, const s
 }
 
 void forward(const ForwardArgs& args, at::Device device) {
-  static PlanCache<ForwardPlan> cache;
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.x, args.residual, args.y);
   if (packs_params(args.geometry)) {
@@ -155,19 +161,14 @@ void forward(const ForwardArgs& args, at::Device device) {
         alignment, common_alignment(args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data));
   }
   const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr};
-  run_planned(
-      cache, args.geometry, args.dtype, {needs.alignment, needs.output, needs.frozen, 0, 0}, device_info(device),
-      [&](const DeviceInfo& info, const PlanOptions& options) {
-        return plan_forward(args.geometry, args.dtype, needs, info, options);
-      },
-      [&](const ForwardPlan& plan) {
+  run_planned<ForwardPlan, ForwardNeeds>(
+      {args.geometry, args.dtype, needs, device_info(device), shared_options().get()}, [&](const ForwardPlan& plan) {
         const Workspace workspace(plan.workspace_bytes, device);
         return cuda::launch_forward(args, plan, workspace.data(), current_stream(device));
       });
 }
 
 void backward(const BackwardArgs& args, at::Device device) {
-  static PlanCache<BackwardPlan> cache;
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.dy, args.x, args.residual, args.dx, args.dresidual);
   if (packs_params(args.geometry)) {
@@ -177,13 +178,8 @@ void backward(const BackwardArgs& args, at::Device device) {
                             args.dx != nullptr || args.dresidual != nullptr,
                             args.dweight.data != nullptr || args.dbias.data != nullptr};
   if (!needs.input && !needs.params) return;
-  run_planned(
-      cache, args.geometry, args.dtype, {needs.alignment, needs.residual, needs.frozen, needs.input, needs.params},
-      device_info(device),
-      [&](const DeviceInfo& info, const PlanOptions& options) {
-        return plan_backward(args.geometry, args.dtype, needs, info, options);
-      },
-      [&](const BackwardPlan& plan) {
+  run_planned<BackwardPlan, BackwardNeeds>(
+      {args.geometry, args.dtype, needs, device_info(device), shared_options().get()}, [&](const BackwardPlan& plan) {
         const Workspace workspace(plan.workspace_bytes(), device);
         return cuda::launch_backward(args, plan, workspace.data(), current_stream(device));
       });

@@ -14,7 +14,7 @@ import numpy as np
 from fastnorm import _C
 from tests.common.cases import Layer
 
-BATCH, GROUP, LAYER = 0, 1, 2
+BATCH, GROUP, LAYER = "batch", "group", "layer"
 DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -65,7 +65,7 @@ DEVICES = {
 class Shape:
     """The planner's Geometry, described anew from the norms' definitions."""
 
-    kind: int
+    kind: str
     N: int
     C: int
     S: int
