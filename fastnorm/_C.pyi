@@ -11,6 +11,10 @@ def cpu_capability() -> str:
 def cpu_capabilities() -> list[str]:
     """The instruction sets that this build and this processor can both run, best first."""
 
+def refused_gangs() -> int:
+    """How many CUDA launches whose blocks wait for each other were refused, as a shared or partitioned GPU does, and
+    replaced by slower plans. FASTNORM_STRICT=1 makes a refusal a RuntimeError; FASTNORM_LOG=fallback prints it."""
+
 def has_stream() -> bool:
     """Whether the torch that is loaded has CUDA streams."""
 

@@ -11,13 +11,16 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
+#include <set>
 #include <string>
 
 #include "cuda/api.h"
 #include "cuda_stream.h"
+#include "gang_refusals.h"
 #include "plan/cuda.h"
 #include "plan_cache.h"
 
@@ -88,8 +91,9 @@ const DeviceInfo& device_info(at::Device device) {
     check_cuda(cuda::device_info(device.index(), &facts.info));
     facts.served = built_for(facts.info.capability);
   });
-  TORCH_CHECK(facts.served, "fastnorm: x is on ", device, " of compute capability ", facts.info.capability / 10, ".",
-              facts.info.capability % 10, ", expected one that this build is for: CUDA " FASTNORM_CUDA_BUILD);
+  TORCH_CHECK_NOT_IMPLEMENTED(facts.served, "fastnorm: x is on ", device, " of compute capability ",
+                              facts.info.capability / 10, ".", facts.info.capability % 10,
+                              ", expected one that this build is for: CUDA " FASTNORM_CUDA_BUILD);
   return facts.info;
 }
 
@@ -136,13 +140,40 @@ BackwardPlan make_plan(const PlanKey<BackwardNeeds>& key) {
   return plan_backward(key.geometry, key.dtype, key.needs, key.device, key.options);
 }
 
-// Launches a call as planned. A device that is shared or partitioned may refuse blocks that wait for each other: then
+const Grid& main_grid(const ForwardPlan& plan) { return plan.grid; }
+const Grid& main_grid(const BackwardPlan& plan) { return plan.reduce; }
+std::string direction_of(const ForwardPlan&) { return "forward"; }
+std::string direction_of(const BackwardPlan&) { return "backward"; }
+
+std::string environment(const char* name) {
+  const char* const value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// A refusal is counted; FASTNORM_STRICT=1 makes it an error; FASTNORM_LOG=fallback prints the first of its kind.
+template <class Plan>
+void note_refusal(const Plan& plan) {
+  ++refused_gangs();
+  const std::string direction = direction_of(plan);
+  const std::string text = "fastnorm: the device refused to run the blocks of a " + direction +
+                           " launch together, as one that is shared or partitioned does; planned " + to_string(plan);
+  TORCH_CHECK(environment("FASTNORM_STRICT") != "1", text, " (FASTNORM_STRICT=1)");
+  static std::mutex mutex;
+  static std::set<std::string> printed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (environment("FASTNORM_LOG").find("fallback") == std::string::npos) return;
+  if (printed.insert(direction + name_of(main_grid(plan).gang)).second) std::fprintf(stderr, "%s\n", text.c_str());
+}
+
+// Launches a call as planned. A device that is shared or partitioned may refuse blocks that wait for each other. Then
 // this call and later ones like it go by a plan that has none.
 template <class Plan, class Needs, class Launch>
 void run_planned(const PlanKey<Needs>& key, Launch launch_plan) {
   static PlanCache<Plan, Needs> cache;
-  int error = launch([&] { return launch_plan(cache.get(key, [](const auto& k) { return make_plan(k); })); });
+  const Plan planned = cache.get(key, [](const auto& k) { return make_plan(k); });
+  int error = launch([&] { return launch_plan(planned); });
   if (error == cuda::kGangRefused) {
+    note_refusal(planned);
     PlanKey<Needs> alone = key;
     alone.device = without_gangs(key.device);
     alone.options = {};

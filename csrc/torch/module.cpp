@@ -9,6 +9,7 @@
 #include "cpu/api.h"
 #include "cuda/api.h"
 #include "cuda_stream.h"
+#include "gang_refusals.h"
 #include "plan/cuda.h"
 #include "plan_cache.h"
 
@@ -260,6 +261,9 @@ PYBIND11_MODULE(_C, m) {
         "Version, torch, compiler, instruction sets and CUDA this extension was built with.");
   m.def("cpu_capability", [] { return std::string(cpu::kernels().name); }, "The instruction set in use.");
   m.def("cpu_capabilities", &capabilities, "Those this build and this processor can run, best first.");
+  m.def(
+      "refused_gangs", [] { return ops::refused_gangs().load(); },
+      "How many CUDA launches whose blocks wait for each other were refused and replaced by slower plans.");
   m.def("has_stream", &has_cuda_stream, "Whether the torch that is loaded has CUDA streams.");
   m.def("activations", &activations, "The names of the ops' `activation` argument: number i is the name at i.");
   m.def("two_sided_activations", &two_sided_activations,

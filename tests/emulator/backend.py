@@ -101,7 +101,8 @@ class Emulator:
         self._library = library
         for name in ("device", "configure", "launch"):
             getattr(library, f"fastnorm_emulator_{name}").restype = ctypes.c_char_p
-        library.fastnorm_emulator_launch_count.restype = ctypes.c_int64
+        for name in ("launch_count", "refused_gangs"):
+            getattr(library, f"fastnorm_emulator_{name}").restype = ctypes.c_int64
 
     @staticmethod
     def _check(text: bytes | None) -> None:
@@ -163,6 +164,11 @@ class Emulator:
             yield
         finally:
             self._library.fastnorm_emulator_model_l2(False)
+
+    def refused_gangs(self) -> int:
+        """How many launches were refused and replaced, since the library was loaded. What _C.refused_gangs() counts
+        are those on a GPU."""
+        return int(self._library.fastnorm_emulator_refused_gangs())
 
     def reset_counters(self) -> None:
         self._library.fastnorm_emulator_reset_counters()

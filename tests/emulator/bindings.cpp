@@ -6,6 +6,7 @@
 #include <string>
 
 #include "runtime.h"
+#include "torch/gang_refusals.h"
 #include "torch/plan_cache.h"
 
 #define FASTNORM_EXPORT extern "C" __attribute__((visibility("default")))
@@ -79,6 +80,8 @@ FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint6
     ops::shared_options().set({free_sms, fields_of_text<Forced>(forced)});
   });
 }
+
+FASTNORM_EXPORT int64_t fastnorm_emulator_refused_gangs() { return ops::refused_gangs(); }
 
 FASTNORM_EXPORT void fastnorm_emulator_reset_counters() { emulator::reset_counters(); }
 
