@@ -203,6 +203,11 @@ class Call:
         return _C.compare_backward(self.shape.geometry, self.dtype, facts, **self.backward_needs, **options)
 
 
+def words(plan: _C.ForwardPlan | _C.BackwardPlan) -> str:
+    """The plan without its estimate."""
+    return str(plan).split("; estimate ")[0]
+
+
 def random_call(r: random.Random) -> Call:
     """Sizes from one to far beyond 2^31 elements, of powers of two, their neighbours and multiples."""
     scale = r.choice((0.25, 0.5, 0.5, 1.0))
