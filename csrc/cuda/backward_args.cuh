@@ -13,7 +13,7 @@ struct BackwardTensors {
   const T* residual;    // or null
   const uint8_t* mask;  // or null
   Params weight, bias;
-  const A* stats;  // [4, sets]
+  const A* stats;  // [kStatsRows, sets]
   int64_t sets;
   bool frozen;
   Epilogue<A> epilogue;

@@ -145,8 +145,8 @@ update_running(RunningArgs r) {
   const A* stats = static_cast<const A*>(r.stats);
   for (int64_t c = block_index() * block_threads() + thread_index(); c < r.channels;
        c += grid_blocks() * block_threads()) {
-    move_running(r.running_mean, r.mean_stride, c, stats, r.sets, r.channels, momentum, 1.0);
-    move_running(r.running_var, r.var_stride, c, stats + 2 * r.sets, r.sets, r.channels, momentum, unbiased(count));
+    move_running(r.running_mean, r.mean_stride, c, stats + kMean * r.sets, r.sets, r.channels, momentum, 1.0);
+    move_running(r.running_var, r.var_stride, c, stats + kVar * r.sets, r.sets, r.channels, momentum, unbiased(count));
   }
 }
 

@@ -14,7 +14,7 @@ struct ForwardTensors {
   uint8_t* mask;      // or null
   Params weight, bias;
   Params running_mean, running_var;  // frozen statistics, or null
-  A* stats;                          // [4, sets]
+  A* stats;                          // [kStatsRows, sets]
   int64_t sets;
   A eps;
   Epilogue<A> epilogue;

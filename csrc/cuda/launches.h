@@ -20,7 +20,7 @@ struct FoldForwardArgs {
   const void* x;
   DType dtype;
   int64_t outer_stride, set_stride;  // of sets' first elements
-  A* stats;                          // [4, sets]
+  A* stats;                          // [kStatsRows, sets]
   double eps;
 };
 int launch_fold_forward(const FoldForwardArgs<float>& args, void* stream);

@@ -1,5 +1,5 @@
-// What both traversals take moments by: how many packs a thread has under way, the origin of a set, and the moments of a
-// batch of packs.
+// What both traversals take moments by: how many packs a thread has under way, the origin of a set, and the moments of
+// a batch of packs.
 #pragma once
 
 #include "element.cuh"

@@ -15,14 +15,15 @@ struct SetStats {
 
 template <class A>
 FASTNORM_DEVICE void store_stats(A* stats, int64_t sets, int64_t set, const SetStats<A>& s, A var) {
-  store_one(stats + set, s.mean);
-  store_one(stats + sets + set, s.rstd);
-  store_one(stats + 2 * sets + set, var);
-  store_one(stats + 3 * sets + set, s.low);
+  store_one(stats + kMean * sets + set, s.mean);
+  store_one(stats + kRstd * sets + set, s.rstd);
+  store_one(stats + kVar * sets + set, var);
+  store_one(stats + kMeanLow * sets + set, s.low);
 }
 template <class A>
 FASTNORM_DEVICE SetStats<A> load_stats(const A* stats, int64_t sets, int64_t set) {
-  return {load_one(stats + set), load_one(stats + sets + set), load_one(stats + 3 * sets + set)};
+  return {load_one(stats + kMean * sets + set), load_one(stats + kRstd * sets + set),
+          load_one(stats + kMeanLow * sets + set)};
 }
 
 // What a + b lost when it was rounded to `sum` (Knuth's TwoSum).
