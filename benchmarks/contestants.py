@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastnorm
+from fastnorm.activations import ACTIVATIONS
 from tests.common import cases
 
 Call = Callable[[], object]
@@ -157,13 +159,11 @@ def torch_activation(name: str | None) -> Callable[[Tensor], Tensor]:
     """The activation as a torch.nn user writes it: ReLU in place, as in torchvision's models; the others
     not in place, because there they would save a copy for the backward pass.
     """
-    return {
-        None: lambda t: t,
-        "relu": lambda t: F.relu(t, inplace=True),
-        "leaky_relu": lambda t: F.leaky_relu(t, inplace=True),
-        "silu": F.silu,
-        "gelu": F.gelu,
-    }[name]
+    if name is None:
+        return lambda t: t
+    if name in ("relu", "leaky_relu"):
+        return partial(getattr(F, name), inplace=True)
+    return partial(ACTIVATIONS[name].value, param=0.01)
 
 
 def torch_norm(row: Row, norm: Callable[[Tensor], Tensor]) -> Norm:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fastnorm
 from fastnorm import _C
+from fastnorm.activations import ACTIVATIONS
 
 #: Input dtype -> how far a result may be from torch.nn in float64, as a share of its largest value: a few roundings.
 LIMITS: dict[torch.dtype, float] = {
@@ -101,7 +102,7 @@ def run_trial(trial: Trial, dtype: torch.dtype, device: str = "cpu") -> Outcome:
     def reference_output() -> Any:
         z = theirs(doubles[0])
         z = z + doubles[1] if trial.residual else z
-        return getattr(nn.functional, trial.activation)(z) if trial.activation else z
+        return ACTIVATIONS[trial.activation].value(z, 0.0) if trial.activation else z
 
     y, expected = ours(*inputs), reference_output()
     grads = torch.autograd.grad(y, [*inputs, *ours.parameters()], dy.to(device))
@@ -181,6 +182,7 @@ def facts(build: dict[str, str]) -> Iterator[tuple[str, str]]:
     yield "kernels", f"{_C.cpu_capability()} in use of {available}; {setting('FASTNORM_CPU')}"
     yield "threads", f"{torch.get_num_threads()}; {setting('OMP_NUM_THREADS')}"
     yield "CUDA", cuda(build["cuda"])
+    yield "fallbacks", f"{setting('FASTNORM_STRICT')}; {setting('FASTNORM_LOG')}"
 
 
 def main() -> int:
@@ -195,6 +197,8 @@ def main() -> int:
         )
     devices = ["cpu"] + ["cuda"] * (build["cuda"] != "none" and torch.cuda.is_available())
     agree = [self_test(device) for device in devices]
+    if refused := _C.refused_gangs():
+        print(f"The GPU refused {refused} fused launches (it is shared or partitioned): others served their calls.")
     return 0 if all(agree) and matches else 1
 
 

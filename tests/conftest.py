@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ import torch
 os.environ["FASTNORM_STRICT"] = "1"
 
 import fastnorm._C
+from fastnorm import dispatch
 from tests.common.cases import Case, parity_cases, thinned
 from tests.emulator import backend as emulator
 
@@ -158,11 +161,25 @@ def device(backend: Backend) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def strictness(request: pytest.FixtureRequest) -> None:
-    """Switches strict mode off in a test marked `fallback`, and in the programs that it starts."""
-    if request.node.get_closest_marker("fallback") is not None:
-        monkeypatch = request.getfixturevalue("monkeypatch")
-        monkeypatch.setattr("fastnorm.dispatch.strict", False)
-        monkeypatch.delenv("FASTNORM_STRICT")
+    """Switches strict mode off in a test marked `fallback`, and in the programs that it starts. With fallback(reason),
+    a regular expression, a call that is left to torch for another reason fails the test."""
+    marker = request.node.get_closest_marker("fallback")
+    if marker is None:
+        return
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.setattr("fastnorm.dispatch.strict", False)
+    monkeypatch.delenv("FASTNORM_STRICT")
+    if marker.args:
+        (reason,) = marker.args
+
+        def fall_back(name: str, error: Exception, unfused: Callable[[], Any], real: Any = dispatch.fall_back) -> Any:
+            result = real(name, error, unfused)  # what torch rejects, too, is no fallback
+            if not re.search(reason, str(error)):
+                pytest.fail(f"{name} was left to torch: {error}; this test expects {reason!r}")
+            return result
+
+        for module in ("dispatch", "functional"):
+            monkeypatch.setattr(f"fastnorm.{module}.fall_back", fall_back)
 
 
 @pytest.fixture(autouse=True)

@@ -160,6 +160,7 @@ def test_autocast(layer: Layer, dtype: torch.dtype, device: torch.device) -> Non
     torch.testing.assert_close(*outputs)
 
 
+@pytest.mark.fallback(r"residual has dtype")
 def test_autocast_with_a_residual_of_another_dtype(layer: Layer, device: torch.device) -> None:
     """Under autocast a branch may come in bfloat16 and the skip in float32: torch would promote."""
     case = Case(layer, activation="relu", residual=True)
@@ -173,6 +174,7 @@ def test_autocast_with_a_residual_of_another_dtype(layer: Layer, device: torch.d
         torch.testing.assert_close(ours, native)
 
 
+@pytest.mark.fallback(r"residual has shape")
 def test_broadcast_residual(layer: Layer, device: torch.device) -> None:
     """A residual that torch would broadcast gets its gradient summed."""
     case = Case(layer, activation="silu", residual=True)

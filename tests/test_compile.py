@@ -224,6 +224,7 @@ def test_a_whole_model_compiles_without_a_break(device: torch.device) -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.fallback(r"exported program")
 @pytest.mark.parametrize("layer", TYPICAL, ids=lambda layer: layer.norm)
 def test_exports(layer: Layer, device: torch.device) -> None:
     """The exported program gives the same values at another batch size, and needs nothing but torch."""
@@ -238,6 +239,7 @@ def test_exports(layer: Layer, device: torch.device) -> None:
         torch.testing.assert_close(exported.module()(x), module(x))
 
 
+@pytest.mark.fallback(r"exported program")
 def test_export_for_training(device: torch.device) -> None:
     """Running statistics are mutated inside the exported program."""
     module = fastnorm.BatchNorm2d(4).to(device)

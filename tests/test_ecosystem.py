@@ -48,6 +48,7 @@ def test_fx_traces_the_residual() -> None:
     assert torch.equal(traced(x, skip), block(x, skip))
 
 
+@pytest.mark.fallback(r"torch\.jit\.trace")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("how", ["trace", "script"])
@@ -74,6 +75,7 @@ def test_functional_call(layer: Layer) -> None:
     assert_alike(*results)
 
 
+@pytest.mark.fallback(r"torch\.func transform")
 def test_an_ensemble_by_vmap(layer: Layer) -> None:
     """stack_module_state and vmap over the models, in eval mode."""
     case = Case(layer, activation="relu", mode="eval")

@@ -325,7 +325,7 @@ def library() -> Iterator[backend.Emulator]:
 
 def norm_forward(x: torch.Tensor) -> torch.Tensor:
     y: torch.Tensor = torch.ops.fastnorm_emulated.norm_forward(
-        x, None, None, None, None, None, 0, 1, 1e-5, 0, 0.0, False
+        x, None, None, None, None, None, 0, 0, 1e-5, 0, 0.0, False
     )[0]
     return y
 

@@ -87,11 +87,16 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("norm", "activation", "residual", "layout"), COMBINATIONS)
 def test_gradients(norm: Norm, activation: str | None, residual: bool, layout: str, device: torch.device) -> None:
     args = make_args(norm, residual, layout, device)
-    # Forward mode and batched gradients go through torch's operators: not for every combination.
-    forward = residual and layout == "planar"
-    batched = forward and activation in (None, "silu")
-    f = function(norm, activation)
-    assert gradcheck(f, args, check_forward_ad=forward, check_batched_grad=batched)
+    batched = residual and layout == "planar" and activation in (None, "silu")
+    assert gradcheck(function(norm, activation), args, check_batched_grad=batched)
+
+
+@pytest.mark.fallback("forward-mode")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
+def test_forward_mode(norm: Norm, activation: str | None, device: torch.device) -> None:
+    args = make_args(norm, True, "planar", device)
+    assert gradcheck(function(norm, activation), args, check_forward_ad=True, check_backward_ad=False)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4))[1:])
@@ -135,6 +140,7 @@ def test_third_derivative(norm: Norm, device: torch.device) -> None:
     assert gradcheck(second, args)
 
 
+@pytest.mark.fallback(r"forward-mode")
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 def test_forward_over_reverse(norm: Norm, device: torch.device) -> None:
     args = make_args(norm, False, "planar", device)
@@ -170,6 +176,7 @@ def native(norm: Norm) -> Callable[..., Tensor]:
 BATCHED = list(itertools.product((0, None), repeat=4))[:-1]
 
 
+@pytest.mark.fallback(r"torch\.func transform")
 @pytest.mark.parametrize("in_dims", BATCHED, ids=lambda dims: "".join("n0"[d == 0] for d in dims))
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 def test_vmap(norm: Norm, in_dims: tuple[int | None, ...], device: torch.device) -> None:
@@ -184,6 +191,7 @@ def test_vmap(norm: Norm, in_dims: tuple[int | None, ...], device: torch.device)
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.fallback(r"torch\.func transform")
 @pytest.mark.parametrize("dim", [1, 2, -1])
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 def test_vmap_over_another_dim(norm: Norm, dim: int, device: torch.device) -> None:
@@ -195,6 +203,7 @@ def test_vmap_over_another_dim(norm: Norm, dim: int, device: torch.device) -> No
     torch.testing.assert_close(ours, torch.stack(expected, 1))
 
 
+@pytest.mark.fallback(r"torch\.func transform")
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 def test_vmap_of_vmap(norm: Norm, device: torch.device) -> None:
     x, w, b, residual = (a.detach() for a in make_args(norm, True, "planar", device))
@@ -205,6 +214,7 @@ def test_vmap_of_vmap(norm: Norm, device: torch.device) -> None:
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.fallback(r"torch\.func transform")
 @pytest.mark.parametrize("transform", ["jacrev", "jacfwd", "hessian", "per_sample", "jvp", "vjp"])
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 def test_transforms(norm: Norm, transform: str, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,8 @@ def described_by_class(cls: type) -> dict[str, str]:
         if isinstance(member, property):
             text = described_by_docstring(member.fget.__doc__ or "", "get")
             found[name] = text[text.index("->") :] + " (writable)" * (member.fset is not None)
+        elif isinstance(member, types.WrapperDescriptorType):
+            continue  # the slot of a class without a constructor
         elif name == "__init__" or not name.startswith("_"):
             if callable(member):
                 found[name] = described_by_docstring(member.__doc__ or "", name)

@@ -101,7 +101,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
     });
   }
 
-  BackwardStretch<T> stretch(int64_t n, int64_t position, int64_t first) const {
+  BackwardSpan<T> span(int64_t n, int64_t position, int64_t first) const {
     const int64_t row = n * positions_ + position, at = row * g.C + first;
     return {dy_ + at,
             x_ + at,
@@ -121,22 +121,22 @@ class ColumnsBackward : Call<T, BackwardCall> {
     for (int64_t p = chunk * chunk_; p < end; p += args.plan.block_positions) {
       const int64_t rows = std::min(args.plan.block_positions, end - p);
       int64_t i = 0;
-      for (; i + L <= channels; i += L) reduce_strip(n, p, rows, first, i, channels, coefs, Whole{}, out);
-      if (i < channels) reduce_strip(n, p, rows, first, i, channels, coefs, Edge{channels - i}, out);
+      for (; i + L <= channels; i += L) reduce_column(n, p, rows, first, i, channels, coefs, Whole{}, out);
+      if (i < channels) reduce_column(n, p, rows, first, i, channels, coefs, Edge{channels - i}, out);
     }
   }
 
   // One pack of channels over `rows` positions from p on.
   template <class Access>
-  FASTNORM_INLINE void reduce_strip(int64_t n, int64_t p, int64_t rows, int64_t first, int64_t i, int64_t channels,
-                                    const ChannelCoefs<A>& coefs, Access access, TileSums out) const {
+  FASTNORM_INLINE void reduce_column(int64_t n, int64_t p, int64_t rows, int64_t first, int64_t i, int64_t channels,
+                                     const ChannelCoefs<A>& coefs, Access access, TileSums out) const {
     const SharedCoefs<A> fixed(coefs.at(i));
-    const Down<A> down{g.C, mask_row_};
+    const Strided<A> strided{g.C, mask_row_};
     Pack<A> sum(0), sum_centered(0);
     for_fours(rows, [&](int64_t q, auto fours) {
       Pack<A> d[fours.value], centered[fours.value];
-      const BackwardStretch<T> s = stretch(n, p + q, first);
-      load_grad(s, i, fixed, epilogue, access, down, d, centered);
+      const BackwardSpan<T> s = span(n, p + q, first);
+      load_grad(s, i, fixed, epilogue, access, strided, d, centered);
       for (int k = 0; k < fours.value; ++k) {  // the next block's
         __builtin_prefetch(s.x + i + (k + rows) * g.C);
         __builtin_prefetch(s.dy + i + (k + rows) * g.C);
@@ -159,11 +159,11 @@ class ColumnsBackward : Call<T, BackwardCall> {
     const ChannelCoefs<A> coefs = arrays.at(n, first);
     const ChannelTerms<A> terms{terms_[0] + n * g.C + first, terms_[1] + n * g.C + first};
     for (int64_t p = begin; p < end; ++p) {
-      const BackwardStretch<T> s = stretch(n, p, first);
+      const BackwardSpan<T> s = span(n, p, first);
       if (args.frozen) {
-        backward_stretch(s, channels, coefs, FrozenTerms<A>{}, epilogue);
+        backward_span(s, channels, coefs, FrozenTerms<A>{}, epilogue);
       } else {
-        backward_stretch(s, channels, coefs, terms, epilogue);
+        backward_span(s, channels, coefs, terms, epilogue);
       }
     }
   }

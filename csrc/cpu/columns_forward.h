@@ -43,12 +43,12 @@ struct TileMoments {
 
 // The moments of one pack of channels over `positions` rows, `stride` apart: about a pivot, as in rows_forward.h.
 template <class T>
-struct StripMoments {
+struct ColumnMoments {
   using A = Accum<T>;
   Pack<A> pivot, delta, square;
 
   template <class Access>
-  FASTNORM_INLINE StripMoments(const T* x, int64_t positions, int64_t stride, Access access)
+  FASTNORM_INLINE ColumnMoments(const T* x, int64_t positions, int64_t stride, Access access)
       : pivot(0), delta(0), square(0) {
     for_fours(positions, [&](int64_t p, auto fours) {
       Pack<A> v[fours.value];
@@ -72,7 +72,8 @@ struct StripMoments {
                                   double count, double positions) const {
     const auto half = [&](int64_t at, PackD about, PackD sum, PackD squares) {
       const PackD shift = sum * PackD(1 / positions), m2 = squares - sum * shift;
-      const PackD mean = (about - load(origin + at)) + shift;
+      // An infinite mean stays infinite: shift is NaN then.
+      const PackD mean = select(about * PackD(0) >= PackD(0), (about - load(origin + at)) + shift, about);
       total.merge(at, channels, {mean, select(m2 <= PackD(0), PackD(0), m2)}, count, positions);
     };
     half(i, widen_lower(pivot), widen_lower(delta), widen_lower(square));
@@ -156,13 +157,13 @@ class ColumnsForward : Call<T, ForwardCall> {
     for (int64_t p = begin; p < end; p += args.plan.block_positions) {
       const int64_t rows = std::min(args.plan.block_positions, end - p);
       const T* block = x_ + (n * positions_ + p) * g.C + first;
-      const auto strip = [&](int64_t i, auto access) {
-        StripMoments<T>(block + i, rows, g.C, access)
+      const auto column = [&](int64_t i, auto access) {
+        ColumnMoments<T>(block + i, rows, g.C, access)
             .merge_into(out, i, channels, origin, static_cast<double>(p - begin), static_cast<double>(rows));
       };
       int64_t i = 0;
-      for (; i + L <= channels; i += L) strip(i, Whole{});
-      if (i < channels) strip(i, Edge{channels - i});
+      for (; i + L <= channels; i += L) column(i, Whole{});
+      if (i < channels) column(i, Edge{channels - i});
     }
   }
 
@@ -202,8 +203,8 @@ class ColumnsForward : Call<T, ForwardCall> {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = n * positions_ + p, at = row * g.C + first;
       uint8_t* mask = args.mask ? args.mask + row * mask_row_ + first / 8 : nullptr;
-      forward_stretch<T>({x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream}, channels,
-                         coefs, epilogue);
+      forward_span<T>({x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream}, channels, coefs,
+                      epilogue);
     }
   }
 };

@@ -135,10 +135,10 @@ FASTNORM_INLINE Mask<A> upper_side(Activation activation, Pack<A> z) {
   return activation == Activation::kRelu ? !(z <= Pack<A>(0)) : z > Pack<A>(0);
 }
 
-// ---- forward over a stretch of contiguous elements ----
+// ---- forward over a span of contiguous elements ----
 
 template <class T>
-struct ForwardStretch {
+struct ForwardSpan {
   const T* x;
   const T* residual;
   T* y;
@@ -149,7 +149,7 @@ struct ForwardStretch {
 template <class T, class Coefs>
 struct ForwardPacks {
   using A = Accum<T>;
-  const ForwardStretch<T>& s;
+  const ForwardSpan<T>& s;
   const Coefs& coefs;
   const Epilogue<A>& epilogue;
 
@@ -166,7 +166,8 @@ struct ForwardPacks {
     }
     if (s.mask) {
       for (int p = 0; p < P; ++p) {
-        store_mask(s.mask + (i / L + p) * kMaskBytes<A>, access.keep(upper_side(epilogue.activation, z[p]), p));
+        store_mask(s.mask + (i / L + p) * kMaskBytes<A>,
+                   access.zero_past_end(upper_side(epilogue.activation, z[p]), p));
       }
     }
     activate_packs(epilogue, z);
@@ -175,16 +176,16 @@ struct ForwardPacks {
 };
 
 template <class T, class Coefs>
-FASTNORM_INLINE void forward_stretch(const ForwardStretch<T>& s, int64_t n, const Coefs& coefs,
-                                     const Epilogue<Accum<T>>& epilogue) {
+FASTNORM_INLINE void forward_span(const ForwardSpan<T>& s, int64_t n, const Coefs& coefs,
+                                  const Epilogue<Accum<T>>& epilogue) {
   for_packs<Accum<T>>(n, ForwardPacks<T, Coefs>{s, coefs, epilogue}, s.stream && can_stream(s.y));
 }
 
 // ---- backward ----
 
-// D: the type dy is stored in, T's own or, when d has been kept from the first pass, A.
+// D: the type dy is stored in, T's own or, when d has been cached from the first pass, A.
 template <class T, class D = T>
-struct BackwardStretch {
+struct BackwardSpan {
   const D* dy;
   const T* x;
   const T* residual;
@@ -196,13 +197,13 @@ struct BackwardStretch {
 
 // Where pack p of a group lies: next to each other, or one below the other in neighbouring positions.
 template <class A>
-struct Along {
+struct Adjacent {
   FASTNORM_INLINE int64_t element(int p) const { return p * kLanes<A>; }
   FASTNORM_INLINE int64_t coef(int p) const { return p * kLanes<A>; }
   FASTNORM_INLINE int64_t mask(int p) const { return p * kMaskBytes<A>; }
 };
 template <class A>
-struct Down {
+struct Strided {
   int64_t stride, mask_stride;
   FASTNORM_INLINE int64_t element(int p) const { return p * stride; }
   FASTNORM_INLINE int64_t coef(int) const { return 0; }
@@ -210,29 +211,29 @@ struct Down {
 };
 
 // d = dy * act'(z) and x - mean of P packs at element i.
-template <int P, class T, class D, class Coefs, class Access, class Place, class A = Accum<T>>
-FASTNORM_INLINE void load_grad(const BackwardStretch<T, D>& s, int64_t i, const Coefs& coefs, const Epilogue<A>& e,
-                               Access access, Place place, Pack<A> (&d)[P], Pack<A> (&centered)[P]) {
+template <int P, class T, class D, class Coefs, class Access, class Layout, class A = Accum<T>>
+FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coefs& coefs, const Epilogue<A>& e,
+                               Access access, Layout layout, Pack<A> (&d)[P], Pack<A> (&centered)[P]) {
   for (int p = 0; p < P; ++p) {
-    centered[p] = access.get(s.x + i + place.element(p), p) - coefs.at(i + place.coef(p)).mean;
-    d[p] = access.get(s.dy + i + place.element(p), p);
+    centered[p] = access.get(s.x + i + layout.element(p), p) - coefs.at(i + layout.coef(p)).mean;
+    d[p] = access.get(s.dy + i + layout.element(p), p);
   }
   if (e.activation == Activation::kNone) return;
   if (s.mask) {
     const Pack<A> lower = e.activation == Activation::kRelu ? Pack<A>(0) : e.param;
     for (int p = 0; p < P; ++p) {
-      const Mask<A> upper = load_mask<A>(s.mask + i / kLanes<A> * kMaskBytes<A> + place.mask(p));
+      const Mask<A> upper = load_mask<A>(s.mask + i / kLanes<A> * kMaskBytes<A> + layout.mask(p));
       d[p] = select(upper, d[p], e.activation == Activation::kRelu ? lower : d[p] * lower);
     }
     return;
   }
   Pack<A> z[P];
   for (int p = 0; p < P; ++p) {
-    const Affine<A> c = coefs.at(i + place.coef(p));
+    const Affine<A> c = coefs.at(i + layout.coef(p));
     z[p] = fma(centered[p], c.scale, c.bias);
   }
   if (s.residual) {
-    for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + place.element(p), p);
+    for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + layout.element(p), p);
   }
   multiply_slopes(e, z, d);
 }
@@ -253,24 +254,26 @@ FASTNORM_INLINE Pack<A> tree_dot(const Pack<A> (&a)[P], const Pack<A> (&b)[P]) {
   if constexpr (P == 4) return fma(a[0], b[0], a[1] * b[1]) + fma(a[2], b[2], a[3] * b[3]);
 }
 
-// sums += d, d (x - mean) over a stretch of one channel. Four packs are added in A, then widened; kExact does the
+// sums += d, d (x - mean) over a span of one channel. Four packs are added in A, then widened; kExact does the
 // second sum in double from the difference on (0.8 ns a pack more), as torch.nn's planar batch norm does: the rounding
 // of x - mean is the same for all half-precision x of one binade and does not average out.
 template <class T, bool kExact>
 struct SharedGradSums {
   using A = Accum<T>;
-  const BackwardStretch<T>& s;
+  const BackwardSpan<T>& s;
   const SharedCoefs<A>& coefs;
   const Epilogue<A>& epilogue;
-  A* kept;  // where d goes for the second pass, or null
+  A* cached;  // where d goes for the second pass, or null
   GradSums<PackD>& sums;
 
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     Pack<A> d[P], centered[P];
-    load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, centered);
-    if (kept) {
-      for (int p = 0; p < P; ++p) store(kept + i + p * kLanes<A>, d[p]);
+    load_grad(s, i, coefs, epilogue, access, Adjacent<A>{}, d, centered);
+    // The slope at what stands past the end can be Inf or NaN, and dy's zero times it is NaN.
+    for (int p = 0; p < P; ++p) d[p] = access.zero_past_end(d[p], p);
+    if (cached) {
+      for (int p = 0; p < P; ++p) store(cached + i + p * kLanes<A>, d[p]);
     }
     sums.d = sums.d + widen_halves(tree_sum(d));
     if constexpr (kExact) {
@@ -284,11 +287,11 @@ struct SharedGradSums {
   }
 };
 
-// dx and dresidual over a stretch.
+// dx and dresidual over a span.
 template <class T, class D, class Coefs, class Terms>
 struct BackwardPacks {
   using A = Accum<T>;
-  const BackwardStretch<T, D>& s;
+  const BackwardSpan<T, D>& s;
   const Coefs& coefs;
   const Terms& terms;
   const Epilogue<A>& epilogue;
@@ -297,7 +300,7 @@ struct BackwardPacks {
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     constexpr int64_t L = kLanes<A>;
     Pack<A> d[P], centered[P];
-    load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, centered);
+    load_grad(s, i, coefs, epilogue, access, Adjacent<A>{}, d, centered);
     if (s.dresidual) {
       for (int p = 0; p < P; ++p) access.put(s.dresidual + i + p * L, d[p], p);
     }
@@ -310,8 +313,8 @@ struct BackwardPacks {
 };
 
 template <class T, class D, class Coefs, class Terms>
-FASTNORM_INLINE void backward_stretch(const BackwardStretch<T, D>& s, int64_t n, const Coefs& coefs, const Terms& terms,
-                                      const Epilogue<Accum<T>>& epilogue) {
+FASTNORM_INLINE void backward_span(const BackwardSpan<T, D>& s, int64_t n, const Coefs& coefs, const Terms& terms,
+                                   const Epilogue<Accum<T>>& epilogue) {
   const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
   for_packs<Accum<T>>(n, BackwardPacks<T, D, Coefs, Terms>{s, coefs, terms, epilogue}, stream);
 }

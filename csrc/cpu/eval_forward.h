@@ -8,7 +8,7 @@
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 template <class T>
-class FrozenForward : Call<T, ForwardCall> {
+class EvalForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue;
@@ -47,18 +47,18 @@ class FrozenForward : Call<T, ForwardCall> {
     const int64_t positions = g.positions(), per_task = std::max<int64_t>(1, kTaskElements / g.C);
     for_each_task(args.parallel, div_up(positions, per_task), [&](int64_t t) {
       const int64_t end = std::min((t + 1) * per_task, positions);
-      for (int64_t p = t * per_task; p < end; ++p) forward_stretch(stretch(p, 0), g.C, coefs, epilogue);
+      for (int64_t p = t * per_task; p < end; ++p) forward_span(span(p, 0), g.C, coefs, epilogue);
     });
   }
 
-  // A task -> several runs, or a piece of one.
+  // A task -> several runs, or a chunk of one.
   void rows() const {
-    const int64_t runs = g.N * g.C, pieces = div_up(g.S, kTaskElements);
+    const int64_t runs = g.N * g.C, chunks = div_up(g.S, kTaskElements);
     const int64_t per_task = std::max<int64_t>(1, kTaskElements / g.S);
-    if (pieces > 1) {
-      for_each_task(args.parallel, runs * pieces, [&](int64_t t) {
-        const int64_t offset = t % pieces * kTaskElements;
-        apply(t / pieces, offset, std::min(kTaskElements, g.S - offset));
+    if (chunks > 1) {
+      for_each_task(args.parallel, runs * chunks, [&](int64_t t) {
+        const int64_t offset = t % chunks * kTaskElements;
+        apply(t / chunks, offset, std::min(kTaskElements, g.S - offset));
       });
       return;
     }
@@ -70,10 +70,10 @@ class FrozenForward : Call<T, ForwardCall> {
 
   void apply(int64_t run, int64_t offset, int64_t length) const {
     const int64_t c = run % g.C;
-    forward_stretch(stretch(run, offset), length, Base::shared_coefs(c, c), epilogue);
+    forward_span(span(run, offset), length, Base::shared_coefs(c, c), epilogue);
   }
 
-  ForwardStretch<T> stretch(int64_t run, int64_t offset) const {
+  ForwardSpan<T> span(int64_t run, int64_t offset) const {
     const int64_t at = run * g.mask_run() + offset;
     uint8_t* mask = args.mask ? args.mask + run * mask_row_ + offset / 8 : nullptr;
     return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};

@@ -15,7 +15,7 @@ static void forward(const ForwardCall& args) {
   dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (args.running_mean.data != nullptr) {
-      FrozenForward<T>(args).run();
+      EvalForward<T>(args).run();
     } else if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsForward<T>(args).run();
     } else {
@@ -30,7 +30,7 @@ static void backward(const BackwardCall& args) {
     if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsBackward<T>(args).run();
     } else if (args.geometry.per_element()) {
-      ElementBackward<T>(args).run();
+      LayerBackward<T>(args).run();
     } else {
       RowsBackward<T>(args).run();
     }

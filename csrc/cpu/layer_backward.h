@@ -12,7 +12,7 @@
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 template <class T>
-class ElementBackward : Call<T, BackwardCall> {
+class LayerBackward : Call<T, BackwardCall> {
   using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
@@ -32,7 +32,7 @@ class ElementBackward : Call<T, BackwardCall> {
 
   // Means of w d and w d xhat over a set, and the set's share of dweight and dbias.
   struct SumPacks {
-    const BackwardStretch<T>& s;
+    const BackwardSpan<T>& s;
     const ElementCoefs<A>& coefs;
     const Epilogue<A>& epilogue;
     A *dweight, *dbias;  // or null
@@ -41,12 +41,14 @@ class ElementBackward : Call<T, BackwardCall> {
     template <int P, class Access>
     FASTNORM_INLINE void packs(int64_t i, Access access) const {
       Pack<A> d[P], centered[P], wd[P];
-      load_grad(s, i, coefs, epilogue, access, Along<A>{}, d, centered);
+      load_grad(s, i, coefs, epilogue, access, Adjacent<A>{}, d, centered);
       for (int p = 0; p < P; ++p) {
         const int64_t at = i + p * L;
-        wd[p] = access.keep(d[p] * load(coefs.weight + at), p);
+        wd[p] = access.zero_past_end(d[p] * load(coefs.weight + at), p);
         if (dweight) {
-          store(dweight + at, fma(d[p], centered[p] * coefs.rstd, load(dweight + at)));
+          // The lanes past the end are the next set's channels: this set's d and xhat, perhaps NaN, are zero there.
+          d[p] = access.zero_past_end(d[p], p);
+          store(dweight + at, fma(d[p], access.zero_past_end(centered[p] * coefs.rstd, p), load(dweight + at)));
           store(dbias + at, load(dbias + at) + d[p]);
         }
       }
@@ -107,14 +109,14 @@ class ElementBackward : Call<T, BackwardCall> {
       for (int64_t set = first; set < last; ++set) terms[set - first] = reduce(set, dweight, dbias);
       if (!dx_ && !dresidual_) continue;
       for (int64_t set = first; set < last; ++set) {
-        backward_stretch(stretch(set), g.D(), Base::element_coefs(set), terms[set - first], epilogue);
+        backward_span(span(set), g.D(), Base::element_coefs(set), terms[set - first], epilogue);
       }
     }
   }
 
   SharedTerms<A> reduce(int64_t set, A* dweight, A* dbias) const {
     const int64_t c = first_channel(g, set);
-    const BackwardStretch<T> s = stretch(set);
+    const BackwardSpan<T> s = span(set);
     const ElementCoefs<A> coefs = Base::element_coefs(set);
     GradSums<PackD> lanes{PackD(0), PackD(0)};
     for_packs<A>(g.D(),
@@ -123,7 +125,7 @@ class ElementBackward : Call<T, BackwardCall> {
     return Base::set_terms(set, sums.d, Base::xhat_sum(set, sums));
   }
 
-  BackwardStretch<T> stretch(int64_t set) const {
+  BackwardSpan<T> span(int64_t set) const {
     const int64_t at = set * g.D();
     return {dy_ + at,
             x_ + at,

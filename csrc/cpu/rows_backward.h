@@ -18,7 +18,7 @@ class RowsBackward : Call<T, BackwardCall> {
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
   using Sums = GradSums<double>;
-  static constexpr int64_t kKeptElements = 1 << 17;  // half a megabyte of float32, half of a common L2
+  static constexpr int64_t kCachedElements = 1 << 17;  // half a megabyte of float32, half of a common L2
 
   const T* dy_ = static_cast<const T*>(args.dy);
   const T* x_ = static_cast<const T*>(args.x);
@@ -27,7 +27,7 @@ class RowsBackward : Call<T, BackwardCall> {
   T* dresidual_ = static_cast<T*>(args.dresidual);
   const bool batch_ = g.kind == Kind::kBatch;
   const Runs cell_runs_ = batch_ ? stat_runs(g) : Runs{1, g.S, 0};
-  const Blocks blocks_{cell_runs_};
+  const CacheBlocks blocks_{cell_runs_};
   const int64_t cells_ = batch_ ? g.C : g.N * g.C;
   const int64_t cells_per_set_ = g.set_channels();
   const int64_t mask_row_ = mask_row_bytes(g.S, args.dtype);
@@ -35,9 +35,10 @@ class RowsBackward : Call<T, BackwardCall> {
   const bool applies_ = args.dx || args.dresidual;
   // A derivative worth more than a load and a store is worked out once, if the set's d fits the cache beside it:
   // GroupNorm + SiLU of 2x640x32x32 bfloat16, forward and backward: 0.90 ms without, 0.65 with (two threads).
-  const int64_t kept_run_ = div_up(g.S, kLanes<A>) * kLanes<A>, kept_cell_ = cell_runs_.count * kept_run_;
-  const bool keeps_ = sums_ && applies_ && !args.frozen && !args.plan.split && args.activation != Activation::kNone &&
-                      !is_two_sided(args.activation) && cells_per_set_ * kept_cell_ <= kKeptElements;
+  const int64_t cached_run_ = div_up(g.S, kLanes<A>) * kLanes<A>, cached_cell_ = cell_runs_.count * cached_run_;
+  const bool caches_d_ = sums_ && applies_ && !args.frozen && !args.plan.split &&
+                         args.activation != Activation::kNone && !is_two_sided(args.activation) &&
+                         cells_per_set_ * cached_cell_ <= kCachedElements;
 
  public:
   using Base::Base;
@@ -62,10 +63,10 @@ class RowsBackward : Call<T, BackwardCall> {
         });
       }
     } else {
-      const int64_t per_task = args.plan.sets_per_task, side = Base::short_runs_apart(cell_runs_) ? kMaxBatch : 1;
+      const int64_t per_task = args.plan.sets_per_task, batch = Base::interleaves_sets(cell_runs_) ? kMaxBatch : 1;
       for_each_task(args.parallel, div_up(g.sets(), per_task), [&](int64_t t) {
         const int64_t end = std::min((t + 1) * per_task, g.sets());
-        for (int64_t set = t * per_task; set < end; set += side) run_sets(set, std::min(side, end - set), sums);
+        for (int64_t set = t * per_task; set < end; set += batch) run_sets(set, std::min(batch, end - set), sums);
       });
     }
     if (sums_) sum_over_samples(sums);
@@ -75,14 +76,14 @@ class RowsBackward : Call<T, BackwardCall> {
   // `sets` sets: one, or some of batch norm's (a cell each) side by side.
   void run_sets(int64_t set, int64_t sets, Sums* sums) const {
     const int64_t first = set * cells_per_set_, cells = sets * cells_per_set_;
-    const Buffer<A> buffer(keeps_ ? cells * kept_cell_ : 0);
-    A* const kept = keeps_ ? static_cast<A*>(buffer) : nullptr;
+    const Buffer<A> buffer(caches_d_ ? cells * cached_cell_ : 0);
+    A* const cached = caches_d_ ? static_cast<A*>(buffer) : nullptr;
     for (int64_t cell = first; cell < first + cells && sums_; cell += sets) {
-      A* const cell_kept = kept ? kept + (cell - first) * kept_cell_ : nullptr;
-      reduce(cell, sets, 0, sums + cell, cell_kept);
+      A* const cell_cached = cached ? cached + (cell - first) * cached_cell_ : nullptr;
+      reduce(cell, sets, 0, sums + cell, cell_cached);
       for (int64_t k = 1; k < blocks_.chunks(); ++k) {
         Sums chunk[kMaxBatch];
-        reduce(cell, sets, k, chunk, cell_kept);
+        reduce(cell, sets, k, chunk, cell_cached);
         for (int64_t s = 0; s < sets; ++s) sums[cell + s].merge(chunk[s]);
       }
     }
@@ -90,8 +91,8 @@ class RowsBackward : Call<T, BackwardCall> {
     SharedTerms<A> terms[kMaxBatch];
     for (int64_t s = 0; s < sets; ++s) terms[s] = sums_ ? fold(set + s, sums) : SetTerms<A>{0, 0};
     for (int64_t cell = first; cell < first + cells; cell += sets) {
-      if (kept) {
-        apply_kept(cell, sets, kept + (cell - first) * kept_cell_, terms);
+      if (cached) {
+        apply_cached(cell, sets, cached + (cell - first) * cached_cell_, terms);
       } else {
         apply(cell, sets, 0, blocks_.count(), terms);
       }
@@ -101,7 +102,7 @@ class RowsBackward : Call<T, BackwardCall> {
   int64_t channel(int64_t cell) const { return cell % g.C; }
   SharedCoefs<A> coefs(int64_t cell) const { return Base::shared_coefs(cell / cells_per_set_, channel(cell)); }
 
-  BackwardStretch<T> stretch(int64_t cell, int64_t run, int64_t offset) const {
+  BackwardSpan<T> span(int64_t cell, int64_t run, int64_t offset) const {
     const int64_t base = cell * g.S + run * cell_runs_.stride, at = base + offset;
     return {dy_ + at,
             x_ + at,
@@ -112,38 +113,38 @@ class RowsBackward : Call<T, BackwardCall> {
             args.plan.stream};
   }
 
-  // One chunk of `cells` cells side by side; d goes to `kept`, if that is not null.
-  void reduce(int64_t cell, int64_t cells, int64_t chunk, Sums* out, A* kept = nullptr) const {
+  // One chunk of `cells` cells side by side; d goes to `cached`, if that is not null.
+  void reduce(int64_t cell, int64_t cells, int64_t chunk, Sums* out, A* cached = nullptr) const {
     GradSums<PackD> lanes[kMaxBatch];
     for (int64_t s = 0; s < cells; ++s) lanes[s] = {PackD(0), PackD(0)};
     for_runs(cell, cells, chunk * kChunkBlocks, std::min((chunk + 1) * kChunkBlocks, blocks_.count()),
-             [&](const BackwardStretch<T>& stretch, int64_t length, int64_t s, int64_t run, int64_t offset) {
+             [&](const BackwardSpan<T>& span, int64_t length, int64_t s, int64_t run, int64_t offset) {
                const SharedCoefs<A> c = coefs(cell + s);
-               A* const d = kept ? kept_at(kept, s, run, offset) : nullptr;
+               A* const d = cached ? cached_at(cached, s, run, offset) : nullptr;
                GradSums<PackD> sums = lanes[s];
                if (batch_) {
-                 for_packs<A>(length, SharedGradSums<T, true>{stretch, c, epilogue, d, sums});
+                 for_packs<A>(length, SharedGradSums<T, true>{span, c, epilogue, d, sums});
                } else {
-                 for_packs<A>(length, SharedGradSums<T, false>{stretch, c, epilogue, d, sums});
+                 for_packs<A>(length, SharedGradSums<T, false>{span, c, epilogue, d, sums});
                }
                lanes[s] = sums;
              });
     for (int64_t s = 0; s < cells; ++s) out[s] = {sum_lanes(lanes[s].d), sum_lanes(lanes[s].d_centered)};
   }
 
-  // Every run of a kept cell begins at a whole pack, so that a pack past the end of one spoils no other.
-  FASTNORM_INLINE A* kept_at(A* kept, int64_t s, int64_t run, int64_t offset) const {
-    return kept + s * kept_cell_ + run * kept_run_ + offset;
+  // Every run of a cached cell begins at a whole pack, so that a pack past the end of one spoils no other.
+  FASTNORM_INLINE A* cached_at(A* cached, int64_t s, int64_t run, int64_t offset) const {
+    return cached + s * cached_cell_ + run * cached_run_ + offset;
   }
 
-  // f(stretch, length, s, run, offset) for the runs of the blocks [first, end) of the cells cell + s, run by run across
+  // f(span, length, s, run, offset) for the runs of the blocks [first, end) of the cells cell + s, run by run across
   // the cells.
   template <class F>
   FASTNORM_INLINE void for_runs(int64_t cell, int64_t cells, int64_t first, int64_t end, F&& f) const {
     for (int64_t b = first; b < end; ++b) {
       const Block k = blocks_[b];
       for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
-        for (int64_t s = 0; s < cells; ++s) f(stretch(cell + s, r, k.offset), k.length, s, r, k.offset);
+        for (int64_t s = 0; s < cells; ++s) f(span(cell + s, r, k.offset), k.length, s, r, k.offset);
       }
     }
   }
@@ -159,22 +160,21 @@ class RowsBackward : Call<T, BackwardCall> {
   }
 
   void apply(int64_t cell, int64_t cells, int64_t first, int64_t end, const SharedTerms<A>* terms) const {
-    for_runs(cell, cells, first, end,
-             [&](const BackwardStretch<T>& stretch, int64_t length, int64_t s, int64_t, int64_t) {
-               if (args.frozen) {
-                 backward_stretch(stretch, length, coefs(cell + s), FrozenTerms<A>{}, epilogue);
-               } else {
-                 backward_stretch(stretch, length, coefs(cell + s), terms[s], epilogue);
-               }
-             });
+    for_runs(cell, cells, first, end, [&](const BackwardSpan<T>& span, int64_t length, int64_t s, int64_t, int64_t) {
+      if (args.frozen) {
+        backward_span(span, length, coefs(cell + s), FrozenTerms<A>{}, epilogue);
+      } else {
+        backward_span(span, length, coefs(cell + s), terms[s], epilogue);
+      }
+    });
   }
 
-  void apply_kept(int64_t cell, int64_t cells, A* kept, const SharedTerms<A>* terms) const {
+  void apply_cached(int64_t cell, int64_t cells, A* cached, const SharedTerms<A>* terms) const {
     const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
-    const auto each = [&](const BackwardStretch<T>& s, int64_t length, int64_t k, int64_t run, int64_t offset) {
-      const BackwardStretch<T, A> with_d{
-          kept_at(kept, k, run, offset), s.x, nullptr, nullptr, s.dx, s.dresidual, s.stream};
-      backward_stretch(with_d, length, coefs(cell + k), terms[k], none);
+    const auto each = [&](const BackwardSpan<T>& s, int64_t length, int64_t k, int64_t run, int64_t offset) {
+      const BackwardSpan<T, A> with_d{
+          cached_at(cached, k, run, offset), s.x, nullptr, nullptr, s.dx, s.dresidual, s.stream};
+      backward_span(with_d, length, coefs(cell + k), terms[k], none);
     };
     for_runs(cell, cells, 0, blocks_.count(), each);
   }

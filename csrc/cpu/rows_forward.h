@@ -37,7 +37,7 @@ struct DeviationPacks {
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     Pack<A> d[P];
-    for (int p = 0; p < P; ++p) d[p] = access.keep(access.get(x + i + p * kLanes<A>, p) - pivot, p);
+    for (int p = 0; p < P; ++p) d[p] = access.zero_past_end(access.get(x + i + p * kLanes<A>, p) - pivot, p);
     // The next block, while this one sits in L1.
     for (int64_t byte = 0; byte < P * kLanes<A> * int64_t(sizeof(T)); byte += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
@@ -103,7 +103,7 @@ class RowsForward : Call<T, ForwardCall> {
   const T* residual_ = static_cast<const T*>(args.residual);
   T* y_ = static_cast<T*>(args.y);
   const Runs stat_runs_ = stat_runs(g), weight_runs_ = weight_runs(g);
-  const Blocks stat_blocks_{stat_runs_}, weight_blocks_{weight_runs_};
+  const CacheBlocks stat_blocks_{stat_runs_}, weight_blocks_{weight_runs_};
   const int64_t mask_row_ = mask_row_bytes(g.mask_run(), args.dtype);
 
  public:
@@ -126,13 +126,13 @@ class RowsForward : Call<T, ForwardCall> {
       return;
     }
     const int64_t per_task = args.plan.sets_per_task;
-    const bool apart = Base::short_runs_apart(stat_runs_);
-    const int64_t batch = apart ? kMaxBatch : sets_per_batch(g.set_size());
+    const bool interleaved = Base::interleaves_sets(stat_runs_);
+    const int64_t batch = interleaved ? kMaxBatch : sets_per_batch(g.set_size());
     for_each_task(args.parallel, div_up(g.sets(), per_task), [&](int64_t t) {
       const int64_t end = std::min((t + 1) * per_task, g.sets());
       for (int64_t first = t * per_task; first < end; first += batch) {
         const int64_t last = std::min(first + batch, end);
-        const int64_t reduced = batch > 1 ? last - first : 1, applied = apart ? last - first : 1;
+        const int64_t reduced = batch > 1 ? last - first : 1, applied = interleaved ? last - first : 1;
         for (int64_t set = first; set < last; set += reduced) {
           fold(set, reduced, [&](int64_t k, Partial* out) { reduce(set, reduced, k, out); });
         }
@@ -193,12 +193,12 @@ class RowsForward : Call<T, ForwardCall> {
   }
 
   FASTNORM_INLINE void apply_run(int64_t set, int64_t r, int64_t offset, int64_t length) const {
-    const ForwardStretch<T> s = stretch(set_base(g, set) + r * weight_runs_.stride, offset);
+    const ForwardSpan<T> s = span(set_base(g, set) + r * weight_runs_.stride, offset);
     if (g.per_element()) {
-      forward_stretch(s, length, offset_coefs(Base::element_coefs(set), offset), epilogue);
+      forward_span(s, length, offset_coefs(Base::element_coefs(set), offset), epilogue);
     } else {
       const int64_t c = first_channel(g, set) + (g.kind == Kind::kBatch ? 0 : r);
-      forward_stretch(s, length, Base::shared_coefs(set, c), epilogue);
+      forward_span(s, length, Base::shared_coefs(set, c), epilogue);
     }
   }
 
@@ -208,7 +208,7 @@ class RowsForward : Call<T, ForwardCall> {
     return coefs;
   }
 
-  ForwardStretch<T> stretch(int64_t run, int64_t offset) const {
+  ForwardSpan<T> span(int64_t run, int64_t offset) const {
     const int64_t at = run + offset;
     uint8_t* mask = args.mask ? args.mask + run / g.mask_run() * mask_row_ + offset / 8 : nullptr;
     return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};

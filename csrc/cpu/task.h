@@ -130,7 +130,7 @@ struct Call {
   // Batch norm's runs, when they end before the processor has found their stream. Sets are then walked side by side,
   // run by run: memory in its own order, and no store meets the loads of the next run at the same offset in another
   // page (32x2048x7x7 float32 backward: 31 ns a pack set by set).
-  bool short_runs_apart(const Runs& runs) const {
+  bool interleaves_sets(const Runs& runs) const {
     return g.kind == Kind::kBatch && runs.count > 1 && runs.length * static_cast<int64_t>(sizeof(T)) <= kShortRunBytes;
   }
 
@@ -218,9 +218,9 @@ struct Block {
 };
 
 // Runs cut into blocks of about kBlock elements: pieces of a long run, or several short ones.
-class Blocks {
+class CacheBlocks {
  public:
-  explicit Blocks(const Runs& runs)
+  explicit CacheBlocks(const Runs& runs)
       : runs_(runs),
         per_run_(std::max<int64_t>(1, div_up(runs.length, kBlock))),
         runs_per_block_(per_run_ > 1 ? 1 : std::max<int64_t>(1, kBlock / std::max<int64_t>(1, runs.length))) {}

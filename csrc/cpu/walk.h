@@ -28,7 +28,7 @@ struct Whole {
     }
   }
   template <class V>
-  FASTNORM_INLINE V keep(V v, int) const {
+  FASTNORM_INLINE V zero_past_end(V v, int) const {
     return v;
   }
 };
@@ -51,11 +51,11 @@ struct Tail {
   }
   // Zero in the lanes that do not exist.
   template <class A>
-  FASTNORM_INLINE Pack<A> keep(Pack<A> v, int pack) const {
+  FASTNORM_INLINE Pack<A> zero_past_end(Pack<A> v, int pack) const {
     return pack == kLast ? select(first_lanes<A>(n), v, Pack<A>(0)) : v;
   }
   template <class A>
-  FASTNORM_INLINE Mask<A> keep(Mask<A> m, int pack) const {
+  FASTNORM_INLINE Mask<A> zero_past_end(Mask<A> m, int pack) const {
     return pack == kLast ? m & first_lanes<A>(n) : m;
   }
 };

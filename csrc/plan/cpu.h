@@ -36,10 +36,7 @@ struct CpuPlan {
   int64_t block_positions;  // columns: positions of a block
   int64_t chunk_positions;  // columns: positions of a chunk
 
-  bool operator==(const CpuPlan& o) const {
-    return traversal == o.traversal && split == o.split && stream == o.stream && sets_per_task == o.sets_per_task &&
-           tile == o.tile && block_positions == o.block_positions && chunk_positions == o.chunk_positions;
-  }
+  bool operator==(const CpuPlan&) const = default;
 };
 
 // `streams`: tensors that a set's second pass reads again (1 forward, 2 backward).

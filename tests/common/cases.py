@@ -1,4 +1,4 @@
-"""The table of cases, as data: read by the tests and by benchmarks/. Needs torch and nothing else.
+"""The table of cases, as data: read by the tests and by benchmarks/.
 
 A `Layer` says which normalization runs on which shape; a `Case` adds layout, precision, epilogue and mode.
 The class named by `Layer.norm` has the same name and constructor in torch.nn and in fastnorm, so one table builds both.
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import fastnorm.activations
 
 DTYPES = {
     "float64": torch.float64,
@@ -32,17 +34,7 @@ PRECISIONS = (
 )
 LAYOUTS = ("planar", "channels_last")
 EPILOGUES = ("plain", "act", "add_act")
-ACTIVATIONS = (
-    None,
-    "relu",
-    "leaky_relu",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "hardswish",
-    "sigmoid",
-    "tanh",
-)
+ACTIVATIONS: tuple[str | None, ...] = (None, *fastnorm.activations.ACTIVATIONS)
 DATA = ("normal", "offset", "heavy", "denormal")
 
 

@@ -7,27 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastnorm
+from fastnorm.activations import ACTIVATIONS
 from tests.common.cases import Case, make_data, to_layout
 
 SLOPE = 0.2  # of leaky_relu in every test
-ACTIVATION_FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda z: z,
-    "relu": F.relu,
-    "leaky_relu": lambda z: F.leaky_relu(z, SLOPE),
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
+#: torch's own functions
+ACTIVATION_FUNCTIONS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda z: z} | {
+    name: partial(activation.value, param=SLOPE) for name, activation in ACTIVATIONS.items()
 }
 
 
