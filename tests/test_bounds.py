@@ -80,7 +80,7 @@ def test_no_access_outside_the_inputs(capability: str, where: str) -> None:
 def test_the_guard_bites() -> None:
     """A read one element too far kills the process."""
     code = (
-        "import ctypes, torch, test_bounds; t = test_bounds.guarded(torch.arange(5.), True);"
+        "import ctypes, torch; from tests import test_bounds; t = test_bounds.guarded(torch.arange(5.), True);"
         "print(t.sum().item(), flush=True); ctypes.string_at(t.data_ptr() + 5 * 4, 1)"
     )
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
