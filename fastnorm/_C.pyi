@@ -11,23 +11,24 @@ def cpu_capability() -> str:
 def cpu_capabilities() -> list[str]:
     """The instruction sets that this build and this processor can both run, best first."""
 
-STATS_ROWS: int
-"""Rows of the operators' `stats`."""
-
-def activations() -> list[str]:
-    """The names of the activations, by their numbers in the operators; the first is none."""
-
-def two_sided_activations() -> list[str]:
-    """Those whose derivative is one of two constants: with a residual they save a mask."""
-
 def refused_gangs() -> int:
-    """Launches that a GPU has refused."""
+    """How many CUDA launches whose blocks wait for each other were refused, as a shared or partitioned GPU does, and
+    replaced by slower plans. FASTNORM_STRICT=1 makes a refusal a RuntimeError; FASTNORM_LOG=fallback prints it."""
 
 def has_stream() -> bool:
     """Whether the torch that is loaded has CUDA streams."""
 
+def activations() -> list[str]:
+    """The names of the ops' `activation` argument: number i is the name at i. The first is "none"."""
+
+def two_sided_activations() -> list[str]:
+    """Those whose derivative is one of two constants, so that one bit an element tells it: the mask."""
+
+STATS_ROWS: int
+"""Rows of an op's `stats`: mean, rstd, biased variance, what rounding cut off the mean."""
+
 def plan(
-    kind: int,
+    kind: str,
     N: int,
     C: int,
     S: int,
@@ -42,11 +43,11 @@ def plan(
     """How a call on the CPU, on (N, C, S), is cut into tasks, on one line."""
 
 class Geometry:
-    """What a norm of `kind` (0 batch, 1 group, 2 layer) reduces over in (N, C, S); str tells it on one line."""
+    """What a norm of `kind` ("batch", "group" or "layer") reduces over in (N, C, S); str tells it on one line."""
 
-    def __init__(self, kind: int, N: int, C: int, S: int, groups: int = 1, channels_last: bool = False) -> None: ...
+    def __init__(self, kind: str, N: int, C: int, S: int, groups: int = 1, channels_last: bool = False) -> None: ...
     @property
-    def kind(self) -> int: ...
+    def kind(self) -> str: ...
     @property
     def N(self) -> int: ...
     @property
@@ -279,7 +280,7 @@ def compare_backward(
     """All plans of a backward call, cheapest first."""
 
 def set_plan_options(*, forced: Mapping[str, str | int] = {}, free_sms: int = 0) -> None:
-    """What all CUDA calls from now on are planned with; no call may be under way. `forced` is for tests and tuning."""
+    """Sets what all CUDA calls from now on are planned with. `forced` is for tests and tuning."""
 
 def cuda_device_info(index: int = 0) -> DeviceInfo:
     """The facts of a GPU of this machine; RuntimeError where there is none, or no kernels for any."""

@@ -57,6 +57,7 @@ FEW = dataclasses.replace(
     shared_per_block=39 << 10,
 )
 FACTS = _C.DeviceInfo(**dataclasses.asdict(FEW))
+NUMBERS = itertools.count(1)
 
 
 def cases() -> Iterator[tuple[Case, dict[str, str | int]]]:
@@ -153,20 +154,75 @@ def test_every_gang_is_met() -> None:
     assert wanted <= seen, wanted - seen
 
 
-def test_a_device_that_refuses_gangs_is_served_without() -> None:
-    """As one that is shared or partitioned does: nothing of the refused launch has run, and the values are those of a
-    device that never had them."""
-    settings = emulator.load()
-    case = Case(LAYERS[4])
+def call_on_gangs() -> RawCall:
+    """Of sets that no block of FEW holds: the plans have gangs, forward and backward."""
+    case = Case(Layer("", "GroupNorm", (2, 4, 64, 96), (2, 4)))
     call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
-    assert _C.plan_backward(call.shape.geometry, "float32", FACTS).grid_sync
+    geometry = call.shape.geometry
+    assert _C.plan_forward(geometry, "float32", FACTS).grid.gang != "block"
+    assert _C.plan_backward(geometry, "float32", FACTS).grid_sync
+    return call
+
+
+def another_few() -> emulator.Device:
+    """As FEW, but no plan for it has been made before."""
+    return dataclasses.replace(FEW, l2_bytes=FEW.l2_bytes + next(NUMBERS))
+
+
+def test_a_device_that_refuses_gangs_is_served_without(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As one that is shared or partitioned does: nothing of the refused launch has run, and the values are those of a
+    device that never had them. Refusals are counted; a call that was refused once is not tried again."""
+    monkeypatch.setenv("FASTNORM_STRICT", "0")
+    monkeypatch.delenv("FASTNORM_LOG", raising=False)
+    settings = emulator.load()
+    call = call_on_gangs()
     without = dataclasses.replace(FEW, cooperative=False, largest_cluster=1)
     with settings.configured(device=without):
         expected = call.both()
-    with settings.configured(device=FEW, refuse_gangs=True), settings.counting() as counts:
+    before = settings.refused_gangs()
+    with settings.configured(device=another_few(), refuse_gangs=True), settings.counting() as counts:
         results = call.both()
+        assert settings.refused_gangs() == before + 2  # forward and backward
+        call.both()
+        assert settings.refused_gangs() == before + 2
     assert not same_bits(results, expected)
     assert not any(launch.cooperative or launch.cluster > 1 for launch in counts.launches)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_refusal_is_an_error_where_fallbacks_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASTNORM_STRICT=1; not of the kind that means "torch should serve the call"."""
+    settings = emulator.load()
+    call = call_on_gangs()
+    with settings.configured(device=another_few(), refuse_gangs=True):
+        monkeypatch.setenv("FASTNORM_STRICT", "1")
+        before = settings.refused_gangs()
+        for attempt in (1, 2):
+            with pytest.raises(RuntimeError, match=r"refused .* forward .*; planned fused: .*FASTNORM_STRICT") as error:
+                call.forward()
+            assert not isinstance(error.value, NotImplementedError)
+            assert settings.refused_gangs() == before + attempt
+        monkeypatch.setenv("FASTNORM_STRICT", "0")
+        assert call.forward()["y"].isfinite().all() and settings.refused_gangs() == before + 3
+
+
+def test_the_first_refusal_of_a_kind_is_printed_where_fallbacks_are(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """FASTNORM_LOG=fallback: a line for forward and one for backward, with the plan in words."""
+    settings = emulator.load()
+    call = call_on_gangs()
+    monkeypatch.setenv("FASTNORM_STRICT", "0")
+    monkeypatch.setenv("FASTNORM_LOG", "fallback")
+    for _ in range(2):
+        with settings.configured(device=another_few(), refuse_gangs=True):
+            call.both()
+    lines = [line for line in capfd.readouterr().err.splitlines() if "refused" in line]
+    assert len(lines) == 2, lines
+    for line, direction in zip(lines, ("forward", "backward"), strict=True):
+        assert f"a {direction} launch" in line and "planned fused: " in line and " blocks, a piece each of " in line
 
 
 def test_free_sms_are_left_alone() -> None:

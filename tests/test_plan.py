@@ -16,7 +16,7 @@ from fastnorm import _C
 from tests.common.cases import BENCH, TINY, Layer
 
 GOLDEN = Path(__file__).with_name("plans.txt")
-BATCH, GROUP, LAYER = 0, 1, 2
+BATCH, GROUP, LAYER = "batch", "group", "layer"
 MIB = 1 << 20
 
 
@@ -33,7 +33,7 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def geometry_of(layer: Layer) -> tuple[int, int, int, int, int]:
+def geometry_of(layer: Layer) -> tuple[str, int, int, int, int]:
     """kind, N, C, S, groups"""
     n, c, *space = layer.shape
     if layer.norm == "LayerNorm":
@@ -45,7 +45,7 @@ def test_benchmark_shapes() -> None:
     assert table() == GOLDEN.read_text(), "plans have changed: review, then `python -m tests.test_plan`"
 
 
-def random_geometry(r: random.Random) -> tuple[int, int, int, int, int]:
+def random_geometry(r: random.Random) -> tuple[str, int, int, int, int]:
     kind = r.choice((BATCH, GROUP, LAYER))
     n, s, groups, per_group = (int(2 ** r.uniform(0, bits)) for bits in (10, 16, 7, 7))
     if kind == LAYER:

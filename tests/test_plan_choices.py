@@ -16,7 +16,7 @@ import pytest
 
 from fastnorm import _C
 from tests.common.plan_checks import RESERVED, check_backward, check_chosen, check_forward, rounds
-from tests.common.plan_model import BATCH, DEVICES, GROUP, LAYER, Call, Shape, large_call, random_call
+from tests.common.plan_model import BATCH, DEVICES, GROUP, LAYER, Call, Shape, large_call, random_call, words
 
 Plan = _C.ForwardPlan | _C.BackwardPlan
 Forced = dict[str, str | int]
@@ -53,11 +53,6 @@ def check(call: Call, facts: _C.DeviceInfo, plan: Plan, free: int = 0) -> None:
         check_forward(call, facts, plan, free)
     else:
         check_backward(call, facts, plan, free)
-
-
-def words(plan: Plan) -> str:
-    """The plan without its estimate."""
-    return str(plan).split("; estimate ")[0]
 
 
 def everywhere(*calls: Call) -> Iterator[tuple[Call, str, _C.DeviceInfo, bool]]:
@@ -243,6 +238,15 @@ def test_a_negative_number_of_free_sms_is_refused() -> None:
 
 
 # ---- estimates ----
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_estimate_is_printed_after_the_plan(backward: bool) -> None:
+    plan = chosen(RESNET, DEVICES["H200"], backward)
+    e = plan.estimate
+    parts = f"memory {e.memory:.1f}, waits {e.barriers:.1f}, launches {e.launches:.1f}"
+    assert str(plan) == f"{words(plan)}; estimate {e.total:.1f} us: {parts}"
+    assert e.memory > 1 and e.barriers > 0.1 and e.launches > 0.1
 
 
 def kinds_of(call: Call, facts: _C.DeviceInfo, backward: bool) -> Iterator[tuple[Forced, Plan]]:

@@ -19,7 +19,19 @@ from hypothesis import strategies as st
 from fastnorm import _C
 from tests.common.cases import BENCH, LAYERS, Layer
 from tests.common.plan_checks import check_everywhere
-from tests.common.plan_model import BATCH, DEVICES, DTYPES, GROUP, LAYER, Call, Shape, div_up, random_call, shape_of
+from tests.common.plan_model import (
+    BATCH,
+    DEVICES,
+    DTYPES,
+    GROUP,
+    LAYER,
+    Call,
+    Shape,
+    div_up,
+    random_call,
+    shape_of,
+    words,
+)
 
 GOLDEN = Path(__file__).with_name("plans_cuda.txt")
 
@@ -164,7 +176,8 @@ REAL = (
 
 
 def table() -> str:
-    """Forward in training; backward for input and parameters, no residual."""
+    """Forward in training; backward for input and parameters, no residual. Without estimates: a constant that changes
+    would change every line."""
     lines = []
     for layer in REAL:
         for layout in layer.layouts:
@@ -174,13 +187,35 @@ def table() -> str:
                 for name in ("H200", "T4"):
                     call = Call(shape, dtype, 16, False, False, True, True)
                     where = f"{dtype} {name}"
-                    lines.append(f"  {where:<14} forward   {call.forward(DEVICES[name])}")
-                    lines.append(f"  {where:<14} backward  {call.backward(DEVICES[name])}")
+                    lines.append(f"  {where:<14} forward   {words(call.forward(DEVICES[name]))}")
+                    lines.append(f"  {where:<14} backward  {words(call.backward(DEVICES[name]))}")
     return "\n".join(lines) + "\n"
 
 
 def test_real_shapes() -> None:
     assert table() == GOLDEN.read_text(), "plans have changed: review, then `python -m tests.test_plan_cuda`"
+
+
+def test_geometries_and_devices_give_back_what_they_were_made_of() -> None:
+    """By names that follow from one list of fields."""
+    geometry = Shape(GROUP, 2, 8, 4, 2, True).geometry
+    assert [getattr(geometry, name) for name in ("kind", "N", "C", "S", "G", "channels_last")] == [
+        "group", 2, 8, 4, 2, True
+    ]  # fmt: skip
+    assert geometry == Shape(GROUP, 2, 8, 4, 2, True).geometry != Shape(GROUP, 2, 8, 4, 4, True).geometry
+    facts = DEVICES["H200"]
+    names = [name for name in dir(facts) if not name.startswith("_")]
+    assert len(names) == 10 and (facts.num_sms, facts.cluster_sms, facts.cooperative) == (132, 128, True)
+    numbers = {name: getattr(facts, name) for name in names}
+    assert _C.DeviceInfo(**numbers) == facts
+    for name in names:
+        other = not numbers[name] if name == "cooperative" else numbers[name] + 1
+        assert _C.DeviceInfo(**numbers | {name: other}) != facts, name
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind is 'rows', expected one of batch, group, layer"):
+        _C.Geometry("rows", 2, 8, 4)
 
 
 def test_unknown_dtype_is_refused() -> None:

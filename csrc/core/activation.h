@@ -1,6 +1,6 @@
-// Activations and their derivatives, written once for any value type V: a float in a CUDA thread, a pack of lanes
-// on the CPU. V needs + - *, comparisons that give a mask, and by argument-dependent lookup: select(mask, a, b),
-// exp, erf, tanh, fma. Where torch.nn defines a value at a kink, so does this file.
+// Activations and their derivatives, written once for any value type V: a float in a CUDA thread, a pack of lanes on
+// the CPU. V needs + - * /, comparisons that give a mask, and, found by argument-dependent lookup, select(mask, a, b),
+// exp, erf, tanh and fma. At a kink the values are those of torch.nn.
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,8 @@
 
 namespace fastnorm {
 
-// Every activation once: its constant and its name in Python. TWO_SIDED: the derivative is one of two constants, so
-// that a bit per element is all that backward needs. SMOOTH: more than a comparison.
+// The list of activations: the constant of each and its name in Python. The derivative of a TWO_SIDED one is one of two
+// constants, so that backward needs only a bit per element. A SMOOTH one takes more than a comparison.
 #define FASTNORM_ACTIVATIONS(TWO_SIDED, SMOOTH) \
   TWO_SIDED(kRelu, "relu")                      \
   TWO_SIDED(kLeakyRelu, "leaky_relu")           \
@@ -23,7 +23,7 @@ namespace fastnorm {
 
 #define FASTNORM_SKIP(...)
 
-// The numbers are the ops' `activation` argument: the place in the list, from 1.
+// The number of an activation is its place in the list, counted from 1. The ops take it as `activation`.
 #define FASTNORM_CONSTANT(constant, name) constant,
 enum class Activation : int { kNone, FASTNORM_ACTIVATIONS(FASTNORM_CONSTANT, FASTNORM_CONSTANT) };
 #undef FASTNORM_CONSTANT
@@ -45,8 +45,8 @@ struct ActivationTag {
   static constexpr Activation value = kAct;
 };
 
-// Calls f with the tag of a smooth activation. Kernels are compiled with and without these, so that those for two-sided
-// activations carry none of the polynomials.
+// Calls f with the tag of a smooth activation. CUDA kernels are compiled with and without smooth ones, so that kernels
+// for two-sided activations carry none of the polynomials.
 template <class F>
 FASTNORM_HOST_DEVICE void dispatch_smooth(Activation a, F&& f) {
 #define FASTNORM_CASE(constant, name) \

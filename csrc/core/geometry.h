@@ -16,9 +16,14 @@
 #include <cstdint>
 #include <string>
 
+#include "fields.h"
+
 namespace fastnorm {
 
 enum class Kind : int { kBatch = 0, kGroup = 1, kLayer = 2 };
+constexpr const char* name_of(Kind kind) {
+  return kind == Kind::kBatch ? "batch" : kind == Kind::kGroup ? "group" : "layer";
+}
 
 // How the kernels walk: a team owns a set and walks its runs (rows), or takes a tile of neighbouring channels and
 // keeps one accumulator per lane (columns).
@@ -54,10 +59,9 @@ struct Geometry {
   // Channels of one set at one position.
   int64_t set_channels() const { return kind == Kind::kBatch ? 1 : D(); }
 
-  bool operator==(const Geometry& o) const {
-    return kind == o.kind && N == o.N && C == o.C && S == o.S && G == o.G && channels_last == o.channels_last;
-  }
+  bool operator==(const Geometry&) const = default;
 };
+FASTNORM_FIELDS(Geometry, kind, N, C, S, G, channels_last)
 
 // Runs of one set or of one cell: `count` stretches of `length` elements, `stride` apart.
 struct Runs {

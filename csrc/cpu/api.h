@@ -1,4 +1,4 @@
-// The interface of the CPU kernels: one set of them for each instruction set, chosen at load time.
+// The interface of the CPU kernels. There is one set of kernels for each instruction set; it is chosen at load time.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 
 namespace fastnorm::cpu {
 
-// How the caller's thread pool is reached: runs body(context, task) for every task, in any order, on any thread.
+// The caller's thread pool. `run` calls body(context, task) for every task, in any order, on any thread.
 struct Parallel {
   int threads;
   void (*run)(int64_t tasks, void (*body)(void*, int64_t), void* context);
@@ -19,14 +19,14 @@ struct ForwardCall : ForwardArgs {
   CpuPlan plan;
   Parallel parallel;
 };
-// The sums stay double: the caller rounds them to the parameters' types.
+// The kernels write dweight and dbias in double; the caller rounds them to the parameters' types.
 struct BackwardCall : BackwardArgs {
   CpuPlan plan;
   Parallel parallel;
   double *dweight, *dbias;  // [C]; instead of BackwardArgs' own
 };
 
-// One per instruction set; csrc/cpu/dispatch.cpp picks at load time.
+// There is one of these for each instruction set; csrc/cpu/dispatch.cpp picks one at load time.
 struct Kernels {
   const char* name;
   void (*forward)(const ForwardCall&);
@@ -34,7 +34,7 @@ struct Kernels {
 };
 const Kernels& kernels();
 
-// The sets that this build and this processor can run, best first; never empty.
+// The sets of kernels that this build has and this processor can run, best first. It is never empty.
 std::vector<const Kernels*> available_kernels();
 
 }  // namespace fastnorm::cpu

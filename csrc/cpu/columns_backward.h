@@ -1,10 +1,13 @@
 // Backward of columns_forward.h.
 //
-// What     sums of d and d (x - mean) per channel (reduce), their weighted means per set (fold), then dx (apply).
-// Who      a task -> a tile of channels over all positions, or (plan.split) a chunk of positions in each of two passes.
-// Traffic  dy and x once from memory while a tile fits the cache (twice otherwise), dx once; a bit per element or the
-//          residual when an activation follows a residual add.
-// Numerics four positions added as a tree in A, block_positions positions in A, everything beyond in double, in order.
+// What: takes the sums of d and d (x - mean) of each channel (reduce) and their weighted means over each set (fold),
+//   then computes dx (apply).
+// Who: a task takes a tile of channels over all positions; in a split plan it takes a chunk of positions in each of two
+//   passes.
+// Traffic: reads dy and x from memory once while a tile fits the cache, twice otherwise; writes dx once. When an
+//   activation follows a residual add, it also reads a bit per element or the residual.
+// Numerics: four positions are added as a tree in A, block_positions positions in A, and everything beyond in double,
+//   in order.
 #pragma once
 
 #include "task.h"
@@ -35,7 +38,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
   const bool sums_ = !args.frozen || args.dweight || args.dbias;
   const bool applies_ = args.dx || args.dresidual;
-  const Arrays<A, 2> terms_{outer_ * g.C};  // mean(w d) and mean(w d xhat) of a channel's set, times rstd
+  const Arrays<A, 2> terms_{outer_ * g.C};  // rstd mean(w d) and rstd mean(w d xhat) of the set of each channel
 
  public:
   using Base::Base;
@@ -50,7 +53,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
       for (int64_t n = 0; n < outer_ && !args.frozen; ++n) fold(n, 0, g.C, all);
       if (applies_) {
         for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-          const int64_t back = outer_ * chunks_ - 1 - t, chunk = back % chunks_;  // what reduce read last is in cache
+          const int64_t back = outer_ * chunks_ - 1 - t, chunk = back % chunks_;  // reduce left it in the cache
           apply(coefs, back / chunks_, 0, g.C, chunk * chunk_, chunk_end(chunk));
         });
       }
@@ -126,7 +129,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
     }
   }
 
-  // One pack of channels over `rows` positions from p on.
+  // Adds the sums of one pack of channels over `rows` positions from p on.
   template <class Access>
   FASTNORM_INLINE void reduce_column(int64_t n, int64_t p, int64_t rows, int64_t first, int64_t i, int64_t channels,
                                      const ChannelCoefs<A>& coefs, Access access, TileSums out) const {
@@ -137,7 +140,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
       Pack<A> d[fours.value], centered[fours.value];
       const BackwardSpan<T> s = span(n, p + q, first);
       load_grad(s, i, fixed, epilogue, access, strided, d, centered);
-      for (int k = 0; k < fours.value; ++k) {  // the next block's
+      for (int k = 0; k < fours.value; ++k) {  // of the next block
         __builtin_prefetch(s.x + i + (k + rows) * g.C);
         __builtin_prefetch(s.dy + i + (k + rows) * g.C);
       }
@@ -153,7 +156,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
     }
   }
 
-  // Positions [begin, end) of a tile.
+  // Writes dx and dresidual at the positions [begin, end) of a tile.
   void apply(const ChannelArrays<A>& arrays, int64_t n, int64_t first, int64_t channels, int64_t begin,
              int64_t end) const {
     const ChannelCoefs<A> coefs = arrays.at(n, first);
@@ -168,7 +171,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
     }
   }
 
-  // Sums per channel into the terms of their sets.
+  // Turns the sums of the channels into the terms of their sets.
   void fold(int64_t n, int64_t first, int64_t channels, TileSums all) const {
     const int64_t at = n * g.C + first;
     for (int64_t i = 0; i < channels; i += D_) {

@@ -1,20 +1,21 @@
 // Forward where neighbouring channels lie next to each other: channels_last, and batch norm of (N, C).
 //
-// What     as rows_forward.h.
-// Who      a task -> a tile of channels (whole groups) over all positions of a sample or, for batch norm, of the batch;
-//          when such a tile does not fit the cache, or tiles are few (plan.split), a task -> a chunk of positions in
-//          each of two passes, the second with the chunks in the opposite order.
-// Traffic  x once from memory while a tile fits the cache (twice otherwise), residual once, y once.
-// Numerics one accumulator per channel; blocks of plan.block_positions as in rows_forward.h, merged in double in order;
-//          a group then merges its channels in order.
-// Why not  one pass with Welford's recurrence: a division per element, and its error grows with the number of steps.
+// What: does what rows_forward.h does.
+// Who: a task takes a tile of channels (whole groups) over all positions of a sample or, for batch norm, of the batch.
+//   When such a tile does not fit the cache, or when there are few tiles, the plan is split: a task takes a chunk of
+//   positions in each of two passes, and the second pass takes the chunks in the opposite order.
+// Traffic: reads x from memory once while a tile fits the cache, twice otherwise; reads the residual and writes y once.
+// Numerics: each channel has an accumulator. Blocks of plan.block_positions are reduced as in rows_forward.h and merged
+//   in double, in order; then each group merges its channels, in order.
+// Why not one pass with Welford's recurrence: it takes a division per element, and its error grows with the number of
+//   steps.
 #pragma once
 
 #include "task.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-// Side-by-side moments of a tile of channels, as plain arrays; means relative to each channel's origin.
+// The moments of a tile's channels as arrays. Means are relative to the origin of each channel.
 struct TileMoments {
   double *mean, *m2;
 
@@ -23,7 +24,8 @@ struct TileMoments {
     std::fill_n(m2, channels, 0.0);
   }
 
-  // Takes other_count values per channel in to the count it has, for the channels [i, min(i + 8, channels)).
+  // Merges other_count values per channel into the `count` values that are there, for the channels from i on: eight of
+  // them, or fewer at the end of the tile.
   FASTNORM_INLINE void merge(int64_t i, int64_t channels, const Moments<PackD>& other, double count,
                              double other_count) const {
     const int64_t rest = channels - i;
@@ -41,7 +43,8 @@ struct TileMoments {
   }
 };
 
-// The moments of one pack of channels over `positions` rows, `stride` apart: about a pivot, as in rows_forward.h.
+// The moments of one pack of channels over `positions` rows that lie `stride` apart, taken about a pivot as in
+// rows_forward.h.
 template <class T>
 struct ColumnMoments {
   using A = Accum<T>;
@@ -60,19 +63,19 @@ struct ColumnMoments {
       Pack<A> d[fours.value];
       for (int k = 0; k < fours.value; ++k) {
         d[k] = access.get(x + (p + k) * stride, k) - pivot;
-        __builtin_prefetch(x + (p + k + positions) * stride);  // the next block's, while this one sits in L1
+        __builtin_prefetch(x + (p + k + positions) * stride);  // of the next block, while this one is in L1
       }
       delta = delta + tree_sum(d);
       square = square + tree_dot(d, d);
     });
   }
 
-  // Into the tile's channels from i on.
+  // Merges these moments into those of the tile's channels from i on.
   FASTNORM_INLINE void merge_into(const TileMoments& total, int64_t i, int64_t channels, const double* origin,
                                   double count, double positions) const {
     const auto half = [&](int64_t at, PackD about, PackD sum, PackD squares) {
       const PackD shift = sum * PackD(1 / positions), m2 = squares - sum * shift;
-      // An infinite mean stays infinite: shift is NaN then.
+      // When the mean is infinite, shift is NaN: the infinite mean must stay.
       const PackD mean = select(about * PackD(0) >= PackD(0), (about - load(origin + at)) + shift, about);
       total.merge(at, channels, {mean, select(m2 <= PackD(0), PackD(0), m2)}, count, positions);
     };
@@ -118,7 +121,7 @@ class ColumnsForward : Call<T, ForwardCall> {
         coefs.fill(*this, n, first, channels);
       });
       for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-        const int64_t back = outer_ * chunks_ - 1 - t, chunk = back % chunks_;  // what reduce read last is in cache
+        const int64_t back = outer_ * chunks_ - 1 - t, chunk = back % chunks_;  // reduce left it in the cache
         apply(coefs, back / chunks_, 0, g.C, chunk * chunk_, chunk_end(chunk));
       });
       return;
@@ -167,7 +170,7 @@ class ColumnsForward : Call<T, ForwardCall> {
     }
   }
 
-  // Chunks into channels, channels into sets, sets into the stats tensor.
+  // Merges chunks into channels and channels into sets, and writes the statistics of the sets.
   template <class F>
   void fold(int64_t n, int64_t first, int64_t channels, F&& partial) const {
     const Arrays<double, 2> arrays(channels);
@@ -195,10 +198,10 @@ class ColumnsForward : Call<T, ForwardCall> {
     }
   }
 
-  // Positions [begin, end) of a tile.
+  // Writes y at the positions [begin, end) of a tile.
   void apply(const ChannelArrays<A>& arrays, int64_t n, int64_t first, int64_t channels, int64_t begin,
              int64_t end) const {
-    if (!y_) return;  // only the statistics are wanted
+    if (!y_) return;  // the caller wants only the statistics
     const ChannelCoefs<A> coefs = arrays.at(n, first);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t row = n * positions_ + p, at = row * g.C + first;

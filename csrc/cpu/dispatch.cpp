@@ -1,4 +1,4 @@
-// Picks the kernels for this processor once, at load time; FASTNORM_CPU overrides the choice.
+// Picks the kernels for this processor once, at load time. FASTNORM_CPU overrides the choice.
 #include "api.h"
 
 #include <cstdlib>

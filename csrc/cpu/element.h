@@ -1,5 +1,5 @@
-// What happens to one group of packs: normalize and activate (forward), or the gradient through the activation and dx
-// (backward). Rows and columns, every norm and every layout go through these few functions; they differ in where the
+// The arithmetic on one group of packs: normalize and activate (forward), or the gradient through the activation and dx
+// (backward). Rows and columns, every norm and every layout call these few functions; they differ only in where the
 // coefficients of an element come from.
 #pragma once
 
@@ -20,8 +20,8 @@ struct Affine {
   Pack<A> mean, rstd, scale, bias;
 };
 
-// The same for every element of a run: one channel, or one pack of channels while a kernel walks down the positions.
-// Wherever a channel has one mean, what rounding it cut off goes into the bias.
+// Coefficients that every element of a run shares: those of one channel, or of one pack of channels while a kernel
+// walks down the positions. Where a channel has one mean, the part of it that rounding cut off goes into the bias.
 template <class A>
 struct SharedCoefs {
   Affine<A> all;
@@ -31,7 +31,7 @@ struct SharedCoefs {
   FASTNORM_INLINE Affine<A> at(int64_t) const { return all; }
 };
 
-// Channels side by side: arrays, readable a pack past their end.
+// Coefficients of neighbouring channels, as arrays that can be read a pack past their end.
 template <class A>
 struct ChannelCoefs {
   const A *mean, *rstd, *scale, *bias;
@@ -40,7 +40,7 @@ struct ChannelCoefs {
   }
 };
 
-// One set, a weight per element (LayerNorm).
+// Coefficients of one set in which every element has its own weight (LayerNorm).
 template <class A>
 struct ElementCoefs {
   Pack<A> mean, rstd;
@@ -70,7 +70,7 @@ struct FrozenTerms {
   FASTNORM_INLINE Pack<A> dx(int64_t, const Affine<A>& c, Pack<A> d, Pack<A>) const { return c.scale * d; }
 };
 
-// ---- activation of P packs: the branch is taken once for all of them ----
+// ---- activation of P packs: one branch serves all of them ----
 
 template <class A>
 struct Epilogue {
@@ -78,7 +78,7 @@ struct Epilogue {
   Pack<A> param;
 };
 
-// Out of line: one copy of the long polynomials serves every kernel.
+// These are not inlined, so that one copy of the long polynomials serves every kernel.
 template <int P, class A>
 __attribute__((noinline)) void smooth_value(Activation activation, Pack<A> (&z)[P]) {
   dispatch_smooth(activation, [&](auto kind) {
@@ -110,7 +110,7 @@ FASTNORM_INLINE void activate_packs(const Epilogue<A>& e, Pack<A> (&z)[P]) {
   }
 }
 
-// d *= act'(z).
+// Multiplies d by act'(z).
 template <int P, class A>
 FASTNORM_INLINE void multiply_slopes(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
   switch (e.activation) {
@@ -129,7 +129,7 @@ FASTNORM_INLINE void multiply_slopes(const Epilogue<A>& e, const Pack<A> (&z)[P]
   }
 }
 
-// Which side of a two-sided activation z lies on: 1 where the derivative is 1.
+// The side of a two-sided activation on which z lies: set where the derivative is 1.
 template <class A>
 FASTNORM_INLINE Mask<A> upper_side(Activation activation, Pack<A> z) {
   return activation == Activation::kRelu ? !(z <= Pack<A>(0)) : z > Pack<A>(0);
@@ -143,7 +143,7 @@ struct ForwardSpan {
   const T* residual;
   T* y;
   uint8_t* mask;
-  bool stream;  // y is too large to be of use in the cache
+  bool stream;  // y is too large to stay in the cache
 };
 
 template <class T, class Coefs>
@@ -183,7 +183,7 @@ FASTNORM_INLINE void forward_span(const ForwardSpan<T>& s, int64_t n, const Coef
 
 // ---- backward ----
 
-// D: the type dy is stored in, T's own or, when d has been cached from the first pass, A.
+// D is the storage type of dy: T or, where dy is the d that the first pass cached, A.
 template <class T, class D = T>
 struct BackwardSpan {
   const D* dy;
@@ -192,10 +192,10 @@ struct BackwardSpan {
   const uint8_t* mask;
   T* dx;
   T* dresidual;
-  bool stream;  // dx and dresidual are too large to be of use in the cache
+  bool stream;  // dx and dresidual are too large to stay in the cache
 };
 
-// Where pack p of a group lies: next to each other, or one below the other in neighbouring positions.
+// Where pack p of a group lies: behind the one before it, or below it at the next position.
 template <class A>
 struct Adjacent {
   FASTNORM_INLINE int64_t element(int p) const { return p * kLanes<A>; }
@@ -210,7 +210,7 @@ struct Strided {
   FASTNORM_INLINE int64_t mask(int p) const { return p * mask_stride; }
 };
 
-// d = dy * act'(z) and x - mean of P packs at element i.
+// Loads P packs at element i and gives d = dy * act'(z) and x - mean.
 template <int P, class T, class D, class Coefs, class Access, class Layout, class A = Accum<T>>
 FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coefs& coefs, const Epilogue<A>& e,
                                Access access, Layout layout, Pack<A> (&d)[P], Pack<A> (&centered)[P]) {
@@ -238,7 +238,7 @@ FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coe
   multiply_slopes(e, z, d);
 }
 
-// Sum of P packs, as a tree.
+// The sum of P packs, and the sum of their products, as a tree.
 template <int P, class A>
 FASTNORM_INLINE Pack<A> tree_sum(const Pack<A> (&v)[P]) {
   if constexpr (P == 1) return v[0];
@@ -254,23 +254,23 @@ FASTNORM_INLINE Pack<A> tree_dot(const Pack<A> (&a)[P], const Pack<A> (&b)[P]) {
   if constexpr (P == 4) return fma(a[0], b[0], a[1] * b[1]) + fma(a[2], b[2], a[3] * b[3]);
 }
 
-// sums += d, d (x - mean) over a span of one channel. Four packs are added in A, then widened; kExact does the
-// second sum in double from the difference on (0.8 ns a pack more), as torch.nn's planar batch norm does: the rounding
-// of x - mean is the same for all half-precision x of one binade and does not average out.
+// Adds d and d (x - mean) over a span of one channel to `sums`. Four packs are added in A, then widened. With kExact
+// the second sum is in double from the difference on, as in torch.nn's planar batch norm; it costs 0.8 ns a pack. The
+// rounding of x - mean is the same for all half-precision x of one binade, so it does not average out.
 template <class T, bool kExact>
 struct SharedGradSums {
   using A = Accum<T>;
   const BackwardSpan<T>& s;
   const SharedCoefs<A>& coefs;
   const Epilogue<A>& epilogue;
-  A* cached;  // where d goes for the second pass, or null
+  A* cached;  // receives d for the second pass; or null
   GradSums<PackD>& sums;
 
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     Pack<A> d[P], centered[P];
     load_grad(s, i, coefs, epilogue, access, Adjacent<A>{}, d, centered);
-    // The slope at what stands past the end can be Inf or NaN, and dy's zero times it is NaN.
+    // Past the end dy is zero, but the slope can be Inf or NaN, and their product is NaN.
     for (int p = 0; p < P; ++p) d[p] = access.zero_past_end(d[p], p);
     if (cached) {
       for (int p = 0; p < P; ++p) store(cached + i + p * kLanes<A>, d[p]);
@@ -287,7 +287,7 @@ struct SharedGradSums {
   }
 };
 
-// dx and dresidual over a span.
+// Writes dx and dresidual over a span.
 template <class T, class D, class Coefs, class Terms>
 struct BackwardPacks {
   using A = Accum<T>;

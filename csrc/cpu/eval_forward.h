@@ -1,6 +1,10 @@
-// Forward with given statistics (evaluation): nothing to reduce, so one walk through memory in its own order.
+// Forward with given statistics (evaluation).
 //
-// Traffic  x and residual once, y once.
+// What: y = act((x - mean) * rstd * w + b + residual) with the running statistics. There is nothing to reduce, so it
+//   walks through memory once, in its own order.
+// Who: a task takes about kTaskElements elements: whole positions or runs, or a part of one long run.
+// Traffic: reads x and the residual once, writes y once.
+// Numerics: rstd is computed in double, everything else in A.
 #pragma once
 
 #include "task.h"
@@ -51,7 +55,7 @@ class EvalForward : Call<T, ForwardCall> {
     });
   }
 
-  // A task -> several runs, or a chunk of one.
+  // A task takes several runs, or a chunk of one.
   void rows() const {
     const int64_t runs = g.N * g.C, chunks = div_up(g.S, kTaskElements);
     const int64_t per_task = std::max<int64_t>(1, kTaskElements / g.S);

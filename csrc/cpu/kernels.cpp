@@ -1,4 +1,4 @@
-// The kernels of one instruction set: compiled once for each, under the name FASTNORM_CPU_CAPABILITY.
+// The kernels of one instruction set. This file is compiled once for each; FASTNORM_CPU_CAPABILITY names it.
 #include "columns_backward.h"
 #include "columns_forward.h"
 #include "eval_forward.h"

@@ -1,10 +1,13 @@
 // Backward where every element of a set has its own weight: layer norm, and group norm of (N, C).
 //
-// What     per set the means of w d and w d xhat, then dx as in rows_backward.h; dweight and dbias are sums over sets.
-// Who      a task -> a chunk of samples, with its own row of partial dweight and dbias; folded in order at the end.
-// Traffic  dy and x once from memory while a set fits the cache, dx once, the partials.
-// Numerics dweight and dbias: kFlushSamples samples in A, then in double. The number of chunks depends on the sizes
-// alone.
+// What: takes the means of w d and w d xhat over each set, then computes dx as rows_backward.h does. dweight and dbias
+//   are sums over the sets.
+// Who: a task takes a chunk of samples and has its own row of partial dweight and dbias; the rows are folded in order
+//   at the end.
+// Traffic: reads dy and x from memory once while a set fits the cache, twice otherwise; writes dx once; writes and
+//   reads the partials.
+// Numerics: dweight and dbias are summed in A over kFlushSamples samples, then in double. The number of chunks depends
+//   on the sizes alone.
 #pragma once
 
 #include "task.h"
@@ -18,7 +21,7 @@ class LayerBackward : Call<T, BackwardCall> {
   using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
   static constexpr int64_t L = kLanes<A>;
   static constexpr int64_t kFlushSamples = 32;
-  // Partial rows cost memory traffic of their own: at least this many samples share one, and 64 rows feed any machine.
+  // Each row of partials costs memory traffic, so at least kMinSamples samples share one; 64 rows feed any machine.
   static constexpr int64_t kMinSamples = 64, kMaxChunks = 64;
 
   const T* dy_ = static_cast<const T*>(args.dy);
@@ -30,12 +33,12 @@ class LayerBackward : Call<T, BackwardCall> {
   const bool params_ = args.dweight || args.dbias;
   const int64_t chunks_ = std::clamp<int64_t>(g.N / (params_ ? kMinSamples : 1), std::min<int64_t>(g.N, 2), kMaxChunks);
 
-  // Means of w d and w d xhat over a set, and the set's share of dweight and dbias.
+  // Adds w d and w d xhat of a set to `sums`, and the set's part of dweight and dbias to those.
   struct SumPacks {
     const BackwardSpan<T>& s;
     const ElementCoefs<A>& coefs;
     const Epilogue<A>& epilogue;
-    A *dweight, *dbias;  // or null
+    A *dweight, *dbias;  // or both null
     GradSums<PackD>& sums;
 
     template <int P, class Access>
@@ -46,7 +49,7 @@ class LayerBackward : Call<T, BackwardCall> {
         const int64_t at = i + p * L;
         wd[p] = access.zero_past_end(d[p] * load(coefs.weight + at), p);
         if (dweight) {
-          // The lanes past the end are the next set's channels: this set's d and xhat, perhaps NaN, are zero there.
+          // The lanes past the end belong to the next set's channels, and d or xhat can be NaN there: add zero.
           d[p] = access.zero_past_end(d[p], p);
           store(dweight + at, fma(d[p], access.zero_past_end(centered[p] * coefs.rstd, p), load(dweight + at)));
           store(dbias + at, load(dbias + at) + d[p]);

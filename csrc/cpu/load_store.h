@@ -1,13 +1,13 @@
-// Packs from memory and back: conversion of half precision, partial packs, stores past the cache, masks as bits.
+// Loads and stores of packs: conversion of half precision, partial packs, stores past the cache, masks as bits.
 #pragma once
 
 #include "pack.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-// ---- conversion: one part of A as storage type T and back ----
+// ---- conversion of one part of a pack to storage type T and back ----
 
-// kPartLanes half-precision numbers, as their bits.
+// The bits of kPartLanes half-precision numbers.
 #if defined(__AVX512F__)
 using HalfPart = __m256i;
 #elif defined(__AVX2__)
@@ -50,7 +50,7 @@ FASTNORM_INLINE FloatPart to_float(Tag<Float16>, HalfPart h) {
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(h);
 #else
-  // Shifting exponent and mantissa into place and scaling by 2^112 is exact, subnormals included.
+  // It is exact to shift exponent and mantissa into place and to scale by 2^112, for subnormals too.
   const WidePart wide = zero_extend(h);
   const WidePart finite = (WidePart)((FloatPart)((wide & 0x7fff) << 13) * 0x1p112f);
   const WidePart magnitude = (wide & 0x7c00) == 0x7c00 ? (finite | 0x7f800000) : finite;  // Inf and NaN
@@ -106,7 +106,7 @@ FASTNORM_INLINE void store(T* p, Pack<Accum<T>> v) {
   }
 }
 
-// store() that does not read the line it writes into the cache first; p as can_stream wants it.
+// Stores without reading the line into the cache first. can_stream(p) must hold.
 template <class T>
 FASTNORM_INLINE void store_past_cache(T* p, Pack<Accum<T>> v) {
 #if defined(__AVX512F__)
@@ -126,20 +126,20 @@ FASTNORM_INLINE void store_past_cache(T* p, Pack<Accum<T>> v) {
 #endif
 }
 
-// Whether packs from p on are aligned for it. (A null p is.)
+// Whether packs from p on are aligned for store_past_cache. A null p is.
 template <class T>
 FASTNORM_INLINE bool can_stream(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (Pack<Accum<T>>::kLanes * sizeof(T)) == 0;
 }
 
-// Streamed stores before this are seen by whoever this thread hands its work to.
+// Makes this thread's streamed stores visible before its next ordinary store.
 FASTNORM_INLINE void finish_streaming() {
 #if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
 
-// v as T can represent it.
+// v rounded to what T can represent.
 template <class T>
 FASTNORM_INLINE Pack<Accum<T>> round_to(Pack<Accum<T>> v) {
   if constexpr (sizeof(T) == 2) {
@@ -152,7 +152,7 @@ FASTNORM_INLINE Pack<Accum<T>> round_to(Pack<Accum<T>> v) {
 #define FASTNORM_MASKED_ACCESS 1
 #endif
 
-// The first n lanes, 0 < n < kLanes; lanes past n read as zero and their memory is not touched.
+// The first n lanes, 0 < n < kLanes. Lanes past n are zero, and their memory is not touched.
 template <class T>
 FASTNORM_INLINE Pack<Accum<T>> load_first(const T* p, int64_t n) {
 #if defined(FASTNORM_MASKED_ACCESS)

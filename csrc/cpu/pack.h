@@ -1,6 +1,7 @@
-// Pack<A>: 64 bytes of lanes (16 floats or 8 doubles) on any machine: one AVX-512 register, two AVX2, four of 16 bytes
-// elsewhere. The lane count is part of the numerics: sums are folded lane by lane, so every instruction set with fused
-// multiply-add gives the same bits. Compiled once per instruction set; FASTNORM_CPU_CAPABILITY names the namespace.
+// Pack<A> is 64 bytes of lanes (16 floats or 8 doubles) on any machine: one AVX-512 register, two AVX2 registers, four
+// of 16 bytes elsewhere. The lane count is part of the numerics: sums are folded lane by lane, so every instruction set
+// with fused multiply-add gives the same bits. This file is compiled once per instruction set, in a namespace that
+// FASTNORM_CPU_CAPABILITY names.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@
 #include "core/dtype.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the deliberately undefined registers inside its own AVX-512 intrinsics for a mistake of ours.
+// GCC 12 warns of registers that its own AVX-512 intrinsics leave undefined on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -35,7 +36,7 @@ constexpr int kParts = kPackBytes / kVectorBytes;
 template <class E, int kBytes>
 using Vector __attribute__((vector_size(kBytes))) = E;
 
-// The integer of a lane's width: masks and bit tricks.
+// The integer that is as wide as a lane, for masks and bit operations.
 template <class A>
 using Bits = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
 
@@ -60,7 +61,7 @@ struct Pack {
   FASTNORM_INLINE A operator[](int lane) const { return part[lane / kPartLanes][lane % kPartLanes]; }
 };
 
-// r.part[k] = expr for every part k.
+// Sets r.part[k] = expr for every part k.
 #define FASTNORM_PARTWISE(Result, r, expr)           \
   Result r;                                          \
   for (int k = 0; k < kParts; ++k) r.part[k] = expr; \
@@ -141,11 +142,11 @@ FASTNORM_INLINE Pack<A> from_bits(Mask<A> a) {
   FASTNORM_PARTWISE(Pack<A>, r, (typename Pack<A>::Part)a.part[k]);
 }
 
-// 0, 1, 2 ... as integers of a lane's width.
+// 0, 1, 2 ... as integers that are as wide as a lane.
 alignas(kPackBytes) constexpr int32_t kIota32[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 alignas(kPackBytes) constexpr int64_t kIota64[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 
-// Mask of the first n lanes.
+// The mask of the first n lanes.
 template <class A>
 FASTNORM_INLINE Mask<A> first_lanes(int64_t n) {
   Mask<A> r;
@@ -158,7 +159,7 @@ FASTNORM_INLINE Mask<A> first_lanes(int64_t n) {
   return r;
 }
 
-// ---- widening: sums across many elements are carried in double ----
+// ---- widening: sums over many elements are double ----
 
 // Lanes 0 to 7 and 8 to 15 of a float pack as doubles.
 FASTNORM_INLINE Pack<double> widen_lower(Pack<float> v) {
@@ -184,7 +185,7 @@ FASTNORM_INLINE Pack<double> widen_upper(Pack<float> v) {
 FASTNORM_INLINE Pack<double> widen_halves(Pack<float> v) { return widen_lower(v) + widen_upper(v); }
 FASTNORM_INLINE Pack<double> widen_halves(Pack<double> v) { return v; }
 
-// A double pack is all lower half.
+// All of a double pack is its lower half.
 FASTNORM_INLINE Pack<double> widen_lower(Pack<double> v) { return v; }
 
 // total + d (x - mean), in double from the difference on.
@@ -195,7 +196,7 @@ FASTNORM_INLINE Pack<double> widen_dot(Pack<double> d, Pack<double> x, Pack<doub
   return fma(d, x - mean, total);
 }
 
-// Sum of the lanes, always in the same order: halves, quarters, the last two.
+// The sum of the lanes, always in the same order: halves, quarters, the last two.
 FASTNORM_INLINE double sum_lanes(Pack<double> v) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)

@@ -1,11 +1,12 @@
 // Backward of rows_forward.h.
 //
-// What     sums of d and d (x - mean) per cell (reduce), their weighted means per set (fold), then
-//          dx = rstd * (w d - mean(w d) - xhat mean(w d xhat)) (apply); dweight and dbias are the cells' sums.
-// Who      a task -> whole sets; when there are few (plan.split) a task -> a chunk of a cell in each of two passes.
-// Traffic  dy and x once from memory while a set fits the cache (twice otherwise), dx once; a bit per element or the
-//          residual when an activation follows a residual add.
-// Numerics sums of four packs in A, everything beyond in double, in the order of the elements.
+// What: takes the sums of d and d (x - mean) of each cell (reduce) and their weighted means over each set (fold), then
+//   computes dx = rstd * (w d - mean(w d) - xhat mean(w d xhat)) (apply). dweight and dbias are the sums of the cells.
+// Who: a task takes whole sets. When there are few sets, the plan is split: a task takes a chunk of a cell in each of
+//   two passes.
+// Traffic: reads dy and x from memory once while a set fits the cache, twice otherwise; writes dx once. When an
+//   activation follows a residual add, it also reads a bit per element or the residual.
+// Numerics: four packs are added in A, everything beyond in double, in the order of the elements.
 #pragma once
 
 #include "task.h"
@@ -33,8 +34,8 @@ class RowsBackward : Call<T, BackwardCall> {
   const int64_t mask_row_ = mask_row_bytes(g.S, args.dtype);
   const bool sums_ = !args.frozen || args.dweight || args.dbias;
   const bool applies_ = args.dx || args.dresidual;
-  // A derivative worth more than a load and a store is worked out once, if the set's d fits the cache beside it:
-  // GroupNorm + SiLU of 2x640x32x32 bfloat16, forward and backward: 0.90 ms without, 0.65 with (two threads).
+  // A derivative that costs more than a load and a store is computed once, if the set's d fits the cache beside the
+  // set. GroupNorm + SiLU of 2x640x32x32 bfloat16, forward and backward, took 0.90 ms without, 0.65 with (two threads).
   const int64_t cached_run_ = div_up(g.S, kLanes<A>) * kLanes<A>, cached_cell_ = cell_runs_.count * cached_run_;
   const bool caches_d_ = sums_ && applies_ && !args.frozen && !args.plan.split &&
                          args.activation != Activation::kNone && !is_two_sided(args.activation) &&
@@ -56,7 +57,7 @@ class RowsBackward : Call<T, BackwardCall> {
       }
       if (applies_) {
         for_each_task(args.parallel, cells_ * chunks, [&](int64_t t) {
-          const int64_t back = cells_ * chunks - 1 - t;  // what reduce read last is still in cache
+          const int64_t back = cells_ * chunks - 1 - t;  // reduce left it in the cache
           const int64_t cell = back / chunks, first = back % chunks * kChunkBlocks;
           const SharedTerms<A> terms = fold(cell / cells_per_set_, sums);
           apply(cell, 1, first, std::min(first + kChunkBlocks, blocks_.count()), &terms);
@@ -73,7 +74,7 @@ class RowsBackward : Call<T, BackwardCall> {
   }
 
  private:
-  // `sets` sets: one, or some of batch norm's (a cell each) side by side.
+  // Runs one set, or several sets of batch norm (a cell each) side by side.
   void run_sets(int64_t set, int64_t sets, Sums* sums) const {
     const int64_t first = set * cells_per_set_, cells = sets * cells_per_set_;
     const Buffer<A> buffer(caches_d_ ? cells * cached_cell_ : 0);
@@ -113,7 +114,7 @@ class RowsBackward : Call<T, BackwardCall> {
             args.plan.stream};
   }
 
-  // One chunk of `cells` cells side by side; d goes to `cached`, if that is not null.
+  // Reduces one chunk of `cells` cells side by side. Writes d to `cached`, if that is not null.
   void reduce(int64_t cell, int64_t cells, int64_t chunk, Sums* out, A* cached = nullptr) const {
     GradSums<PackD> lanes[kMaxBatch];
     for (int64_t s = 0; s < cells; ++s) lanes[s] = {PackD(0), PackD(0)};
@@ -132,13 +133,13 @@ class RowsBackward : Call<T, BackwardCall> {
     for (int64_t s = 0; s < cells; ++s) out[s] = {sum_lanes(lanes[s].d), sum_lanes(lanes[s].d_centered)};
   }
 
-  // Every run of a cached cell begins at a whole pack, so that a pack past the end of one spoils no other.
+  // Every cached run begins at a whole pack, so that storing a pack past the end of one run spoils no other.
   FASTNORM_INLINE A* cached_at(A* cached, int64_t s, int64_t run, int64_t offset) const {
     return cached + s * cached_cell_ + run * cached_run_ + offset;
   }
 
-  // f(span, length, s, run, offset) for the runs of the blocks [first, end) of the cells cell + s, run by run across
-  // the cells.
+  // Calls f(span, length, s, run, offset) for the runs of the blocks [first, end) of each cell + s: all cells' first
+  // run, then all cells' second, and so on.
   template <class F>
   FASTNORM_INLINE void for_runs(int64_t cell, int64_t cells, int64_t first, int64_t end, F&& f) const {
     for (int64_t b = first; b < end; ++b) {

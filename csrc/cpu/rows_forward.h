@@ -1,18 +1,19 @@
-// Forward where a set is runs of contiguous elements: planar batch and group norm, layer norm.
+// Forward where a set consists of runs of contiguous elements: planar batch and group norm, layer norm.
 //
-// What     statistics of each set (reduce, fold), then y = act((x - mean) * rstd * w + b + residual) (apply).
-// Who      a task -> whole sets, one after the other, apply following reduce while the set is in the task's cache;
-//          when there are few sets (plan.split) a task -> one chunk of a set in each of two passes.
-// Traffic  x once from memory while a set fits the cache (twice otherwise), residual once, y once.
-// Numerics every block of kBlock elements: its own mean, then the squares about it with the mean's correction, in A;
-//          blocks and chunks merge in double in the order of their elements.
+// What: takes the statistics of each set (reduce, fold), then computes y = act((x - mean) * rstd * w + b + residual)
+//   (apply).
+// Who: a task takes whole sets, one after the other; apply follows reduce while the set is in the task's cache. When
+//   there are few sets, the plan is split: a task takes one chunk of a set in each of two passes.
+// Traffic: reads x from memory once while a set fits the cache, twice otherwise; reads the residual and writes y once.
+// Numerics: each block of kBlock elements takes its own mean first, then the squares about it and the correction of the
+//   mean, in A. Blocks and chunks are merged in double, in the order of their elements.
 #pragma once
 
 #include "task.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-// sum += packs of x.
+// Adds packs of x to `sum`.
 template <class T>
 struct SumPacks {
   using A = Accum<T>;
@@ -26,8 +27,8 @@ struct SumPacks {
   }
 };
 
-// delta += x - pivot, square += (x - pivot)^2; lanes past the end count for nothing. Four packs are added in A, then
-// widened, as everywhere: in A alone the mean of heavy-tailed float16 was off by half an epsilon of the spread.
+// Adds x - pivot to `delta` and (x - pivot)^2 to `square`; lanes past the end add zero. Four packs are added in A, then
+// widened, as everywhere: with A alone the mean of heavy-tailed float16 was off by half an epsilon of the spread.
 template <class T>
 struct DeviationPacks {
   using A = Accum<T>;
@@ -38,7 +39,7 @@ struct DeviationPacks {
   FASTNORM_INLINE void packs(int64_t i, Access access) const {
     Pack<A> d[P];
     for (int p = 0; p < P; ++p) d[p] = access.zero_past_end(access.get(x + i + p * kLanes<A>, p) - pivot, p);
-    // The next block, while this one sits in L1.
+    // Prefetches the next block while this one is in L1.
     for (int64_t byte = 0; byte < P * kLanes<A> * int64_t(sizeof(T)); byte += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
     }
@@ -47,8 +48,8 @@ struct DeviationPacks {
   }
 };
 
-// The moments of one block of `sets` sets side by side, set_stride apart, run by run across all of them; the means are
-// relative to the origins.
+// The moments of one block of each of `sets` sets that lie set_stride apart: all sets' first run, then all sets'
+// second, and so on. The means are relative to the origins.
 template <class T>
 void block_moments(const T* first, int64_t sets, int64_t set_stride, const Block& block, int64_t run_stride,
                    const double* origin, Moments<double>* out) {
@@ -67,8 +68,8 @@ void block_moments(const T* first, int64_t sets, int64_t set_stride, const Block
     for_packs<A>(block.length, SumPacks<T>{x, sum});
     pivot[s] = sum;
   });
-  // The mean as T holds it: differences of half-precision numbers are then exact, where their rounding would be the
-  // same for all of one binade and not average out.
+  // The pivot is the mean rounded to T, so that differences of half-precision numbers are exact. Their rounding would
+  // be the same for all numbers of one binade and would not average out.
   for (int64_t s = 0; s < sets; ++s) pivot[s] = round_to<T>(Pack<A>(sum_lanes(pivot[s]) * inverse));
   for_runs([&](const T* x, int64_t s) {
     PackD deltas = delta[s], squares = square[s];
@@ -79,7 +80,7 @@ void block_moments(const T* first, int64_t sets, int64_t set_stride, const Block
   for (int64_t s = 0; s < sets; ++s) {
     const double sum = sum_lanes(delta[s]), shift = sum * inverse, about = pivot[s][0];
     const double m2 = sum_lanes(square[s]) - sum * shift;
-    // An infinite mean stays infinite.
+    // When the mean is infinite, shift is NaN: the infinite mean must stay.
     out[s] = {std::isfinite(about) ? (about - origin[s]) + shift : about, std::max(m2, 0.0)};
   }
 }
@@ -119,7 +120,7 @@ class RowsForward : Call<T, ForwardCall> {
         fold(set, 1, [&](int64_t k, Partial* out) { *out = partials[set * chunks + k]; });
       }
       for_each_task(args.parallel, g.sets() * apply_chunks, [&](int64_t t) {
-        const int64_t back = g.sets() * apply_chunks - 1 - t;  // what reduce read last is still in cache
+        const int64_t back = g.sets() * apply_chunks - 1 - t;  // reduce left it in the cache
         const int64_t first = back % apply_chunks * kChunkBlocks;
         apply(back / apply_chunks, 1, first, std::min(first + kChunkBlocks, weight_blocks_.count()));
       });
@@ -142,7 +143,7 @@ class RowsForward : Call<T, ForwardCall> {
   }
 
  private:
-  // One chunk of `sets` sets side by side.
+  // Reduces one chunk of `sets` sets side by side.
   void reduce(int64_t set, int64_t sets, int64_t chunk, Partial* out) const {
     double origin[kMaxBatch];
     Moments<double> moments[kMaxBatch];
@@ -163,7 +164,7 @@ class RowsForward : Call<T, ForwardCall> {
     }
   }
 
-  // Chunks into sets; partial(k, out) gives those of chunk k.
+  // Merges chunks into sets and finishes their statistics; partial(k, out) gives the moments of chunk k.
   template <class F>
   void fold(int64_t set, int64_t sets, F&& partial) const {
     Partial total[kMaxBatch], chunk[kMaxBatch];
@@ -178,12 +179,12 @@ class RowsForward : Call<T, ForwardCall> {
     }
   }
 
-  // Where there is nothing to merge, there is nothing to be relative to.
+  // A set of a single block merges nothing, so it needs no origin.
   double origin_of_set(int64_t set) const { return stat_blocks_.count() == 1 ? 0 : origin_of(x_ + set_base(g, set)); }
 
-  // Blocks [first, end) of `sets` sets side by side.
+  // Writes y in the blocks [first, end) of `sets` sets side by side.
   void apply(int64_t set, int64_t sets, int64_t first, int64_t end) const {
-    if (!y_) return;  // only the statistics are wanted
+    if (!y_) return;  // the caller wants only the statistics
     for (int64_t b = first; b < end; ++b) {
       const Block k = weight_blocks_[b];
       for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {

@@ -1,5 +1,5 @@
-// What every walk needs around the arithmetic: scratch memory, the parallel loop, parameters as arrays of A, the cut of
-// a set into blocks and chunks.
+// Every walk needs this around the arithmetic: scratch memory, the parallel loop, parameters as arrays of A, the
+// division of a set into blocks and chunks.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 using cpu::BackwardCall, cpu::ForwardCall, cpu::Parallel;
 
-// Uninitialised memory, aligned to a pack and readable one pack past its end.
+// Uninitialised memory that is aligned to a pack and can be read one pack past its end.
 template <class E>
 class Buffer {
  public:
@@ -47,7 +47,7 @@ void for_each_task(const Parallel& parallel, int64_t tasks, F&& f) {
   parallel.run(tasks, run, &f);
 }
 
-// Parameters of any type as an array of A; `absent` where there are none.
+// Reads parameters of any type into an array of A; fills it with `absent` where there are none.
 template <class A>
 void read_params(const Params& params, int64_t n, A absent, A* out) {
   if (params.data == nullptr) {
@@ -71,7 +71,7 @@ void read_params(const Params& params, int64_t n, A absent, A* out) {
   });
 }
 
-// The rows of the stats tensor. mean + mean_low is the mean to twice A's digits.
+// The rows of the stats tensor. mean + mean_low is the mean with twice the digits of A.
 template <class A>
 struct Stats {
   A *mean, *rstd, *var, *mean_low;
@@ -89,7 +89,7 @@ struct Stats {
 
 constexpr int64_t kShortRunBytes = 2048;
 
-// What forward and backward both read.
+// The arguments that forward and backward share.
 template <class T, class Args>
 struct Call {
   using A = Accum<T>;
@@ -110,26 +110,26 @@ struct Call {
     read_params<A>(args.bias, g.C, A(0), bias);
   }
 
-  // For a step over so many numbers: one thread where waking the others takes longer.
+  // The pool for a step over so many numbers: a single thread where waking the others takes longer.
   Parallel parallel_over(int64_t numbers) const {
     Parallel parallel = args.parallel;
     if (numbers < kMinParallelElements) parallel.threads = 1;
     return parallel;
   }
 
-  // The sum of d xhat from that of d (x - mean), of a set or of a part of it.
+  // The sum of d xhat from that of d (x - mean), for a set or a part of it.
   double xhat_sum(int64_t set, const GradSums<double>& sums) const {
     return fastnorm::xhat_sum<double>(sums.d, sums.d_centered, stats.rstd[set], stats.mean_low[set]);
   }
-  // What dx subtracts: `d` and `d_xhat` are sums of w d and w d xhat over the set.
+  // The terms that dx subtracts. `d` and `d_xhat` are the sums of w d and w d xhat over the set.
   SetTerms<A> set_terms(int64_t set, double d, double d_xhat) const {
     const double rstd = stats.rstd[set], low = stats.mean_low[set];
     return fastnorm::set_terms<A>(d, d_xhat, rstd, low, rstd / static_cast<double>(g.set_size()));
   }
 
-  // Batch norm's runs, when they end before the processor has found their stream. Sets are then walked side by side,
-  // run by run: memory in its own order, and no store meets the loads of the next run at the same offset in another
-  // page (32x2048x7x7 float32 backward: 31 ns a pack set by set).
+  // Whether batch norm walks several sets side by side, run by run: its runs end before the prefetcher has found their
+  // stream. Memory is then walked in its own order, and no store meets the loads of the next run at the same offset of
+  // another page (32x2048x7x7 float32 backward took 31 ns a pack set by set).
   bool interleaves_sets(const Runs& runs) const {
     return g.kind == Kind::kBatch && runs.count > 1 && runs.length * static_cast<int64_t>(sizeof(T)) <= kShortRunBytes;
   }
@@ -143,7 +143,7 @@ struct Call {
   }
 };
 
-// Several arrays of `length` elements in one allocation, each readable a pack past its end.
+// Several arrays of `length` elements in one allocation. Each can be read a pack past its end.
 template <class E, int kArrays>
 class Arrays {
  public:
@@ -156,14 +156,14 @@ class Arrays {
   Buffer<E> storage_;
 };
 
-// Coefficients of every channel of every sample as arrays [outer * C]: a set's mean and rstd repeated over its
-// channels.
+// The coefficients of every channel of every sample as arrays [outer * C]. The mean and rstd of a set are repeated for
+// each of its channels.
 template <class A>
 class ChannelArrays {
  public:
   explicit ChannelArrays(const Geometry& g) : g_(g), arrays_(g.outer() * g.C) {}
 
-  // Fills the channels [first, first + channels) of sample n, whole sets.
+  // Fills the channels [first, first + channels) of sample n, which are whole sets.
   template <class T, class Args>
   void fill(const Call<T, Args>& call, int64_t n, int64_t first, int64_t channels) const {
     const int64_t D = g_.set_channels(), at = n * g_.C + first;
@@ -194,15 +194,15 @@ class ChannelArrays {
   const Arrays<A, 4> arrays_;
 };
 
-// Small sets go through a pass in batches: the long chain from a set's sums to its first result is then worked on
-// while the next set's sums are still being read (LayerNorm of 96 float32: 14 ns a pack one by one, 9 in batches).
+// Small sets go through a pass in batches: the processor works on the long chain from the sums of one set to its first
+// result while it still reads the next set (LayerNorm of 96 float32: 14 ns a pack one by one, 9 in batches).
 constexpr int64_t kMaxBatch = 8;
 inline int64_t sets_per_batch(int64_t set_size) { return std::clamp<int64_t>(kBlock / set_size, 1, kMaxBatch); }
 
 // ---- origins ----
 
-// Means are merged relative to a set's origin, its first element: numbers of the size of the spread, so that the error
-// of the mean's last digit does not enter the variance where the mean is large.
+// Means are merged relative to the origin of a set, its first element. They are then as small as the spread, and the
+// error of the mean's last digit does not enter the variance where the mean is large.
 template <class T>
 FASTNORM_INLINE double origin_of(const T* x) {
   const double value = load_first(x, 1)[0];
@@ -211,13 +211,13 @@ FASTNORM_INLINE double origin_of(const T* x) {
 
 // ---- blocks ----
 
-// `runs` runs from first_run on; of each, the elements [offset, offset + length).
+// The elements [offset, offset + length) of each of `runs` runs from first_run on.
 struct Block {
   int64_t first_run, runs, offset, length;
   int64_t size() const { return runs * length; }
 };
 
-// Runs cut into blocks of about kBlock elements: pieces of a long run, or several short ones.
+// Divides runs into blocks of about kBlock elements: parts of a long run, or several short runs.
 class CacheBlocks {
  public:
   explicit CacheBlocks(const Runs& runs)

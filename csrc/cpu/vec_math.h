@@ -1,5 +1,5 @@
-// exp, erf and tanh of a pack. Float: branch-free polynomials whose largest errors over all floats are checked by
-// tests/test_activation.py (exp 1, tanh 2, erf 1.5 ulp). Double: the C library, lane by lane.
+// exp, erf and tanh of a pack. For float these are polynomials without branches; tests/test_activation.py checks their
+// largest errors over all floats (exp 1, tanh 2, erf 1.5 ulp). For double the C library computes lane by lane.
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ FASTNORM_INLINE PackF copy_sign(PackF magnitude, PackF sign) {
   return from_bits<float>(bits);
 }
 
-// v * 2^n for an integer n = biased - 1.5 * 2^23, right below the normal range and at the step to Inf.
+// v * 2^n for an integer n = biased - 1.5 * 2^23. It is right below the normal range and where the result is Inf.
 FASTNORM_INLINE PackF times_power_of_two(PackF v, PackF n, PackF biased) {
 #if defined(__AVX512F__)
   (void)biased;
@@ -41,7 +41,7 @@ FASTNORM_INLINE PackF times_power_of_two(PackF v, PackF n, PackF biased) {
   return v;
 #else
   (void)n;
-  Mask<float> half = bits_of(biased), rest;  // two factors, either of them normal
+  Mask<float> half = bits_of(biased), rest;  // two factors; each is a normal number
   for (int k = 0; k < kParts; ++k) {
     const auto exponent = half.part[k] - 0x4b400000;
     half.part[k] = ((exponent >> 1) + 127) << 23;
@@ -54,7 +54,7 @@ FASTNORM_INLINE PackF times_power_of_two(PackF v, PackF n, PackF biased) {
 // exp(x) = 2^n exp(r), |r| <= ln2 / 2; the polynomial is Cephes' expf (Moshier 1989).
 FASTNORM_INLINE PackF exp(PackF x) {
   x = select(x > PackF(89), PackF(89), select(x <= PackF(-105), PackF(-105), x));  // NaN passes
-  const PackF kRound(12582912.0);  // 1.5 * 2^23: adding rounds to integer
+  const PackF kRound(12582912.0);  // 1.5 * 2^23: adding it rounds to an integer
   const PackF shifted = fma(x, PackF(1.44269504088896341), kRound);
   const PackF n = shifted - kRound;
   PackF r = fma(n, PackF(-0.693359375), x);
@@ -75,7 +75,7 @@ FASTNORM_INLINE PackF tanh(PackF x) {
   return select(a > PackF(0.625), copy_sign(large, x), small);  // NaN takes `small`
 }
 
-// Two polynomials after N. Juffa's erff: the odd Taylor-like part near zero, 1 - exp(polynomial) further out.
+// Two polynomials after N. Juffa's erff: an odd one like Taylor's near zero, 1 - exp(polynomial) further out.
 FASTNORM_INLINE PackF erf(PackF x) {
   const PackF a = absolute(x);
   const PackF square = x * x;

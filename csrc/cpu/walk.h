@@ -1,4 +1,4 @@
-// How a kernel walks over elements: in fours of packs, and at the end the lanes that are left.
+// How a kernel walks over elements: four packs at a time, and at the end the lanes that are left.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@ constexpr int64_t kLanes = Pack<A>::kLanes;
 
 // ---- access: which lanes of a group of packs exist ----
 
-// All of them. stream: stores go past the cache.
+// All of them exist. With `stream`, stores go past the cache.
 struct Whole {
   bool stream = false;
   template <class T>
@@ -32,7 +32,7 @@ struct Whole {
     return v;
   }
 };
-// Of the last pack only the first n lanes, 0 < n <= kLanes.
+// Of the last pack only the first n lanes exist, 0 < n <= kLanes.
 template <int kLast>
 struct Tail {
   int64_t n;
@@ -49,7 +49,7 @@ struct Tail {
       Whole{stream}.put(p, v, pack);
     }
   }
-  // Zero in the lanes that do not exist.
+  // v with zero in the lanes that do not exist.
   template <class A>
   FASTNORM_INLINE Pack<A> zero_past_end(Pack<A> v, int pack) const {
     return pack == kLast ? select(first_lanes<A>(n), v, Pack<A>(0)) : v;
@@ -60,7 +60,7 @@ struct Tail {
   }
 };
 
-// Of every pack only the first n lanes: packs one below the other at a tile's edge.
+// Of every pack only the first n lanes exist: packs below one another at the edge of a tile.
 struct Edge {
   int64_t n;
   template <class T>
@@ -69,7 +69,7 @@ struct Edge {
   }
 };
 
-// Calls f(p, count) for the positions p in fours, then one by one; count is the number as a constant.
+// Calls f(p, count) for four positions from p on at a time, then for single ones; count is a compile-time constant.
 template <class F>
 FASTNORM_INLINE void for_fours(int64_t n, F&& f) {
   int64_t p = 0;
@@ -77,8 +77,8 @@ FASTNORM_INLINE void for_fours(int64_t n, F&& f) {
   for (; p < n; ++p) f(p, std::integral_constant<int, 1>{});
 }
 
-// Calls f.template packs<P>(i, access) over n elements: fours of packs, then what remains as one group. Where a pack is
-// four registers already (the portable build), one by one: fours would only double the time to compile.
+// Calls f.template packs<P>(i, access) over n elements: four packs at a time, then the rest as one group. The portable
+// build, where a pack is four registers already, takes single packs: groups of four would only double the compile time.
 template <class A, class F>
 FASTNORM_INLINE void for_packs(int64_t n, const F& f, bool stream = false) {
   constexpr int64_t L = kLanes<A>;

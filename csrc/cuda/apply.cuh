@@ -1,11 +1,12 @@
 // Apply, forward.
 //
-// What: y = act((x - mean) * rstd * weight + bias + residual), the mask's bits of a two-sided activation; statistics as
-//   folded, or given (evaluation), then passed on in `stats`.
-// Who: the pieces of reduce, by the same threads, from the last piece to the first: what reduce read last is in L2.
-// Traffic: reads x (and residual) once, writes y (and a bit an element) once.
-// Needs: pack divides every run and every address; where packs are narrower than 8, lanes that share a byte of the mask
-//   neighbour each other (RowsShape::length, ColumnsShape::tile).
+// What: y = act((x - mean) * rstd * weight + bias + residual), and the mask's bits of a two-sided activation. The
+//   statistics come from fold, or are given (evaluation) and then copied to `stats`.
+// Who: the same threads as in reduce take the same pieces, from the last to the first: L2 still has what reduce read
+//   last.
+// Traffic: reads x (and residual) once, writes y (and a bit per element) once.
+// Needs: pack divides every run and every address. Where packs are narrower than 8, the lanes that share a byte of the
+//   mask are neighbours (RowsShape::length and ColumnsShape::tile see to it).
 // Numerics: (x - mean) * scale + bias, not x * a + b: exact differences where the mean is large.
 #pragma once
 

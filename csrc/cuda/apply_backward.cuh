@@ -1,8 +1,9 @@
 // Apply, backward.
 //
-// What: dx = scale * d - (offset + xhat * slope), dresidual = d; terms as folded, or none where statistics are given.
-//   Beside it the gradients of weight and bias, whose partials reduce has left: nothing waits for them.
-// Who: the first blocks fold the parameters' partials, the others take the pieces of the plan's `apply` grid, from the
+// What: dx = scale * d - (offset + xhat * slope), dresidual = d. The terms come from fold; there are none where
+//   statistics are given. The same launch folds the gradients of weight and bias from the partials of reduce, because
+//   nothing waits for them.
+// Who: the first blocks fold the parameters' partials. The others take the pieces of the plan's `apply` grid, from the
 //   last to the first.
 // Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once.
 #pragma once

@@ -1,4 +1,4 @@
-// The backward kernels of one storage type: compiled once for each, as FASTNORM_DTYPE.
+// The backward kernels of one storage type. The build compiles this file once for each type, as FASTNORM_DTYPE.
 #include <algorithm>
 
 #include "apply_backward.cuh"
@@ -42,7 +42,7 @@ struct Backward {
     return shape;
   }
 
-  // Along the rows (where `along`) and down them, beside each other.
+  // One launch: some blocks go down the rows, and where `along` is set others go along them.
   template <int W, bool kSmooth>
   int reduce_elements_of(bool along) const {
     constexpr int kPack = kColumnsPack<T, W> ? W : 1;
@@ -88,7 +88,7 @@ struct Backward {
     return launch_fold_terms(f, stream);
   }
 
-  // The partials of the parameters' gradients, wherever they come from; none where the sums were final.
+  // Whether there are partials of the parameters' gradients to fold: there are none where the sums were final.
   bool has_partials() const { return fold_of_params().sums != nullptr; }
   FoldParamsArgs<A> fold_of_params() const {
     FoldParamsArgs<A> f{};
@@ -148,7 +148,7 @@ struct Backward {
 
   template <int W, bool kSmooth>
   int fused() const {
-    if constexpr (!std::is_same<T, double>::value) {  // float64 goes by the plain path
+    if constexpr (!std::is_same<T, double>::value) {  // float64 is not fused
       const LaunchConfig config = fused_config(plan.reduce, plan.grid_sync, stream);
       if (rows) {
         return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_args(), rows_of(g, plan.reduce));

@@ -8,7 +8,7 @@
 
 namespace fastnorm::cuda {
 
-// What there is to read at a step in global memory; bits(): of the mask.
+// Reads all that backward needs of one pack from global memory; bits() gives the mask's bits.
 template <int W, class T, class Bits>
 FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, int64_t element, Bits bits) {
   GradientPacks<T, W> packs{};
@@ -31,7 +31,7 @@ FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, c
 
 // ---- rows ----
 
-// Adds this thread's share of a range's sums to `total`, U packs at a time; keep(step, x, d) sees every pack.
+// Adds this thread's part of the sums over a range to `total`, U packs at a time. keep(step, x, d) sees every pack.
 template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
 FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
                                      const SetStats<A>& stats, Read read, Keep keep, GradSums<A>& total) {
@@ -41,7 +41,7 @@ FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiec
     A x[W], d[W];
     gradient<kSmooth>(t, packs, c, x, d);
     keep(step, x, d);
-    if (piece.shape.per_element) {  // cells of one element: their weights go in here
+    if (piece.shape.per_element) {  // cells of one element, so their weights go in here
 #pragma unroll
       for (int w = 0; w < W; ++w) d[w] *= c.scale[w];
     }
@@ -76,7 +76,7 @@ FASTNORM_DEVICE void load_lane_coefs(const BackwardTensors<T>& t, const ColumnsP
   load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
 }
 
-// Adds this thread's share of a range to its channels' sums; keep(position, d) sees every pack.
+// Adds this thread's part of a range to its channels' sums. keep(position, d) sees every pack.
 template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
 FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece, const Range& range,
                                           const LaneCoefs<A, W>& coefs, Read read, Keep keep, GradSums<A> (&sums)[W]) {

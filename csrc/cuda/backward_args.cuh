@@ -1,4 +1,4 @@
-// What every backward kernel takes, typed; and the gradient of a pack through the activation.
+// The arguments of every backward kernel, typed, and the gradient of a pack through the activation.
 #pragma once
 
 #include "forward_args.cuh"
@@ -13,7 +13,7 @@ struct BackwardTensors {
   const T* residual;    // or null
   const uint8_t* mask;  // or null
   Params weight, bias;
-  const A* stats;  // [4, sets]
+  const A* stats;  // [kStatsRows, sets]
   int64_t sets;
   bool frozen;
   Epilogue<A> epilogue;
@@ -36,7 +36,7 @@ struct BackwardTensors {
         dresidual(static_cast<T*>(a.dresidual)) {}
 };
 
-// What is read of one place.
+// The packs that backward reads for one step or position.
 template <class T, int W>
 struct GradientPacks {
   Pack<T, W> x, dy, residual;
@@ -54,7 +54,7 @@ FASTNORM_DEVICE void gradient(const BackwardTensors<T>& t, const GradientPacks<T
   multiply_slope<kSmooth>(t.epilogue, x, coefs, residual, t.mask != nullptr, packs.bits, d);
 }
 
-// d, d (x - mean) of a pack, summed.
+// The sums of d and of d (x - mean) over a pack.
 template <int W, class A, class Coefs>
 FASTNORM_DEVICE GradSums<A> pack_sums(const A (&x)[W], const A (&d)[W], const Coefs& coefs) {
   A products[W];
@@ -70,7 +70,7 @@ FASTNORM_DEVICE void store_gradients(const BackwardTensors<T>& t, const A (&x)[W
   if (t.dresidual != nullptr) store(t.dresidual + element, narrow<T>(d));
   if (t.dx == nullptr) return;
   A dx[W];
-  if (t.frozen) {  // nothing of x is in it, not even an infinite one
+  if (t.frozen) {  // dx does not depend on x, not even on an infinite one
 #pragma unroll
     for (int w = 0; w < W; ++w) dx[w] = coefs[w].scale * d[w];
   } else {

@@ -2,10 +2,11 @@
 //
 //                channels ->
 //   position 0   [ lane 0 ][ lane 1 ] ... [ lane threads_x - 1 ]   a pack of channels each
-//   position 1   [        ][        ]                              taken by threads threads_x further on
+//   position 1   [        ][        ]                              taken by the next threads_x threads
 //   ...          down a piece of the positions, threads_y at a time, several under way
 //
-// A thread keeps its channels, one accumulator for each; the block merges them downwards at the end.
+// A thread keeps its channels and has one accumulator for each. At the end the block merges the accumulators of a
+// channel over its rows of threads.
 #pragma once
 
 #include <algorithm>
@@ -15,16 +16,17 @@
 
 namespace fastnorm::cuda {
 
-// What columns kernels know of a geometry and its grid.
+// A geometry and its grid as columns kernels need them.
 struct ColumnsShape {
   int64_t C, positions, outer;
-  int64_t groups, set_channels;  // sets of an outer, channels of a set
+  int64_t groups, set_channels;  // sets per outer, channels per set
   int64_t items, pieces, piece_length, tiles;
   int tile, threads_x, threads_y;
   int64_t mask_row_bytes;
-  bool per_position;   // every position has statistics of its own: weight gradients of a LayerNorm
-  bool pieces_adjoin;  // of a tile, as gangs have them; else the tiles of a piece do, side by side in memory
-  bool backwards;      // from the last item to the first
+  bool per_position;   // every position has statistics of its own: the weights' gradients of a LayerNorm
+  bool pieces_adjoin;  // neighbouring items: the pieces of a tile (gangs); else the tiles of a piece, which adjoin in
+                       // memory
+  bool backwards;      // items are taken from the last to the first
 };
 
 inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dtype) {
@@ -47,12 +49,12 @@ inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dty
   s.threads_x = grid.threads_x;
   s.threads_y = grid.threads_y;
   s.pieces_adjoin = grid.gang != Gang::kBlock;
-  // Where positions have statistics of their own the mask was written along the sets' runs.
+  // Where positions have statistics of their own, forward wrote the mask along the sets' runs.
   s.mask_row_bytes = mask_row_bytes(g.mask_run(), dtype);
   return s;
 }
 
-// Positions of an item.
+// Some positions of an item.
 struct Range {
   int begin, end;
 };
@@ -63,11 +65,11 @@ struct ColumnsPiece {
   const ColumnsShape& shape;
   int64_t outer, piece, first_position, first_channel;
   int positions, channels;  // of the item
-  int x, y;                 // this thread's column of packs, and its first position
-  int64_t channel;          // of its first lane
-  bool in;                  // it has channels
+  int x, y;                 // this thread's column of packs and its first position
+  int64_t channel;          // of this thread's first lane
+  bool in;                  // this thread has channels
 
-  // Nothing where the item is not `valid`.
+  // Has no positions and no channels where the item is not `valid`.
   FASTNORM_DEVICE explicit ColumnsPiece(const ColumnsShape& s, int64_t item, bool valid = true) : shape(s) {
     const int64_t fast = s.pieces_adjoin ? s.pieces : s.tiles, slow = s.pieces_adjoin ? s.tiles : s.pieces;
     const int64_t row = item / fast, in_row = item - row * fast;
@@ -95,7 +97,7 @@ struct ColumnsPiece {
     return load_mask<W>(mask + (row(position) * shape.groups + group) * shape.mask_row_bytes,
                         channel - group * shape.set_channels);
   }
-  // The set of lane w, at a position where that matters.
+  // The set of lane w; it depends on the position only where per_position is set.
   FASTNORM_DEVICE int64_t set(int w, int position = 0) const {
     const int64_t group = shape.set_channels == 1 ? channel + w : (channel + w) / shape.set_channels;
     return (shape.per_position ? row(position) : outer) * shape.groups + group;
@@ -105,32 +107,34 @@ struct ColumnsPiece {
     const int64_t group = shape.set_channels == 1 ? channel + w : (channel + w) / shape.set_channels;
     return outer * shape.positions * shape.C + group * shape.set_channels;
   }
-  // Where a partial of channel first_channel + c of this item goes among [outer, pieces, C].
+  // The index among [outer, pieces, C] of the partial of this item's channel first_channel + c.
   FASTNORM_DEVICE int64_t partial(int c) const { return (outer * shape.pieces + piece) * shape.C + first_channel + c; }
 
   // The tile's first set.
   FASTNORM_DEVICE int64_t first_set() const { return outer * shape.groups + first_channel / shape.set_channels; }
 
-  // Where a staged piece keeps the pack of this thread's column, whatever the tensor.
+  // The index, in a staged piece, of this thread's pack at a position. The same for every tensor.
   template <class T>
   FASTNORM_DEVICE int slot(int position, const T* /*tensor*/) const {
     return position * (shape.tile / W) + x;
   }
 
-  // How many positions the threads of row y take.
+  // The number of positions that each thread of row row_y takes.
   FASTNORM_DEVICE int count(int row_y) const {
     return positions / shape.threads_y + (row_y < positions % shape.threads_y);
   }
 
   FASTNORM_DEVICE Range whole() const { return {0, positions}; }
-  // A share of the positions, in whole rounds: of all shares a thread takes the positions that it takes of the whole.
+  // The positions of one copy group. A group has whole rounds, so that a thread takes the same positions group by group
+  // as it takes on a walk over the whole.
   FASTNORM_DEVICE Range copy_group(int index) const {
     const int round = kUnroll<W> * shape.threads_y;
     const int length = (positions + kCopyGroups * round - 1) / (kCopyGroups * round) * round;
     return {index * length, std::min(positions, (index + 1) * length)};
   }
 
-  // body(position[U], in[U]), the last first where kFromEnd; every thread of the block makes as many calls.
+  // Calls body(position[U], in[U]), from the last positions to the first where kFromEnd. All threads of the block make
+  // the same number of calls.
   template <int U, bool kFromEnd = false, class Body>
   FASTNORM_DEVICE void walk(const Range& range, Body body) const {
     const int length = U * shape.threads_y, first = kFromEnd ? (range.end - 1 - range.begin) / length * length : 0;
@@ -146,7 +150,7 @@ struct ColumnsPiece {
       body(position, inside);
     }
   }
-  // use(position, read(position)) for every position of this thread, U of them read before the first is used.
+  // Calls use(position, read(position)) for every position of this thread, with U reads before the first use.
   template <int U, bool kFromEnd = false, class Read, class Use>
   FASTNORM_DEVICE void walk_read(const Range& range, Read read, Use use) const {
     walk<U, kFromEnd>(range, [&](const int (&position)[U], const bool (&inside)[U]) {
@@ -163,7 +167,7 @@ struct ColumnsPiece {
   }
 };
 
-// body(piece) for the items of these blocks.
+// Calls body(piece) for the items of these blocks.
 template <int W, class Body>
 FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const BlockRange& blocks, Body body) {
   for (int64_t item = blocks.index; item < shape.items; item += blocks.count) {
@@ -171,7 +175,7 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const BlockRange& bl
   }
 }
 
-// Begins to copy a share of a piece of `tensor` to shared memory; every thread what it reads itself.
+// Begins to copy one copy group of a piece of `tensor` to shared memory. Every thread copies what it reads itself.
 template <int W, class T>
 FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, int copy_group, const T* tensor, Pack<T, W>* staged) {
   piece.template walk<kUnroll<W>>(
@@ -183,7 +187,7 @@ FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, int copy_group,
       });
 }
 
-// body(range) for what has landed of a piece; ready(share) waits for a share.
+// Calls body(range) for one copy group of a piece after the other; ready(copy_group) waits until the group has landed.
 template <int W, class Ready, class Body>
 FASTNORM_DEVICE void for_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
   for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
@@ -191,7 +195,7 @@ FASTNORM_DEVICE void for_landed(const ColumnsPiece<W>& piece, Ready ready, Body 
     body(piece.copy_group(copy_group));
   }
 }
-// Begins to bring a piece of `tensor` into L2, to be read when it is there.
+// Begins to bring a piece of `tensor` into L2, where later reads find it.
 template <int W, class T>
 FASTNORM_DEVICE void prefetch_columns(const ColumnsPiece<W>& piece, const T* tensor) {
   piece.template walk<1>(piece.whole(), [&](const int (&position)[1], const bool (&in)[1]) {
@@ -206,8 +210,8 @@ struct LaneMoments {
   Moments<A> lane[W] = {};
 };
 
-// Packs below one another, lane by lane, as moments relative to `origin`, over their own mean; merged into those of the
-// lanes.
+// Takes packs below one another as moments relative to `origin`, lane by lane and over their own mean, and merges them
+// into the lanes' moments.
 template <int W, class T, class A>
 FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], const bool (&in)[kLaneUnroll<W>],
                                  const A (&origin)[W], LaneMoments<A, W>& total) {
@@ -236,7 +240,7 @@ FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], cons
   total.count += batch;
 }
 
-// Merges this thread's share of a range into `total`; read(position): the pack of x there.
+// Merges this thread's part of a range into `total`; read(position) gives the pack of x there.
 template <class T, int W, class A, class Read>
 FASTNORM_DEVICE void accumulate_lanes(const ColumnsPiece<W>& piece, const Range& range, const A (&origin)[W], Read read,
                                       LaneMoments<A, W>& total) {
@@ -270,8 +274,8 @@ FASTNORM_DEVICE void load_lane_coefs(const ColumnsPiece<W>& piece, const SetStat
   for (int w = 0; w < W; ++w) coefs.lane[w] = make_affine(stats[w], weights[w], biases[w]);
 }
 
-// What the threads of every column have, into `merged`, which holds W accumulators for each thread: those of channel c
-// of the item are then at c, c + width, ... Returns the width.
+// Writes the accumulators of all threads to `merged`, which holds W for each thread, a row for each row of threads: the
+// accumulators of the item's channel c are at c, c + width, ... Returns the width.
 template <int W, class Acc>
 FASTNORM_DEVICE int stack_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged) {
   const int width = piece.shape.threads_x * W;
@@ -281,8 +285,8 @@ FASTNORM_DEVICE int stack_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W
   return width;
 }
 
-// The sums of all threads of a column, downwards: use(c, total) is called once for each channel c of the item, by some
-// thread.
+// Merges the accumulators of a channel over the rows of threads. Some thread calls use(c, total) once for each channel
+// c of the item.
 template <int W, class Acc, class Use>
 FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged, Use use) {
   const int width = stack_rows(piece, mine, merged);
@@ -293,7 +297,8 @@ FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[
   }
 }
 
-// The same for moments, whose counts follow from the positions: their mean first, so that there is one division.
+// The same for moments, whose counts follow from the positions. The common mean is taken first: that needs one
+// division.
 template <int W, class A, class Use>
 FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const Moments<A> (&mine)[W], Moments<A>* merged,
                                 Use use) {
@@ -313,8 +318,8 @@ FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const Moments<A> (
   }
 }
 
-// body(set, lane, lanes) for the whole sets of a tile, by as many neighbouring lanes as a set has channels, at most a
-// warp; set -1 where there is none left: all lanes of a warp make as many calls.
+// Calls body(set, lane, lanes) for the sets of a tile. As many neighbouring lanes as a set has channels, at most a
+// warp, take a set together. All lanes of a warp make the same number of calls; set is -1 where no set is left.
 template <int W, class Body>
 FASTNORM_DEVICE void for_each_set(const ColumnsPiece<W>& piece, Body body) {
   const int channels = static_cast<int>(piece.shape.set_channels), sets = piece.channels / channels;

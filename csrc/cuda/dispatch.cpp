@@ -1,4 +1,4 @@
-// The kernel interface of csrc/kernels.h: from a storage type known at run time to the launches compiled for it.
+// The launches of api.h: a storage type known at run time picks the ones compiled for it.
 #include "launches.h"
 
 namespace fastnorm::cuda {

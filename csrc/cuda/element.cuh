@@ -1,6 +1,5 @@
-// What happens to the elements of a pack: normalize and activate (forward), or the gradient through the activation and
-// dx (backward). Every norm, layout and strategy goes through these few functions; they differ in where the
-// coefficients of an element come from.
+// The arithmetic on the elements of a pack: normalize and activate (forward), the gradient through the activation and
+// dx (backward). Every norm, layout and strategy uses these few functions; norms differ in the coefficients they pass.
 #pragma once
 
 #include <cmath>
@@ -18,7 +17,7 @@ template <class A>
 struct Affine {
   A mean, rstd, scale, bias;
 };
-// What the mean lost goes into the bias.
+// The bias takes in what rounding cut off the mean.
 template <class A>
 FASTNORM_DEVICE Affine<A> make_affine(const SetStats<A>& s, A weight, A bias) {
   const A scale = s.rstd * weight;
@@ -66,7 +65,7 @@ struct Epilogue {
   A param;
 };
 
-// The residual of a pack, widened. In an array always: a pointer that may be null would put it into local memory.
+// The residual of a pack, widened. It is always an array: a pointer that may be null would move it to local memory.
 template <int W, class T, class A>
 FASTNORM_DEVICE void widen_residual(bool present, const Pack<T, W>& pack, A (&residual)[W]) {
   widen<A>(pack, residual);
@@ -74,7 +73,7 @@ FASTNORM_DEVICE void widen_residual(bool present, const Pack<T, W>& pack, A (&re
   for (int w = 0; w < W; ++w) residual[w] = present ? residual[w] : A(-0.0);
 }
 
-// z = (x - mean) * scale + bias + residual; -0 where there is none, which changes nothing.
+// z = (x - mean) * scale + bias + residual. An absent residual is -0, which changes no sum.
 template <int W, class A, class Coefs>
 FASTNORM_DEVICE void normalize(const A (&x)[W], const Coefs& coefs, const A (&residual)[W], A (&z)[W]) {
 #pragma unroll
@@ -115,7 +114,8 @@ FASTNORM_DEVICE void activate_pack(const Epilogue<A>& e, A (&z)[W]) {
 
 // ---- backward ----
 
-// d = dy * act'(z) in place: by the mask's bits where they were saved, else from z, made of x and residual again.
+// d = dy * act'(z), in place: from the mask's bits where forward saved them, else from z, computed again from x and
+// residual.
 template <bool kSmooth, int W, class A, class Coefs>
 FASTNORM_DEVICE void multiply_slope(const Epilogue<A>& e, const A (&x)[W], const Coefs& coefs, const A (&residual)[W],
                                     bool masked, unsigned bits, A (&d)[W]) {
@@ -133,7 +133,7 @@ FASTNORM_DEVICE void multiply_slope(const Epilogue<A>& e, const A (&x)[W], const
       normalize(x, coefs, residual, z);
       bits = upper_side(e.activation, z);
     }
-    // 0 where relu's side is 0, even times an infinite dy.
+    // Where relu is 0, d is 0 even for an infinite dy.
     const bool relu = e.activation == Activation::kRelu;
 #pragma unroll
     for (int w = 0; w < W; ++w) d[w] = bits >> w & 1 ? d[w] : relu ? A(0) : d[w] * e.param;

@@ -1,4 +1,4 @@
-// The kernels that know accumulation types only, and what is asked of the device.
+// The kernels that depend on accumulation types only, and the queries of the device.
 #include "fold.cuh"
 
 #include <algorithm>
@@ -7,7 +7,7 @@ namespace fastnorm::cuda {
 
 namespace {
 
-// Enough for any device; blocks take items in strides.
+// Enough for any device: blocks take items in strides.
 constexpr int64_t kMaxFoldBlocks = 4096;
 
 LaunchConfig fold_config(int64_t warps, void* stream) {

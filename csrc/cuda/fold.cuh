@@ -1,9 +1,9 @@
-// Fold: partials -> statistics, terms of dx, gradients of weight and bias. And the running statistics.
+// Fold: from partials to statistics, terms of dx, and gradients of weight and bias. Also the running statistics.
 //
-// Who: a warp to a set; neighbouring lanes to a channel, its neighbour's next to them. They take the partials in
-//   strides and merge their shares in a fixed order.
-// Traffic: the partials once; a few numbers a set.
-// Numerics: double throughout: partials are few, and their number must not be seen in the result.
+// Who: a warp takes a set; neighbouring lanes take a channel. The lanes take the partials in strides and merge their
+//   sums in a fixed order.
+// Traffic: reads the partials once and writes a few numbers per set.
+// Numerics: double throughout, because partials are few and the result must not show how many there were.
 #pragma once
 
 #include "forward_args.cuh"
@@ -14,14 +14,14 @@ namespace fastnorm::cuda {
 
 constexpr int kFoldWarps = kBlockThreads / kWarp;
 
-// body(i, lane) for every i < items, by a warp each.
+// Calls body(i, lane) for every i < items; a warp takes an i.
 template <class Body>
 FASTNORM_DEVICE void for_each_by_warp(int64_t items, Body body) {
   const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
   for (int64_t i = block_index() * kFoldWarps + warp; i < items; i += grid_blocks() * kFoldWarps) body(i, lane);
 }
 
-// use(index) for this lane's share of the partials of set `group` of `outer`.
+// Calls use(index, column) for this lane's part of the partials of set `group` of `outer`.
 template <class Use>
 FASTNORM_DEVICE void for_partials(int64_t outer, int64_t group, int64_t pieces, int64_t groups, int64_t columns,
                                   int lane, Use use) {
@@ -76,14 +76,15 @@ fold_terms(FoldTermsArgs<A> f) {
   });
 }
 
-// Lanes to a channel: as many as have eight partials each. Few channels side by side share the sectors that are read.
+// Lanes per channel: each has eight partials at least. The fewer lanes a channel has, the more neighbouring channels
+// share the sectors that a warp reads.
 FASTNORM_HOST_DEVICE inline int fold_lanes(int64_t partials) {
   int lanes = 1;
   while (lanes < kWarp && lanes * 8 < partials) lanes *= 2;
   return lanes;
 }
 
-// dweight and dbias, by these blocks.
+// These blocks compute dweight and dbias.
 template <class A>
 FASTNORM_DEVICE void fold_params(const FoldParamsArgs<A>& f, const BlockRange& blocks) {
   const int64_t partials = f.outer * f.pieces;
@@ -129,9 +130,9 @@ FASTNORM_DEVICE void move_running(const ParamGrads& running, int64_t stride, int
   store_number(running.data, running.dtype, channel * stride, blend(old, sum, sets / channels, factor, momentum));
 }
 
-// What: running = (1 - momentum) running + momentum * stats, the mean over samples where there are several.
-// Who: a thread to a channel. Where the average is cumulative there is one block, so that num_batches_tracked is read
-//   by all before it is raised.
+// What: running = (1 - momentum) running + momentum * stats, averaged over the samples where there are several.
+// Who: a thread takes a channel. Where the average is cumulative the launch has one block, so that all threads read
+//   num_batches_tracked before it is raised.
 template <class A>
 FASTNORM_KERNEL(kBlockThreads, 1)
 update_running(RunningArgs r) {
@@ -145,8 +146,8 @@ update_running(RunningArgs r) {
   const A* stats = static_cast<const A*>(r.stats);
   for (int64_t c = block_index() * block_threads() + thread_index(); c < r.channels;
        c += grid_blocks() * block_threads()) {
-    move_running(r.running_mean, r.mean_stride, c, stats, r.sets, r.channels, momentum, 1.0);
-    move_running(r.running_var, r.var_stride, c, stats + 2 * r.sets, r.sets, r.channels, momentum, unbiased(count));
+    move_running(r.running_mean, r.mean_stride, c, stats + kMean * r.sets, r.sets, r.channels, momentum, 1.0);
+    move_running(r.running_var, r.var_stride, c, stats + kVar * r.sets, r.sets, r.channels, momentum, unbiased(count));
   }
 }
 

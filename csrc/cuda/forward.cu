@@ -1,4 +1,4 @@
-// The forward kernels of one storage type: compiled once for each, as FASTNORM_DTYPE.
+// The forward kernels of one storage type. The build compiles this file once for each type, as FASTNORM_DTYPE.
 #include "apply.cuh"
 #include "fused_forward.cuh"
 #include "launch.cuh"
@@ -11,7 +11,7 @@ namespace {
 using T = FASTNORM_DTYPE;
 using A = Accum<T>;
 
-// float64 goes by the plain path: its packs are of one, and it is not fused.
+// float64 has packs of one element and is not fused.
 constexpr bool kFuses = !std::is_same<T, double>::value;
 
 struct Forward {
@@ -25,7 +25,7 @@ struct Forward {
 
   RowsShape rows() const { return rows_shape(g, g, plan.grid, dtype, true); }
   ColumnsShape columns() const { return columns_shape(g, plan.grid, dtype); }
-  // What reduce has read last is met first.
+  // Apply begins with what reduce read last, which L2 still has.
   template <class Shape>
   Shape after_reduce(Shape shape) const {
     shape.backwards = plan.strategy == Strategy::kSplit;

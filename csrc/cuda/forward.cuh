@@ -1,5 +1,5 @@
-// The forward pass over a piece, once its statistics are known: y, and the mask. Shared by apply, which reads x from
-// global memory, and fused, which kept it in shared memory.
+// The forward pass over a piece whose statistics are known: it writes y and the mask. apply, which reads x from global
+// memory, and fused, which has x in shared memory, use it.
 #pragma once
 
 #include "columns.cuh"
@@ -8,7 +8,7 @@
 
 namespace fastnorm::cuda {
 
-// One pack: x [, residual] -> y [, mask]. All lanes of the warp take part, `in` or not.
+// One pack: from x (and residual) to y (and mask). All lanes of the warp take part, `in` or not.
 template <bool kSmooth, int W, class T, class Coefs, class A = Accum<T>>
 FASTNORM_DEVICE void forward_pack(const ForwardTensors<T>& t, const Pack<T, W>& x, const Pack<T, W>& residual, bool in,
                                   const Coefs& coefs, int64_t element, uint8_t* mask_byte) {
@@ -21,7 +21,7 @@ FASTNORM_DEVICE void forward_pack(const ForwardTensors<T>& t, const Pack<T, W>& 
   if (in) store(t.y + element, narrow<T>(z));
 }
 
-// read(step): the pack of x there.
+// read(step) gives the pack of x there.
 template <bool kSmooth, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
                                   const SetStats<A>& stats, Read read) {
@@ -44,7 +44,7 @@ FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>
   });
 }
 
-// read(position): this thread's pack of x there.
+// read(position) gives this thread's pack of x there.
 template <bool kSmooth, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_columns(const ForwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                      const LaneCoefs<A, W>& coefs, Read read) {

@@ -1,4 +1,4 @@
-// What every forward kernel takes, typed; and the statistics of a set, from wherever they come.
+// The arguments of every forward kernel, typed, and statistics that are given.
 #pragma once
 
 #include "element.cuh"
@@ -10,11 +10,11 @@ struct ForwardTensors {
   using A = Accum<T>;
   const T* x;
   const T* residual;  // or null
-  T* y;               // or null: statistics alone
+  T* y;               // or null: only the statistics are wanted
   uint8_t* mask;      // or null
   Params weight, bias;
   Params running_mean, running_var;  // frozen statistics, or null
-  A* stats;                          // [4, sets]
+  A* stats;                          // [kStatsRows, sets]
   int64_t sets;
   A eps;
   Epilogue<A> epilogue;
@@ -37,7 +37,7 @@ struct ForwardTensors {
   FASTNORM_DEVICE bool frozen() const { return running_mean.data != nullptr; }
 };
 
-// Statistics that are given: passed on in `stats` by the thread for which `writes` holds.
+// Statistics that are given. The thread for which `writes` holds copies them to `stats`.
 template <class T, class A = Accum<T>>
 FASTNORM_DEVICE SetStats<A> given_stats(const ForwardTensors<T>& t, int64_t set, A mean, A var, bool writes) {
   const SetStats<A> s{mean, rstd_of(var, t.eps), A(0)};

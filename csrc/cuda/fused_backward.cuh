@@ -1,10 +1,13 @@
-// Fused backward: both halves in one launch, dy and x (and residual) in the shared memory of a gang meanwhile.
+// Fused backward: both halves in one launch. Between the two, dy and x (and residual) stay in the shared memory of a
+// gang.
 //
-// What: as reduce_backward.cuh and apply_backward.cuh, and the sums of dweight and dbias as they come by. Where the
-//   launch is cooperative (meets) the blocks meet after the last wave and fold those, too.
-// Who: as fused_forward.cuh. Rows: a team's units (Units in plan/types.h) first reduce a segment of a cell each.
-// Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once: the least there is; but a leaky
-//   relu's mask twice. 8 bytes a cell for the parameters, and for a grid's gangs as fused_forward.cuh says.
+// What: as reduce_backward.cuh and apply_backward.cuh, and the sums of dweight and dbias. With grid_sync the blocks
+// wait
+//   for each other after the last wave and then fold those, too.
+// Who: as fused_forward.cuh. Rows: the units of a team (Units in plan/types.h) first reduce a segment of a cell each.
+// Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once: the least there is. Only the mask
+// of
+//   a leaky relu is read twice. 8 bytes per cell for the parameters; partials of a grid's gangs as fused_forward.cuh.
 // Needs: as fused_forward.cuh, with two or three tensors staged.
 // Numerics: float32 sums: packs as trees, units as trees, cells of a set as a tree, a gang's blocks as a tree.
 #pragma once
@@ -19,12 +22,12 @@ template <class A>
 struct FusedBackward {
   FusedShape shape;
   int unit_threads, segments, unit_length;
-  bool batch;                 // sets are cells: the sums are final, and written as gradients here
+  bool batch;                 // sets are cells, so the sums are final, and this kernel writes the gradients
   GradSums<A>* sums;          // of cells, for fold: [outer, parts of a cell, C], or null
   GradSums<A>* gathered;      // [gangs, C] of d xhat and d, or null
   ParamGrads dweight, dbias;  // batch
   bool grid_sync;
-  FoldParamsArgs<A> fold;  // what is done when the blocks have met
+  FoldParamsArgs<A> fold;  // done after the grid sync
 };
 
 // The tensors of a wave in shared memory.
@@ -38,7 +41,7 @@ struct Staged {
         residual(reinterpret_cast<Pack<T, W>*>(memory + 2 * stream_bytes)) {}
 };
 
-// What is staged of a step (rows) or a position (columns) of a piece; and the mask's bits, from global memory.
+// Reads a step (rows) or a position (columns) of a staged piece, and the mask's bits from global memory.
 template <bool kSmooth, int W, class T, class Piece, class At>
 FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const Piece& piece,
                                                     const Staged<T, W>& staged, const At& at) {
@@ -48,7 +51,7 @@ FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t,
   return packs;
 }
 
-// A relu's mask is read once: what it lets through of dy takes dy's place, and is not masked again.
+// A relu's mask is read once: the masked dy replaces the staged dy and is not masked again.
 template <bool kSmooth, class T>
 FASTNORM_DEVICE bool masks_once(const BackwardTensors<T>& t) {
   return !kSmooth && t.mask != nullptr && t.epilogue.activation == Activation::kRelu;
@@ -71,7 +74,7 @@ FASTNORM_DEVICE void store_param_gradients(const FusedBackward<A>& f, int64_t ch
   if (f.dbias.data != nullptr) store_number(f.dbias.data, f.dbias.dtype, channel, sums.d);
 }
 
-// Where the sums of a piece's first cell go among [outer, parts of a cell, C].
+// The index among [outer, parts of a cell, C] of the sums of a piece's first cell.
 template <int W>
 FASTNORM_DEVICE int64_t cell_sums_of(const RowsPiece<W>& piece) {
   const RowsShape& shape = piece.shape;
@@ -79,7 +82,7 @@ FASTNORM_DEVICE int64_t cell_sums_of(const RowsPiece<W>& piece) {
   return (piece.span.set / shape.groups * shape.run_pieces + part) * shape.groups * shape.set_channels + piece.channel;
 }
 
-// The sums of a piece of several cells, by its units, each cell's times its weight.
+// The sums of a piece of several cells, each cell's times its weight. Units reduce the cells.
 template <bool kSmooth, int W, class T, class A>
 FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const FusedBackward<A>& f,
                                           const RowsPiece<W>& piece, const Team& team, bool valid,
@@ -116,9 +119,9 @@ FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const Fus
   return weighted;
 }
 
-// This thread's share of the sums of a piece that is of one cell, or whose weights change with every element; then
-// times rstd, and the share of the weights' own gradients is gathered in shared memory, where a thread meets none but
-// its own.
+// This thread's part of the sums of a piece of one cell, or of a piece whose weights change with every element. In the
+// second case the sums are times rstd, and the thread's part of the weights' gradients is added up in `gathered`, in
+// shared memory, where no two threads have the same place.
 template <bool kSmooth, int W, class T, class A, class Ready>
 FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Team& team,
                                           bool valid, const SetStats<A>& stats, const Staged<T, W>& staged,
@@ -142,8 +145,8 @@ FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const Row
   return total;
 }
 
-// What the teams of a block have gathered over their rows, or one block of a gang over its piece of them: those of
-// lane w of pack p at w * packs + p.
+// Stores what the teams of a block have gathered over their rows, or a block of a gang over its piece of them. Lane w
+// of pack p is at w * packs + p.
 template <int W, class A>
 FASTNORM_DEVICE void store_gathered(const FusedBackward<A>& f, const RowsShape& shape, const GradSums<A>* gathered,
                                     int teams) {
@@ -198,14 +201,14 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     GradSums<A> sums;
     if (by_units) {
       ready(kCopyGroups - 1);
-      team.sync();  // staged by other threads
+      team.sync();  // other threads staged it
       sums = sums_by_cells<kSmooth>(t, f, piece, team, valid, stats, staged, extra);
     } else {
       sums =
           sums_of_piece<kSmooth>(t, piece, team, valid, stats, staged, f.gathered != nullptr ? extra : nullptr, ready);
     }
     sums = reduce_team(team, sums, scratch);
-    if (!by_units && !f.batch && !shape.per_element) {  // of one cell
+    if (!by_units && !f.batch && !shape.per_element) {  // a piece of one cell
       if (f.sums != nullptr && valid && team.lane == 0) store_one(f.sums + cell_sums_of(piece), sums);
       const A weight = load_param_of<T>(t.weight, piece.channel, A(1));
       sums = {weight * sums.d, weight * sums.d_centered};
@@ -250,7 +253,7 @@ FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPi
   });
 }
 
-// The widest packs take more registers than two blocks leave them.
+// With the widest packs a thread needs more registers than two blocks per SM leave it.
 template <class T, int W, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, W == 8 ? 1 : 2)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {
@@ -285,7 +288,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
           },
           mine);
     });
-    const auto take = [&](int c, const GradSums<A>& total) {  // of all positions
+    const auto take = [&](int c, const GradSums<A>& total) {  // `total` is over all positions
       merged[c] = total;
       if (piece.piece != 0) return;
       const int64_t channel = piece.first_channel + c;

@@ -1,20 +1,18 @@
-// Fused forward: reduce and apply in one launch, x in the shared memory of a gang meanwhile.
+// Fused forward: reduce and apply in one launch. Between the two, x stays in the shared memory of a gang.
 //
 // What: as apply.cuh, with the statistics of x itself.
-// Who: rows: a gang to a set (or a team of a block to a small one); columns: a gang to a tile of whole sets.
+// Who: rows: a gang takes a set (a team of a block takes a small one). Columns: a gang takes a tile of whole sets.
 //
-//   block of a gang   [ wave 0 ][ wave 1 ] ...     a piece each; with two stages wave 1 is loaded during wave 0
-//   of a wave         moments of what lands, share by share | exchange partials with the gang | normalize, activate,
-//   store
+//   block of a gang [ wave 0 ][ wave 1 ] ...   one piece per wave; with 2 stages wave 1 is loaded during wave 0
+//   in a wave       moments of each copy group as it lands | exchange partials in the gang | normalize, activate, store
 //
-//   A thread reads back what it staged itself, so that staging needs no barrier, but for runs that are no whole packs.
-// Traffic: reads x (and residual) once, writes y (and a bit an element) once: the least there is. A grid's gangs write
-// 12
-//   bytes a piece and channel, and each of their blocks reads all of its gang's.
-// Needs: the pieces of a wave in shared memory; the blocks of a gang resident together; float32 accumulation.
-// Numerics: moments as reduce.cuh takes them; every block merges the partials of its gang in the same order.
-// Why not registers: their number would be a template parameter, and every set size a kernel. Why not loads through
-//   registers: what is under way would be bounded by them, at 32 KB a multiprocessor; copies are not.
+//   A thread reads back what it copied itself, so that staging needs no barrier; except where runs are not whole packs.
+// Traffic: reads x (and residual) once, writes y (and a bit per element) once: the least there is. The gangs of a grid
+//   write 12 bytes per piece and channel, and each block reads all partials of its gang.
+// Needs: the pieces of a wave fit shared memory; the blocks of a gang are co-resident; float32 accumulation.
+// Numerics: moments as reduce.cuh takes them. Every block merges the partials of its gang in the same order.
+// Why not registers: their number would be a template parameter, and every size of a set a kernel of its own.
+// Why not loads through registers: they bound the bytes under way to 32 KB per SM, and asynchronous copies do not.
 #pragma once
 
 #include "forward.cuh"

@@ -1,14 +1,14 @@
-// A gang: the blocks of a fused launch that share a set (rows) or a tile of whole sets (columns), a piece each, kept in
-// shared memory from the first read of x to the last.
+// A gang: the blocks of a fused launch that share a set (rows) or a tile of whole sets (columns). Each block keeps a
+// piece of it in shared memory from the first read of x to the last.
 //
 //   Gang::kBlock    one block            nothing to exchange
 //   Gang::kCluster  blocks of a cluster  partials in each block's shared memory, which its peers read; sync_cluster
 //   Gang::kGrid     blocks of a grid     partials in global memory, [2, blocks, channels]; sync_grid
 //
-// One kernel serves all three: the kind is the same for all threads of a launch, and a branch on it is free.
+// One kernel serves all three: the kind is the same for all threads of a launch, so a branch on it is free.
 //
-// A wave is an item for every team of the launch. Partials of neighbouring waves lie apart (parity), so that one
-// barrier a wave is enough: who writes a place again has met everyone since they read it.
+// A wave is one item for every team of the launch. The partials of even and odd waves have separate places (parity), so
+// that one barrier per wave is enough: between a block's read of a place and the next write to it lies a barrier.
 #pragma once
 
 #include "group_reduce.cuh"
@@ -16,26 +16,26 @@
 
 namespace fastnorm::cuda {
 
-// What fused kernels know besides the shape. Bytes are of shared memory.
+// The arguments of fused kernels besides tensors and shape. Bytes are of shared memory.
 struct FusedShape {
   Gang gang;
   int pieces;        // blocks of a gang
   int stages;        // waves in shared memory at a time
   int stream_bytes;  // one staged tensor of one wave
-  int team_bytes;    // rows: all that a team has
+  int team_bytes;    // rows: everything of one team
   void* partials;    // kGrid
 };
 
-// What the blocks of a gang tell each other: `channels` partials each, one for rows.
+// The partials that the blocks of a gang exchange: `channels` from each block; one where the traversal is rows.
 template <class Acc>
 class GangPartials {
  public:
-  // shared: kCluster: room for twice as many.
+  // shared: for kCluster, room for twice as many partials.
   FASTNORM_DEVICE GangPartials(const FusedShape& f, void* shared, int channels)
       : f_(f), shared_(static_cast<Acc*>(shared)), channels_(channels) {}
   FASTNORM_DEVICE bool is_block() const { return f_.gang == Gang::kBlock; }
 
-  // Tells this block's partial of a channel.
+  // Makes this block's partial of a channel readable by its peers after sync().
   FASTNORM_DEVICE void publish(int parity, int channel, const Acc& partial) const {
     if (f_.gang == Gang::kCluster) {
       shared_[parity * channels_ + channel] = partial;
@@ -50,22 +50,22 @@ class GangPartials {
       sync_grid();
     }
   }
-  // The sum of a channel, by `lanes` neighbouring lanes that all get it. All lanes of the warp take part, `in` or not.
+  // The sum of a channel over the gang. `lanes` neighbouring lanes compute it, and all of them get it. All lanes of the
+  // warp take part, `in` or not.
   FASTNORM_DEVICE Acc total(int parity, int channel, bool in, int lane, int lanes) const {
     Acc sum{};
     for (int piece = lane; in && piece < f_.pieces; piece += lanes) sum.merge(fetch(parity, piece, channel));
     return reduce_lanes(sum, lanes);
   }
 
-  // Rows: this block's partial, the same in all threads -> the gang's.
+  // Rows: from this block's partial, the same in all threads, to the gang's.
   FASTNORM_DEVICE Acc exchange(int parity, const Acc& mine) const {
     if (is_block()) return mine;
     if (thread_index() == 0) publish(parity, 0, mine);
     sync();
     return total(parity, 0, true, thread_index() % kWarp, kWarp);
   }
-  // Columns: each of the first `channels` of this block's partials, which publish() has told -> use(channel, the
-  // gang's).
+  // Columns, after publish() of this block's partials: calls use(channel, sum over the gang) for the first `channels`.
   template <class Use>
   FASTNORM_DEVICE void exchange_channels(int parity, int channels, Use use) const {
     sync();
@@ -79,7 +79,7 @@ class GangPartials {
     }
   }
 
-  // Before a block leaves: its peers may still read its shared memory.
+  // Call before the block ends: its peers may still read its shared memory.
   FASTNORM_DEVICE void exit() const {
     if (f_.gang == Gang::kCluster) sync_cluster();
   }
@@ -99,9 +99,9 @@ class GangPartials {
   int channels_;
 };
 
-// The waves of a fused launch, for a team that takes item `mine` of each: load(item, stage, copy_group) begins to load
-// a share of an item; use(item, stage, parity, ready) finds a share there after ready(share), all of them after the
-// last. All teams make as many calls; an item may lie beyond the last.
+// The waves of a fused launch, for a team that takes item `mine` of each. load(item, stage, copy_group) begins to copy
+// a part of an item to a stage of shared memory. use(item, stage, parity, ready) finds a group and those before it
+// there after ready(copy_group). All teams make the same number of calls; an item may lie beyond the last.
 template <class Load, class Use>
 FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Load load,
                                Use use) {

@@ -1,6 +1,6 @@
-// The ladder of a reduction: lanes of a warp, then warps of a block. It knows of an accumulator that it merges, and
-// that all zeros is one of nothing. The order of merges depends on the team's width alone, and every thread of the team
-// ends with the same bits.
+// The ladder of a reduction: lanes of a warp, then warps of a block. It needs two things of an accumulator: that it
+// merges, and that all zeros is the accumulator of nothing. The order of merges depends on the team's width alone, and
+// every thread of the team gets the same bits.
 #pragma once
 
 #include "core/accum.h"
@@ -24,20 +24,20 @@ struct Team {
   }
 };
 
-// BlockRange that go through items together: all of a launch, or some of it.
+// Blocks that go through items together: all blocks of a launch, or some of them.
 struct BlockRange {
   int64_t index, count;
 };
 FASTNORM_DEVICE BlockRange all_blocks() { return {block_index(), grid_blocks()}; }
 
-// Over `width` neighbouring lanes, a power of two. All lanes of the warp take part.
+// The sum over `width` neighbouring lanes, a power of two. All lanes of the warp take part.
 template <class Acc>
 FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
   const int lane = thread_index() % kWarp;
   for (int lanes = 1; lanes < width; lanes *= 2) {
     const Acc other = shuffle_xor(mine, lanes);
-    // The lower lane's comes first on both sides: merging is not commutative to the last bit. Copies, not references
-    // to one or the other, which would put both into local memory.
+    // The lower lane's value comes first in both lanes, because merging is not commutative to the last bit. These are
+    // copies: references to one or the other would put both into local memory.
     Acc first = mine, second = other;
     if (lane & lanes) {
       first = other;
@@ -49,10 +49,10 @@ FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
   return mine;
 }
 
-// Over the team. All threads of the block take part. `scratch`: ladder_bytes(...) of plan/types.h.
+// The sum over the team. All threads of the block take part. `scratch` has ladder_bytes(...) of plan/types.h.
 //
-// Two barriers suffice for call after call: a warp's place is read before the second barrier and written again after
-// it, and the result is written after the next call's first, which every reader of this one has passed.
+// Two barriers per call suffice: a warp's place is read before the second barrier and written again after it, and the
+// next result is written after the next call's first barrier, which every reader of this result has passed.
 template <class Acc>
 FASTNORM_DEVICE Acc reduce_team(const Team& team, Acc mine, void* scratch) {
   if (!team.is_block()) return reduce_lanes(mine, team.width);

@@ -1,4 +1,4 @@
-// From a plan to launches: configurations, and the choice of a kernel among its instantiations.
+// From a plan to launches: the configurations, and the choice of a kernel's instantiation.
 #pragma once
 
 #include "gang.cuh"
@@ -6,13 +6,13 @@
 
 namespace fastnorm::cuda {
 
-// What a plan for which no kernel was compiled returns: cudaErrorInvalidValue.
+// The error of a plan for which no kernel was compiled: cudaErrorInvalidValue.
 constexpr int kNoSuchKernel = 1;
 
 inline LaunchConfig config_of(const Grid& grid, int64_t shared_bytes, void* stream) {
   return {grid.blocks, grid.threads(), shared_bytes, stream};
 }
-// grid_sync: the blocks of the launch, whatever its gangs are.
+// grid_sync: all blocks of the launch wait for each other, whatever its gangs are.
 inline LaunchConfig fused_config(const Grid& grid, bool grid_sync, void* stream) {
   LaunchConfig config = config_of(grid, grid.shared_bytes, stream);
   if (grid.gang == Gang::kCluster) config.cluster = static_cast<int>(grid.pieces);
@@ -28,7 +28,7 @@ inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
           partials};
 }
 
-// Columns are compiled for whole packs and for single elements only (pack_width in plan/cuda.cpp).
+// Columns kernels are compiled for packs of 16 bytes and for single elements only (pack_width in plan/cuda.cpp).
 template <class T, int W>
 constexpr bool kColumnsPack = W == 1 || W * sizeof(T) == 16;
 

@@ -1,5 +1,5 @@
-// The launches of one storage type, defined in forward.cu and backward.cu, and those that know accumulation types only,
-// defined in fold.cu. Plain C++: dispatch.cpp picks.
+// The launches of one storage type (forward.cu and backward.cu define them) and the launches that depend on
+// accumulation types only (fold.cu). Plain C++, so that dispatch.cpp can pick one.
 #pragma once
 
 #include "api.h"
@@ -12,7 +12,7 @@ int forward_of(const ForwardArgs& args, const ForwardPlan& plan, void* workspace
 template <class T>
 int backward_of(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
 
-// Partials lie as [outer, pieces, groups * columns]; a set takes `columns` neighbours of every piece.
+// Partials lie as [outer, pieces, groups * columns]; a set has `columns` neighbouring partials of every piece.
 template <class A>
 struct FoldForwardArgs {
   const Welford<A>* partials;  // relative to the set's first element
@@ -20,14 +20,14 @@ struct FoldForwardArgs {
   const void* x;
   DType dtype;
   int64_t outer_stride, set_stride;  // of sets' first elements
-  A* stats;                          // [4, sets]
+  A* stats;                          // [kStatsRows, sets]
   double eps;
 };
 int launch_fold_forward(const FoldForwardArgs<float>& args, void* stream);
 int launch_fold_forward(const FoldForwardArgs<double>& args, void* stream);
 
-// The terms of dx of sets. Sums lie as [outer, pieces, groups * columns] and are weighted here, unless they have been,
-// by rstd too.
+// The terms of dx for every set. Sums lie as [outer, pieces, groups * columns]. The fold weights them, unless
+// `weighted` says that they are times weight and rstd already.
 template <class A>
 struct FoldTermsArgs {
   const GradSums<A>* sums;
@@ -40,18 +40,19 @@ struct FoldTermsArgs {
 int launch_fold_terms(const FoldTermsArgs<float>& args, void* stream);
 int launch_fold_terms(const FoldTermsArgs<double>& args, void* stream);
 
-// The gradients of weight and bias, from sums that lie as [outer, pieces, C]: alone, or beside another launch's work.
+// The gradients of weight and bias, from sums that lie as [outer, pieces, C]: in a launch of their own, or as a part of
+// another launch.
 template <class A>
 struct FoldParamsArgs {
   const GradSums<A>* sums;
   const A* stats;
   int64_t sets, channels, outer, pieces, set_channels;
-  bool scaled;                // sums of d xhat already, not of d (x - mean)
+  bool scaled;                // the sums are of d xhat, not of d (x - mean)
   ParamGrads dweight, dbias;  // or null
 };
 int launch_fold_params(const FoldParamsArgs<float>& args, void* stream);
 int launch_fold_params(const FoldParamsArgs<double>& args, void* stream);
-// BlockRange of so many threads that are of use to it.
+// The number of blocks, of so many threads each, that have work in it.
 int64_t fold_params_blocks(int64_t channels, int64_t partials, int threads);
 
 }  // namespace fastnorm::cuda

@@ -1,32 +1,32 @@
-// What both traversals take moments by: how many packs a thread has under way, the origin of a set, and the moments of a
-// batch of packs.
+// How both traversals take moments: the number of packs that a thread has under way, the origin of a set, and the
+// moments of a batch of packs.
 #pragma once
 
 #include "element.cuh"
 
 namespace fastnorm::cuda {
 
-// Packs that a thread has under way: with two blocks to a multiprocessor 32 KB, which an H200's memory needs to be busy
-// (4.8 TB/s for 0.7 us over 132 multiprocessors is 25 KB). More of them where packs are single elements.
+// Packs that a thread has under way. With two blocks per SM they are 32 KB, which keeps an H200's memory busy (4.8 TB/s
+// for 0.7 us over 132 SMs is 25 KB). More of them where packs are single elements.
 template <int W>
 constexpr int kUnroll = W == 1 ? 8 : 4;
-// Fewer where several numbers a lane are kept besides: without spilling.
+// Fewer where a thread also keeps several numbers per lane, so that nothing spills.
 template <int W>
 constexpr int kLaneUnroll = W == 8   ? 2
                             : W == 4 ? 4
                                      : 8;
-// One where a smooth activation follows: its polynomials, for every element of several packs, took the compiler
+// One where a smooth activation follows: with its polynomials for every element of several packs, compiling took
 // minutes.
 template <bool kSmooth, int W>
 constexpr int kApplyUnroll = kSmooth ? 1 : kLaneUnroll<W>;
-// Backward reads two or three tensors at every place.
+// Fewer in backward, which reads two or three tensors at every step.
 template <bool kSmooth, int W>
 constexpr int kBackwardUnroll = kSmooth || W == 8 ? 1
                                 : W == 4          ? 2
                                                   : 4;
 
-// The moments of several packs relative to `origin`, taken over their own mean before they are merged: one division a
-// batch, and no difference of large squares.
+// The moments of several packs relative to `origin`, taken over the packs' own mean: one division per batch, and no
+// difference of large squares.
 template <class A, int U, int W, class T>
 FASTNORM_DEVICE Welford<A> batch_moments(const Pack<T, W> (&packs)[U], const bool (&in)[U], A origin) {
   int count = 0;
@@ -56,8 +56,8 @@ FASTNORM_DEVICE Welford<A> batch_moments(const Pack<T, W> (&packs)[U], const boo
   return {static_cast<A>(count), {mean, m2}};
 }
 
-// A set's numbers are taken relative to its first element: of the size of the spread, so that the error of the mean's
-// last digit does not enter the variance where the mean is large.
+// The kernels take a set's numbers relative to its first element. The differences are of the size of the spread, so
+// that where the mean is large the error of its last digit does not enter the variance.
 template <class A, class T>
 FASTNORM_DEVICE A origin_of(const T* first) {
   const A value = widen<A>(load_one(first));

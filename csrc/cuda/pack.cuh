@@ -45,14 +45,14 @@ FASTNORM_DEVICE void store(T* p, const Pack<T, W>& pack) {
   write_whole(reinterpret_cast<Pack<T, W>*>(p), pack);
 }
 
-// Begins to copy a pack to shared memory; it is there after this thread's wait_copies.
+// Begins to copy a pack to shared memory; it has landed after this thread's wait_copies.
 template <int W, class T>
-FASTNORM_DEVICE void stage(Pack<T, W>* place, const T* p) {
+FASTNORM_DEVICE void stage(Pack<T, W>* to, const T* p) {
   note_read(p, sizeof(Pack<T, W>), Access::kStream);
   if constexpr (sizeof(Pack<T, W>) >= 4) {
-    copy_async<sizeof(Pack<T, W>)>(place, p);
+    copy_async<sizeof(Pack<T, W>)>(to, p);
   } else {
-    *place = read_whole(reinterpret_cast<const Pack<T, W>*>(p));
+    *to = read_whole(reinterpret_cast<const Pack<T, W>*>(p));
   }
 }
 
@@ -69,7 +69,7 @@ FASTNORM_DEVICE Pack<T, W> narrow(const A (&values)[W]) {
   return pack;
 }
 
-// ---- parameters, statistics and partials: few, small, and in the caches ----
+// ---- parameters, statistics and partials: few and small, so the caches hold them ----
 
 template <class V>
 FASTNORM_DEVICE V load_one(const V* p) {
@@ -82,7 +82,7 @@ FASTNORM_DEVICE void store_one(V* p, const V& v) {
   *p = v;
 }
 
-// One number of a type known at run time.
+// One number whose type is known at run time.
 template <class A>
 FASTNORM_DEVICE A load_number(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
@@ -106,7 +106,8 @@ FASTNORM_DEVICE A load_param(const Params& params, int64_t channel, A absent) {
   return params.data == nullptr ? absent : load_number<A>(params.data, params.dtype, channel);
 }
 
-// W neighbouring parameters for W elements of T, in accesses as wide as the elements': their addresses are as aligned.
+// W neighbouring parameters for W elements of T. The accesses are as wide as the elements', because the addresses are
+// as aligned as theirs.
 template <class T, int W, class A>
 FASTNORM_DEVICE void load_params(const Params& params, int64_t channel, A absent, A (&out)[W]) {
   if (params.data == nullptr) {
@@ -131,7 +132,7 @@ FASTNORM_DEVICE void load_params(const Params& params, int64_t channel, A absent
   }
 }
 
-// One parameter, for elements of T: of type T itself or float32.
+// One parameter for elements of T; its type is T or float32.
 template <class T, class A>
 FASTNORM_DEVICE A load_param_of(const Params& params, int64_t channel, A absent) {
   A out[1];
@@ -145,17 +146,17 @@ FASTNORM_DEVICE A load_param_of(const Params& params, int64_t channel, A absent)
 template <int W>
 constexpr int kLanesPerByte = W >= 8 ? 1 : 8 / W;
 
-// Writes the bits of a pack; `byte` holds its first. Where a byte is shared, neighbouring lanes hold neighbouring
-// packs, the first of them that of a whole byte; all lanes of the warp take part, those that are not `in` with zeros.
+// Writes the bits of a pack; the first goes to `byte`. Where packs share a byte, neighbouring lanes hold neighbouring
+// packs, and the first lane's pack begins the byte. All lanes of the warp take part; lanes that are not `in` add zeros.
 template <int W>
 FASTNORM_DEVICE void store_mask(uint8_t* byte, unsigned bits, bool in) {
   constexpr int kLanes = kLanesPerByte<W>;
-  const int place = thread_index() % kLanes;
+  const int lane = thread_index() % kLanes;
   if (!in) bits = 0;
-  bits <<= place * W;
+  bits <<= lane * W;
 #pragma unroll
   for (int lanes = 1; lanes < kLanes; lanes *= 2) bits |= shuffle_xor(bits, lanes);
-  if (in && place == 0) {
+  if (in && lane == 0) {
     note_write(byte, 1, Access::kStream);
     *byte = static_cast<uint8_t>(bits);
   }

@@ -1,5 +1,5 @@
-// The only door to CUDA: what kernels use of the toolkit, under our names. With FASTNORM_EMULATE defined the same names
-// come from the emulator in tests/emulator, and the .cu files compile with g++ and run on the CPU.
+// The only door to CUDA: everything that kernels use of the toolkit, under our names. With FASTNORM_EMULATE defined the
+// same names come from the emulator in tests/emulator, and the .cu files compile with g++ and run on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fastnorm::cuda {
 
-// Where and how wide a kernel is launched. BlockRange and grids have one dimension.
+// How a kernel is launched. Blocks and grids have one dimension.
 struct LaunchConfig {
   int64_t blocks;
   int threads;
@@ -34,7 +34,7 @@ struct LaunchConfig {
 #include <cuda_runtime.h>
 
 #define FASTNORM_DEVICE __device__ __forceinline__
-// A kernel for blocks of at most `threads`, of which `blocks` fit a multiprocessor as far as registers go.
+// A kernel for blocks of at most `threads` threads. It uses few enough registers for `blocks` blocks per SM.
 #define FASTNORM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace fastnorm::cuda {
@@ -56,13 +56,13 @@ FASTNORM_DEVICE void sync_warp() { __syncwarp(); }
 // All blocks of a cooperative launch.
 FASTNORM_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
-// BlockRange of a cluster. Below sm_90 a block is a cluster of its own.
+// All blocks of a cluster. Below sm_90 a block is a cluster of its own.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 FASTNORM_DEVICE void sync_cluster() { cooperative_groups::this_cluster().sync(); }
 FASTNORM_DEVICE int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 FASTNORM_DEVICE int cluster_size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
-// The same place in the shared memory of block `rank`. No block may look before the other has begun nor after it has
-// left: sync_cluster() before the first look and after the last.
+// The same address in the shared memory of block `rank`. A block may read it only while that block runs, so call
+// sync_cluster() before the first read and after the last.
 template <class T>
 FASTNORM_DEVICE T* cluster_shared(T* place, int rank) {
   return cooperative_groups::this_cluster().map_shared_rank(place, rank);
@@ -77,8 +77,8 @@ FASTNORM_DEVICE T* cluster_shared(T* place, int) {
 }
 #endif
 
-// v of the lane whose number differs in the bits of `lanes`; of lane `lane`. All 32 lanes of the warp take part. T: a
-// plain struct of 4-byte words.
+// shuffle_xor gives v of the lane whose number differs in the bits of `lanes`, shuffle v of lane `lane`. All 32 lanes
+// of the warp take part. T is a plain struct of 4-byte words.
 template <class T, class Shuffle>
 FASTNORM_DEVICE T shuffle_words(T v, Shuffle shuffle_word) {
   static_assert(std::is_trivially_copyable<T>::value && sizeof(T) % 4 == 0, "shuffled word by word");
@@ -106,7 +106,7 @@ FASTNORM_DEVICE float to_float(Float16 v) { return __half2float(__ushort_as_half
 FASTNORM_DEVICE void from_float(float v, BFloat16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 FASTNORM_DEVICE void from_float(float v, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
 
-// One access for all of V's bytes, a power of two up to 16: left to itself the compiler stores a pack of halves two by
+// One access for all of V's bytes, a power of two up to 16. Left to itself, the compiler stores a pack of halves two by
 // two.
 template <int kBytes>
 struct WordOf;
@@ -141,17 +141,18 @@ FASTNORM_DEVICE void write_whole(V* p, const V& v) {
   __stwb(reinterpret_cast<decltype(word)*>(p), word);  // an ordinary store, which the compiler does not take apart
 }
 
-// Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers; below sm_80 copies at once.
+// Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers. Below sm_80 it copies at once.
 template <int kBytes>
 FASTNORM_DEVICE void copy_async(void* place, const void* p) {
   __pipeline_memcpy_async(place, p, kBytes);
 }
-// Ends a batch of this thread's copies.
+// Ends a group of this thread's copies (cp.async.commit_group).
 FASTNORM_DEVICE void commit_copies() { __pipeline_commit(); }
-// This thread's batches but for the last `pending` (at most 8) are there. Other threads see them after a barrier.
+// Waits for all of this thread's groups except the last `pending` (at most 8). Other threads see the copies after a
+// barrier.
 FASTNORM_DEVICE void wait_copies(int pending) { __pipeline_wait_prior(static_cast<size_t>(pending)); }
 
-// Begins to bring what lies at p into L2.
+// Begins to bring the memory at p into L2.
 FASTNORM_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // The emulator counts and checks every access of pack.cuh; here they cost nothing.
@@ -159,7 +160,7 @@ enum class Access { kStream, kParameter };
 FASTNORM_DEVICE void note_read(const void*, int, Access) {}
 FASTNORM_DEVICE void note_write(const void*, int, Access) {}
 
-// Raises the kernel's limits where the launch needs it: of dynamic shared memory, of the size of a cluster.
+// Raises the kernel's limits of dynamic shared memory and cluster size where the launch needs it.
 inline cudaError_t allow(const void* kernel, int64_t shared_bytes, int cluster) {
   constexpr int64_t kSharedWithoutAsking = 48 << 10;
   constexpr int kClusterWithoutAsking = 8;
@@ -173,7 +174,7 @@ inline cudaError_t allow(const void* kernel, int64_t shared_bytes, int cluster) 
   return error;
 }
 
-// cudaLaunchConfig_t, which points to attributes beside it.
+// A cudaLaunchConfig_t together with the attributes that it points to.
 struct LaunchWords {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
@@ -199,7 +200,7 @@ struct LaunchWords {
   LaunchWords(const LaunchWords&) = delete;
 };
 
-// CUDA's words for a launch whose blocks cannot be on the device together, where it is shared or partitioned.
+// The errors of a launch whose blocks cannot be on the device together, because it is shared or partitioned.
 inline bool refuses_gangs(cudaError_t error) {
   return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorLaunchOutOfResources ||
          error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
@@ -214,21 +215,22 @@ int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&
     error = cudaLaunchKernelEx(&words.config, kernel, static_cast<Parameters>(arguments)...);
   }
   if (!error || !(config.cooperative || config.cluster > 1) || !refuses_gangs(error)) return error;
-  cudaGetLastError();  // it is dealt with: whoever asks next is not told
+  cudaGetLastError();  // clears the error, which is handled, so that the next query does not report it
   return kGangRefused;
 }
 
-// Clusters of so many blocks that are on the device at a time, each block with a multiprocessor of its own.
+// The number of clusters of so many blocks that the device holds at a time, with one block per SM.
 inline int max_active_clusters(const void* kernel, int cluster, int64_t shared_per_block) {
   int clusters = 0;
   if (allow(kernel, shared_per_block, kMaxCluster)) return 0;
   const LaunchWords words({cluster, kBlockThreads, shared_per_block, nullptr, cluster});
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &words.config)) clusters = 0;
-  cudaGetLastError();  // a device that has none says so as an error
+  cudaGetLastError();  // a device without clusters reports an error
   return clusters;
 }
 
-// The largest clusters that lose no multiprocessors to smaller ones: a graphics processing cluster may lack a few.
+// Finds the largest cluster size that covers at least nine tenths of the SMs that smaller clusters cover: a graphics
+// processing cluster may lack a few SMs.
 inline void query_clusters(const void* kernel, DeviceInfo* info) {
   info->largest_cluster = 1;
   info->cluster_sms = 0;
@@ -241,7 +243,7 @@ inline void query_clusters(const void* kernel, DeviceInfo* info) {
   }
 }
 
-// kernel: any that asks for no memory of its own.
+// kernel: any kernel without static shared memory.
 inline int query_device(int device, const void* kernel, DeviceInfo* info) {
   const auto ask = [&](cudaDeviceAttr attribute, auto* value) {
     int answer = 0;
@@ -262,7 +264,7 @@ inline int query_device(int device, const void* kernel, DeviceInfo* info) {
   if (!error) error = ask(cudaDevAttrGlobalMemoryBusWidth, &bus_bits);
   if (error) return error;
   info->capability = 10 * major + minor;
-  // Two transfers a clock. A virtual device may not tell: then as an H200 has it for each multiprocessor.
+  // Two transfers per clock. A virtual device may not tell; then assume an H200's bandwidth per SM.
   info->bytes_per_us = int64_t(2) * kilohertz * (bus_bits / 8) / 1000;
   if (info->bytes_per_us <= 0) info->bytes_per_us = int64_t(36000) * info->num_sms;
   query_clusters(kernel, info);

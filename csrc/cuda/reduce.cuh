@@ -1,13 +1,15 @@
 // Reduce, forward.
 //
 // What: moments (count, mean, m2) of every piece of every set, relative to the set's first element.
-// Who: rows: a team takes a piece; columns: a block takes a tile of channels of a piece of the positions, and each
-//   channel's moments are a partial of their own.
-// Traffic: reads x once, writes 12 bytes a piece.
-// Needs: a piece of at most 2^20 packs (rows) or positions (columns): counts are exact, offsets fit 32 bits.
-// Numerics: Accum<T>. kUnroll packs are taken over their own mean, batches merge after Chan, Golub and LeVeque; the
+// Who: rows: a team takes a piece. Columns: a block takes a tile of channels of a piece of the positions, and the
+// moments
+//   of each channel are one partial.
+// Traffic: reads x once, writes 12 bytes per piece.
+// Needs: a piece has at most 2^20 packs (rows) or positions (columns), so that counts are exact and offsets fit 32
+// bits. Numerics: Accum<T>. kUnroll packs are taken over their own mean; batches merge after Chan, Golub and LeVeque.
+// The
 //   order follows from the plan alone, so the same device gives the same bits.
-// Why not one pass of sums and sums of squares: where the mean is large they cancel (mean 1e6, std 1: no digit left).
+// Why not one pass of sums and sums of squares: they cancel where the mean is large (mean 1e6, std 1: no digit left).
 #pragma once
 
 #include "columns.cuh"
@@ -42,7 +44,7 @@ reduce_columns(const T* x, Welford<Accum<T>>* partials, ColumnsShape shape) {
         piece, piece.whole(), origin, [&](int position) { return load<W>(x + piece.element(position)); }, moments);
     merge_rows(piece, moments.lane, reinterpret_cast<Moments<A>*>(shared_memory()),
                [&](int c, const Welford<A>& total) { store_one(partials + piece.partial(c), total); });
-    sync_block();  // before the next item's moments are written
+    sync_block();  // before the next item's moments overwrite these
   });
 }
 

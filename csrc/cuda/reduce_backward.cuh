@@ -1,11 +1,11 @@
 // Reduce, backward.
 //
-// What: sum of d and of d (x - mean) for every piece of every cell; of a set where weights change with every element,
-//   then times rstd * weight, and beside it d and d xhat down the rows, for the weights themselves.
-// Who: as reduce.cuh; sets are the plan's `cells`. reduce_elements: some blocks go along the rows, the others down.
-// Traffic: reads dy, x (and residual or mask) once, writes 8 bytes a piece; reduce_elements each way once.
+// What: the sums of d and of d (x - mean) for every piece of every cell. Where weights change with every element, the
+//   sums are of a set, times rstd * weight, and the launch also sums d and d xhat down the rows, for the weights.
+// Who: as reduce.cuh; the sets are the plan's `cells`. In reduce_elements some blocks go along the rows, others down.
+// Traffic: reads dy, x (and residual or mask) once, writes 8 bytes per piece; reduce_elements reads them once each way.
 // Numerics: Accum<T>; a pack as a tree, a thread in its order, threads as a tree, pieces in double by fold.
-//   d (x - mean) instead of d xhat: one rounding less an element.
+//   d (x - mean) instead of d xhat saves one rounding per element.
 #pragma once
 
 #include "backward.cuh"
@@ -32,12 +32,12 @@ reduce_backward_rows(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape s
   sum_rows<kSmooth, W>(t, sums, shape, all_blocks());
 }
 
-// The sums of an item's channels, from those of its threads.
+// Merges the threads' sums to those of an item's channels, and stores them.
 template <int W, class A>
 FASTNORM_DEVICE void store_sums(const ColumnsPiece<W>& piece, const GradSums<A> (&mine)[W], GradSums<A>* sums) {
   merge_rows(piece, mine, reinterpret_cast<GradSums<A>*>(shared_memory()),
              [&](int c, const GradSums<A>& total) { store_one(sums + piece.partial(c), total); });
-  sync_block();  // before the next item's sums are written
+  sync_block();  // before the next item's sums overwrite these
 }
 
 template <class T, int W, bool kSmooth>
@@ -55,7 +55,8 @@ reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsS
   });
 }
 
-// Statistics change with the position, weights with the channel: sums of d xhat for dweight, of d for dbias.
+// The sums of d xhat for dweight and of d for dbias, where statistics change with the position and weights with the
+// channel.
 template <bool kSmooth, int W, class T, class A = Accum<T>>
 FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, const ColumnsShape& shape,
                                 const BlockRange& blocks) {
@@ -82,7 +83,7 @@ FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, 
   });
 }
 
-// The first blocks, as many as the rows' grid has (none where dx is not wanted), go along the rows, the others down.
+// The first blocks, as many as the rows' grid has (none where dx is not wanted), go along the rows. The others go down.
 template <class T, int W, int kColumnsW, bool kSmooth>
 FASTNORM_KERNEL(kBlockThreads, 2)
 reduce_elements(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape rows, int64_t rows_blocks,

@@ -1,4 +1,4 @@
-// The rows traversal: a team owns a piece of a set and walks its runs, lane next to lane.
+// The rows traversal: a team takes a piece of a set and walks its runs, neighbouring lanes on neighbouring packs.
 //
 //   set     o ------------- run 0 ------------ | ------------- run 1 ------------ | ...
 //   piece   whole runs, or a part of one
@@ -15,10 +15,10 @@
 
 namespace fastnorm::cuda {
 
-// What rows kernels know of a geometry and its grid. Elements of set s, run r, begin at s * set_stride + r *
-// run_stride; likewise channels and rows of the mask.
+// A geometry and its grid as rows kernels need them. The elements of set s, run r begin at s * set_stride + r *
+// run_stride; channels and rows of the mask likewise.
 struct RowsShape {
-  int64_t sets, groups;  // groups: sets of a sample, or of the batch
+  int64_t sets, groups;  // groups: sets per sample; batch norm: all sets
   int64_t set_stride, run_stride;
   int64_t set_channels, run_channels;
   int64_t set_masks, run_masks;
@@ -26,19 +26,19 @@ struct RowsShape {
   int64_t runs, run_packs;  // of a set
   int64_t set_size;         // elements
   int64_t items, pieces, run_pieces;
-  int64_t sets_per_stats;  // of these sets share statistics: 1, or the cells of a set
+  int64_t sets_per_stats;  // so many of these sets share statistics: 1, or the cells of a set
   int piece_runs, piece_length;
   int length;  // steps from a run of a piece to the next: piece_length, rounded up to whole bytes of a mask
   FastDiv by_length;
   int team;
   bool per_element;   // the channel changes with every element of a run
-  bool backwards;     // from the last item to the first
+  bool backwards;     // items are taken from the last to the first
   int run_slots;      // of a staged run
   FastDiv by_blocks;  // single elements: blocks of 16 bytes of a staged run
 };
 
-// whole_bytes: a mask may be written, whose rows begin with a byte. Not whether one is: the order of sums must not
-// depend on it.
+// whole_bytes: the kernel may write a mask, whose rows begin with a whole byte. It does not say whether the kernel
+// writes one, because the order of sums must not depend on that.
 inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid& grid, DType dtype, bool whole_bytes) {
   const Runs runs = rows_runs(g);
   const bool batch = g.kind == Kind::kBatch;
@@ -85,7 +85,7 @@ struct Span {
     runs = static_cast<int>(std::min(static_cast<int64_t>(s.piece_runs), s.runs - first_run));
     packs = static_cast<int>(std::min(static_cast<int64_t>(s.piece_length), s.run_packs - first_pack));
   }
-  // Steps of the walk, those between runs included.
+  // Steps of the walk, including those between runs.
   FASTNORM_DEVICE int steps(const RowsShape& s) const { return runs == 1 ? packs : runs * s.length; }
   FASTNORM_DEVICE int64_t base(const RowsShape& s) const { return set * s.set_stride + first_run * s.run_stride; }
   FASTNORM_DEVICE int64_t channel(const RowsShape& s) const {
@@ -97,15 +97,15 @@ struct Span {
   }
 };
 
-// Where the partial of a piece goes among [outer, pieces, sets of an outer].
+// The index of a piece's partial among [outer, pieces, sets of an outer].
 FASTNORM_DEVICE int64_t partial_of(const RowsShape& s, const Span& span) {
   const int64_t outer = span.set / s.groups;
   return (outer * s.pieces + span.piece) * s.groups + span.set - outer * s.groups;
 }
 
-// Where a step of the walk is.
+// One step of the walk: one pack, or nothing where it is not `in`.
 struct Step {
-  int index, run, pack;  // pack: of the piece's share of the run
+  int index, run, pack;  // pack: within the piece's part of the run
   bool in;
 };
 FASTNORM_DEVICE Step step_of(const RowsShape& s, const Span& span, int index, bool in) {
@@ -118,20 +118,20 @@ FASTNORM_DEVICE Step step_of(const RowsShape& s, const Span& span, int index, bo
   return step;
 }
 
-// Steps of a piece that `width` neighbouring threads walk together. `longest`: the steps of the longest range walked
-// at the same time, so that all threads make as many rounds.
+// `count` steps of a piece, from `begin` on, that `width` neighbouring threads walk together. `longest` is the largest
+// count among the ranges that are walked at the same time: all threads make as many rounds as that one needs.
 struct ThreadSteps {
   int begin, count, longest, lane, width;
 };
 
-// A piece in memory: addresses of its packs, channels and bytes of the mask.
+// A piece in memory: the addresses of its packs, channels and bytes of the mask.
 template <int W>
 struct RowsPiece {
   const RowsShape& shape;
   Span span;
   int64_t base, channel, mask_base;  // of its first step: element, channel, byte of the mask
 
-  // A part of a run begins with a whole byte of the mask.
+  // Where a piece is a part of a run, it begins with a whole byte of the mask.
   FASTNORM_DEVICE RowsPiece(const RowsShape& s, int64_t item) : shape(s), span(s, item) {
     const int64_t first = span.first_pack * W;
     base = span.base(s) + first;
@@ -150,8 +150,8 @@ struct RowsPiece {
     return load_mask<W>(mask + mask_base + p.run * shape.run_masks * shape.mask_row_bytes, p.pack * W);
   }
 
-  // Where a staged piece of `tensor` keeps the pack of a step. Single elements lie as in global memory: as far past a
-  // multiple of 16 bytes.
+  // The index, in a staged piece of `tensor`, of a step's pack. Single elements lie as far past a multiple of 16 bytes
+  // as in global memory.
   template <class T>
   FASTNORM_DEVICE int slot(const Step& p, const T* tensor) const {
     if constexpr (W > 1) return p.run * shape.run_slots + p.pack;
@@ -165,12 +165,13 @@ struct RowsPiece {
     return static_cast<int>(first % (16 / sizeof(T)));
   }
 
-  // The whole piece by a team; nothing of it where the item is not `valid`.
+  // The whole piece, walked by a team. No steps where the item is not `valid`.
   FASTNORM_DEVICE ThreadSteps whole(const Team& team, bool valid) const {
     const int steps = span.steps(shape);
     return {0, valid ? steps : 0, steps, team.lane, team.width};
   }
-  // A share of it, in whole rounds: of all shares a thread takes the steps that it takes of the whole.
+  // The steps of one copy group. A group has whole rounds, so that a thread takes the same steps group by group as it
+  // takes on a walk over the whole.
   FASTNORM_DEVICE ThreadSteps copy_group(const Team& team, bool valid, int index) const {
     const int steps = span.steps(shape), round = kUnroll<W> * team.width;
     const int length = (steps + kCopyGroups * round - 1) / (kCopyGroups * round) * round, begin = index * length;
@@ -178,7 +179,7 @@ struct RowsPiece {
     return {begin, valid ? here : 0, here, team.lane, team.width};
   }
 
-  // body(steps) for U steps at a time, the last first where kFromEnd.
+  // Calls body(steps) for U steps at a time, from the last to the first where kFromEnd.
   template <int U, bool kFromEnd = false, class Body>
   FASTNORM_DEVICE void walk(const ThreadSteps& range, Body body) const {
     const int length = U * range.width, first = kFromEnd ? (range.longest - 1) / length * length : 0;
@@ -192,7 +193,7 @@ struct RowsPiece {
       body(steps);
     }
   }
-  // use(step, read(step)) for every step, U of them read before the first is used.
+  // Calls use(step, read(step)) for every step, with U reads before the first use.
   template <int U, bool kFromEnd = false, class Read, class Use>
   FASTNORM_DEVICE void walk_read(const ThreadSteps& range, Read read, Use use) const {
     walk<U, kFromEnd>(range, [&](const Step(&steps)[U]) {
@@ -209,8 +210,8 @@ struct RowsPiece {
   }
 };
 
-// body(team, piece, valid) for the items of these blocks' teams. All threads make as many calls: where no item is left,
-// `valid` is false and the piece is another's.
+// Calls body(team, piece, valid) for the items of these blocks' teams. All threads make the same number of calls: where
+// a team has no item left, `valid` is false and the piece is another team's.
 template <int W, class Body>
 FASTNORM_DEVICE void for_rows(const RowsShape& shape, const BlockRange& blocks, Body body) {
   const Team team(shape.team);
@@ -222,8 +223,8 @@ FASTNORM_DEVICE void for_rows(const RowsShape& shape, const BlockRange& blocks, 
   }
 }
 
-// Begins to copy runs that are no whole packs to shared memory: in blocks of 16 bytes of the addresses' own alignment,
-// but for a run's ends. Other threads read what a thread has staged.
+// Begins to copy runs of single elements to shared memory, in aligned blocks of 16 bytes except at the ends of a run.
+// The threads that read the elements are not those that copy them.
 template <class T>
 FASTNORM_DEVICE void stage_runs(const RowsPiece<1>& piece, const Team& team, const T* tensor, Pack<T, 1>* staged) {
   constexpr int kLanes = 16 / sizeof(T);
@@ -245,8 +246,8 @@ FASTNORM_DEVICE void stage_runs(const RowsPiece<1>& piece, const Team& team, con
   }
 }
 
-// Begins to copy a share of a team's piece to shared memory: every thread what it reads itself on a walk over the same
-// share. Of runs that are no whole packs the first share is all there is.
+// Begins to copy one copy group of a team's piece to shared memory. Every thread copies what it reads itself on a walk
+// over the same group. Runs of single elements are all in the first group.
 template <int W, class T>
 FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, int copy_group, const T* tensor,
                                 Pack<T, W>* staged) {
@@ -261,12 +262,13 @@ FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, int
     });
   }
 }
-// body(range) for what has landed of a team's piece; ready(copy_group) waits for a share.
+// Calls body(range) for one copy group of a team's piece after the other; ready(copy_group) waits until the group has
+// landed.
 template <int W, class Ready, class Body>
 FASTNORM_DEVICE void for_landed(const RowsPiece<W>& piece, const Team& team, bool valid, Ready ready, Body body) {
   if constexpr (W == 1) {
     ready(kCopyGroups - 1);
-    team.sync();  // staged by other threads
+    team.sync();  // other threads copied it
     body(piece.whole(team, valid));
   } else {
     for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
@@ -275,23 +277,23 @@ FASTNORM_DEVICE void for_landed(const RowsPiece<W>& piece, const Team& team, boo
     }
   }
 }
-// Before a piece is staged where another was.
+// Call before another piece is copied over this one.
 template <int W>
 FASTNORM_DEVICE void release_staged(const Team& team) {
-  if constexpr (W == 1) team.sync();  // other threads stage what this one has read
+  if constexpr (W == 1) team.sync();  // other threads copy over what this one has read
 }
-// Begins to bring a team's piece of `tensor` into L2, to be read when it is there.
+// Begins to bring a team's piece of `tensor` into L2, where later reads find it.
 template <int W, class T>
 FASTNORM_DEVICE void prefetch_rows(const RowsPiece<W>& piece, const Team& team, const T* tensor) {
   piece.template walk<1>(piece.whole(team, true), [&](const Step(&steps)[1]) {
-    // Of single elements one in 16 bytes brings the others.
+    // One element of every 16 bytes brings the others with it.
     const bool brings = W > 1 || steps[0].pack % (16 / static_cast<int>(sizeof(T))) == 0;
     if (steps[0].in && brings) prefetch_l2(tensor + piece.element(steps[0]));
   });
 }
 
-// Merges this thread's share of a range's moments, relative to `origin`, into `total`; read(step): the pack of x
-// there.
+// Merges the moments of this thread's part of a range, relative to `origin`, into `total`; read(step) gives the pack of
+// x there.
 template <int U, class T, int W, class A, class Read>
 FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const ThreadSteps& range, A origin, Read read,
                                         Welford<A>& total) {
@@ -307,7 +309,7 @@ FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const ThreadS
   });
 }
 
-// The coefficients at one step after another: loaded when the channel changes.
+// The coefficients at one step after another. It loads them when the channel changes.
 template <class T, int W, class A = Accum<T>>
 class RowCoefsReader {
  public:

@@ -1,4 +1,4 @@
-// The statistics of a set: how they are finished, and where they lie in the stats tensor.
+// The statistics of a set: the last steps of computing them, and their places in the stats tensor.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace fastnorm::cuda {
 
-// Statistics of a set; `low` is what rounding cut off the mean.
+// Statistics of a set. Rounding cut `low` off the mean.
 template <class A>
 struct SetStats {
   A mean, rstd, low;
@@ -15,34 +15,35 @@ struct SetStats {
 
 template <class A>
 FASTNORM_DEVICE void store_stats(A* stats, int64_t sets, int64_t set, const SetStats<A>& s, A var) {
-  store_one(stats + set, s.mean);
-  store_one(stats + sets + set, s.rstd);
-  store_one(stats + 2 * sets + set, var);
-  store_one(stats + 3 * sets + set, s.low);
+  store_one(stats + kMean * sets + set, s.mean);
+  store_one(stats + kRstd * sets + set, s.rstd);
+  store_one(stats + kVar * sets + set, var);
+  store_one(stats + kMeanLow * sets + set, s.low);
 }
 template <class A>
 FASTNORM_DEVICE SetStats<A> load_stats(const A* stats, int64_t sets, int64_t set) {
-  return {load_one(stats + set), load_one(stats + sets + set), load_one(stats + 3 * sets + set)};
+  return {load_one(stats + kMean * sets + set), load_one(stats + kRstd * sets + set),
+          load_one(stats + kMeanLow * sets + set)};
 }
 
-// What a + b lost when it was rounded to `sum` (Knuth's TwoSum).
+// The part of a + b that was lost when it was rounded to `sum` (Knuth's TwoSum).
 template <class A>
 FASTNORM_DEVICE A lost_in_sum(A a, A b, A sum) {
   const A part = sum - a;
   return (a - (sum - part)) + (b - part);
 }
 
-// 1 / sqrt(var + eps), correctly rounded but for the last bit of a few: a Newton step with the residual taken exactly.
-// Every error here is one of all elements.
+// 1 / sqrt(var + eps), correctly rounded except for the last bit of a few values: a Newton step with an exact residual.
+// An error here would be an error of all elements.
 template <class A>
 FASTNORM_DEVICE A rstd_of(A var, A eps) {
   const A sum = var + eps, rstd = A(1) / std::sqrt(sum);
   const A product = sum * rstd, low = std::fma(sum, rstd, -product) + lost_in_sum(var, eps, sum) * rstd;
   const A better = std::fma(A(0.5) * rstd, std::fma(-product, rstd, A(1)) - low * rstd, rstd);
-  return better - better == A(0) ? better : rstd;  // 0, infinity and NaN as they are
+  return better - better == A(0) ? better : rstd;  // 0, infinity and NaN stay as they are
 }
 
-// The statistics of a set whose mean was taken relative to `origin`.
+// The statistics of a set from a mean that is relative to `origin`.
 template <class A>
 FASTNORM_DEVICE SetStats<A> finish_stats(A relative_mean, A var, A origin, A eps) {
   const A mean = origin + relative_mean, low = lost_in_sum(origin, relative_mean, mean);

@@ -9,11 +9,12 @@ namespace fastnorm {
 
 namespace {
 
-// A task is worth this many elements: below, handing it out costs more than it does (about 1 us a task).
+// A task takes at least this many elements: to hand out a smaller one costs more than it does (about 1 us a task).
 constexpr int64_t kTaskElements = 32768;
 
-// A tile's rows are this wide at least, or the walk down the positions waits for memory: 32x1024x14x14 float32 forward
-// took 11.8 ms in tiles of 64 bytes and 2.8 split; 32x2048x7x7 1.8 in tiles of 320 bytes and 1.2 split (one thread).
+// The rows of a tile are at least this wide; else the walk down the positions waits for memory. 32x1024x14x14 float32
+// forward took 11.8 ms in tiles of 64 bytes and 2.8 split; 32x2048x7x7 took 1.8 in tiles of 320 bytes and 1.2 split
+// (one thread).
 constexpr int64_t kMinTileBytes = 512;
 
 CpuPlan plan_rows(const Geometry& g, CpuPlan plan, const CpuInfo& cpu) {
@@ -33,7 +34,7 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
   const bool narrow = plan.tile * size_of(dtype) < kMinTileBytes && plan.tile < g.C;
   plan.split = fitting < unit || narrow || (cpu.threads > 1 && tasks < 2 * cpu.threads);
   if (plan.split) plan.tile = std::min(g.C, div_up(512, unit) * unit);
-  // From C, not from the tile, which a split changes: sums must not depend on the number of threads.
+  // These depend on C and not on the tile, which a split changes: sums must not depend on the number of threads.
   plan.block_positions = std::clamp<int64_t>(2 * kBlock / std::max<int64_t>(1, g.C) / 4 * 4, 16, 64);
   plan.chunk_positions =
       div_up(std::max<int64_t>(1, kBlock * kChunkBlocks / g.C), plan.block_positions) * plan.block_positions;
@@ -43,8 +44,8 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
 }  // namespace
 
 CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, const CpuInfo& cpu) {
-  // An output of half the last cache and more has left it before anyone reads it.
-  // Runs of whole packs only: half-written lines are slow to stream.
+  // An output larger than half the last cache has left it before anyone reads it. Only runs of whole packs are
+  // streamed, because it is slow to stream half-written lines.
   const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2 && g.mask_run() % 16 == 0;
   const CpuPlan plan{g.traversal(), false, stream, 1, g.C, 16, g.positions()};
   return g.traversal() == Traversal::kRows ? plan_rows(g, plan, cpu) : plan_columns(g, dtype, streams, plan, cpu);

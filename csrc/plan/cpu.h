@@ -1,6 +1,6 @@
-// How a call is cut into tasks: a pure function of geometry, type and the machine's facts, so that it can be printed,
-// compared and tested. Blocks and chunks, and with them the order in which sums are folded, depend on the geometry
-// alone; threads and cache only decide which task does what: the same bits for any number of threads.
+// How a call is divided into tasks. The plan is a pure function of geometry, type and the machine's facts, so that it
+// can be printed, compared and tested. Blocks and chunks, and with them the order in which sums are folded, depend on
+// the geometry alone. Threads and cache only decide which task does what, so any number of threads gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -16,22 +16,23 @@ struct CpuInfo {
   int threads;
 };
 
-// Elements reduced in one go while they sit in the L1 cache (16 KB of float32): their own mean first, then the squares.
+// So many elements are reduced together while they are in the L1 cache (16 KB of float32): first their own mean, then
+// the squares.
 constexpr int64_t kBlock = 4096;
-// Blocks folded into one partial; the smallest piece of a set that another thread may take.
+// So many blocks are folded into one partial. A chunk is the smallest part of a set that another thread may take.
 constexpr int64_t kChunkBlocks = 16;
 
-// Below this a parallel region costs more than it saves: waking torch's pool took 5 to 10 us on two cores, in which one
-// core moves about this many elements.
+// For fewer elements a parallel region costs more than it saves: waking torch's pool took 5 to 10 us on two cores, and
+// one core moves about this many elements in that time.
 constexpr int64_t kMinParallelElements = 32768;
 
 struct CpuPlan {
   Traversal traversal;
-  // A split call reduces, folds and applies in three parallel steps over chunks; otherwise one task does all three
-  // for its sets while they are in its cache.
+  // A split call reduces, folds and applies in three parallel steps over chunks. Otherwise a task does all three for
+  // its sets while they are in its cache.
   bool split;
-  bool stream;              // stores past the cache
-  int64_t sets_per_task;    // rows, not split
+  bool stream;              // stores go past the cache
+  int64_t sets_per_task;    // rows, unless split
   int64_t tile;             // columns: channels of a tile
   int64_t block_positions;  // columns: positions of a block
   int64_t chunk_positions;  // columns: positions of a chunk
@@ -39,7 +40,7 @@ struct CpuPlan {
   bool operator==(const CpuPlan&) const = default;
 };
 
-// `streams`: tensors that a set's second pass reads again (1 forward, 2 backward).
+// `streams` is the number of tensors that the second pass over a set reads again: 1 forward, 2 backward.
 CpuPlan plan_cpu(const Geometry& geometry, DType dtype, int streams, const CpuInfo& cpu);
 
 std::string to_string(const CpuPlan& plan);

@@ -1,11 +1,11 @@
 // The values of CUDA planning: what a device is, how a launch is cut, what a plan says. No choice is made here.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <string>
 
 #include "core/dtype.h"
+#include "core/fields.h"
 #include "core/geometry.h"
 
 namespace fastnorm {
@@ -20,13 +20,11 @@ struct DeviceInfo {
   int largest_cluster;   // blocks; 1: no clusters
   int cluster_sms;       // that clusters of the largest size cover at a time, with one block to each
   bool cooperative;      // the blocks of a launch may meet
-};
 
-// All facts as numbers, in their order.
-inline std::array<int64_t, 10> facts_of(const DeviceInfo& d) {
-  return {d.capability, d.num_sms,      d.threads_per_sm,  d.shared_per_sm, d.shared_per_block,
-          d.l2_bytes,   d.bytes_per_us, d.largest_cluster, d.cluster_sms,   d.cooperative};
-}
+  bool operator==(const DeviceInfo&) const = default;
+};
+FASTNORM_FIELDS(DeviceInfo, capability, num_sms, threads_per_sm, shared_per_sm, shared_per_block, l2_bytes,
+                bytes_per_us, largest_cluster, cluster_sms, cooperative)
 
 // Threads of a block, at most; kernels are compiled for as many (__launch_bounds__), two blocks to a multiprocessor:
 // 128 registers a thread, which the compiler's report is checked against.
@@ -87,13 +85,10 @@ struct Grid {
   }
   // Items that a block takes at a time.
   int teams() const { return traversal == Traversal::kRows ? threads_y : 1; }
-  bool operator==(const Grid& o) const {
-    return traversal == o.traversal && pack == o.pack && threads_x == o.threads_x && threads_y == o.threads_y &&
-           pieces == o.pieces && piece_runs == o.piece_runs && piece_length == o.piece_length && tile == o.tile &&
-           items == o.items && blocks == o.blocks && shared_bytes == o.shared_bytes && team_bytes == o.team_bytes &&
-           gang == o.gang && stages == o.stages;
-  }
+  bool operator==(const Grid&) const = default;
 };
+FASTNORM_FIELDS(Grid, traversal, pack, threads_x, threads_y, pieces, piece_runs, piece_length, tile, items, blocks,
+                shared_bytes, team_bytes, gang, stages)
 
 // Pieces that a run is cut into, where pieces are not of whole runs.
 inline int64_t run_pieces(const Geometry& g, const Grid& grid) {
@@ -112,6 +107,7 @@ struct Estimate {
     return {memory + o.memory, barriers + o.barriers, launches + o.launches};
   }
 };
+FASTNORM_FIELDS(Estimate, memory, barriers, launches)
 
 struct ForwardPlan {
   Strategy strategy;
@@ -119,11 +115,12 @@ struct ForwardPlan {
   int64_t workspace_bytes;  // partials: of split, or of gangs that are grids
   int launches;
   Estimate estimate;
-
-  bool operator==(const ForwardPlan& o) const {
-    return strategy == o.strategy && grid == o.grid && workspace_bytes == o.workspace_bytes && launches == o.launches;
-  }
 };
+FASTNORM_FIELDS(ForwardPlan, strategy, grid, workspace_bytes, launches, estimate)
+// Plans are equal that launch the same, whatever is expected of them.
+inline bool operator==(const ForwardPlan& a, const ForwardPlan& b) {
+  return without_last(fields(a)) == without_last(fields(b));
+}
 
 // Fused rows reduce a piece of several cells by units, so that every cell's own sums come out: a unit is a segment of a
 // cell, taken by unit_threads neighbouring threads.
@@ -131,8 +128,10 @@ struct Units {
   int threads;       // a power of two, at most a warp and at most the team
   int64_t segments;  // of a cell
   int64_t length;    // packs of a segment
-  bool operator==(const Units& o) const { return threads == o.threads && segments == o.segments && length == o.length; }
+
+  bool operator==(const Units&) const = default;
 };
+FASTNORM_FIELDS(Units, threads, segments, length)
 
 // Where the sums of dweight and dbias come from. Weights that change with every element (LayerNorm) need sums of their
 // own, down the rows instead of along them.
@@ -157,13 +156,12 @@ struct BackwardPlan {
   Estimate estimate;
 
   int64_t workspace_bytes() const { return sums_bytes + params_bytes + terms_bytes + gang_bytes; }
-  bool operator==(const BackwardPlan& o) const {
-    return strategy == o.strategy && param_sums == o.param_sums && cells == o.cells && reduce == o.reduce &&
-           apply == o.apply && params == o.params && units == o.units && grid_sync == o.grid_sync &&
-           sums_bytes == o.sums_bytes && params_bytes == o.params_bytes && terms_bytes == o.terms_bytes &&
-           gang_bytes == o.gang_bytes && launches == o.launches;
-  }
 };
+FASTNORM_FIELDS(BackwardPlan, strategy, param_sums, cells, reduce, apply, params, units, grid_sync, sums_bytes,
+                params_bytes, terms_bytes, gang_bytes, launches, estimate)
+inline bool operator==(const BackwardPlan& a, const BackwardPlan& b) {
+  return without_last(fields(a)) == without_last(fields(b));
+}
 
 // alignment: the largest power of two, at most 16, that divides the address of every tensor of the call; of weight and
 // bias too where they are read in packs (per_element).
@@ -171,14 +169,21 @@ struct ForwardNeeds {
   int alignment;
   bool output;  // y, not the statistics alone
   bool frozen;
+
+  bool operator==(const ForwardNeeds&) const = default;
 };
+FASTNORM_FIELDS(ForwardNeeds, alignment, output, frozen)
+
 struct BackwardNeeds {
   int alignment;
   bool residual;  // read again, no mask
   bool frozen;
   bool input;  // dx or dresidual
   bool params;
+
+  bool operator==(const BackwardNeeds&) const = default;
 };
+FASTNORM_FIELDS(BackwardNeeds, alignment, residual, frozen, input, params)
 
 // What a plan has to be, for tests and tuning; -1: whatever is cheapest. Where no plan is so, planning throws
 // std::invalid_argument.
@@ -189,11 +194,18 @@ struct Forced {
   int stages = -1;         // 1 or 2
   int blocks_per_sm = -1;  // blocks to a multiprocessor that shared memory is shared out to
   int tile_bytes = -1;     // columns
+
+  bool operator==(const Forced&) const = default;
 };
+FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes)
+
 struct PlanOptions {
   int free_sms = 0;  // that launches whose blocks meet leave free, for communication beside them
   Forced forced;
+
+  bool operator==(const PlanOptions&) const = default;
 };
+FASTNORM_FIELDS(PlanOptions, free_sms, forced)
 
 const char* name_of(Strategy strategy);
 const char* name_of(Gang gang);

@@ -11,17 +11,18 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <array>
+#include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
+#include <set>
 #include <string>
 
 #include "cuda/api.h"
 #include "cuda_stream.h"
+#include "gang_refusals.h"
 #include "plan/cuda.h"
 #include "plan_cache.h"
-#include "plan_options.h"
 
 namespace fastnorm::ops {
 
@@ -90,8 +91,9 @@ const DeviceInfo& device_info(at::Device device) {
     check_cuda(cuda::device_info(device.index(), &facts.info));
     facts.served = built_for(facts.info.capability);
   });
-  TORCH_CHECK(facts.served, "fastnorm: x is on ", device, " of compute capability ", facts.info.capability / 10, ".",
-              facts.info.capability % 10, ", expected one that this build is for: CUDA " FASTNORM_CUDA_BUILD);
+  TORCH_CHECK_NOT_IMPLEMENTED(facts.served, "fastnorm: x is on ", device, " of compute capability ",
+                              facts.info.capability / 10, ".", facts.info.capability % 10,
+                              ", expected one that this build is for: CUDA " FASTNORM_CUDA_BUILD);
   return facts.info;
 }
 
@@ -131,15 +133,51 @@ DeviceInfo without_gangs(DeviceInfo device) {
   return device;
 }
 
-// Launches a call as planned. A device that is shared or partitioned may refuse blocks that wait for each other: then
-// the call goes, now and in future, by a plan that has none.
-template <class Plan, class MakePlan, class Launch>
-void run_planned(PlanCache<Plan>& cache, const Geometry& g, DType dtype, const std::array<int64_t, 5>& needs,
-                 const DeviceInfo& device, MakePlan make_plan, Launch launch_plan) {
-  const PlanKey key = plan_key(g, dtype, needs, device, plan_options());
-  int error = launch([&] { return launch_plan(cache.get(key, [&] { return make_plan(device, plan_options()); })); });
+ForwardPlan make_plan(const PlanKey<ForwardNeeds>& key) {
+  return plan_forward(key.geometry, key.dtype, key.needs, key.device, key.options);
+}
+BackwardPlan make_plan(const PlanKey<BackwardNeeds>& key) {
+  return plan_backward(key.geometry, key.dtype, key.needs, key.device, key.options);
+}
+
+const Grid& main_grid(const ForwardPlan& plan) { return plan.grid; }
+const Grid& main_grid(const BackwardPlan& plan) { return plan.reduce; }
+std::string direction_of(const ForwardPlan&) { return "forward"; }
+std::string direction_of(const BackwardPlan&) { return "backward"; }
+
+std::string environment(const char* name) {
+  const char* const value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// A refusal is counted; FASTNORM_STRICT=1 makes it an error; FASTNORM_LOG=fallback prints the first of its kind.
+template <class Plan>
+void note_refusal(const Plan& plan) {
+  ++refused_gangs();
+  const std::string direction = direction_of(plan);
+  const std::string text = "fastnorm: the device refused to run the blocks of a " + direction +
+                           " launch together, as one that is shared or partitioned does; planned " + to_string(plan);
+  TORCH_CHECK(environment("FASTNORM_STRICT") != "1", text, " (FASTNORM_STRICT=1)");
+  static std::mutex mutex;
+  static std::set<std::string> printed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (environment("FASTNORM_LOG").find("fallback") == std::string::npos) return;
+  if (printed.insert(direction + name_of(main_grid(plan).gang)).second) std::fprintf(stderr, "%s\n", text.c_str());
+}
+
+// Launches a call as planned. A device that is shared or partitioned may refuse blocks that wait for each other. Then
+// this call and later ones like it go by a plan that has none.
+template <class Plan, class Needs, class Launch>
+void run_planned(const PlanKey<Needs>& key, Launch launch_plan) {
+  static PlanCache<Plan, Needs> cache;
+  const Plan planned = cache.get(key, [](const auto& k) { return make_plan(k); });
+  int error = launch([&] { return launch_plan(planned); });
   if (error == cuda::kGangRefused) {
-    const Plan plan = make_plan(without_gangs(device), PlanOptions{});
+    note_refusal(planned);
+    PlanKey<Needs> alone = key;
+    alone.device = without_gangs(key.device);
+    alone.options = {};
+    const Plan plan = make_plan(alone);
     error = launch([&] { return launch_plan(plan); });
     if (error == 0) cache.put(key, plan);
   }
@@ -147,7 +185,6 @@ void run_planned(PlanCache<Plan>& cache, const Geometry& g, DType dtype, const s
 }
 
 void forward(const ForwardArgs& args, at::Device device) {
-  static PlanCache<ForwardPlan> cache;
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.x, args.residual, args.y);
   if (packs_params(args.geometry)) {
@@ -155,19 +192,14 @@ void forward(const ForwardArgs& args, at::Device device) {
         alignment, common_alignment(args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data));
   }
   const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr};
-  run_planned(
-      cache, args.geometry, args.dtype, {needs.alignment, needs.output, needs.frozen, 0, 0}, device_info(device),
-      [&](const DeviceInfo& info, const PlanOptions& options) {
-        return plan_forward(args.geometry, args.dtype, needs, info, options);
-      },
-      [&](const ForwardPlan& plan) {
+  run_planned<ForwardPlan, ForwardNeeds>(
+      {args.geometry, args.dtype, needs, device_info(device), shared_options().get()}, [&](const ForwardPlan& plan) {
         const Workspace workspace(plan.workspace_bytes, device);
         return cuda::launch_forward(args, plan, workspace.data(), current_stream(device));
       });
 }
 
 void backward(const BackwardArgs& args, at::Device device) {
-  static PlanCache<BackwardPlan> cache;
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.dy, args.x, args.residual, args.dx, args.dresidual);
   if (packs_params(args.geometry)) {
@@ -177,13 +209,8 @@ void backward(const BackwardArgs& args, at::Device device) {
                             args.dx != nullptr || args.dresidual != nullptr,
                             args.dweight.data != nullptr || args.dbias.data != nullptr};
   if (!needs.input && !needs.params) return;
-  run_planned(
-      cache, args.geometry, args.dtype, {needs.alignment, needs.residual, needs.frozen, needs.input, needs.params},
-      device_info(device),
-      [&](const DeviceInfo& info, const PlanOptions& options) {
-        return plan_backward(args.geometry, args.dtype, needs, info, options);
-      },
-      [&](const BackwardPlan& plan) {
+  run_planned<BackwardPlan, BackwardNeeds>(
+      {args.geometry, args.dtype, needs, device_info(device), shared_options().get()}, [&](const BackwardPlan& plan) {
         const Workspace workspace(plan.workspace_bytes(), device);
         return cuda::launch_backward(args, plan, workspace.data(), current_stream(device));
       });

@@ -14,7 +14,7 @@ import numpy as np
 from fastnorm import _C
 from tests.common.cases import Layer
 
-BATCH, GROUP, LAYER = 0, 1, 2
+BATCH, GROUP, LAYER = "batch", "group", "layer"
 DTYPES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -65,7 +65,7 @@ DEVICES = {
 class Shape:
     """The planner's Geometry, described anew from the norms' definitions."""
 
-    kind: int
+    kind: str
     N: int
     C: int
     S: int
@@ -201,6 +201,11 @@ class Call:
 
     def all_backward(self, facts: _C.DeviceInfo, **options: Any) -> list[_C.BackwardPlan]:
         return _C.compare_backward(self.shape.geometry, self.dtype, facts, **self.backward_needs, **options)
+
+
+def words(plan: _C.ForwardPlan | _C.BackwardPlan) -> str:
+    """The plan without its estimate."""
+    return str(plan).split("; estimate ")[0]
 
 
 def random_call(r: random.Random) -> Call:

@@ -20,7 +20,7 @@ from tests.emulator import build
 
 ORDERS = ("fifo", "lifo", "random", "priority")
 
-# csrc/plan/types.h's Forced, in its order, and the names of what is numbered there.
+# The fields of csrc/plan/types.h's Forced, and the names of those that are enums.
 FORCED = ("strategy", "gang", "pieces", "stages", "blocks_per_sm", "tile_bytes")
 NAMES = {"strategy": ("fused", "split", "apply"), "gang": ("block", "cluster", "grid")}
 FREE = -1
@@ -28,7 +28,7 @@ FREE = -1
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What plans are made of: csrc/plan/types.h's DeviceInfo, in its order."""
+    """The facts that plans are made from: the fields of csrc/plan/types.h's DeviceInfo."""
 
     capability: int
     num_sms: int
@@ -40,9 +40,6 @@ class Device:
     largest_cluster: int
     cluster_sms: int
     cooperative: bool
-
-
-FACTS = len(dataclasses.fields(Device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +72,11 @@ class Counts:
     launches: list[Launch] = dataclasses.field(default_factory=list)
 
 
-def forced_numbers(forced: Mapping[str, str | int]) -> list[int]:
-    """ValueError where a key or a name is unknown."""
+def forced_numbers(forced: Mapping[str, str | int]) -> dict[str, int]:
+    """All of FORCED as numbers; ValueError where a key or a name is unknown."""
     if unknown := sorted(set(forced) - set(FORCED)):
         raise ValueError(f"a plan has no {', '.join(unknown)} to force; it has {', '.join(FORCED)}")
-    numbers = []
+    numbers = {}
     for key in FORCED:
         value = forced.get(key, FREE)
         if isinstance(value, str):
@@ -88,8 +85,13 @@ def forced_numbers(forced: Mapping[str, str | int]) -> list[int]:
                 there_are = f"there are {', '.join(names)}" if names else "it is a number"
                 raise ValueError(f"a plan's {key} cannot be {value!r}; {there_are}")
             value = names.index(value)
-        numbers.append(value)
+        numbers[key] = value
     return numbers
+
+
+def as_text(numbers: Mapping[str, int]) -> bytes:
+    """The fields of a struct, as bindings.cpp reads them."""
+    return " ".join(f"{name}={int(number)}" for name, number in numbers.items()).encode()
 
 
 class Emulator:
@@ -99,7 +101,8 @@ class Emulator:
         self._library = library
         for name in ("device", "configure", "launch"):
             getattr(library, f"fastnorm_emulator_{name}").restype = ctypes.c_char_p
-        library.fastnorm_emulator_launch_count.restype = ctypes.c_int64
+        for name in ("launch_count", "refused_gangs"):
+            getattr(library, f"fastnorm_emulator_{name}").restype = ctypes.c_int64
 
     @staticmethod
     def _check(text: bytes | None) -> None:
@@ -108,9 +111,13 @@ class Emulator:
 
     def device(self, name: str) -> Device:
         """One of tests/emulator/device.h: tiny, few, alone, small, h200."""
-        facts: Any = (ctypes.c_int64 * FACTS)()
-        self._check(self._library.fastnorm_emulator_device(name.encode(), facts))
-        return Device(*[*facts[:-1], bool(facts[-1])])
+        text = ctypes.c_char_p()
+        self._check(self._library.fastnorm_emulator_device(name.encode(), ctypes.byref(text)))
+        facts: dict[str, Any] = {}
+        for word in (text.value or b"").decode().split():
+            fact, number = word.split("=")
+            facts[fact] = bool(int(number)) if fact == "cooperative" else int(number)
+        return Device(**facts)
 
     def configure(
         self,
@@ -127,17 +134,16 @@ class Emulator:
         `blocks_together`: how many blocks run side by side where a launch asks for no more. `forced`: what plans have
         to be, by the names in FORCED and NAMES. `refuse_gangs`: launches whose blocks meet are refused, as by a device
         that is shared. `free_sms`: what such launches leave free."""
-        facts = dataclasses.astuple(self.device(device) if isinstance(device, str) else device)
-        numbers = forced_numbers(forced or {})
+        facts = dataclasses.asdict(self.device(device) if isinstance(device, str) else device)
         self._check(
             self._library.fastnorm_emulator_configure(
                 order.encode(),
                 ctypes.c_uint64(seed),
                 blocks_together,
-                (ctypes.c_int64 * FACTS)(*facts),
+                as_text(facts),
                 ctypes.c_bool(refuse_gangs),
                 free_sms,
-                (ctypes.c_int * len(FORCED))(*numbers),
+                as_text(forced_numbers(forced or {})),
             )
         )
 
@@ -158,6 +164,11 @@ class Emulator:
             yield
         finally:
             self._library.fastnorm_emulator_model_l2(False)
+
+    def refused_gangs(self) -> int:
+        """How many launches were refused and replaced, since the library was loaded. What _C.refused_gangs() counts
+        are those on a GPU."""
+        return int(self._library.fastnorm_emulator_refused_gangs())
 
     def reset_counters(self) -> None:
         self._library.fastnorm_emulator_reset_counters()

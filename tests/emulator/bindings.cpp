@@ -1,10 +1,13 @@
 // The emulator's controls for Python, by ctypes: see backend.py. Part of fastnorm_emulated.so, beside the ops.
 #include <algorithm>
 #include <iterator>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "runtime.h"
-#include "torch/plan_options.h"
+#include "torch/gang_refusals.h"
+#include "torch/plan_cache.h"
 
 #define FASTNORM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -25,39 +28,60 @@ const char* text_of_failure(F f) {
   }
 }
 
+// A struct of numbers as text and back: "capability=90 num_sms=132 ...". Fields go by name, so that no order has to be
+// kept on both sides.
+template <class Struct>
+std::string text_of_fields(const Struct& s) {
+  std::ostringstream text;
+  for_each_field(
+      s, [&](std::string_view name, const auto& value) { text << name << '=' << static_cast<int64_t>(value) << ' '; });
+  return text.str();
+}
+template <class Struct>
+Struct fields_of_text(const std::string& text) {
+  Struct s{};
+  std::istringstream words(text);
+  size_t found = 0;
+  for (std::string word; words >> word; ++found) {
+    const size_t at = word.find('=');
+    bool known = false;
+    for_each_field(s, [&](std::string_view name, auto& value) {
+      if (name != std::string_view(word).substr(0, at)) return;
+      value = static_cast<std::decay_t<decltype(value)>>(std::stoll(word.substr(at + 1)));
+      known = true;
+    });
+    if (!known) throw std::runtime_error("emulator: " + word + " names no field");
+  }
+  if (found != std::tuple_size_v<decltype(fields(s))>) throw std::runtime_error("emulator: not all fields: " + text);
+  return s;
+}
+
 }  // namespace
 
-FASTNORM_EXPORT const char* fastnorm_emulator_device(const char* name, int64_t* facts) {
+FASTNORM_EXPORT const char* fastnorm_emulator_device(const char* name, const char** facts) {
   return text_of_failure([&] {
-    const auto values = facts_of(emulator::device_named(name));
-    std::copy(values.begin(), values.end(), facts);
+    static std::string text;
+    text = text_of_fields(emulator::device_named(name));
+    *facts = text.c_str();
   });
 }
 
-// forced: PlanOptions::forced, in its order.
 FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint64_t seed, int blocks_together,
-                                                        const int64_t* facts, bool refuse_gangs, int free_sms,
-                                                        const int* forced) {
+                                                        const char* facts, bool refuse_gangs, int free_sms,
+                                                        const char* forced) {
   return text_of_failure([&] {
     emulator::Settings settings;
     settings.order = emulator::order_named(order);
     settings.seed = seed;
     settings.blocks_together = blocks_together;
-    settings.device = {static_cast<int>(facts[0]),
-                       static_cast<int>(facts[1]),
-                       static_cast<int>(facts[2]),
-                       facts[3],
-                       facts[4],
-                       facts[5],
-                       facts[6],
-                       static_cast<int>(facts[7]),
-                       static_cast<int>(facts[8]),
-                       facts[9] != 0};
+    settings.device = fields_of_text<DeviceInfo>(facts);
     settings.refuse_gangs = refuse_gangs;
     emulator::configure(settings);
-    plan_options() = {free_sms, {forced[0], forced[1], forced[2], forced[3], forced[4], forced[5]}};
+    ops::shared_options().set({free_sms, fields_of_text<Forced>(forced)});
   });
 }
+
+FASTNORM_EXPORT int64_t fastnorm_emulator_refused_gangs() { return ops::refused_gangs(); }
 
 FASTNORM_EXPORT void fastnorm_emulator_reset_counters() { emulator::reset_counters(); }
 

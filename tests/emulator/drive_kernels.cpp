@@ -160,7 +160,7 @@ class Call {
     check_launch(cuda::launch_forward(args, plan, workspace.data(), nullptr));
     check_launches(plan.launches);
     keep(y, case_.dtype, g_.numel(), "y");
-    keep(stats_, accum(), 4 * g_.sets(), "stats");
+    keep(stats_, accum(), kStatsRows * g_.sets(), "stats");
     keep(mask_);
   }
 
@@ -238,7 +238,7 @@ class Call {
   const Buffer residual_ = numbers(g_.numel(), case_.dtype, case_.offset, 3);
   const Buffer weight_ = numbers(g_.C, case_.params, 0, 4, 1), bias_ = numbers(g_.C, case_.params, 0, 5);
   const Buffer mean_ = numbers(g_.C, case_.params, 0, 6), var_ = numbers(g_.C, case_.params, 0, 7, 2);
-  const Buffer stats_{4 * g_.sets() * size_of(accum()), 0};
+  const Buffer stats_{kStatsRows * g_.sets() * size_of(accum()), 0};
   const Buffer mask_{case_.mask ? mask_bytes(g_, case_.dtype) : 0, 0};
 };
 
