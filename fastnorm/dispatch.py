@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from . import autograd as autograd  # registers the derivatives
 from . import ops
-from .ops import OptTensor, Settings
+from .ops import OptTensor
 
 __all__ = ["Config", "Unsupported", "entry_for", "fall_back"]
 
@@ -47,7 +47,8 @@ class Unsupported(NotImplementedError):
 
 
 class Config(NamedTuple):
-    """What a call is besides its tensors: the operator `norm` takes these after them."""
+    """What a call is besides its tensors: the operator `norm` takes these after them. The first five are `ops.Settings`,
+    which the functional operators take."""
 
     groups: int
     """Of group norm, else 0."""
@@ -60,11 +61,6 @@ class Config(NamedTuple):
     """The statistics are x's, and the running ones move; else the statistics are the running ones."""
     momentum: float | None = None
     """None: running statistics become the average over all batches."""
-
-    @property
-    def settings(self) -> Settings:
-        """What the functional operators take."""
-        return self[:5]
 
 
 #: (x, weight, bias, residual, running_mean, running_var, num_batches_tracked, *config) ->
@@ -94,20 +90,20 @@ def trace_norm(
     *call: Any,
 ) -> Tensor:
     """A call under torch.compile: functional operators, and all checks beforehand, as none could be caught."""
-    config = Config(*call)
-    groups, normalized_dims, eps, _, _, use_input_stats, momentum = config
-    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, config.settings)
+    groups, normalized_dims, eps, activation, param, use_input_stats, momentum = call
+    settings = (groups, normalized_dims, eps, activation, param)
+    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, settings)
     if refusal is not None:
         raise Unsupported(refusal)
     if not use_input_stats and running_mean is None:
         raise Unsupported("there are no running statistics to use")
-    if groups == normalized_dims == 0 and (eps < 0 or (use_input_stats and (eps == 0 or x.numel() <= x.shape[1]))):
+    if groups == normalized_dims == 0 and (eps <= 0 or (use_input_stats and x.numel() <= x.shape[1])):
         raise Unsupported("eps is not positive, or a channel has a single value")
     if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         raise Unsupported("running statistics require grad")
     mean, var = (None, None) if use_input_stats else (running_mean, running_var)
     save_mask = torch.is_grad_enabled()
-    y, stats, _ = ops.norm_forward(x, weight, bias, residual, mean, var, *config.settings, save_mask)
+    y, stats, _ = ops.norm_forward(x, weight, bias, residual, mean, var, *settings, save_mask)
     if use_input_stats and (running_mean is not None or num_batches_tracked is not None):
         count = x.numel() // stats.shape[1]
         ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
@@ -118,7 +114,7 @@ def entry_for(x: Tensor) -> Entry:
     """How the kernels are called on x. Unsupported unless x is an ordinary tensor, outside of everything that has to
     see torch's own operators."""
     if is_compiling():
-        if is_exporting():
+        if torch.compiler._is_exporting_flag:  # is_exporting() is always True in a trace of torch 2.10
             raise Unsupported("an exported program should need nothing but torch")
         if _functorch_active() or forward_ad._current_level >= 0:
             raise Unsupported("a torch.func transform or forward-mode differentiation is active")

@@ -44,7 +44,7 @@ struct SavedSettings {
 struct PackedInputs : torch::CustomClassHolder {
   std::array<torch::autograd::SavedVariable, 4> tensors;
 
-  explicit PackedInputs(const std::array<Tensor, 4>& inputs) {
+  explicit PackedInputs(const torch::autograd::variable_list& inputs) {
     for (size_t i = 0; i < inputs.size(); ++i) tensors[i] = torch::autograd::SavedVariable(inputs[i], false);
   }
   // As torch releases saved tensors: unless the graph is to be gone through again.
@@ -64,25 +64,30 @@ class SavedCall {
     // Without activation, backward wants the bias's shape and of the residual nothing: both may change until then.
     const bool linear = config.activation == 0;
     const bool masked = present(residual) && is_two_sided(check_activation(config.activation));
-    inputs_ = {x, value_or_undefined(weight), linear ? Tensor() : value_or_undefined(bias),
-               linear || masked ? Tensor() : value_or_undefined(residual)};
-    for (const Tensor& t : inputs_) {
+    tensors_.reserve(6);
+    tensors_.push_back(x);
+    tensors_.push_back(value_or_undefined(weight));
+    tensors_.push_back(linear ? Tensor() : value_or_undefined(bias));
+    tensors_.push_back(linear || masked ? Tensor() : value_or_undefined(residual));
+    for (const Tensor& t : tensors_) {
       FASTNORM_SUPPORTED(!t.defined() || !t.is_inference(), "an inference tensor cannot be saved for backward");
     }
     if (linear && present(bias)) ctx->saved_data["bias"] = *bias;
     ctx->saved_data["settings"] = SavedSettings{config, frozen, present(residual), x.suggest_memory_format()}.pack();
     if (at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) return;
-    ctx->saved_data["inputs"] = c10::IValue::make_capsule(c10::make_intrusive<PackedInputs>(inputs_));
-    inputs_ = {};
+    ctx->saved_data["inputs"] = c10::IValue::make_capsule(c10::make_intrusive<PackedInputs>(tensors_));
+    tensors_.assign(4, Tensor());
   }
 
   void finish(const Tensor& stats, const Tensor& mask) {
-    ctx_->save_for_backward({inputs_[0], inputs_[1], inputs_[2], inputs_[3], stats, mask});
+    tensors_.push_back(stats);
+    tensors_.push_back(mask);
+    ctx_->save_for_backward(std::move(tensors_));
   }
 
  private:
   AutogradContext* ctx_;
-  std::array<Tensor, 4> inputs_;
+  torch::autograd::variable_list tensors_;  // x, weight, bias, residual; undefined where they are packed already
 };
 
 struct UnpackedCall {
