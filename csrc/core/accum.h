@@ -1,5 +1,5 @@
-// The accumulators. All know how to take in a partial of the same kind and nothing of the reduction's shape; V is a
-// number, or a pack of them when many sets are merged side by side.
+// The accumulators. Each can take in a partial of its own kind and knows nothing of the reduction's shape. V is a
+// number, or a pack of numbers where many sets are merged side by side.
 #pragma once
 
 #include "dtype.h"
@@ -12,19 +12,21 @@ struct Moments {
   V mean;
   V m2;
 
-  // Takes in `other` of other_count values; the caller keeps the counts, which side-by-side sets share.
+  // Takes in `other`, the moments of other_count values. The caller keeps the counts, because side-by-side sets share
+  // them.
   template <class Count>
   FASTNORM_HOST_DEVICE void merge(const Moments& other, Count count, Count other_count) {
     const Count total = count + other_count, weight = other_count / total;
     const V delta = other.mean - mean;
     m2 = m2 + other.m2 + delta * delta * V(count * weight);
-    // The weighted sum only where delta is not finite: it keeps an infinite mean infinite.
+    // Where delta is not finite, the weighted sum keeps an infinite mean infinite.
     const V weighted = mean * V(count / total) + other.mean * V(weight);
     mean = select(delta * V(0) >= V(0), mean + delta * V(weight), weighted);
   }
 };
 
-// Moments that carry their count: partials of a reduction whose parts differ in size. All zeros: of nothing.
+// Moments that carry their count: partials of a reduction whose parts differ in size. All zeros are the moments of
+// nothing.
 template <class V>
 struct Welford {
   V count;
@@ -47,8 +49,8 @@ struct Sum {
   FASTNORM_HOST_DEVICE void merge(const Sum& other) { value = value + other.value; }
 };
 
-// Sums over d = dy * act'(z) that backward needs. d (x - mean) instead of d xhat: one rounding less an element; rstd is
-// multiplied in once, where the sums are used.
+// The sums over d = dy * act'(z) that backward needs. d (x - mean) instead of d xhat saves one rounding per element;
+// rstd is multiplied in once, where the sums are used.
 template <class V>
 struct GradSums {
   V d;

@@ -1,9 +1,9 @@
-// Storage types: how elements lie in memory. Arithmetic happens in Accum<T>: float, or double for double.
+// Storage types: the types of elements in memory. Arithmetic is in Accum<T>: float, or double for double.
 #pragma once
 
 #include <cstdint>
 
-// Marks what both a CPU and a CUDA thread call.
+// Marks functions that CPU and CUDA threads both call.
 #if defined(__CUDACC__)
 #define FASTNORM_HOST_DEVICE __host__ __device__
 #else
@@ -43,7 +43,7 @@ constexpr const char* name_of(DType dtype) {
   }
 }
 
-// The name of a choice that scalars share with vector types, lane by lane there.
+// A choice by condition. Vector types overload it and choose lane by lane.
 template <class V>
 FASTNORM_HOST_DEVICE V select(bool condition, V a, V b) {
   return condition ? a : b;

@@ -7,20 +7,20 @@ namespace fastnorm {
 
 FASTNORM_HOST_DEVICE constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// dx = scale * d - (offset + xhat * slope): what the statistics' dependence on x takes away; zeros where they are
-// given.
+// dx = scale * d - (offset + xhat * slope). The terms come from the statistics' dependence on x; they are zeros where
+// statistics are given.
 template <class A>
 struct SetTerms {
   A offset, slope;  // rstd * mean(w d), rstd * mean(w d xhat)
 };
 
-// The sum of d xhat from those of d and d (x - mean); `low` is what rounding cut off the mean.
+// The sum of d xhat from the sums of d and d (x - mean). Rounding cut `low` off the mean.
 template <class V>
 FASTNORM_HOST_DEVICE V xhat_sum(V d, V d_centered, V rstd, V low) {
   return (d_centered - low * d) * rstd;
 }
 
-// d, d_xhat: sums over a set which, times `scale`, are the means of rstd w d and rstd w d xhat.
+// d, d_xhat: sums over a set. Times `scale` they are the means of rstd w d and rstd w d xhat.
 template <class A, class V>
 FASTNORM_HOST_DEVICE SetTerms<A> set_terms(V d, V d_xhat, V rstd, V low, V scale) {
   const V slope = d_xhat * scale;
@@ -32,7 +32,7 @@ FASTNORM_HOST_DEVICE SetTerms<A> set_terms(const GradSums<V>& sums, V rstd, V lo
   return set_terms<A>(sums.d, xhat_sum(sums.d, sums.d_centered, rstd, low), rstd, low, scale);
 }
 
-// A running statistic moved towards the mean over `samples` of a statistic whose sum is given; `factor` makes a
+// A running statistic after a step towards the mean of a statistic over `samples`, whose sum is given. `factor` makes a
 // variance unbiased.
 FASTNORM_HOST_DEVICE inline double blend(double running, double sum, int64_t samples, double factor, double momentum) {
   const double value = sum / static_cast<double>(samples) * factor;

@@ -1,8 +1,8 @@
-// What a norm reduces over, from sizes and layout alone. Every input is seen as (N, C, S):
+// The elements that a norm reduces over, from sizes and layout alone. Every input is seen as (N, C, S):
 //
 //   set   the elements that share statistics
 //   cell  set ∩ channel: the elements that share statistics and weight
-//   run   a stretch of contiguous elements of one cell (planar) or of one position (channels last)
+//   run   contiguous elements of one cell (planar) or of one position (channels last)
 //
 //   norm, layout      sets   elements of a set
 //   batch, planar     C      N runs of S, C*S apart
@@ -25,8 +25,8 @@ constexpr const char* name_of(Kind kind) {
   return kind == Kind::kBatch ? "batch" : kind == Kind::kGroup ? "group" : "layer";
 }
 
-// How the kernels walk: a team owns a set and walks its runs (rows), or takes a tile of neighbouring channels and
-// keeps one accumulator per lane (columns).
+// How the kernels walk. Rows: a team takes a set and walks its runs. Columns: a block takes a tile of neighbouring
+// channels and keeps one accumulator per lane.
 enum class Traversal : int { kRows = 0, kColumns = 1 };
 
 struct Geometry {
@@ -40,17 +40,17 @@ struct Geometry {
   int64_t sets() const { return kind == Kind::kBatch ? C : N * G; }
   int64_t set_size() const { return kind == Kind::kBatch ? N * S : D() * S; }
 
-  // One value per channel and sample: the weight changes with every element of a run.
+  // There is one value per channel and sample, so that the weight changes with every element of a run.
   bool per_element() const { return kind != Kind::kBatch && S == 1; }
   Traversal traversal() const {
     if (kind == Kind::kBatch) return channels_last || S == 1 ? Traversal::kColumns : Traversal::kRows;
     return channels_last && S > 1 ? Traversal::kColumns : Traversal::kRows;
   }
 
-  // A set has several cells, and each is a run: groups, planar.
+  // A set has several cells and each is a run: planar groups.
   bool cells_are_runs() const { return kind == Kind::kGroup && traversal() == Traversal::kRows && !per_element(); }
 
-  // The elements that lie side by side and get their weights side by side: a row of the mask.
+  // The number of elements in a row of the mask. They lie side by side and have side-by-side weights or one weight.
   int64_t mask_run() const { return traversal() == Traversal::kColumns ? C : per_element() ? D() : S; }
 
   // Columns: `outer` independent stacks of `positions` rows of C channels.
@@ -63,26 +63,27 @@ struct Geometry {
 };
 FASTNORM_FIELDS(Geometry, kind, N, C, S, G, channels_last)
 
-// Runs of one set or of one cell: `count` stretches of `length` elements, `stride` apart.
+// The runs of one set or of one cell: `count` runs of `length` contiguous elements, `stride` apart.
 struct Runs {
   int64_t count, length, stride;
 };
 
-// The runs that statistics are taken over (rows only), and where the first begins.
+// The runs that statistics are taken over (rows only).
 inline Runs stat_runs(const Geometry& g) {
   if (g.kind == Kind::kBatch) return {g.N, g.S, g.C * g.S};
   return {1, g.D() * g.S, 0};
 }
 
-// The same elements split so that a run has one weight: a cell of a group is a run. (Not when per_element.)
+// The same elements, split so that a run has one weight: a cell of a group is a run. (Not where per_element.)
 inline Runs weight_runs(const Geometry& g) {
   if (g.kind == Kind::kBatch || g.per_element()) return stat_runs(g);
   return {g.D(), g.S, g.S};
 }
 
-// What a team of rows walks.
+// The runs that a team walks (rows only).
 inline Runs rows_runs(const Geometry& g) { return g.per_element() ? stat_runs(g) : weight_runs(g); }
 
+// The first element of a set (rows only).
 inline int64_t set_base(const Geometry& g, int64_t set) {
   return g.kind == Kind::kBatch ? set * g.S : set * g.D() * g.S;
 }

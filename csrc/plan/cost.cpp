@@ -8,44 +8,45 @@ namespace fastnorm {
 
 namespace {
 
-// None of these has been measured by us yet (benchmarks/tune.py will); each says what it rests on.
+// We have measured none of these constants yet (benchmarks/tune.py will). Each comment gives the constant's basis.
 
-// From the end of one launch of a stream to the next one's full speed: the drain of the one, the start of the other.
+// From the end of one launch of a stream to the full speed of the next: the first drains, the second starts.
 constexpr double kLaunchUs = 2.0;
-// What a cooperative launch takes longer to begin.
+// The extra time that a cooperative launch takes to begin.
 constexpr double kCooperativeUs = 1.0;
 
-// A load from memory, and the merge of a block's threads.
+// A load from memory and the merge of a block's threads.
 constexpr double kLatencyUs = 1.0;
-// Bytes of staged tensors that a multiprocessor reduces: 7.5 instructions an element of two bytes, 128 lanes, 1.7 GHz.
-// Of a wave the last share's reduction shows.
+// Bytes of staged tensors that an SM reduces: 7.5 instructions per element of two bytes, 128 lanes, 1.7 GHz. Only the
+// reduction of a wave's last copy group takes time of its own.
 constexpr double kReduceBytesPerUs = 58000;
-// Partials told, met and fetched: through a cluster's shared memory; through L2, by an atomic counter that all blocks
-// watch, two trips of 0.7 us.
+// Publish partials, sync and fetch: in a cluster through shared memory; in a grid through L2, with an atomic counter
+// that all blocks watch: two trips of 0.7 us.
 constexpr double kClusterBarrierUs = 0.5;
 constexpr double kGridBarrierUs = 1.5;
-// What of a wave's latency and barrier shows even if other loads are under way all the time.
+// The fraction of a wave's latency and barrier that takes time even if other loads are under way all the time.
 constexpr double kExposed = 0.1;
 
-// One multiprocessor draws so many times its share of the memory's bandwidth: two thirds of them keep it busy.
+// One SM can draw so many times its share of the memory's bandwidth: two thirds of the SMs keep the memory busy.
 constexpr double kOneSmShare = 1.5;
 
-// What of L2 still holds what was read last, and how much faster than memory it gives it.
+// The fraction of L2 that still holds the data read last, and L2's speed relative to memory's.
 constexpr double kL2Share = 0.5;
 constexpr double kL2Speed = 2.0;
 
-// A stretch of memory is as good as one so many bytes longer is without its neighbours: memory moves 64 bytes at a
-// time, and opens rows of kilobytes. A tile of 64 bytes gets four fifths of the bandwidth.
+// Contiguous bytes cost as much as so many bytes more: memory moves 64 bytes at a time and opens rows of kilobytes. A
+// tile of 64 bytes gets four fifths of the bandwidth.
 constexpr double kContiguousBytes = 16;
 
-// Rows adjoin each other, and so do the positions of a tile of all channels.
+// The fraction of the bandwidth that contiguous pieces of this size get. Rows adjoin each other, and so do the
+// positions of a tile of all channels: they get all of it.
 double contiguous_share(const Grid& grid, const Streams& streams) {
   if (grid.traversal == Traversal::kRows || grid.tile == streams.C) return 1;
   const double bytes = static_cast<double>(grid.tile * size_of(streams.dtype));
   return bytes / (bytes + kContiguousBytes);
 }
 
-// Microseconds that `blocks` blocks take to move so many bytes each.
+// The microseconds in which `blocks` blocks move so many bytes each.
 double move_us(double bytes, int64_t blocks, const DeviceInfo& device) {
   const double busy = static_cast<double>(std::min<int64_t>(blocks, device.num_sms));
   const double share = std::min(1.0, busy * kOneSmShare / device.num_sms);
@@ -69,8 +70,8 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, int64_t reside
   Estimate e{};
   e.memory = static_cast<double>(waves - 1) * move_us(bytes, together, device) +
              move_us(bytes, wanted - (waves - 1) * together, device);
-  // Meanwhile copies that are under way use the memory: of a second buffer, and of other blocks of the multiprocessor;
-  // not of a grid's, which all wait together.
+  // While a block waits, other copies use the memory: those of its second stage, and those of other blocks on the SM.
+  // The blocks of a grid all wait together, so there only the second stage counts.
   const double staged = stream * streams.read * static_cast<double>(div_up(together, device.num_sms));
   const double wait = kLatencyUs + barrier_us(grid.gang) + staged / kCopyGroups / kReduceBytesPerUs;
   double hidden = 0;

@@ -1,4 +1,4 @@
-// What a plan is expected to cost. An estimate decides between plans and promises nothing; csrc/plan/cost.cpp holds its
+// The expected cost of a plan. An estimate decides between plans and promises nothing; csrc/plan/cost.cpp has its
 // constants.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace fastnorm {
 
-// Tensors that a launch moves, of `numel` elements each, C channels side by side.
+// The tensors that a launch moves. Each has `numel` elements, with C channels side by side.
 struct Streams {
   int read, written;
   DType dtype;
@@ -15,17 +15,17 @@ struct Streams {
   double bytes(int streams) const { return static_cast<double>(streams) * static_cast<double>(numel * size_of(dtype)); }
 };
 
-// A fused launch, of which `resident` blocks are on the device at a time.
+// A fused launch with `resident` blocks on the device at a time.
 Estimate estimate_fused(const Grid& grid, const Streams& streams, int64_t resident, const DeviceInfo& device);
 
-// Launches that follow each other, `passes` of which read the same tensors; what one leaves in L2 the next finds there.
+// Launches in a row, of which `passes` read the same tensors. A pass finds in L2 what the one before left there.
 Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, const DeviceInfo& device);
 
 Estimate estimate_launches(int launches, bool cooperative);
 
-// Few bytes that are written once and read once, by way of L2.
+// A few bytes that are written once and read once, through L2.
 Estimate estimate_partials(int64_t bytes, const DeviceInfo& device);
-// All blocks of a launch meet.
+// A barrier of all blocks of a launch.
 Estimate estimate_grid_sync();
 
 }  // namespace fastnorm

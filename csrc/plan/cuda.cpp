@@ -1,4 +1,4 @@
-// Which plans there are for a call, and the cheapest of them.
+// All plans of a call, and the choice of the cheapest.
 #include "cuda.h"
 
 #include <algorithm>
@@ -11,15 +11,16 @@ namespace fastnorm {
 
 namespace {
 
-// Sectors are 32 bytes and come in pairs: narrower tiles read what they do not use. Wider ones leave less to share out.
+// Sectors are 32 bytes and come in pairs, so narrower tiles would read bytes that they do not use. Wider tiles leave
+// fewer of them to spread over the SMs.
 constexpr int64_t kTileBytes[] = {64, 128, 256};
 
-// Two blocks to a multiprocessor wait in turn; one alone has its shared memory for itself. More there are not: kernels
+// Two blocks per SM wait in turn; one block alone has all of its shared memory. There are no more, because the kernels
 // are compiled for two.
 constexpr int kBlocksPerSm[] = {2, 1};
 
-// How many sizes of a grid's gangs are tried, from the smallest that may hold a set: some leave fewer blocks idle in
-// the last wave, and where more than the set is staged, or runs are not cut, the smallest do not hold it.
+// The number of gang sizes that are tried for a grid, from the smallest that may hold a set. Some sizes leave fewer
+// blocks idle in the last wave. Where more than the set is staged, or runs are not cut, the smallest do not hold it.
 constexpr int kGridPieces = 8;
 
 bool allows(int forced, int64_t value) { return forced < 0 || forced == value; }
@@ -30,7 +31,8 @@ std::vector<int64_t> options_of(int forced, const List& list) {
   return {std::begin(list), std::end(list)};
 }
 
-// Blocks of a gang that takes its share of the grid: as few as hold a set, in as many waves as that makes, and more.
+// The sizes to try for gangs that divide a grid among them: as few blocks as hold a set, in as many waves as that
+// takes, and larger ones.
 std::vector<int64_t> grid_pieces(const StagedSets& sets, const FusedChoice& choice, int streams,
                                  const DeviceInfo& device) {
   const int64_t blocks = choice.blocks_per_sm * int64_t(device.num_sms);
@@ -46,7 +48,7 @@ std::vector<int64_t> grid_pieces(const StagedSets& sets, const FusedChoice& choi
   return pieces;
 }
 
-// Everything a fused launch could be.
+// All choices for a fused launch.
 std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int streams, bool persistent,
                                        const DeviceInfo& device, const Forced& forced) {
   std::vector<FusedChoice> choices;
@@ -80,10 +82,10 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int strea
   return choices;
 }
 
-// The second stage holds a second wave.
+// Whether the second stage has no wave to hold.
 bool second_stage_idle(const Grid& grid) { return grid.stages == 2 && div_up(grid.items, grid.teams()) <= grid.blocks; }
 
-// What launches whose blocks meet have of a device.
+// The part of a device that launches whose blocks wait for each other may use.
 DeviceInfo without_free_sms(DeviceInfo device, int free_sms) {
   device.num_sms = std::max(1, device.num_sms - free_sms);
   device.cluster_sms = std::max(0, device.cluster_sms - free_sms);
@@ -97,20 +99,20 @@ bool only_fused(const Forced& f) {
 bool allows_fused(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kFused)); }
 bool allows_split(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kSplit)) && !only_fused(f); }
 
-// Partials that a fold merges: [outer, pieces, columns].
+// The number of partials that a fold merges: [outer, pieces, columns].
 int64_t partials(const Geometry& g, const Grid& grid) {
   if (grid.traversal == Traversal::kColumns) return g.outer() * grid.pieces * g.C;
   return g.sets() * grid.pieces;
 }
 
-// Partials of a grid's gangs, of two waves.
+// Bytes of the partials of a grid's gangs, for two waves.
 int64_t gang_bytes(const Grid& grid, int numbers, DType dtype) {
   if (grid.gang != Gang::kGrid) return 0;
   const int64_t channels = grid.traversal == Traversal::kColumns ? grid.tile : 1;
   return 2 * grid.blocks * channels * numbers * accum_size(dtype);
 }
 
-// What planning a call takes, forward and backward.
+// The inputs of planning a call, forward or backward.
 template <class Needs>
 struct Planner {
   const Geometry& g;
@@ -119,9 +121,10 @@ struct Planner {
   const DeviceInfo& device;
   const PlanOptions& options;
   const int pack = pack_width(g, dtype, needs.alignment);
-  const DeviceInfo sync_device = without_free_sms(device, options.free_sms);  // what launches whose blocks meet have
+  const DeviceInfo sync_device =
+      without_free_sms(device, options.free_sms);  // for launches whose blocks wait for each other
 
-  // Calls make(grid, resident blocks) for all fused launches that fit.
+  // Calls make(grid, co-resident blocks) for all fused launches that fit.
   template <class Make>
   void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, Make make) const {
     const Forced& forced = options.forced;
@@ -130,7 +133,7 @@ struct Planner {
       Grid grid;
       if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
       if (second_stage_idle(grid) && forced.stages != 2) continue;
-      // Other sizes of clusters than powers of two might fill a device badly; runs can make some.
+      // Runs can lead to cluster sizes that are no powers of two, which might fill a device badly.
       if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
       make(grid, co_resident_blocks(grid, staging.backward, where));
     }
@@ -171,7 +174,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
 
 // ---- backward ----
 
-// Every cell a set of its own, where a cell is a run or more.
+// The geometry in which every cell is a set of its own, where a cell is a run or more.
 Geometry cells_of(const Geometry& g) {
   Geometry cells = g;
   if (g.cells_are_runs()) cells.G = g.C;
@@ -190,14 +193,14 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
   // The gradients of parameters that change with every element, down the rows.
   void add_params(BackwardPlan& plan) const {
     if (plan.param_sums != ParamSums::kOwnLaunch) return;
-    // Rows have half packs of the half types, columns have not.
+    // Rows kernels exist for packs of 8 bytes of the half types, columns kernels do not.
     plan.params = split_columns(1, g.N, g.C, dtype, pack * size_of(dtype) == 16 ? pack : 1, device);
     plan.params_bytes = plan.params.pieces * g.C * pair;
   }
 
   void add_fused(ParamSums sums, std::vector<BackwardPlan>& plans) const {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
-    // A batch norm's fused sums are final, and are written as the gradients themselves.
+    // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
     const bool grid_sync = folds && device.cooperative;
     const Staging staging{streams.read, true, in_gang};
@@ -233,10 +236,10 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
       ++plan.launches;
     }
     add_params(plan);
-    if (own_launch && plan.launches == 0) ++plan.launches;  // else in the launch of reduce
+    if (own_launch && plan.launches == 0) ++plan.launches;  // else they are a part of the launch of reduce
     if (terms) plan.terms_bytes = g.sets() * pair, ++plan.launches;
     if (needs.input) plan.apply = split_grid(g, dtype, pack, device);
-    ++plan.launches;  // of apply, or of the fold of the parameters
+    ++plan.launches;  // apply, or the fold of the parameters
     const int passes = (plan.reduce.items > 0) + own_launch + needs.input;
     const Grid& main = needs.input ? plan.apply : own_launch ? plan.params : plan.reduce;
     plan.estimate = estimate_passes(main, streams, passes, device) + estimate_launches(plan.launches, false) +
@@ -254,7 +257,7 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
 
   std::vector<BackwardPlan> all() const {
     if (needs.frozen && !needs.params) return {given()};
-    // Gathered along the rows a channel has one place in every row, which several groups do not give.
+    // Blocks can gather along the rows only where a channel has the same place in every row: with one group.
     const ParamSums sums = !needs.params     ? ParamSums::kNone
                            : g.per_element() ? ParamSums::kOwnLaunch
                                              : ParamSums::kFromCells;
@@ -273,10 +276,10 @@ bool is_cheaper(const Plan& a, const Plan& b) {
   return a.estimate.total() < b.estimate.total();
 }
 
-// The first of equals: plans of one block to a set come first.
+// Of plans that cost the same, the first: plans with one block per set come first.
 template <class Plan>
 Plan cheapest(const std::vector<Plan>& plans) {
-  if (plans.empty()) throw std::invalid_argument("no plan of this call is as the forced one has to be");
+  if (plans.empty()) throw std::invalid_argument("no plan of this call is as forced");
   return *std::min_element(plans.begin(), plans.end(), is_cheaper<Plan>);
 }
 
@@ -297,7 +300,8 @@ int pack_width(const Geometry& g, DType dtype, int alignment) {
   const int64_t run = g.mask_run(), size = size_of(dtype);
   const bool rows = g.traversal() == Traversal::kRows;
   for (const int pack : {8, 4}) {
-    // Half a pack of a half type serves rows alone: 14x14 maps; channels are multiples of 8 or odd.
+    // Packs of 8 bytes of a half type exist for rows alone, for 14x14 maps. Numbers of channels are multiples of 8 or
+    // odd.
     const bool instantiated = pack * size == 16 || (rows && pack * size == 8);
     if (instantiated && run % pack == 0 && pack * size <= alignment) return pack;
   }

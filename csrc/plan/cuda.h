@@ -1,16 +1,16 @@
-// How a call is cut into CUDA launches: pure functions of geometry, type, alignment and the device's facts, so that a
-// plan can be printed, compared and tested on a machine without a GPU. Kernels do what the plan says and choose
-// nothing.
+// How a call is cut into CUDA launches. These are pure functions of geometry, type, alignment and the device's facts,
+// so that a plan can be printed, compared and tested on a machine without a GPU. Kernels do what the plan says and
+// choose nothing.
 //
 // Three strategies:
 //
 //   fused   one launch; a gang of blocks keeps a set (rows) or a tile of whole sets (columns) in its shared memory, so
 //           that x is read once. A gang is a block, a cluster, or a share of the whole grid.
-//   split   reduce, fold, apply: sets are cut into pieces until every multiprocessor has work; apply walks backwards,
-//           over what reduce has just left in L2
-//   apply   one launch, statistics are given
+//   split   reduce, fold, apply: sets are cut into pieces until every SM has work; apply walks backwards, over what
+//           reduce has just left in L2
+//   apply   one launch; statistics are given
 //
-// The planner estimates what each way costs (cost.h) and takes the cheapest.
+// The planner estimates the cost of each plan (cost.h) and takes the cheapest.
 #pragma once
 
 #include <vector>
@@ -27,7 +27,7 @@ BackwardPlan plan_backward(const Geometry& geometry, DType dtype, const Backward
 // Elements of the widest access that divides every run and keeps every address aligned.
 int pack_width(const Geometry& geometry, DType dtype, int alignment);
 
-// All that was compared, cheapest first.
+// All plans that the choice is made from, cheapest first.
 std::vector<ForwardPlan> compare_forward(const Geometry& geometry, DType dtype, const ForwardNeeds& needs,
                                          const DeviceInfo& device, const PlanOptions& options = {});
 std::vector<BackwardPlan> compare_backward(const Geometry& geometry, DType dtype, const BackwardNeeds& needs,

@@ -7,37 +7,39 @@ namespace fastnorm {
 
 namespace {
 
-// None of the figures below has been measured on a GPU yet; each says what it rests on.
+// We have measured none of the figures below on a GPU yet. Each comment gives the figure's basis.
 
-// Half of what a launch may have: some launches put the blocks of two grids beside each other.
+// Half of a launch's limit, because some launches contain the blocks of two grids.
 constexpr int64_t kMaxBlocks = int64_t(1) << 30;
 
-// Packs that a thread of a team takes in one go (kUnroll in csrc/cuda/rows.cuh): a team is as wide as that needs.
+// Packs that a thread of a team has under way at a time (kUnroll in csrc/cuda/moments.cuh). A team has as many threads
+// as that needs.
 constexpr int64_t kPacksPerThread = 4;
 
-// Lanes that take neighbouring packs: as many as share a byte of the mask, and over rows a sector of 32 bytes.
+// The least number of lanes that take neighbouring packs: the lanes that share a byte of the mask; in rows also those
+// that share a sector of 32 bytes.
 int min_lanes(int pack) { return 8 / pack; }
 int min_team(int pack) { return std::max(2, min_lanes(pack)); }
 
-// A multiple of this many packs ends with a byte of the mask, however narrow they are.
+// A multiple of so many packs ends with a whole byte of the mask, however narrow the packs are.
 constexpr int64_t kMaskPacks = 8;
 
-// Blocks to a multiprocessor that a split aims at: two or three are there at a time, as registers allow, and either
-// number goes into six whole rounds. More would be more partials: of 12 bytes a channel for columns.
+// The blocks per SM that a split aims at. Registers allow two or three at a time, and six is a multiple of both. More
+// blocks would write more partials: 12 bytes per channel for columns.
 constexpr int64_t kSplitBlocksPerSm = 6;
 
-// The smallest piece worth a block of its own: 16 KB, what one multiprocessor of an H200 must have under way to be
-// busy.
+// The smallest piece that is worth a block of its own: 16 KB, the bytes that one SM of an H200 must have under way to
+// be busy.
 constexpr int64_t kMinPiecePacks = 1024;
 
-// Offsets in a piece fit 32 bits, and its count of elements is exact in float32.
+// Up to these, offsets in a piece fit 32 bits, and float32 counts its elements exactly.
 constexpr int64_t kMaxPiecePacks = int64_t(1) << 20;
 constexpr int64_t kMaxPiecePositions = int64_t(1) << 20;
 
 // The driver keeps 1 KB of every block's shared memory.
 constexpr int64_t kReservedShared = 1024;
 
-// A warp merges the channels of a set in fused columns; the tile of a wider set would have no room for positions.
+// In fused columns a warp merges the channels of a set. The tile of a wider set would have no room for positions.
 constexpr int64_t kMaxMergedChannels = 256;
 
 constexpr int kMaxTilePacks = 32;
@@ -51,7 +53,8 @@ int64_t power_of_two(int64_t at_least) {
 
 int64_t wanted_blocks(const DeviceInfo& device) { return kSplitBlocksPerSm * device.num_sms; }
 
-// Threads of a team for so many packs, and teams of a block, spread over the device when there are few items.
+// Chooses the threads of a team for so many packs, and the teams of a block: fewer where few items have to spread over
+// the device.
 void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_blocks) {
   const int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
   grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), kBlockThreads));
@@ -68,7 +71,7 @@ void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_
   grid.blocks = std::min(kMaxBlocks, div_up(grid.items, grid.threads_y));
 }
 
-// Cuts a set into at most so many pieces: of whole runs, or parts of one.
+// Cuts a set into at most so many pieces. A piece is several whole runs or a part of one.
 void cut_runs(const Runs& runs, int64_t pieces, Grid& grid) {
   const int64_t run_packs = runs.length / grid.pack;
   if (pieces > runs.count) {
@@ -104,13 +107,13 @@ int64_t columns_merge_bytes(const Grid& grid, DType dtype) {
   return grid.threads() * grid.pack * 2 * accum_size(dtype);
 }
 
-// Channels of a tile of whole sets and whole bytes of the mask.
+// The channels of a tile, which has whole sets and whole bytes of the mask.
 int64_t fused_tile(const Geometry& g, DType dtype, int64_t tile_bytes) {
   const int64_t unit = std::lcm(g.set_channels(), int64_t(8));
   return std::min(g.C, unit * div_up(std::max<int64_t>(1, tile_bytes / size_of(dtype)), unit));
 }
 
-// A cluster's partials, of two waves, in each block's shared memory.
+// Bytes of a cluster's partials of two waves, in each block's shared memory.
 int64_t partial_bytes(const Staging& staging, Gang gang, int64_t channels, DType dtype) {
   return gang == Gang::kCluster ? align_up(2 * channels * staging.partial_numbers() * accum_size(dtype)) : 0;
 }
@@ -122,7 +125,7 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
   if (packs > kMaxPiecePacks) return false;
   grid.items = g.sets() * grid.pieces;
   choose_team(grid, packs, device, false);
-  if (choice.gang != Gang::kBlock) {  // few blocks of many threads: less to exchange
+  if (choice.gang != Gang::kBlock) {  // few blocks of many threads have less to exchange
     grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(packs), kWarp, kBlockThreads));
     grid.threads_y = 1;
   }
@@ -154,7 +157,7 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
   grid.items = g.outer() * div_up(g.C, grid.tile) * grid.pieces;
   if (grid.threads_x > kBlockThreads || grid.piece_length > kMaxPiecePositions) return false;
   grid.threads_y = kBlockThreads / grid.threads_x;
-  // The merge of the threads' sums, and four numbers a set.
+  // The stages, the merge of the threads' sums, four numbers per set, and the cluster's partials.
   grid.shared_bytes = choice.stages * staging.streams * grid.stream_bytes(dtype) + columns_merge_bytes(grid, dtype) +
                       align_up(grid.tile * 4 * accum_size(dtype)) +
                       partial_bytes(staging, choice.gang, grid.tile, dtype);
@@ -214,14 +217,14 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes) {
 }
 
 int64_t co_resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device) {
-  // kernels are compiled for two blocks to a multiprocessor, but for those that have no registers left for the second.
+  // The kernels are compiled for two blocks per SM, except those whose registers leave room for one.
   const bool alone = backward && grid.traversal == Traversal::kColumns && grid.pack == 8;
   const int64_t by_registers = (alone ? kBlockThreads : kResidentThreads) / grid.threads();
   const int64_t by_threads = device.threads_per_sm / grid.threads();
   const int64_t by_shared = device.shared_per_sm / (grid.shared_bytes + kReservedShared);
   const int64_t each = std::min({by_registers, by_threads, by_shared});
   if (grid.gang != Gang::kCluster) return each * device.num_sms;
-  // As a cluster of the largest size lies, smaller ones lie within it.
+  // Smaller clusters lie within the places of the largest.
   const int64_t largest = device.largest_cluster;
   return largest > 0 ? device.cluster_sms / largest * (largest * each / grid.pieces) * grid.pieces : 0;
 }
@@ -232,7 +235,7 @@ bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging
   if (dtype == DType::kFloat64) return false;
   const bool fits = g.traversal() == Traversal::kRows ? fused_rows(g, dtype, staging, choice, device, grid)
                                                       : fused_columns(g, dtype, staging, choice, device, grid);
-  // A gang of one block is none.
+  // A gang of one block is Gang::kBlock, and no other gang has one.
   if (!fits || (grid.pieces == 1) != (choice.gang == Gang::kBlock)) return false;
   if (choice.gang == Gang::kCluster && grid.pieces > device.largest_cluster) return false;
   grid.gang = choice.gang;

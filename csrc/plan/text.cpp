@@ -1,4 +1,4 @@
-// Plans in words.
+// Plans as text.
 #include <cstdio>
 
 #include "types.h"

@@ -1,8 +1,9 @@
-// The CUDA backend: plan, workspace from torch's allocator, launch on the current stream. The host waits for nothing,
-// so that calls can be captured in a graph.
+// The CUDA backend: it plans a call, takes the workspace from torch's allocator and launches on the current stream. The
+// host waits for nothing, so that a graph can capture calls.
 //
-//   FASTNORM_CUDA_BUILD  what the kernels are compiled by and for, as "13.0 sm_80 sm_90 compute_90"; absent: no kernels
-//   FASTNORM_EMULATE     the library of tests/emulator: the same kernels for tensors on the CPU
+//   FASTNORM_CUDA_BUILD  the compiler's version and the architectures, as "13.0 sm_80 sm_90 compute_90"; absent where
+//                        the build has no CUDA kernels
+//   FASTNORM_EMULATE     set for the library of tests/emulator: the same kernels for tensors on the CPU
 #include "backend.h"
 
 #if defined(FASTNORM_CUDA_BUILD) || defined(FASTNORM_EMULATE)
@@ -32,7 +33,8 @@ at::Tensor make_empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryForm
   return at::empty(sizes, at::TensorOptions(device).dtype(type), format);
 }
 
-// A launch that failed is no refusal: torch.AcceleratorError, upon which fastnorm does not turn to torch's operators.
+// A launch that failed is no refusal. It raises torch.AcceleratorError, and fastnorm does not turn to torch's
+// operators.
 [[noreturn]] void fail(int error, const std::string& text) {
   throw c10::AcceleratorError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, error, "fastnorm: " + text);
 }
@@ -42,7 +44,7 @@ void check_cuda(int error) {
 
 #if defined(FASTNORM_EMULATE)
 
-// What the emulator finds is thrown, and its device changes from test to test.
+// The emulator throws what it finds. Its device changes from test to test.
 template <class F>
 int launch(F&& f) {
   try {
@@ -67,8 +69,8 @@ int launch(F&& f) {
   return f();
 }
 
-// Machine code (sm_*) runs on its own major version from its minor one on, intermediate code (compute_*) on all that is
-// newer.
+// Machine code (sm_*) runs on devices of its own major version and the same or a later minor one. Intermediate code
+// (compute_*) runs on all devices that are as new or newer.
 bool built_for(int capability) {
   const std::string build = FASTNORM_CUDA_BUILD;
   for (size_t at = build.find('_'); at != std::string::npos; at = build.find('_', at + 1)) {
@@ -105,16 +107,17 @@ void* current_stream(at::Device device) {
 
 #endif
 
-// The largest power of two up to 16 that divides all addresses: the lowest bit set in any. Null pointers have none.
+// The largest power of two, up to 16, that divides all addresses: the lowest bit that is set in any of them. Null
+// pointers have no bit set.
 template <class... Pointers>
 int common_alignment(Pointers... addresses) {
   const uintptr_t bits = (16 | ... | reinterpret_cast<uintptr_t>(addresses));
   return static_cast<int>(bits & -bits);
 }
-// Whether parameters lie side by side as the elements do, and are read by packs.
+// Whether the parameters of neighbouring elements are neighbours, so that kernels read them in packs.
 bool packs_params(const Geometry& g) { return g.per_element() || g.traversal() == Traversal::kColumns; }
 
-// Memory that the stream passes before anyone else gets it: torch's allocator goes by the stream, too.
+// The workspace of a call. It can be freed on return, because torch's allocator reuses memory in the stream's order.
 class Workspace {
  public:
   Workspace(int64_t bytes, at::Device device) {

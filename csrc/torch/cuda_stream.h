@@ -1,5 +1,5 @@
-// torch's current stream, from libtorch_cuda's C shim. The symbol is weak: null where torch has no CUDA, so that one
-// binding compiles and loads with every torch. (c10/cuda's headers do not compile with a torch for the CPU alone.)
+// torch's current stream, from the C shim in libtorch_cuda. The symbol is weak and null where torch has no CUDA, so
+// that one binding compiles and loads with every torch. (c10/cuda's headers do not compile with a CPU-only torch.)
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@
 
 namespace fastnorm::ops {
 
-// Of this process, and this library's own.
+// The count of this process. Each library that includes this file has its own.
 inline std::atomic<int64_t>& refused_gangs() {
   static std::atomic<int64_t> count{0};
   return count;

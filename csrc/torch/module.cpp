@@ -1,4 +1,5 @@
-// fastnorm._C: what Python may ask about the build, the processor and the planners. Importing it registers the ops.
+// fastnorm._C: questions that Python can ask about the build, the processor and the planners. Importing it registers
+// the ops.
 #include <pybind11/operators.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -55,7 +56,7 @@ std::string plan(const std::string& kind, int64_t N, int64_t C, int64_t S, int64
   return to_string(g) + " | " + to_string(plan_cpu(g, parse_dtype(dtype), streams, {l2_bytes, l3_bytes, threads}));
 }
 
-// What the ops make sure of before they plan.
+// The conditions that the ops check before they plan.
 void check_plannable(const Geometry& g, DType dtype, int alignment) {
   require(g.numel() > 0, "the geometry has no elements");
   const bool known = alignment == 1 || alignment == 2 || alignment == 4 || alignment == 8 || alignment == 16;
@@ -74,7 +75,7 @@ BackwardNeeds backward_needs(const Geometry& g, DType dtype, int alignment, bool
   return {alignment, residual, frozen, input, params};
 }
 
-// Names as plans print them, numbers as they are.
+// Requirements on plans: names as plans print them, and numbers.
 using ForcedByName = std::map<std::string, std::variant<std::string, int>>;
 
 PlanOptions make_options(const ForcedByName& forced, int free_sms) {
@@ -121,7 +122,7 @@ std::vector<std::string> two_sided_activations() {
 }
 
 #if defined(FASTNORM_CUDA_BUILD)
-// Of the current device's context: the driver is asked what clusters it takes.
+// Needs a context of the device: the driver is asked which clusters fit.
 DeviceInfo cuda_device_info(int index) {
   DeviceInfo info{};
   const int error = cuda::device_info(index, &info);
@@ -236,8 +237,10 @@ void add_planner(py::module_& m) {
   };
   def_forward("plan_forward", "How a forward call is cut into CUDA launches.", &plan_forward);
   def_backward("plan_backward", "How a backward call is cut into CUDA launches.", &plan_backward);
-  def_forward("compare_forward", "All plans of a forward call, cheapest first.", &compare_forward);
-  def_backward("compare_backward", "All plans of a backward call, cheapest first.", &compare_backward);
+  def_forward("compare_forward", "All plans of a forward call that the planner compares, cheapest first.",
+              &compare_forward);
+  def_backward("compare_backward", "All plans of a backward call that the planner compares, cheapest first.",
+               &compare_backward);
   m.def(
       "set_plan_options",
       [](const ForcedByName& forced, int free_sms) { ops::shared_options().set(make_options(forced, free_sms)); },
@@ -258,9 +261,10 @@ void add_planner(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   cpu::kernels();  // a bad FASTNORM_CPU is reported on import
   m.def("build_info", &build_info,
-        "Version, torch, compiler, instruction sets and CUDA this extension was built with.");
+        "The version, torch, compiler, instruction sets and CUDA that this extension was built with.");
   m.def("cpu_capability", [] { return std::string(cpu::kernels().name); }, "The instruction set in use.");
-  m.def("cpu_capabilities", &capabilities, "Those this build and this processor can run, best first.");
+  m.def("cpu_capabilities", &capabilities,
+        "The instruction sets that this build and this processor can both run, best first.");
   m.def(
       "refused_gangs", [] { return ops::refused_gangs().load(); },
       "How many CUDA launches whose blocks wait for each other were refused and replaced by slower plans.");
