@@ -13,7 +13,6 @@ What is printed last says how far the choices are from the best plans, and by wh
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.candidates import Candidate, Forced, Job, candidates, jobs
 from benchmarks.contestants import Row, copies_for, in_turn
 from benchmarks.machine import cache_bytes, describe
-from benchmarks.results import CLONE_PASSES
+from benchmarks.results import CLONE_PASSES, json_text
 from benchmarks.tables import make_console
 from benchmarks.timing import race
 from benchmarks.tune_report import (
@@ -193,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "skipped": [{"job": name, "why": why} for name, why in skipped],
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(saved, indent=1) + "\n")
+        args.json.write_text(json_text(saved))
     if args.markdown:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(as_markdown((predicted_table if args.facts else measured_table)(outcomes)))
