@@ -47,8 +47,8 @@ class Unsupported(NotImplementedError):
 
 
 class Config(NamedTuple):
-    """What a call is besides its tensors: the operator `norm` takes these after them. The first five are `ops.Settings`,
-    which the functional operators take."""
+    """What a call is besides its tensors: the operator `norm` takes these after them. The functional operators take the
+    first five, `ops.Settings`."""
 
     groups: int
     """Of group norm, else 0."""

@@ -6,7 +6,7 @@ by torch, in its words. `FASTNORM_LOG=fallback`, or the logger "fastnorm" at lev
 torch.
 
 Keyword arguments that all of them share:
-    activation: None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid" or "tanh".
+    activation: None, or a name in `fastnorm.activations.ACTIVATIONS` ("relu", "silu", "gelu", ...).
     activation_param: the slope of leaky_relu.
     residual: a tensor of input's shape and dtype, added before the activation; it gets a gradient too.
 

@@ -19,7 +19,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from . import reference
-from .activations import activation_code
+from .activations import ACTIVATIONS, activation_code
 from .dispatch import (
     Entry,
     Unsupported,
@@ -47,7 +47,7 @@ __all__ = [
 _OPTIONS = """
 
     Takes what torch.nn.{name} takes, then, by keyword:
-        activation: None, "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "sigmoid" or "tanh".
+        activation: None, {activations}.
         activation_param: the slope of leaky_relu.
     forward(input, residual=None) returns act(norm(input) + residual) of input's shape and dtype; residual has them too.
     Dtypes: float64, float32, bfloat16 and float16; parameters of input's dtype, or float32.
@@ -216,7 +216,9 @@ def _public(cls: NormClass) -> NormClass:
     base: Any = cls
     base._public_class = cls
     base.torch_class = getattr(nn, cls.__name__)
-    base.__doc__ = (cls.__doc__ or "") + _OPTIONS.format(name=cls.__name__)
+    base.__doc__ = (cls.__doc__ or "") + _OPTIONS.format(
+        name=cls.__name__, activations=", ".join(map(repr, ACTIVATIONS))
+    )
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(base, self).__init__(*args, **kwargs)

@@ -61,7 +61,8 @@ def exact(z: Tensor, name: str) -> tuple[Tensor, Tensor]:
         return z * (z + 3).clamp(0, 6) / 6, torch.where(z < -3, 0.0, inside)
     if name == "sigmoid":
         return s, s * torch.sigmoid(-z)
-    assert name == "tanh"
+    if name != "tanh":
+        pytest.fail(f"write the value and the derivative of {name} here, by a formula that does not cancel")
     return torch.tanh(z), 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)
 
 

@@ -80,15 +80,15 @@ struct Epilogue {
 
 // These are not inlined, so that one copy of the long polynomials serves every kernel.
 template <int P, class A>
-__attribute__((noinline)) void smooth_value(Activation activation, Pack<A> (&z)[P]) {
-  dispatch_smooth(activation, [&](auto kind) {
-    for (int p = 0; p < P; ++p) z[p] = activate<decltype(kind)::value>(z[p], Pack<A>(0));
+__attribute__((noinline)) void smooth_value(const Epilogue<A>& e, Pack<A> (&z)[P]) {
+  dispatch_smooth(e.activation, [&](auto kind) {
+    for (int p = 0; p < P; ++p) z[p] = activate<decltype(kind)::value>(z[p], e.param);
   });
 }
 template <int P, class A>
-__attribute__((noinline)) void smooth_slope(Activation activation, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
-  dispatch_smooth(activation, [&](auto kind) {
-    for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<decltype(kind)::value>(z[p], Pack<A>(0));
+__attribute__((noinline)) void smooth_slope(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
+  dispatch_smooth(e.activation, [&](auto kind) {
+    for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<decltype(kind)::value>(z[p], e.param);
   });
 }
 
@@ -105,7 +105,7 @@ FASTNORM_INLINE void activate_packs(const Epilogue<A>& e, Pack<A> (&z)[P]) {
     default:
       Pack<A> copy[P];  // so that z itself may stay in registers
       for (int p = 0; p < P; ++p) copy[p] = z[p];
-      smooth_value(e.activation, copy);
+      smooth_value(e, copy);
       for (int p = 0; p < P; ++p) z[p] = copy[p];
   }
 }
@@ -124,7 +124,7 @@ FASTNORM_INLINE void multiply_slopes(const Epilogue<A>& e, const Pack<A> (&z)[P]
     default:
       Pack<A> z_copy[P], d_copy[P];
       for (int p = 0; p < P; ++p) z_copy[p] = z[p], d_copy[p] = d[p];
-      smooth_slope(e.activation, z_copy, d_copy);
+      smooth_slope(e, z_copy, d_copy);
       for (int p = 0; p < P; ++p) d[p] = d_copy[p];
   }
 }
