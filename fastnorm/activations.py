@@ -82,8 +82,8 @@ _TABLE = {
 _NO_ACTIVATION, *_NAMES = _C.activations()
 if set(_NAMES) != set(_TABLE):
     raise ImportError(
-        f"csrc/core/activation.h lists the activations {', '.join(sorted(_NAMES))}, and fastnorm/activations.py has rows "
-        f"for {', '.join(sorted(_TABLE))}: they have to be the same"
+        f"csrc/core/activation.h lists {', '.join(sorted(_NAMES))}, and fastnorm/activations.py has rows for "
+        f"{', '.join(sorted(_TABLE))}: they have to be the same"
     )
 
 #: Name -> what torch makes of it, in the order of the C++ list.
