@@ -1,4 +1,4 @@
-"""What tune.py tries: the jobs, the most important first, and the plans that run in each.
+"""The jobs of tune.py, the most important first, and the plans that run in each.
 
 A job is one direction of a row. Its candidates are the planner's own choice, the best plan of every other kind, and the
 next best; each with what forces exactly that plan on a call.
@@ -19,7 +19,7 @@ Plan = _C.ForwardPlan | _C.BackwardPlan
 Forced = dict[str, str | int]
 Kind = tuple[str, str, int]
 
-BLOCKS_PER_SM = (1, 2)  # blocks to a multiprocessor that plans share its memory out to
+BLOCKS_PER_SM = (1, 2)  # plans divide an SM's shared memory among so many
 
 
 def _of(label: str) -> list[cases.Layer]:
@@ -53,7 +53,7 @@ LAYERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One direction of one row, with gradients of all that has one."""
+    """One direction of one row, with all gradients."""
 
     row: Row
     backward: bool
@@ -64,17 +64,17 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What --filter searches."""
+        """The text that --filter searches."""
         return f"{self.row.name} {self.direction}"
 
     @property
     def family(self) -> str:
-        """What shares a line to reach; "small" has none."""
+        """The group of jobs that share a line to reach; "small" has none."""
         return "small" if self.row.layer in SMALL else re.sub("[123]d$", "", self.row.layer.norm)
 
     @property
     def passes(self) -> int:
-        """How often, at least, a tensor of the input's size is read or written."""
+        """The least number of reads and writes of a tensor of the input's size."""
         forward, step = (passes(mode, self.row.activation, self.row.residual) for mode in ("forward", "step"))
         return step - forward if self.backward else forward
 
@@ -85,7 +85,7 @@ class Job:
 
     @property
     def call(self) -> Call:
-        """What the planner is asked. Of a residual, it is told when backward reads it: where no mask is saved."""
+        """The question to the planner. It counts a residual where backward reads it: where no mask is saved."""
         read_again = self.row.residual and self.row.activation not in (None, "relu", "leaky_relu")
         return Call(shape_of(self.row.layer, self.row.layout), self.row.dtype, 16, read_again, False, True, True)
 
@@ -102,7 +102,7 @@ class Job:
 
 
 def jobs(pattern: str = "") -> Iterator[Job]:
-    """Those whose name has the regular expression in it. A model's own epilogue comes first, and bfloat16."""
+    """The jobs whose name matches the regular expression. A model's own epilogue comes first, and bfloat16."""
     for rank in range(len(cases.EPILOGUES)):
         for dtype in sorted(DTYPES):
             for layer in LAYERS:
@@ -116,7 +116,7 @@ def jobs(pattern: str = "") -> Iterator[Job]:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Of an estimate, in microseconds."""
+    """The parts of an estimate, in microseconds."""
 
     memory: float
     waits: float
@@ -146,7 +146,7 @@ class Candidate:
 
 
 def grid_of(plan: Plan) -> _C.Grid:
-    """Of the launch that tells plans apart."""
+    """The grid of the launch that tells plans apart."""
     return plan.grid if isinstance(plan, _C.ForwardPlan) else plan.reduce
 
 
@@ -156,7 +156,8 @@ def kind_of(plan: Plan) -> Kind:
 
 
 def predict(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Parts:
-    """The estimate, and what planning leaves out since all plans move it: forward's residual, dresidual."""
+    """The estimate plus the tensors that planning leaves out because all plans move them: forward's residual,
+    dresidual."""
     counted = 3 + job.call.residual if job.backward else 2
     left_out = (job.passes - counted) * job.row.nbytes / facts.bytes_per_us
     e = plan.estimate
@@ -171,7 +172,7 @@ def predict_copy(job: Job, facts: _C.DeviceInfo) -> float:
 
 
 def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
-    """What forces exactly this plan. None where nothing does: a cheaper one has the same of all that can be forced."""
+    """The options that force exactly this plan. None where a cheaper one agrees in all that can be forced."""
     if plan.strategy != "fused":
         return {"strategy": plan.strategy}
     grid = grid_of(plan)

@@ -1,13 +1,12 @@
-"""Race the plans that the CUDA planner chooses between, and see by how much its estimates are off.
+"""Races the plans that the CUDA planner chooses between, and shows by how much its estimates are off.
 
     python benchmarks/tune.py --json tune.json              # on a GPU: eight minutes, the most important rows first
     python benchmarks/tune.py --facts H200                  # without one: what would be tried, and what is predicted
     python benchmarks/tune.py --filter 'GroupNorm.*bfloat16' --candidates 12
 
-Of each row and direction the planner's choice and its nearest rivals of other kinds are forced in turn on the raw
-operators, beside a plain copy of x, all taking turns (timing.py); so many inputs take turns that none is found in L2.
-What is printed last says how far the choices are from the best plans, and by which factors the parts of the estimate
-(csrc/plan/cost.cpp) are off.
+For each row and direction it forces the planner's choice and its nearest rivals of other kinds on the raw operators.
+They and a plain copy of x take turns (timing.py), on so many inputs that L2 holds none. The last lines say how far the
+choices are from the best plans, and by which factors the parts of the estimate (csrc/plan/cost.cpp) are off.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ LARGE_BYTES, CEILINGS_S = 1 << 29, 1.0
 
 
 def make_raw_call(job: Job, device: str, seed: int) -> RawCall:
-    """On tensors of its own."""
+    """A call on tensors of its own."""
     row, generator = job.row, torch.Generator(device).manual_seed(seed)
 
     def tensor() -> Tensor:
@@ -71,7 +70,7 @@ def make_raw_call(job: Job, device: str, seed: int) -> RawCall:
 
 
 def timed_call(job: Job, raw: RawCall) -> Callable[[], Outputs]:
-    """The direction alone: what backward takes from forward is there before."""
+    """The direction alone: the tensors that backward takes from forward are made before."""
     if not job.backward:
         return raw.forward
     saved = raw.forward()
@@ -99,7 +98,7 @@ def measure(job: Job, facts: _C.DeviceInfo, found: Sequence[Candidate], budget_s
     """Race the candidates, for about `budget_s` seconds."""
     raws = [make_raw_call(job, device, seed) for seed in range(copies_for(job.row.nbytes, cache_bytes(device)))]
     calls = [timed_call(job, raw) for raw in raws]
-    ring = in_turn(calls)  # one for all: of the largest tensors a dozen outputs would not fit
+    ring = in_turn(calls)  # one for all candidates: a dozen outputs of the largest tensors would not fit
     try:
         expected = run_forced(found[0].forced, calls[0])
         wrong = tuple(disagreement(run_forced(each.forced, calls[0]), expected) for each in found)
@@ -112,7 +111,7 @@ def measure(job: Job, facts: _C.DeviceInfo, found: Sequence[Candidate], budget_s
 
 
 def measure_ceilings(device: str) -> Ceilings:
-    """A launch's share of the shortest call, when many follow each other, is nearly all of it."""
+    """The bandwidth of a large copy, and the time of the shortest call: nearly all of it is the launch."""
     tiny = Job(Row(cases.TINY, "float32", "planar", "plain"), False)
     source = torch.randn(LARGE_BYTES // 4, device=device)
     call = timed_call(tiny, make_raw_call(tiny, device, 0))
@@ -123,7 +122,7 @@ def measure_ceilings(device: str) -> Ceilings:
 def measure_all(
     todo: Sequence[Job], facts: _C.DeviceInfo, count: int, budget_s: float, device: str
 ) -> tuple[list[Outcome], list[tuple[str, str]]]:
-    """The outcomes, and the jobs that were skipped with the reason: whatever happens, what was measured is kept."""
+    """The outcomes, and the jobs that were skipped with the reason. Whatever happens, measured outcomes are kept."""
     outcomes, skipped, stopped = [], [], ""
     deadline = time.perf_counter() + budget_s
     # No refreshing in the background: its thread would take time from the timed ones.

@@ -1,4 +1,4 @@
-"""What tune.py found: tables, the lines to reach, where the planner chose badly, and which constants are off.
+"""The findings of tune.py: tables, the lines to reach, the planner's bad choices, and the constants that are off.
 
 Nothing here measures. An outcome without times stands for its prediction, and the same sums are made of it.
 """
@@ -31,14 +31,14 @@ LINES = {
 LOSS_LINE = 1.05  # the choice's time over the best one's
 PARTS = ("memory", "waits", "launches")
 FIT_ROUNDS = 20
-OUTLIER = 3.0  # in medians of the misfits: what is further off counts as if it were that far
+OUTLIER = 3.0  # in medians of the misfits: a misfit further off counts as if it were that far
 
 Table = tuple[Sequence[str], list[tuple[str, Sequence[str]]]]  # headings; title and cells of each line
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What no plan is faster than: a large copy's bandwidth, reading and writing; the shortest call."""
+    """The limits of all plans: a large copy's bandwidth, reading and writing, and the shortest call."""
 
     bytes_per_us: float
     launch_us: float
@@ -46,7 +46,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A job and what its candidates, the planner's choice first, take. No times: nothing was measured."""
+    """A job and the times of its candidates, the planner's choice first. No times where nothing was measured."""
 
     job: Job
     facts: _C.DeviceInfo
@@ -70,11 +70,11 @@ class Outcome:
 
     @property
     def share(self) -> float:
-        """Of that pace, which the planner's choice reaches."""
+        """The share of that pace that the planner's choice reaches."""
         return self.floor_us / self.us()
 
     def share_at(self, bytes_per_us: float) -> float:
-        """Of the pace of a large copy: launches count against it."""
+        """The share of a large copy's pace. Launches count against it."""
         return self.job.row.nbytes * self.job.passes / bytes_per_us / self.us()
 
     @property
@@ -138,7 +138,7 @@ def measured_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def predicted_table(outcomes: Sequence[Outcome]) -> Table:
-    """All that would be tried, a line each, the choice first."""
+    """All plans that would be tried, one per line, the choice first."""
     heads = ("variant", "", "floor", "share", "predicted", *PARTS, "plan")
     lines: list[tuple[str, Sequence[str]]] = []
     for o in by_shape(outcomes):
@@ -231,7 +231,7 @@ class Fit:
 
 
 def fit_parts(outcomes: Iterable[Outcome]) -> Fit | None:
-    """None of fewer plans than would mean anything."""
+    """None where there are too few plans to mean anything."""
     parts, us, kinds = [], [], []
     for o in outcomes:
         for i, candidate in enumerate(o.candidates if o.times else ()):
@@ -265,7 +265,7 @@ def print_list(console: Console, heading: str, lines: Sequence[str], shown: int 
 
 
 def losses(outcomes: Sequence[Outcome]) -> list[str]:
-    """Where another plan is faster by more than chance makes it, the worst first."""
+    """The jobs in which another plan is faster by more than chance, the worst first."""
     worst = sorted((o for o in outcomes if o.loss > LOSS_LINE), key=lambda o: -o.loss)
     return [
         f"{o.loss:.2f}x  {o.job.name}: {o.candidates[0].label} {o.us():.1f} us, "

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 def build_info() -> dict[str, str]:
-    """Version, torch, compiler, instruction sets and CUDA ("none", or as "13.0 sm_80 sm_90") this was built with."""
+    """The version, torch, compiler, instruction sets and CUDA ("none", or as "13.0 sm_80 sm_90") of this build."""
 
 def cpu_capability() -> str:
     """The instruction set in use: "avx512", "avx2" or "baseline"."""
@@ -43,7 +43,7 @@ def plan(
     """How a call on the CPU, on (N, C, S), is cut into tasks, on one line."""
 
 class Geometry:
-    """What a norm of `kind` ("batch", "group" or "layer") reduces over in (N, C, S); str tells it on one line."""
+    """The sets that a norm of `kind` ("batch", "group" or "layer") reduces over in (N, C, S); str gives it on one line."""
 
     def __init__(self, kind: str, N: int, C: int, S: int, groups: int = 1, channels_last: bool = False) -> None: ...
     @property
@@ -80,7 +80,7 @@ class Geometry:
     def positions(self) -> int: ...
 
 class DeviceInfo:
-    """The facts about a GPU that plans are made of: csrc/plan/types.h. capability: 90 for sm_90."""
+    """The facts about a GPU that plans are made from: csrc/plan/types.h. capability: 90 for sm_90."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class DeviceInfo:
     def cooperative(self) -> bool: ...
 
 class Estimate:
-    """What the planner expects of a plan, in microseconds: csrc/plan/types.h."""
+    """The microseconds that the planner expects of a plan: csrc/plan/types.h."""
 
     @property
     def memory(self) -> float: ...
@@ -163,7 +163,7 @@ class Grid:
     def stages(self) -> int: ...
 
 class Units:
-    """How fused rows add up the cells of a set: csrc/plan/types.h."""
+    """The units with which fused rows add up the cells of a set: csrc/plan/types.h."""
 
     @property
     def threads(self) -> int: ...
@@ -173,7 +173,7 @@ class Units:
     def length(self) -> int: ...
 
 class ForwardPlan:
-    """How a forward call is cut into CUDA launches; strategy: "fused", "split" or "apply". str tells it on one line."""
+    """How a forward call is cut into CUDA launches; strategy: "fused", "split" or "apply". str gives it on one line."""
 
     @property
     def strategy(self) -> str: ...
@@ -231,8 +231,8 @@ def plan_forward(
     forced: Mapping[str, str | int] = {},
     free_sms: int = 0,
 ) -> ForwardPlan:
-    """The cheapest plan of a forward call. dtype: "float32", "bfloat16", ...; forced: what it has to be, of strategy,
-    gang, pieces, stages, blocks_per_sm and tile_bytes, as csrc/plan/types.h has them.
+    """The cheapest plan of a forward call. dtype: "float32", "bfloat16", ...; forced: requirements on strategy, gang,
+    pieces, stages, blocks_per_sm and tile_bytes, as csrc/plan/types.h has them.
     ValueError for a geometry of no elements, and where no plan is as forced."""
 
 def plan_backward(
@@ -248,8 +248,8 @@ def plan_backward(
     forced: Mapping[str, str | int] = {},
     free_sms: int = 0,
 ) -> BackwardPlan:
-    """The cheapest plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; params: those
-    of weight or bias are."""
+    """The cheapest plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; params: the
+    gradient of weight or bias is wanted."""
 
 def compare_forward(
     geometry: Geometry,

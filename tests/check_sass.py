@@ -2,9 +2,9 @@
 
     python tests/check_sass.py [FILE.cubin ...]
 
-Of every kernel: nothing spills (ptxas's report); the block it is compiled for gets its registers; nothing lies in local
-memory; and a kernel that walks packs of 16 bytes loads and stores 16 bytes at a time. cuobjdump and nvdisasm come from
-the package index.
+For every kernel it checks that nothing spills (ptxas's report), that a block of the size it is compiled for gets its
+registers, that nothing is in local memory, and that a kernel that walks packs of 16 bytes loads and stores 16 bytes at
+a time. cuobjdump and nvdisasm come from the package index.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CUBINS = Path(__file__).resolve().parents[1] / "build" / "cuda-check"
 TOOLS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
 
 BLOCK_THREADS = 256  # kBlockThreads of csrc/plan/types.h
-REGISTERS = 65536  # of a multiprocessor, on every architecture we compile for
-MAX_REGISTERS = 128  # two blocks to a multiprocessor
-# Compiled for one block to a multiprocessor, and why: see the kernel.
+REGISTERS = 65536  # per SM, on every architecture we compile for
+MAX_REGISTERS = 128  # two blocks per SM
+# Kernels that are compiled for one block per SM; the kernel says why.
 ONE_BLOCK = re.compile(r"fused_backward_columns.*Li8E")
 
 PACK_BYTES = {"f": 4, "d": 8}  # mangled storage types; else a half type of 2
@@ -33,7 +33,7 @@ PACK_BYTES = {"f": 4, "d": 8}  # mangled storage types; else a half type of 2
 
 @dataclasses.dataclass
 class Kernel:
-    """What one kernel was compiled to."""
+    """The machine code of one kernel, in figures."""
 
     file: str
     name: str
@@ -47,7 +47,7 @@ class Kernel:
 
     @property
     def pack_bytes(self) -> int:
-        """Of its storage type and pack width, from the mangled name; 0 where it has none (fold)."""
+        """The bytes of a pack, from the mangled name; 0 where the kernel has none (fold)."""
         # _ZN8fastnorm4cuda10apply_rowsINS_8BFloat16ELi8ELb0EEE...
         found = re.search(r"I(f|d|NS_\d+\w+?E)Li(\d+)E", self.name)
         return PACK_BYTES.get(found[1], 2) * int(found[2]) if found else 0

@@ -1,4 +1,4 @@
-"""fastnorm.cuda: what may be set of the CUDA kernels."""
+"""fastnorm.cuda: the settings of the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_what_is_no_count_is_refused(count: object, error: type[Exception]) -> N
 
 
 def test_the_error_names_what_was_given() -> None:
-    with pytest.raises(ValueError, match=r"free_sms is -3, expected 0 or more"):
+    with pytest.raises(ValueError, match=r"count is -3, expected 0 or more"):
         leave_multiprocessors_free(-3)
 
 
 @pytest.mark.parametrize("free", [1, 20, 131, 1000])
 def test_grids_keep_off_them(free: int) -> None:
-    """A grid whose blocks wait for each other takes what is left, and one multiprocessor at least."""
+    """A grid whose blocks wait for each other takes the SMs that are left, and one at least."""
     geometry = Shape(BATCH, 256, 64, 112 * 112, 64, False).geometry
     facts = DEVICES["H200"]
     whole = _C.plan_forward(geometry, "bfloat16", facts, forced={"gang": "grid", "blocks_per_sm": 1})

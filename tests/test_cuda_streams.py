@@ -32,7 +32,7 @@ def raw(case: Case, seed: int = 0) -> RawCall:
 
 @pytest.mark.parametrize("layer", SIZES, ids=lambda layer: layer.id)
 def test_runs_on_the_current_stream(layer: Layer) -> None:
-    """What a stream has yet to write is what a call on it reads."""
+    """A call reads the data that earlier work on its stream has yet to write."""
     for layout in layer.layouts:
         call, later = (raw(Case(layer, layout, activation="relu", residual=True), seed) for seed in (0, 10))
         expected = later.both()
@@ -49,7 +49,7 @@ def test_runs_on_the_current_stream(layer: Layer) -> None:
 
 @pytest.mark.parametrize("layer", SIZES, ids=lambda layer: layer.id)
 def test_two_streams_at_once(layer: Layer) -> None:
-    """Each has a workspace of its own, and memory that one has freed is not the other's before its time."""
+    """Each has a workspace of its own, and no stream gets memory that another has freed too early."""
     for layout in layer.layouts:
         calls = [raw(Case(layer, layout, ("bfloat16", "float32"), "silu", True), seed) for seed in (0, 10)]
         expected = [call.both() for call in calls]
@@ -84,7 +84,7 @@ def test_same_bits_every_time(layer: Layer) -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """What torch.empty returns is full of NaN, the workspace too."""
+    """All that torch.empty returns is full of NaN, the workspace too."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

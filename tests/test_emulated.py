@@ -64,7 +64,7 @@ def test_same_bits_under_every_schedule(case: Case, device: str) -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """What torch.empty returns is full of NaN, the workspace too."""
+    """All that torch.empty returns is full of NaN, the workspace too."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
@@ -100,7 +100,7 @@ def misaligned(t: Tensor, elements: int) -> Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS[1:4], ids="-".join)
 @pytest.mark.parametrize("layer", [*TYPICAL, *LAYERS[8:10]], ids=lambda layer: layer.id)
 def test_any_alignment(layer: Layer, precision: tuple[str, str]) -> None:
-    """One tensor out of line narrows the accesses of all; the emulator fails what is not aligned."""
+    """One misaligned tensor narrows the accesses of all. The emulator fails misaligned accesses."""
     settings = emulator.load()
     for layout, elements, device in itertools.product(layer.layouts, (1, 2, 3, 4, 8), EMULATED_DEVICES):
         case = Case(layer, layout, precision, "silu", True)
@@ -123,7 +123,7 @@ def test_any_alignment(layer: Layer, precision: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("case", [Case(layer, activation="relu", residual=True) for layer in TYPICAL])
 def test_the_backend_launches_kernels(case: Case) -> None:
-    """What modules compute then comes of launches, backward too; and not of any before or after."""
+    """Modules then compute by launches, backward too, and not before or after."""
     settings = emulator.load()
     inputs = make_inputs(case, CPU)
     outside = run(case, build(case, fastnorm, CPU), inputs)
@@ -143,7 +143,7 @@ def test_the_backend_launches_kernels(case: Case) -> None:
 
 
 def test_what_the_emulator_finds_fails_the_call() -> None:
-    """It is no refusal, upon which fastnorm would turn to torch's operators."""
+    """It is no refusal: fastnorm does not turn to torch's operators."""
     device = emulator.load().device("tiny")
     with EMULATED[0].active():
         emulator.load().configure(device=dataclasses.replace(device, shared_per_block=64))
@@ -152,7 +152,7 @@ def test_what_the_emulator_finds_fails_the_call() -> None:
 
 
 def test_the_thinned_table_has_every_pair() -> None:
-    """Of layer, layout, precision, epilogue, mode and device, any two values that go together do so in some case."""
+    """Any two values of layer, layout, precision, epilogue, mode and device that can go together do so in some case."""
 
     def values(case: Case) -> list[tuple[str, object]]:
         epilogue = (case.activation, case.residual)

@@ -48,7 +48,7 @@ GANGS = (
 PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
 EPILOGUES = ((None, False), ("silu", True), ("relu", True), ("leaky_relu", True), ("relu", False))
 
-# Multiprocessors with room for little, so that waves follow each other; clusters of 16 as on a large device.
+# SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
 FEW = dataclasses.replace(
     emulator.load().device("tiny"),
     largest_cluster=16,
@@ -70,7 +70,7 @@ def cases() -> Iterator[tuple[Case, dict[str, str | int]]]:
 
 
 def plans(call: RawCall, forced: dict[str, str | int]) -> tuple[_C.ForwardPlan, _C.BackwardPlan] | None:
-    """None where one of them cannot be so."""
+    """None where there is no such plan in one direction."""
     case = call.case
     recomputes = case.residual and case.activation == "silu"
     try:
@@ -155,7 +155,7 @@ def test_every_gang_is_met() -> None:
 
 
 def call_on_gangs() -> RawCall:
-    """Of sets that no block of FEW holds: the plans have gangs, forward and backward."""
+    """A call whose sets fit no block of FEW, so that the plans have gangs, forward and backward."""
     case = Case(Layer("", "GroupNorm", (2, 4, 64, 96), (2, 4)))
     call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
     geometry = call.shape.geometry
@@ -165,7 +165,7 @@ def call_on_gangs() -> RawCall:
 
 
 def another_few() -> emulator.Device:
-    """As FEW, but no plan for it has been made before."""
+    """A device like FEW for which no plan has been made before."""
     return dataclasses.replace(FEW, l2_bytes=FEW.l2_bytes + next(NUMBERS))
 
 

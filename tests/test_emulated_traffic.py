@@ -1,5 +1,5 @@
-"""What the CUDA kernels move through global memory, counted by the emulator: exactly what their plan says, and of a
-fused one every tensor once. Parameters, statistics and partials are small, and not in these numbers."""
+"""The bytes that the CUDA kernels move through global memory, as the emulator counts them: exactly those of the plan. A
+fused plan moves every tensor once. Parameters, statistics and partials are small and not in these numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cases_of(layer: Layer, frozen: bool) -> list[Case]:
 
 
 def mask_written(shape: Shape) -> int:
-    """A bit an element, every run in bytes of its own."""
+    """One bit per element; every run has bytes of its own."""
     return shape.N * shape.C * shape.S // shape.mask_run * div_up(shape.mask_run, 8)
 
 
@@ -126,7 +126,7 @@ def test_bytes_are_the_plans(layer: Layer, emulated: Backend) -> None:
 
 
 def test_both_devices_are_of_use() -> None:
-    """Between them, every strategy and traversal meets every epilogue."""
+    """Between them the cases combine every strategy and traversal with every epilogue."""
     settings = emulator.load()
     seen = set()
     for backend in EMULATED:
@@ -170,8 +170,8 @@ def test_a_fused_forward_reads_x_once(layer: Layer) -> None:
 @pytest.mark.parametrize("layout", ["planar", "channels_last"])
 @pytest.mark.parametrize("factor", [2, 5])
 def test_apply_walks_back_over_what_reduce_left(layout: str, factor: int) -> None:
-    """Where a set fits no gang: of what is read last, L2 holds half of its size when it is read again; the other half
-    goes to what is written meanwhile. Read forwards it would hold nothing."""
+    """Where a set fits no gang, apply finds half of L2's size of the data that reduce read last. The other half of L2
+    holds the data that apply writes. If apply read forwards, it would find nothing."""
     settings = emulator.load()
     # Pieces far smaller than L2: within one, threads run one after the other here.
     facts = dataclasses.replace(settings.device("tiny"), num_sms=64, l2_bytes=1 << 20)

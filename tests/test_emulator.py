@@ -149,14 +149,14 @@ def line_of(mark: str) -> str:
 
 
 def outcomes(path: str, *words: str) -> list[str]:
-    """What follows the mutant's name in every line."""
+    """The text after the mutant's name in every line."""
     run = build.run(path, *words)
     assert run.returncode == 0, run.stdout
     return [line.split(" ", 1)[1] for line in run.stdout.splitlines()]
 
 
 def results(path: str, order: str, seeds: int) -> dict[str, set[str]]:
-    """What the correct twins come to, by name."""
+    """The results of the correct twins, by name."""
     run = build.run(path, "correct", "all", order, "1", str(seeds))
     assert run.returncode == 0, run.stdout
     found: dict[str, set[str]] = {}
@@ -262,7 +262,7 @@ PLANS = {
 
 
 def drive(built: Builder, variant: str, device: str, last_seed: int, blocks_together: int) -> set[str]:
-    """The same bits under every schedule; returns what plans were taken."""
+    """The same bits under every schedule. Returns the plans that were taken."""
     words = (device, str(last_seed), str(blocks_together))
     run = build.run(built(f"{variant}/drive_kernels"), *words)
     assert run.returncode == 0, run.stdout
@@ -289,7 +289,7 @@ def test_kernels_under_address_sanitizer(built: Builder, device: str) -> None:
 
 @pytest.mark.parametrize("device", ["tiny", "few", "h200"])
 def test_kernels_under_thread_sanitizer(built: Builder, device: str) -> None:
-    """One schedule does: it knows what happens before what."""
+    """One schedule suffices, because the sanitizer knows the order of events."""
     drive(built, "thread", device, last_seed=0, blocks_together=2)
 
 
@@ -306,7 +306,7 @@ def barriers() -> list[str]:
 
 @pytest.mark.parametrize("barrier", barriers())
 def test_every_barrier_is_needed(built: Builder, barrier: str) -> None:
-    """Without it the drive finds other bits, or a defect: the cases reach it, and it is not there for nothing."""
+    """Without it the drive finds other bits or a defect: the cases reach it, and it is needed."""
     path = built("plain/drive_kernels")
     runs = (build.run(path, device, "2", "1", barrier) for device in ("few", "tiny", "h200"))
     missed = any(run.returncode == 1 and "FAILED" in run.stdout for run in runs)

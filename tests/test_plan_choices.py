@@ -1,5 +1,5 @@
-"""How the CUDA planner chooses: all plans that it compares keep what plans promise, the cheapest is taken, a forced one
-is as it was forced; and what may be expected of the estimates it goes by."""
+"""How the CUDA planner chooses: all plans that it compares keep the promises of plans, it takes the cheapest, and a
+forced plan is as forced. Also the properties of the estimates that it goes by."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_devices_without_gangs_get_none() -> None:
 
 
 def obeys(plan: Plan, forced: Forced, call: Call, facts: _C.DeviceInfo) -> bool:
-    """blocks_per_sm: so many blocks have room on a multiprocessor."""
+    """blocks_per_sm: so many blocks have room on an SM."""
     grid = grid_of(plan)
     is_so = {"strategy": plan.strategy, "gang": grid.gang, "stages": grid.stages}
     if plan.strategy == "split" and len(forced) > ("strategy" in forced):
@@ -184,7 +184,7 @@ def test_forced_plans_are_as_forced(seed: int) -> None:
 
 
 def test_what_is_compared_can_be_forced() -> None:
-    """The cheapest of each kind; a second stage may be forced where it is of no use."""
+    """The cheapest of each kind. A second stage may be forced where it is of no use."""
     r = random.Random(1)
     for call, name, facts, backward in everywhere(*CALLS, *(random_call(r) for _ in range(60))):
         found = plans(call, facts, backward)
@@ -264,7 +264,7 @@ def with_more_samples(call: Call, times: int) -> Call:
 
 
 def test_more_samples_cost_more_and_are_served_alike() -> None:
-    """By the same kind of plan: sets of samples have nothing to do with each other."""
+    """By the same kind of plan, because sets of different samples are independent."""
     r = random.Random(2)
     for call, name, facts, backward in everywhere(*(large_call(r) for _ in range(100))):
         if call.shape.kind == BATCH:
@@ -276,7 +276,7 @@ def test_more_samples_cost_more_and_are_served_alike() -> None:
 
 
 def test_another_tensor_costs_more() -> None:
-    """Of the same launches: a residual that is read again, an output that is written."""
+    """With the same launches: a residual that is read again, an output that is written."""
     r = random.Random(3)
     for call, _, facts, backward in everywhere(*(large_call(r) for _ in range(100))):
         more: dict[str, Any] = {"residual": True} if backward else {"input": True}

@@ -1,5 +1,5 @@
-"""The CUDA planner: what it promises for any geometry on any device, and its choices for real shapes, reviewed when
-they change.
+"""The CUDA planner: its promises for any geometry on any device, and its choices for real shapes, which are reviewed
+when they change.
 
 `python -m tests.test_plan_cuda` writes plans_cuda.txt anew.
 """
@@ -111,7 +111,7 @@ def test_the_sweep_reaches_every_choice() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
 def test_every_case_of_the_parity_table(layer: Layer) -> None:
-    """The shapes that the kernels are tested on, whatever is asked for."""
+    """The shapes that the kernels are tested on, with all that can be asked for."""
     for layout in layer.layouts:
         shape = shape_of(layer, layout)
         for dtype, size in DTYPES.items():
@@ -123,7 +123,7 @@ def test_every_case_of_the_parity_table(layer: Layer) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_width(dtype: str) -> None:
-    """Of 16 bytes where runs and addresses allow, for rows of 8 too; else single elements."""
+    """Packs have 16 bytes where runs and addresses allow, in rows also 8; else they are single elements."""
     size = DTYPES[dtype]
     for run in range(1, 33):
         for alignment in (16, 8, 4, 2):

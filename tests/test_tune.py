@@ -1,5 +1,5 @@
-"""benchmarks/tune.py: all but the times is seen without a GPU. The jobs, their candidates, the report of made-up times;
-and measuring itself, on the CPU, where no plan is heeded."""
+"""benchmarks/tune.py without a GPU: the jobs, their candidates, the report of made-up times, and measuring itself, on
+the CPU, which heeds no plan."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_candidates_differ_and_are_forced_exactly(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["H200", "A100", "tiny"])
 def test_the_best_of_every_kind_is_among_them(device: str) -> None:
-    """As far as there is room: seven kinds there are. The smallest maps have grids that nothing forces."""
+    """As far as there is room: there are seven kinds. The smallest maps have grids that nothing forces."""
     facts = DEVICES[device]
     for each in JOBS:
         plans, found = each.compare(facts), candidates(each, facts, 7)
@@ -106,7 +106,7 @@ def test_the_best_of_every_kind_is_among_them(device: str) -> None:
 
 
 def cannot_be_forced(each: Job, plan: _C.ForwardPlan | _C.BackwardPlan) -> bool:
-    """Where LayerNorm's parameters are summed tells two plans apart, and nothing forces it."""
+    """The source of the sums of LayerNorm's parameters tells two plans apart, and nothing forces it."""
     return each.backward and each.row.layer.norm == "LayerNorm" and plan.param_sums in ("in_gang", "own_launch")  # type: ignore[union-attr]
 
 

@@ -1,7 +1,7 @@
 // The arguments of every backward kernel, typed, and the gradient of a pack through the activation.
 #pragma once
 
-#include "forward_args.cuh"
+#include "element.cuh"
 
 namespace fastnorm::cuda {
 

@@ -6,9 +6,10 @@
 // Numerics: double throughout, because partials are few and the result must not show how many there were.
 #pragma once
 
-#include "forward_args.cuh"
+#include "core/formulas.h"
 #include "group_reduce.cuh"
 #include "launches.h"
+#include "stats.cuh"
 
 namespace fastnorm::cuda {
 

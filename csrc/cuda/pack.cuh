@@ -2,7 +2,7 @@
 // and checks every access made here.
 #pragma once
 
-#include "api.h"
+#include "core/args.h"
 #include "platform.cuh"
 
 namespace fastnorm::cuda {

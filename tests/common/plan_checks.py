@@ -1,6 +1,6 @@
-"""What has to hold of a CUDA plan: every element is read once, by blocks that are on the device together where they
-wait for each other, from memory that is theirs. Derived from the kernels (csrc/cuda) and the norms' definitions, not
-from the planner, which test_plan_cuda.py and test_plan_choices.py hold to it.
+"""The conditions that every CUDA plan has to meet: every element is read once, blocks that wait for each other are on
+the device together, and each uses its own memory. They are derived from the kernels (csrc/cuda) and the norms'
+definitions, not from the planner, which test_plan_cuda.py and test_plan_choices.py hold to them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ MAX_THREADS = 256
 MAX_FOLD_BLOCKS = 4096
 SMALL_PIECE = 1024  # packs: a split stops there
 SMALL_COLUMN = 8  # positions of a thread, likewise
-LARGE_US = 4  # a tensor that takes a device so long to read is worth more than a grid's barriers
-MOST_SHARES = 4  # of the memory's bandwidth, that one multiprocessor may draw: 64 bytes a clock
+LARGE_US = 4  # reading a tensor that takes so long is worth more than a grid's barriers
+MOST_SHARES = 4  # one SM may draw so many times its share of the memory's bandwidth: 64 bytes per clock
 
-# Of a multiprocessor: threads that kernels' registers are for, unless they are for one block; blocks that every
-# architecture has room for; bytes of shared memory that a block costs besides its own.
+# Per SM: the threads that kernels' registers allow, unless they allow one block; the blocks that every architecture has
+# room for. Per block: the bytes of shared memory that it costs besides its own.
 RESIDENT_THREADS = 2 * MAX_THREADS
 RESIDENT_BLOCKS = 16
 RESERVED = KIB
 
-MODELLED = 6000  # stretches of memory, and in
-WALKED = 250  # pieces: geometries with no more are walked one by one
+# Geometries with no more runs and pieces than these are walked one by one.
+MODELLED = 6000
+WALKED = 250
 
 
 def align(n: int) -> int:
@@ -35,7 +36,7 @@ def align(n: int) -> int:
 
 
 def rounds(grid: _C.Grid) -> int:
-    """Blocks that would leave none of them a second item to take."""
+    """The number of blocks with which no block takes a second item."""
     return div_up(grid.items, grid.threads_y if grid.traversal == "rows" else 1)
 
 
@@ -66,7 +67,7 @@ def check_grid(grid: _C.Grid, call: Call, shape: Shape, facts: _C.DeviceInfo, fu
 
 
 def check_busy(grid: _C.Grid, packs: int, facts: _C.DeviceInfo) -> None:
-    """Work that can still be split leaves no multiprocessor without a block, and no piece is too small for one.
+    """Work that can still be split leaves no SM without a block, and no piece is too small for a block.
     packs: of a set, or positions."""
     least = SMALL_PIECE if grid.traversal == "rows" else SMALL_COLUMN * grid.threads_y
     piece = grid.piece_runs * grid.piece_length
@@ -75,12 +76,12 @@ def check_busy(grid: _C.Grid, packs: int, facts: _C.DeviceInfo) -> None:
 
 
 def ladder(grid: _C.Grid, accum: int) -> int:
-    """Bytes of a reduction over a block: an accumulator of three numbers a warp, and the result."""
+    """Bytes of a reduction over a block: an accumulator of three numbers per warp, and the result."""
     return align((grid.threads // WARP + 1) * 3 * accum)
 
 
 def merge(grid: _C.Grid, accum: int) -> int:
-    """Bytes of a reduction down the columns: two numbers a lane."""
+    """Bytes of a reduction down the columns: two numbers per lane."""
     return grid.threads * grid.pack * 2 * accum
 
 
@@ -93,18 +94,18 @@ def check_scratch(grid: _C.Grid, call: Call) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """What a fused launch is besides its grid."""
+    """The properties of a fused launch besides its grid."""
 
     streams: int  # tensors in shared memory
     numbers: int  # of a partial
-    extra: int  # bytes of shared memory that a team adds up in
-    one_block: bool  # the kernel's registers are for one block to a multiprocessor
+    extra: int  # bytes of shared memory in which a team adds up
+    one_block: bool  # the kernel's registers allow one block per SM
     cooperative: bool
     gathers: bool  # a row of the workspace for each gang
 
 
 def co_resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: int) -> int:
-    """Blocks that are on the device at a time, `free` multiprocessors left alone."""
+    """The blocks that are on the device at a time, with `free` SMs left alone."""
     each = min(
         (MAX_THREADS if kind.one_block else RESIDENT_THREADS) // grid.threads,
         facts.threads_per_sm // grid.threads,
@@ -113,7 +114,7 @@ def co_resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: i
     )
     if grid.gang != "cluster":
         return each * max(1, facts.num_sms - free)
-    # A cluster lies within one of the places that the largest have, a multiprocessor to each block of those.
+    # A cluster lies within one of the places of the largest, which have an SM for each block.
     places = max(0, facts.cluster_sms - free) // facts.largest_cluster
     return places * (facts.largest_cluster * each // grid.pieces) * grid.pieces
 
@@ -123,13 +124,13 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     # A wave is an item for every team, a gang's blocks are neighbours: each has the same piece of a set in every wave.
     assert (grid.pieces == 1) == (grid.gang == "block")
     assert grid.blocks % grid.pieces == 0 and grid.items % grid.pieces == 0
-    # A gang's block tells one partial of rows, by its first thread, and fetches the others by whole warps.
+    # In rows the first thread of a gang's block publishes its partial, and whole warps fetch the others.
     assert grid.gang == "block" or not rows or (grid.threads_y == 1 and grid.threads_x >= WARP)
     assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
     assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
     assert grid.stages in (1, 2)
     assert facts.cooperative or not kind.cooperative
-    # Blocks that wait for each other; and those that had better take all of their items one after the other.
+    # Blocks that wait for each other, and blocks that take their items one after the other.
     if kind.cooperative or kind.gathers or grid.stages == 2:
         assert grid.blocks <= co_resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
     # Shared memory, in the kernels' order.
@@ -146,7 +147,7 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
 
 
 def staged_run(grid: _C.Grid, size: int) -> int:
-    """Elements that a run takes in shared memory: single ones lie as far past 16 bytes as in global memory."""
+    """The elements that a run occupies in shared memory: single ones lie as far past 16 bytes as in global memory."""
     length, lanes = grid.piece_length * grid.pack, 16 // size
     return length if grid.pack > 1 else div_up(length + lanes - 1, lanes) * lanes
 
@@ -156,7 +157,8 @@ def check_bytes(given: int, needed: int) -> None:
 
 
 def check_units(plan: _C.BackwardPlan, shape: Shape) -> int:
-    """The segments of a cell make it up, and a team has the threads for one at least. Returns bytes of their sums."""
+    """The segments of a cell make it up, and a team has the threads for one at least. Returns the bytes of their
+    sums."""
     units, grid = plan.units, plan.reduce
     several = shape.kind != BATCH and grid.piece_runs > 1  # cells in a piece; a batch norm's is all one
     if plan.strategy != "fused" or grid.traversal == "columns" or shape.per_element or not several:
@@ -178,7 +180,7 @@ def partials(grid: _C.Grid, shape: Shape) -> int:
 
 
 def gang_bytes(grid: _C.Grid, numbers: int) -> int:
-    """[2, blocks, channels] of what the gangs of a grid tell each other."""
+    """The partials that the gangs of a grid exchange: [2, blocks, channels]."""
     channels = grid.tile if grid.traversal == "columns" else 1
     return 2 * grid.blocks * channels * numbers * 4 if grid.gang == "grid" else 0
 
@@ -209,7 +211,7 @@ def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: 
 
 
 def fold_blocks(channels: int, partials: int, threads: int) -> int:
-    """Of the fold of dweight and dbias, that go before those of apply."""
+    """The blocks of the fold of dweight and dbias, which come before those of apply."""
     lanes = 1
     while lanes < WARP and lanes * 8 < partials:
         lanes *= 2
@@ -230,7 +232,7 @@ def check_params(plan: _C.BackwardPlan, call: Call, facts: _C.DeviceInfo) -> Non
 
 
 def folds_params(call: Call, plan: _C.BackwardPlan) -> bool:
-    """Whether the parameters' gradients are folded of partials; the sums of a fused batch norm are final."""
+    """Whether the parameters' gradients are folded from partials. The sums of a fused batch norm are final."""
     final = plan.strategy == "fused" and call.shape.kind == BATCH
     return plan.param_sums in ("in_gang", "own_launch") or (plan.param_sums == "from_cells" and not final)
 
@@ -304,14 +306,14 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
 
 
 def check_chosen(grid: _C.Grid, strategy: str, call: Call, facts: _C.DeviceInfo) -> None:
-    """A large tensor keeps half of the multiprocessors busy at least, where its sets can be shared."""
+    """A large tensor keeps half of the SMs busy at least, where blocks can share its sets."""
     gangs = facts.cooperative or facts.largest_cluster > 1
     if strategy == "fused" and gangs and call.bytes > LARGE_US * facts.bytes_per_us:
         assert 2 * grid.blocks >= facts.num_sms
 
 
 def check_everywhere(call: Call) -> None:
-    """The plans that are chosen."""
+    """Checks the chosen plans on all devices."""
     for facts in DEVICES.values():
         forward, backward = call.forward(facts), call.backward(facts)
         check_forward(call, facts, forward)

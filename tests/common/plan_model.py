@@ -1,5 +1,5 @@
-"""What the CUDA planner is asked: geometries, described anew from the norms' definitions, calls and devices.
-plan_checks.py says what has to hold of its answers.
+"""Questions to the CUDA planner: geometries, described anew from the norms' definitions, calls and devices.
+plan_checks.py has the conditions that its answers have to meet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def device(
     covered: int = 0,
     cooperative: bool = True,
 ) -> _C.DeviceInfo:
-    """shared, block: KiB; l2: MiB; gigabytes: of bandwidth, a second; covered: multiprocessors, by clusters."""
+    """shared, block: KiB; l2: MiB; gigabytes: of bandwidth, per second; covered: SMs that clusters cover."""
     return _C.DeviceInfo(
         capability=capability,
         num_sms=processors,
@@ -46,7 +46,7 @@ def device(
     )
 
 
-# The last are of no maker: parts of a device, and those that lack a kind of gang or have little of everything.
+# The last four do not exist: a part of a device, devices without a kind of gang, and one with little of everything.
 DEVICES = {
     "T4": device(75, 40, 1024, 64, 64, 4, 320),
     "A100": device(80, 108, 2048, 164, 163, 40, 1555),
@@ -106,7 +106,7 @@ class Shape:
 
     @property
     def set_channels(self) -> int:
-        """Channels of a set that lie side by side where positions do not."""
+        """The channels of a set at one position of columns."""
         return 1 if self.kind == BATCH else self.C // self.G
 
     @property
@@ -119,7 +119,8 @@ class Shape:
 
     @property
     def runs(self) -> tuple[int, int, int]:
-        """How many stretches of one weight (or row) a set has, elements of one, elements from one to the next."""
+        """The number of a set's runs (of one weight, or a row), the elements of a run, the elements from one to the
+        next."""
         if self.kind == BATCH:
             return self.N, self.S, self.C * self.S
         per_group = self.C // self.G
@@ -133,7 +134,7 @@ class Shape:
 
     @property
     def cells(self) -> Shape:
-        """Every cell a set, where a cell is a run or more."""
+        """The shape in which every cell is a set, where a cell is a run or more."""
         splits = self.traversal == "rows" and self.kind == GROUP and not self.per_element
         return dataclasses.replace(self, G=self.C) if splits else self
 
@@ -157,7 +158,7 @@ def div_up(a: int, b: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Everything that a plan depends on, but for the device. options: `forced` and `free_sms`."""
+    """Everything that a plan depends on, except the device. options: `forced` and `free_sms`."""
 
     shape: Shape
     dtype: str

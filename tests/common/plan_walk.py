@@ -1,5 +1,5 @@
-"""What the items of a CUDA grid read, walked as its kernels do (csrc/cuda/rows.cuh, columns.cuh): every element once,
-and every byte of the mask by one item.
+"""The memory that the items of a CUDA grid read, walked as the kernels do (csrc/cuda/rows.cuh, columns.cuh): every
+element once, and every byte of the mask by one item.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """What says which elements an item has. fused: the pieces of a set or tile are neighbours, and a gang's."""
+    """The cut of a tensor into items. fused: the pieces of a set or tile are neighbours and belong to a gang."""
 
     shape: Shape
     rows: bool
@@ -36,7 +36,7 @@ class Cut:
     fused: bool
 
     def of_rows(self) -> Iterator[tuple[Numbers, Numbers, Numbers]]:
-        """Item, first address and length of each stretch that the items read."""
+        """Item, first address and length of all contiguous memory that the items read."""
         shape, (count, length, stride) = self.shape, self.shape.runs
         run_packs = length // self.pack
         per_run = div_up(run_packs, self.piece_length) if self.piece_runs == 1 else 1
@@ -68,8 +68,8 @@ class Cut:
 
 @functools.cache
 def check_every_element_once(cut: Cut) -> None:
-    """Walks the items: their stretches make up the tensor without gap or overlap, and stay within their set. A fused
-    set is in the hands of one gang."""
+    """Walks the items: their memory makes up the tensor without gap or overlap, and stays within their set. One gang
+    has a fused set."""
     shape = cut.shape
     parts = zip(*(cut.of_rows() if cut.rows else cut.of_columns()), strict=True)
     items, starts, lengths = (np.concatenate(part) for part in parts)
@@ -89,7 +89,7 @@ def check_every_element_once(cut: Cut) -> None:
 
 
 def check_rows(grid: _C.Grid, shape: Shape) -> int:
-    """Returns how many stretches of memory the items read."""
+    """Returns the number of contiguous pieces of memory that the items read."""
     count, length, _ = shape.runs
     assert length % grid.pack == 0
     packs = length // grid.pack

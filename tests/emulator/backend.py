@@ -1,4 +1,4 @@
-"""Loads the emulated kernels, and steers and questions the emulator.
+"""Loads the emulated kernels, and controls and queries the emulator.
 
 from tests.emulator import backend
 emulator = backend.load()                               builds what has changed, then loads
@@ -61,7 +61,7 @@ class Launch:
     cooperative: bool
     traffic: Traffic
     missed: int
-    """Of the bytes read, those that L2 did not have; 0 where it is not modelled."""
+    """The bytes read that L2 did not have; 0 where it is not modelled."""
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ def as_text(numbers: Mapping[str, int]) -> bytes:
 
 
 class Emulator:
-    """There is one in a process, and launches wait for each other."""
+    """A process has one, and launches wait for each other."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -130,10 +130,10 @@ class Emulator:
         refuse_gangs: bool = False,
         free_sms: int = 0,
     ) -> None:
-        """Of all launches from now on. `order`: one of ORDERS; the same configuration gives the same schedules again.
-        `blocks_together`: how many blocks run side by side where a launch asks for no more. `forced`: what plans have
-        to be, by the names in FORCED and NAMES. `refuse_gangs`: launches whose blocks meet are refused, as by a device
-        that is shared. `free_sms`: what such launches leave free."""
+        """Holds for all launches from now on. `order`: one of ORDERS; the same configuration gives the same schedules
+        again. `blocks_together`: how many blocks run side by side where a launch asks for no more. `forced`:
+        requirements on plans, by the names in FORCED and NAMES. `refuse_gangs`: refuses launches whose blocks wait for
+        each other, as a shared device does. `free_sms`: the SMs that such launches leave free."""
         facts = dataclasses.asdict(self.device(device) if isinstance(device, str) else device)
         self._check(
             self._library.fastnorm_emulator_configure(
@@ -166,8 +166,8 @@ class Emulator:
             self._library.fastnorm_emulator_model_l2(False)
 
     def refused_gangs(self) -> int:
-        """How many launches were refused and replaced, since the library was loaded. What _C.refused_gangs() counts
-        are those on a GPU."""
+        """The number of launches that were refused and replaced since the library was loaded. _C.refused_gangs()
+        counts those on a GPU."""
         return int(self._library.fastnorm_emulator_refused_gangs())
 
     def reset_counters(self) -> None:
@@ -200,7 +200,7 @@ class Emulator:
 
 @functools.cache
 def load() -> Emulator:
-    """Builds fastnorm_emulated.so where it is not up to date, and loads it: then torch.ops.fastnorm_emulated is there.
+    """Builds fastnorm_emulated.so where it is not up to date, and loads it: it defines torch.ops.fastnorm_emulated.
     Raises build.BuildError with the compiler's words."""
     import torch
 

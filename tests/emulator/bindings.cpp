@@ -15,7 +15,7 @@ namespace {
 
 using namespace fastnorm;
 
-// Runs f; what it throws comes back as text, null is success.
+// Runs f. Returns the text of what it throws, null on success.
 template <class F>
 const char* text_of_failure(F f) {
   static std::string text;
@@ -95,7 +95,7 @@ FASTNORM_EXPORT void fastnorm_emulator_traffic(uint64_t* read_stream, uint64_t* 
 
 FASTNORM_EXPORT int64_t fastnorm_emulator_launch_count() { return emulator::launch_count(); }
 
-// An empty L2 of the device's size from now on, or none.
+// From now on models an empty L2 of the device's size, or none.
 FASTNORM_EXPORT void fastnorm_emulator_model_l2(bool on) {
   emulator::l2 = on ? std::make_unique<emulator::L2Model>(emulator::settings().device.l2_bytes) : nullptr;
 }

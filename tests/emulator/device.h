@@ -1,5 +1,5 @@
-// The devices a launch can pretend to run on. The small ones make a plan split what a large one would take in one
-// piece; of `few` gangs share the whole, and those of `alone` cannot meet.
+// The devices that a launch can pretend to run on. On the small ones a plan splits work that a large one would take in
+// one piece. On `few` gangs share the whole device; on `alone` blocks cannot wait for each other.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace fastnorm::emulator {
 
 inline DeviceInfo device_named(const std::string& name) {
   constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
-  // capability, multiprocessors, threads and shared memory of each, of a block, L2, bandwidth, clusters, cooperative
+  // capability, SMs, threads and shared memory per SM, shared memory per block, L2, bandwidth, clusters, cooperative
   if (name == "tiny") return {90, 4, 1024, 16 * kKiB, 16 * kKiB, 64 * kKiB, 100'000, 4, 4, true};
   if (name == "few") return {90, 4, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 4, 4, true};
   if (name == "alone") return {80, 4, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 1, 0, false};
@@ -22,16 +22,16 @@ inline DeviceInfo device_named(const std::string& name) {
   throw std::runtime_error("emulator: no device named " + name + "; there are tiny, few, alone, small, h200");
 }
 
-// Blocks, in clusters of so many, that are resident at the same time; registers, which the emulator does not know, may
-// allow fewer.
+// The blocks, in clusters of so many, that are resident at the same time. Registers, which the emulator does not know,
+// may allow fewer.
 inline int64_t co_resident_blocks(const DeviceInfo& device, int threads, int64_t shared_bytes, int cluster) {
-  const int64_t reserved = device.capability >= 80 ? 1 << 10 : 0;  // shared memory of every block that CUDA keeps
+  const int64_t reserved = device.capability >= 80 ? 1 << 10 : 0;  // CUDA keeps so much of every block's shared memory
   const int64_t by_threads = device.threads_per_sm / threads;
   const int64_t by_shared = device.shared_per_sm / std::max<int64_t>(shared_bytes + reserved, 1);
-  const int64_t of_multiprocessor = std::min(by_threads, by_shared);
-  if (cluster == 1) return device.num_sms * of_multiprocessor;
-  const int64_t groups = device.cluster_sms / device.largest_cluster;  // of multiprocessors
-  return groups * (device.largest_cluster * of_multiprocessor / cluster) * cluster;
+  const int64_t per_sm = std::min(by_threads, by_shared);
+  if (cluster == 1) return device.num_sms * per_sm;
+  const int64_t places = device.cluster_sms / device.largest_cluster;  // of the largest cluster
+  return places * (device.largest_cluster * per_sm / cluster) * cluster;
 }
 
 }  // namespace fastnorm::emulator

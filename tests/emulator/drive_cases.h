@@ -19,11 +19,11 @@ struct Case {
   bool frozen = false;  // batch only
   DType params = DType::kFloat32;
   bool affine = true;
-  int offset = 0;  // elements by which every tensor begins off 16 bytes
+  int offset = 0;  // every tensor begins so many elements past a multiple of 16 bytes
   Forced forced{};
 };
 
-// Whose plans are whatever is cheapest.
+// Cases whose plans are the cheapest ones.
 inline std::vector<Case> free_cases() {
   constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup, kLayer = Kind::kLayer;
   constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
@@ -91,7 +91,7 @@ inline Forced forced_gang(Gang gang, int pieces, int stages) {
   return f;
 }
 
-// Of device `few`: pieces of several runs and parts of one, several waves, waves that are not full.
+// For the device `few`: pieces of several runs and of a part of one, several waves, waves that are not full.
 inline std::vector<Case> gang_cases() {
   constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup, kLayer = Kind::kLayer;
   constexpr DType kF32 = DType::kFloat32, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
@@ -124,7 +124,7 @@ inline std::vector<Case> gang_cases() {
                  forced_gang(Gang::kGrid, -1, 2), forced_gang(Gang::kGrid, 3, 2), forced_gang(Gang::kBlock, -1, 2)});
 }
 
-// Of devices whose clusters are as large as there are.
+// For devices with the largest clusters that exist.
 inline std::vector<Case> large_cluster_cases() {
   const std::vector<Case> cases = {
       {{Kind::kBatch, 2, 3, 2000, 3, false}, DType::kFloat32, Activation::kRelu, true, true},

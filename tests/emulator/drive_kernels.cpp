@@ -1,11 +1,11 @@
 // The production kernels without torch: every case of drive_cases.h, planned for one device, forward and backward under
-// several schedules, whose results must agree to the bit and be finite; then once more in two blocks, which take what
-// the plan gave to many. Built plain and with the sanitizers.
+// several schedules, whose results must agree to the bit and be finite. Then once more with two blocks, which take the
+// work that the plan gave to many. The build makes it plain and with the sanitizers.
 //
 //   drive_kernels DEVICE LAST_SEED BLOCKS_TOGETHER [BARRIER]    exit status 1 where something differs or is reported
 //
-// LAST_SEED 0: under fifo alone. BARRIER is left out, as "fold.cuh:57".
-// Prints what plans were taken, "forward fused rows cluster 1" and the like, a line each.
+// LAST_SEED 0: under fifo alone. BARRIER, such as "fold.cuh:57", is left out.
+// It prints the plans that were taken, such as "forward fused rows cluster 1", one per line.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -27,7 +27,7 @@ namespace {
 using namespace fastnorm;
 using drive::Case;
 
-// Memory of exactly as many elements as asked for, so that AddressSanitizer knows its end.
+// Memory of exactly so many elements, so that AddressSanitizer knows its end.
 class Buffer {
  public:
   Buffer(int64_t bytes, int64_t offset) : bytes_(bytes), offset_(offset), memory_(new unsigned char[bytes + offset]) {
@@ -84,7 +84,7 @@ void check_launches(int64_t planned) {
   throw std::runtime_error(std::to_string(found) + " launches where the plan has " + std::to_string(planned));
 }
 
-// Of fused plans the gang and the number of stages.
+// A plan in few words: for a fused one, also its gang and number of stages.
 std::string text_of(Strategy strategy, const Grid& grid) {
   const std::string text = std::string(name_of(strategy)) + " " + name_of(grid.traversal);
   return strategy == Strategy::kFused ? text + " " + name_of(grid.gang) + " " + std::to_string(grid.stages) : text;
@@ -95,7 +95,7 @@ std::string text_of(const Forced& f) {
          std::to_string(f.stages);
 }
 
-// What a case is made of, and what it comes to under one schedule.
+// The inputs of a case, and its results under one schedule.
 class Call {
  public:
   Call(const Case& c, const DeviceInfo& device, int64_t most_blocks, std::set<std::string>& plans)
@@ -259,7 +259,7 @@ std::vector<emulator::Settings> schedules(const emulator::Settings& common, int 
   return all;
 }
 
-// What is wrong with a case; empty where nothing is.
+// The defect of a case; empty where there is none.
 std::string run_case(const Case& c, const std::vector<emulator::Settings>& all, int64_t most_blocks,
                      std::set<std::string>& plans) {
   std::vector<unsigned char> expected;
@@ -302,7 +302,7 @@ int main(int count, char** words) {
       if (failure.empty()) continue;
       ++failures;
       std::printf("FAILED %s\n", failure.c_str());
-      if (!common.without.empty()) return 1;  // it is missed, and that is all that was asked
+      if (!common.without.empty()) return 1;  // the missing barrier was noticed, and that was the question
     }
   }
   for (const std::string& plan : plans) std::printf("%s\n", plan.c_str());

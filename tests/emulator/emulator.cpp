@@ -72,7 +72,7 @@ Machine& machine() {
   return machine;
 }
 
-// What fail() throws through the kernel.
+// fail() throws this through the kernel.
 struct Failure : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -101,7 +101,7 @@ void Machine::resume(Thread* thread, Context& from) {
   switch_context(from, *thread->fiber);
 }
 
-// ---- what a fiber does ----
+// ---- the work of a fiber ----
 
 void return_from_kernel(Machine& m) {
   Thread* self = running_thread();
@@ -165,7 +165,7 @@ void fiber_entry() {
   }
 }
 
-// One more thread waits. Returns who runs next, null where none can.
+// One more thread waits. Returns the thread that runs next, null where none can.
 Thread* join(Barrier& barrier, Thread* self, Wait wait, Site site, char* token) {
   const Unseen unseen;
   Machine& m = machine();
@@ -189,7 +189,7 @@ Thread* join(Barrier& barrier, Thread* self, Wait wait, Site site, char* token) 
   return m.scheduler.pick();
 }
 
-// The thread that runs waits until all have come.
+// The running thread waits until all have arrived.
 void arrive(Barrier& barrier, Wait wait, Site site) {
   Thread* self = running_thread();
   char* token = barrier.tokens + (barrier.passed & 1);
@@ -210,7 +210,7 @@ bool left_out(Site site) {
 
 // ---- a launch ----
 
-// A fresh address for ThreadSanitizer to know something by: an old one would order what comes now after what was then.
+// A fresh address as a name for ThreadSanitizer. An old one would order new events after those it named before.
 char* fresh_tokens() {
   static char ring[1 << 14];
   static size_t used = 0;
@@ -276,7 +276,8 @@ void Machine::begin_blocks(const cuda::LaunchConfig& config, int64_t first_block
 
 void Machine::run_together(const cuda::LaunchConfig& config, int64_t first_block) {
   begin_blocks(config, first_block);
-  if (kThreadSanitizer) make_fibers(threads.size());  // here: what made a thread happens before it
+  if (kThreadSanitizer)
+    make_fibers(threads.size());  // here, because ThreadSanitizer orders a thread after its creation
   scheduler.begin(blocks, config.threads);
   resume(scheduler.pick(), launcher);
   if (failure.empty() && running > 0) failure = deadlock_report(threads);
@@ -300,7 +301,7 @@ void Machine::run(const cuda::LaunchConfig& config) {
   leave_token = fresh_tokens();
   release(enter_token);
 
-  // Sets of blocks that run together, all of the same size but for the last.
+  // Sets of blocks that run together. All have the same size except the last.
   const int64_t wanted = config.cooperative ? config.blocks : std::max(settings.blocks_together, config.cluster);
   const int64_t together = std::min(config.blocks, wanted / config.cluster * config.cluster);
   if (together * config.threads > kMostThreads) {
@@ -308,7 +309,7 @@ void Machine::run(const cuda::LaunchConfig& config) {
                              " threads would run together; " + std::to_string(kMostThreads) + " threads can");
   }
   const int64_t sets = (config.blocks + together - 1) / together;
-  // Any order of sets without a list of them: steps of a number that shares no factor with theirs.
+  // A random order of sets without a list of them: steps of a number that shares no factor with the number of sets.
   int64_t first = 0, step = 1;
   if (settings.order == Order::kLifo) {
     first = sets - 1, step = sets > 1 ? sets - 1 : 1;

@@ -1,11 +1,11 @@
-// The emulator's door: what platform.cuh takes from the CUDA toolkit, under the same names, for g++ (C++20). Every CUDA
-// thread is a fiber on one CPU thread; see emulator.cpp. Included by platform.cuh, never by itself.
+// The emulator's door: the names that platform.cuh takes from the CUDA toolkit, for g++ (C++20). Every CUDA thread is a
+// fiber on one CPU thread; see emulator.cpp. Only platform.cuh includes this file.
 //
-// It is a checker. A launch throws std::runtime_error that says what, where and who when threads part at a barrier,
-// wait for ever, shuffle without all lanes, write past their shared memory, touch memory at an unfit address or return
-// with copies under way. Shared memory is NaN at first. What only shows in values (a missing barrier, or a look at what
-// is still being copied) shows under the orders `random` and `priority` as bits that change with the seed, and under
-// ThreadSanitizer by line.
+// It is a checker. A launch throws std::runtime_error, which names defect, line and threads, when threads part at a
+// barrier, wait for ever, shuffle without all lanes, write past their shared memory, access a misaligned address or
+// return with copies under way. Shared memory is NaN at first. Defects that only show in values (a missing barrier, a
+// read of data that is still being copied) change the bits with the seed under the orders `random` and `priority`, and
+// ThreadSanitizer reports their lines.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 #define FASTNORM_DEVICE inline
 #define FASTNORM_KERNEL(threads, blocks) void
 
-// What ThreadSanitizer does not see: the emulator's own counters.
+// Functions that ThreadSanitizer does not see: they touch the emulator's own counters.
 #if defined(FASTNORM_SANITIZE_THREAD)
 #define FASTNORM_UNSEEN __attribute__((no_sanitize("thread")))
 #else
@@ -73,7 +73,7 @@ inline float to_float(Float16 v) { return emulator::widen(v); }
 inline void from_float(float v, BFloat16& out) { out = emulator::narrow_bfloat16(v); }
 inline void from_float(float v, Float16& out) { out = emulator::narrow_float16(v); }
 
-// One access for all of V's bytes; checked by note_read and note_write.
+// One access for all of V's bytes. note_read and note_write check it.
 template <class V>
 V read_whole(const V* p) {
   return *p;
@@ -83,15 +83,15 @@ void write_whole(V* p, const V& v) {
   *p = v;
 }
 
-// An access of `bytes`, a power of two up to 16, needs an address that is a multiple of it; what is larger is read word
-// by word, so its lowest bit counts.
+// An access of `bytes`, a power of two up to 16, needs an address that is a multiple of it. Larger data is read word by
+// word, so the lowest set bit of its size counts.
 FASTNORM_UNSEEN inline void check_aligned(const void* p, int bytes, const char* verb) {
   const int alignment = bytes & -bytes & 31 ? bytes & -bytes : 16;
   if (reinterpret_cast<uintptr_t>(p) % static_cast<unsigned>(alignment) == 0) return;
   emulator::fail("misaligned: " + std::to_string(bytes) + " bytes " + verb + " an address that is " +
                  std::to_string(reinterpret_cast<uintptr_t>(p) % 16) + " past a multiple of 16");
 }
-// Of 0 bytes: neither counted nor checked.
+// An access of 0 bytes is neither counted nor checked.
 enum class Access { kStream, kParameter };
 FASTNORM_UNSEEN inline void note_read(const void* p, int bytes, Access kind) {
   if (bytes > 0) check_aligned(p, bytes, "read at");
@@ -104,8 +104,8 @@ FASTNORM_UNSEEN inline void note_write(const void* p, int bytes, Access kind) {
   if (emulator::l2 && kind == Access::kStream) emulator::l2->write(p);
 }
 
-// A copy lands at once or when its thread waits, as the schedule has it. Under a sanitizer it lands both times:
-// whatever touches its memory in between is out of order with one of them.
+// The schedule decides whether a copy lands at once or when its thread waits. Under a sanitizer it lands both times: an
+// access to its memory in between then races with one of them.
 template <int kBytes>
 void land(void* place, const void* from) {
   std::memcpy(place, from, kBytes);

@@ -19,7 +19,8 @@
 #if defined(FASTNORM_EMULATOR_UCONTEXT)
 #include <ucontext.h>
 #else
-// Saves the registers a function must keep on the stack, the stack pointer in *save, and takes up `load` likewise.
+// Saves the registers that a function must keep on the stack and the stack pointer in *save, and restores those of
+// `load`.
 extern "C" void fastnorm_switch_stack(void** save, void* load);
 
 #define FASTNORM_STRING_(text) #text
@@ -51,7 +52,7 @@ asm(".text\n"
 
 namespace fastnorm::emulator {
 
-// Where execution stands: that of a fiber, or of the thread that launched.
+// A point of execution: of a fiber, or of the thread that launched.
 struct Context {
 #if defined(FASTNORM_EMULATOR_UCONTEXT)
   ucontext_t state;
@@ -108,8 +109,8 @@ class Fiber : public Context {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Abandons whatever stands on the stack: the next switch begins at the entry again. To ThreadSanitizer all it did
-  // happens before what `by` does next.
+  // Abandons the contents of the stack: the next switch begins at the entry again. For ThreadSanitizer, all that it did
+  // happens before the next actions of `by`.
   void restart(const Context& by, void* token) {
     tsan_switch(tsan_thread);
     release(token);

@@ -1,5 +1,5 @@
-// The device's L2: lines of 128 bytes, of which the least lately used makes room. Tells what a launch finds there of
-// what another left; off unless a test asks for it.
+// The device's L2: lines of 128 bytes, the least recently used of which makes room. It shows how much a launch finds
+// there of the data that another left. It is off unless a test asks for it.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ class L2Model {
 
   explicit L2Model(int64_t bytes) : lines_(static_cast<size_t>(bytes / kLine)) {}
 
-  // Bytes of the lines that reads have not found.
+  // Bytes of the lines that reads missed.
   uint64_t missed() const { return missed_; }
 
   void read(const void* p) {
@@ -47,7 +47,7 @@ class L2Model {
   std::unordered_map<uintptr_t, std::list<uintptr_t>::iterator> places_;
 };
 
-// Null while no one asks.
+// Null while it is off.
 extern std::unique_ptr<L2Model> l2;
 
 }  // namespace fastnorm::emulator

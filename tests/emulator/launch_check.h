@@ -1,4 +1,4 @@
-// What a launch may not be: errors of a plan, which CUDA would refuse.
+// Launches that CUDA would refuse: errors of a plan.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ inline void check_launch(const cuda::LaunchConfig& config, const DeviceInfo& dev
            number(device.largest_cluster));
   }
   if (!config.cooperative) return;
-  if (!device.cooperative) refuse("cooperative, on a device whose blocks cannot meet");
+  if (!device.cooperative) refuse("cooperative, on a device without cooperative launches");
   const int64_t resident = co_resident_blocks(device, config.threads, config.shared_bytes, config.cluster);
   if (config.blocks > resident) {
     refuse("cooperative, with " + number(config.blocks) + " blocks where " + number(resident) + " are resident");

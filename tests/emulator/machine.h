@@ -33,11 +33,11 @@ struct Thread : ThreadView {
   bool done;
   Thread* next;  // in the list it waits in
   int rank;      // order priority: 0 runs first
-  Wait wait;     // what it last waited for, and where
+  Wait wait;     // its last wait, and the line of it
   Site site;
 };
 
-// Threads in the order they came, linked through Thread::next.
+// Threads in the order of arrival, linked through Thread::next.
 struct ThreadList {
   Thread* first = nullptr;
   Thread* last = nullptr;
@@ -71,9 +71,9 @@ struct ThreadList {
 
 struct Barrier {
   int expected = 0, arrived = 0;
-  unsigned passed = 0;  // how often all came
+  unsigned passed = 0;  // the number of times that all arrived
   ThreadList waiting;
-  char* tokens = nullptr;  // two addresses by which ThreadSanitizer knows the barrier
+  char* tokens = nullptr;  // two addresses as ThreadSanitizer's names of the barrier
 
   void reset(int threads);
 };

@@ -1,5 +1,5 @@
-// The shared memory of a block. Filled with NaN when a block begins; a margin behind it tells who wrote past the end;
-// once a block of a cluster has left, its memory is NaN again, and out of bounds to the sanitizers.
+// The shared memory of a block. It is filled with NaN when a block begins; a margin behind it shows writes past the
+// end. Once a block of a cluster has left, its memory is NaN again and out of bounds for the sanitizers.
 #pragma once
 
 #include <sys/mman.h>
@@ -38,7 +38,7 @@ class SharedArena {
     poison(base_ + bytes_, kMargin);
   }
 
-  // Where the block wrote past its end; -1: nowhere.
+  // The offset at which the block wrote past its end; -1 where it did not.
   int64_t overrun() const {
     const Unseen unseen;
     unpoison(base_ + bytes_, kMargin);
@@ -49,7 +49,7 @@ class SharedArena {
     return at;
   }
 
-  // No block may look at this memory any more.
+  // No block may read this memory any more.
   void block_left() {
     note_overwritten(base_, static_cast<size_t>(bytes_));
     const Unseen unseen;

@@ -1,4 +1,4 @@
-// Texts about threads and where they stand.
+// Texts about threads and the lines they wait at.
 #pragma once
 
 #include <cstring>
@@ -22,7 +22,7 @@ inline bool same_site(const Site& a, const Site& b) {
          (a.file_name() == b.file_name() || std::string(a.file_name()) == b.file_name());
 }
 
-// Who waits where for ever: a line for every run of neighbouring threads at one place.
+// The threads that wait for ever: one line for all neighbouring threads that wait at the same line.
 inline std::string deadlock_report(const std::vector<Thread>& threads) {
   constexpr int kLines = 20;
   std::string lines;

@@ -1,4 +1,4 @@
-// What emulator.h needs of the emulator itself, emulator.cpp.
+// The parts of the emulator (emulator.cpp) that emulator.h needs.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,12 @@ struct LaunchConfig;
 
 namespace fastnorm::emulator {
 
-// Threads that run together, at most: what an H200 has room for; ThreadSanitizer knows 8128 threads.
+// The most threads that run together: as many as an H200 has room for. ThreadSanitizer allows 8128 threads.
 constexpr int64_t kMostThreads = kThreadSanitizer ? 4096 : 1 << 18;
 
-using Site = std::source_location;  // where a kernel calls a barrier
+using Site = std::source_location;  // the line at which a kernel calls a barrier
 
-// Where a thread finds itself.
+// The indices of the running thread.
 struct GridView {
   int64_t blocks;
   int threads, cluster;
@@ -43,7 +43,7 @@ struct ThreadView {
   int index;
   const BlockView* block;
   std::vector<Copy> copies;
-  std::vector<size_t> batches;  // where those of `copies` end that were committed
+  std::vector<size_t> batches;  // for each committed group, the end of its part of `copies`
 };
 
 extern GridView grid;
@@ -63,15 +63,15 @@ struct alignas(16) Parcel {
 Parcel* outgoing();
 const Parcel* exchange(int from, Site site);
 
-// One more copy of the running thread; true: it lands at once.
+// Adds a copy of the running thread. Returns true where it lands at once.
 bool begin_copy(void (*land)(void*, const void*), void* place, const void* from, int bytes);
-// False where this wait_copies is left out: then copies stay under way, and may be so to the end.
+// Returns false where this wait_copies is left out. Then copies stay under way, possibly to the end.
 bool waits_here(Site site);
 
-// The same place in the shared memory of the cluster's block `rank`.
+// The same address in the shared memory of the cluster's block `rank`.
 void* remote_shared(void* place, int rank);
 
-// Throws through the kernel; then the launch throws this text and who it was.
+// Throws through the kernel. The launch then throws this text with the names of the threads.
 [[noreturn]] void fail(const std::string& text);
 
 // Runs body(context) as every thread of the launch; throws std::runtime_error with what went wrong. Returns 0, or

@@ -1,4 +1,4 @@
-// What the sanitizers are told: which stack runs, what happens before what, what memory is not to be touched. Empty
+// Messages to the sanitizers: the running stack, the order of events, memory that is not to be touched. Empty
 // functions where there is no sanitizer. build.py defines FASTNORM_SANITIZE_THREAD and FASTNORM_SANITIZE_ADDRESS, since
 // emulator.cpp is not instrumented for threads itself: the scheduler's own memory is none of the kernels' business.
 #pragma once
@@ -56,7 +56,7 @@ inline void acquire(void*) {}
 inline void note_overwritten(void*, size_t) {}
 #endif
 
-// What happens while one of these lives is unseen by ThreadSanitizer, memset and its kin included.
+// While one of these lives, ThreadSanitizer sees nothing, not even memset and its kin.
 struct Unseen {
 #if defined(FASTNORM_SANITIZE_THREAD)
   Unseen() {

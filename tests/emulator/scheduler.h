@@ -1,4 +1,4 @@
-// Which thread runs next.
+// The choice of the next thread.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@ class Random {
   uint64_t state_ = 0;
 };
 
-// Set of small numbers that gives its least in a few instructions.
+// A set of small numbers that finds its least in a few instructions.
 class NumberSet {
  public:
   void resize(int bound) {
@@ -105,13 +105,13 @@ class Scheduler {
     }
   }
 
-  // All threads of the block are about to wake up: sometimes they get new ranks, so that who was early in one phase may
-  // be late in the next.
+  // Call when all threads of the block are about to wake up: sometimes they get new ranks, so that a thread that was
+  // early in one phase may be late in the next.
   void before_block_wakes(Block& block, int block_threads) {
     if (order_ == Order::kPriority && random_->below(4) == 0) rank_threads(block, block_threads);
   }
 
-  // Whether a copy that is begun now is done at once, or only when its thread waits.
+  // Whether a copy that begins now lands at once, and not only when its thread waits.
   bool copies_at_once() { return order_ == Order::kLifo || (order_ != Order::kFifo && random_->below(2) == 0); }
 
   Thread* pick() {  // null where none can run

@@ -1,5 +1,5 @@
 // Cases of the emulator's own test program: primitives that are checked against a table, and mutants, kernels with one
-// deliberate mistake and their correct twins. tests/test_emulator.py says by what each mutant must be caught; it finds
+// deliberate mistake and their correct twins. tests/test_emulator.py says what must catch each mutant; it finds
 // the lines that reports must name by the comments "LINE name".
 #pragma once
 
@@ -22,10 +22,10 @@ constexpr bool kSlow = false;
 
 struct Primitive {
   std::string name;
-  std::function<void()> run;  // throws what is wrong
+  std::function<void()> run;  // throws the defect
 };
 
-// What a kernel computed: its bits tell schedules apart.
+// The results of a kernel: their bits tell schedules apart.
 using Output = std::vector<float>;
 
 struct Mutant {
@@ -70,7 +70,7 @@ void under_all_orders(F f) {
   }
 }
 
-// What the launch throws; empty where it does not.
+// The text that the launch throws; empty where it throws nothing.
 template <class F>
 std::string thrown_by(F f) {
   try {
@@ -81,7 +81,7 @@ std::string thrown_by(F f) {
   return {};
 }
 
-// ---- what kernels of several files are written with ----
+// ---- helpers for the kernels of several files ----
 
 constexpr int kThreads = 128, kBlocks = 4;  // of a mutant's launch
 

@@ -53,8 +53,8 @@ void check_widening(const Format& format) {
   }
 }
 
-// Every value narrows to itself; between two neighbours the middle goes to the even one and what is nearer to one of
-// them goes there. Infinity stands where the next value would.
+// Every value narrows to itself. Between two neighbours the middle goes to the even one, and every other value to the
+// nearer one. Infinity stands in the place of the next value.
 template <class T>
 void check_narrowing(const Format& format) {
   for (int low = 0; low < format.infinity(); ++low) {

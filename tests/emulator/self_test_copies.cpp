@@ -1,4 +1,4 @@
-// Asynchronous copies to shared memory: what works, and mutants.
+// Asynchronous copies to shared memory: primitives and mutants.
 #include <algorithm>
 #include <memory>
 #include <numeric>
@@ -17,7 +17,7 @@ void wait_all() {
   wait_copies(0);
 }
 
-// Through two stages: what is copied next disturbs nothing.
+// Through two stages: the next copy disturbs nothing.
 template <int kBytes>
 FASTNORM_KERNEL(64, 1)
 copy_rounds(const unsigned char* in, int rounds) {
@@ -84,7 +84,7 @@ void when_copies_land() {
   }
 }
 
-// ---- mutants: who looks too early, and who copies too early ----
+// ---- mutants: reads and copies that come too early ----
 
 std::vector<Four> fours(int64_t size) {
   std::vector<Four> in(static_cast<size_t>(size));
@@ -131,8 +131,8 @@ Output barrier_before_wait(bool broken) {
   return copy_for_others_output(broken ? Meeting::kMeetThenWait : Meeting::kWaitThenMeet);
 }
 
-// Waves through one buffer, or through two of which the second is filled meanwhile: then the barrier has to come before
-// the copies begin, for who still reads that buffer.
+// Waves through one stage, or through two, of which the second is filled meanwhile. Then the barrier has to come before
+// the copies begin, because other threads still read that stage.
 FASTNORM_KERNEL(128, 1) copy_waves(int stages, bool right, const float* in, float* out) {
   constexpr int kWaves = 4;
   const int64_t threads = grid_blocks() * block_threads();
@@ -162,7 +162,7 @@ Output copy_waves_output(int stages, bool right) {
 Output copy_over_readers(bool broken) { return copy_waves_output(1, !broken); }
 Output copy_ahead_of_barrier(bool broken) { return copy_waves_output(2, !broken); }
 
-// Two batches, of which the second may be under way while the first is read.
+// Two groups. The second may be under way while the first is read.
 FASTNORM_KERNEL(128, 1) copy_batches(int pending, const float* in, float* out) {
   float* mine = shared_floats() + 2 * thread_index();
   for (int batch = 0; batch < 2; ++batch) {

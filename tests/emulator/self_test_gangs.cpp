@@ -1,4 +1,4 @@
-// Blocks that meet in clusters and grids: what works, and mutants.
+// Blocks that wait for each other in clusters and grids: primitives and mutants.
 #include "self_test.h"
 
 namespace fastnorm::self_test {
@@ -64,7 +64,7 @@ void refused_gangs() {
   }
   check_equal(count, 0, "threads that ran");
   check_equal(emulator::launch_count(), 0, "launches");
-  check_equal(launch(count_threads, shape(4, 1), &count), 0, "blocks that do not meet");
+  check_equal(launch(count_threads, shape(4, 1), &count), 0, "blocks that do not wait for each other");
   check_equal(count, 4, "threads that ran");
   check_equal(emulator::launch_count(), 1, "launches");
   check(std::string(platform_error_string(kGangRefused)).find("cooperative") != std::string::npos, "its text");
@@ -110,8 +110,8 @@ Output grid_output(bool with_barrier, bool cooperative) {
 Output grid_barrier(bool broken) { return grid_output(!broken, true); }
 Output grid_not_cooperative(bool broken) { return grid_output(true, !broken); }
 
-// Waves of an exchange: every block tells a number, and adds up what all tell. With two places, for even and odd waves,
-// one barrier a wave is enough: who tells again has met everyone since they looked there.
+// Waves of an exchange: every block publishes a number and adds up those of all blocks. With two places, for even and
+// odd waves, one barrier per wave is enough: between a read of a place and the next write to it lies a barrier.
 FASTNORM_KERNEL(128, 1) exchange_waves(bool in_cluster, int places, float* partials, float* out) {
   float* mine = shared_floats();
   float sum = 0;

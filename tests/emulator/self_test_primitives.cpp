@@ -1,4 +1,4 @@
-// Each primitive of platform.cuh against a table of what it must give.
+// Each primitive of platform.cuh against a table of its right results.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -72,7 +72,7 @@ void shuffles() {
   });
 }
 
-// ---- barriers: nobody is a phase ahead ----
+// ---- barriers: no thread is a phase ahead ----
 
 enum class Scope { kWarp, kBlock, kCluster, kGrid };
 
@@ -279,7 +279,7 @@ void devices() {
   }
 }
 
-// ---- what a launch may not be ----
+// ---- launches that are refused ----
 
 FASTNORM_KERNEL(1024, 1) nothing() {}
 
@@ -297,7 +297,7 @@ void refusals() {
       {shape(2 * 132 + 1, 1024, 0, 1, true), "264 are resident"},
       {shape(133, 32, 200 << 10, 1, true), "132 are resident"},
       {shape(144, 32, 200 << 10, 16, true), "128 are resident"},
-      {shape(130, 32, 200 << 10, 5, true), "120 are resident"},  // three to sixteen multiprocessors
+      {shape(130, 32, 200 << 10, 5, true), "120 are resident"},  // three in the place of sixteen SMs
       {shape(272, 32, 100 << 10, 16, true), "256 are resident"},
   };
   for (const auto& [config, part] : table) {
@@ -311,7 +311,8 @@ void refusals() {
   check(text.find("at most 1") != std::string::npos, "no clusters below sm_90: '" + text + "'");
   settings.device.cooperative = false;
   emulator::configure(settings);
-  check(thrown_by([&] { launch(nothing, shape(1, 32, 0, 1, true)); }).find("cannot meet") != std::string::npos,
+  check(thrown_by([&] { launch(nothing, shape(1, 32, 0, 1, true)); }).find("without cooperative launches") !=
+            std::string::npos,
         "no cooperative launches");
   check(thrown_by([] { emulator::device_named("huge"); }).find("huge") != std::string::npos, "no such device");
   check(thrown_by([] { emulator::order_named("best"); }).find("best") != std::string::npos, "no such order");

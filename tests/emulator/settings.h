@@ -1,4 +1,4 @@
-// What a test chooses: in which order threads run, and on what device.
+// A test's choices: the order in which threads run, and the device.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,10 @@ struct Settings {
   // a race between two blocks only while they do.
   int blocks_together = 1;
   DeviceInfo device = device_named("h200");
-  // Launches whose blocks meet, in clusters or in a cooperative grid, are refused, as by a device that is shared or
-  // partitioned.
+  // Refuses launches whose blocks wait for each other, in clusters or in a cooperative grid, as a device does that is
+  // shared or partitioned.
   bool refuse_gangs = false;
-  // A barrier or a wait for copies that is left out, as "fold.cuh:57": to see whether it is missed.
+  // Leaves out a barrier or a wait for copies, such as "fold.cuh:57", to see whether that is noticed.
   std::string without;
 };
 

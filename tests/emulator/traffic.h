@@ -23,7 +23,7 @@ struct Traffic {
 struct LaunchRecord {
   int64_t blocks, threads, shared_bytes, cluster, cooperative;
   Traffic traffic;
-  uint64_t missed;  // of the bytes read, those that L2 did not have, where it is modelled
+  uint64_t missed;  // bytes read that L2 did not have, where it is modelled
 };
 
 }  // namespace fastnorm::emulator
