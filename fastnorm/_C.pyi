@@ -43,7 +43,7 @@ def plan(
     """How a call on the CPU, on (N, C, S), is cut into tasks, on one line."""
 
 class Geometry:
-    """The sets that a norm of `kind` ("batch", "group" or "layer") reduces over in (N, C, S); str gives it on one line."""
+    """The sets that a norm of `kind` ("batch", "group" or "layer") reduces over in (N, C, S); str: on one line."""
 
     def __init__(self, kind: str, N: int, C: int, S: int, groups: int = 1, channels_last: bool = False) -> None: ...
     @property
