@@ -1,9 +1,7 @@
 // Runs launches of kernels on one CPU thread. Every CUDA thread is a fiber that runs until it waits at a barrier; the
 // scheduler picks the next. One block runs at a time, or the blocks of a cluster together, or those of a cooperative
 // grid. A thread gets a stack only when it starts, and threads that never wait follow one another on the same stack:
-// kernels without barriers cost no switch at all.
-//
-// There is one emulator in a library or program, and one launch at a time.
+// kernels without barriers cost no switch at all. A library or program has one emulator, and one launch at a time.
 #include <memory>
 #include <mutex>
 #include <numeric>
