@@ -97,7 +97,7 @@ def trace_norm(
         raise Unsupported(refusal)
     if not use_input_stats and running_mean is None:
         raise Unsupported("there are no running statistics to use")
-    if groups == normalized_dims == 0 and (eps <= 0 or (use_input_stats and x.numel() <= x.shape[1])):
+    if groups == normalized_dims == 0 and (eps < 0 or (use_input_stats and (eps == 0 or x.numel() <= x.shape[1]))):
         raise Unsupported("eps is not positive, or a channel has a single value")
     if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
         raise Unsupported("running statistics require grad")
@@ -185,6 +185,8 @@ def fused_instance_norm(
         raise Unsupported(f"x has {x.dim()} dimensions, expected at least 2")
     groups = 0
     if use_input_stats:
+        if eps == 0:  # torch takes 1 / sqrt(0) for 0 where a channel is constant
+            raise Unsupported("eps is 0")
         groups = int(x.size(1))  # int: torch.compile takes the number of channels for a constant
         if x.numel() <= x.size(0) * groups:
             raise Unsupported("x has less than two spatial elements")
@@ -248,7 +250,8 @@ def is_refusal(error: Exception) -> bool:
     text = str(error)
     if isinstance(error, NotImplementedError):
         return text.startswith(("fastnorm: ", "Could not run 'fastnorm::"))
-    return text.startswith("fastnorm::") and "Expected a value of type" in text
+    # And a nested tensor's, which has no shape to ask for.
+    return (text.startswith("fastnorm::") and "Expected a value of type" in text) or "NestedTensorImpl" in text
 
 
 def reason_of(refusal: Exception) -> str:
@@ -295,7 +298,7 @@ def carries_metadata(x: object) -> bool:
     )
 
 
-def _call_on_plain(call: Callable[[Tensor, OptTensor], Tensor], x: Tensor, residual: OptTensor) -> Tensor:
+def _call_on_plain(x: Tensor, residual: OptTensor, call: Callable[[Tensor, OptTensor], Tensor]) -> Tensor:
     plain = residual if residual is None else residual.as_subclass(Tensor)
     return call(x.as_subclass(Tensor), plain)
 
@@ -329,7 +332,7 @@ def fall_back_or_wrap(
     an x that only carries metadata, and x's class wraps the result as it wraps those of torch's functions."""
     if carries_metadata(x):
         cls = type(x)
-        y = cls.__torch_function__(_call_on_plain, (cls,), (call, x, residual), {})
+        y = cls.__torch_function__(_call_on_plain, (cls,), (x, residual, call), {})
         if y is not NotImplemented:
             return y, True
     return fall_back(name, error, lambda: unfused(x, residual)), False

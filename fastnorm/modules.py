@@ -129,10 +129,11 @@ class Norm(nn.Module):
     def _trace(self, x: torch.fx.Proxy, residual: OptTensor) -> Any:
         """Be a leaf to torch.fx where a torch.nn norm in this place would be one; else be traced as that one is."""
         tracer: Any = x.tracer
-        # A subclass or a wrapper on the instance has recorded its own part already, and a leaf would run it again.
-        own_forward = type(self) is not self._public_class or "forward" in self.__dict__
+        # What a subclass, a wrapper on the instance or a hook does is recorded already, and a leaf would do it again.
+        recorded = type(self) is not self._public_class or "forward" in self.__dict__
+        recorded = recorded or bool(self._forward_pre_hooks or self._forward_hooks)
         leaf = False
-        if not own_forward and isinstance(tracer, torch.fx.Tracer) and tracer.root is not self:
+        if not recorded and isinstance(tracer, torch.fx.Tracer) and tracer.root is not self:
             path = tracer.path_of_module(self)
             stand_in = object.__new__(self.torch_class)
             stand_in.__dict__ = self.__dict__
@@ -160,7 +161,7 @@ class Norm(nn.Module):
         # nn.Module.__getattr__ takes ten times as long.
         if type(self) is self._public_class and "weight" not in own and "bias" not in own:
             parameters = own["_parameters"]
-            if "weight" in parameters:
+            if "weight" in parameters and "bias" in parameters:
                 return parameters["weight"], parameters["bias"]
         module: Any = self
         return module.weight, module.bias
@@ -177,11 +178,14 @@ class Norm(nn.Module):
             and "num_batches_tracked" not in own
         ):
             parameters, buffers = own["_parameters"], own["_buffers"]
-            if "weight" in parameters and "running_mean" in buffers:
+            try:
                 mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
                 return parameters["weight"], parameters["bias"], mean, var, batches
+            except KeyError:  # one of them is something else
+                pass
         m: Any = self
-        return m.weight, m.bias, m.running_mean, m.running_var, m.num_batches_tracked
+        batches = m.num_batches_tracked if self.training else None  # evaluation does without
+        return m.weight, m.bias, m.running_mean, m.running_var, batches
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin to count anew."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from . import modules, ops
 from .convert import has_own_forward, why_not_converted
-from .dispatch import entry_for, is_refusal, reason_of
+from .dispatch import carries_metadata, entry_for, is_refusal, reason_of
 from .extension import _C
 
 __all__ = ["Report", "Row", "explain", "report"]
@@ -102,8 +101,17 @@ def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str
     if not isinstance(module, modules.Norm):
         reason = why_not_converted(module) or "fastnorm.convert would serve it"
         return f"torch: {reason}"
-    trial = copy.copy(module)
-    trial._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    if (refusal := _why_unserved(module)) is not None:
+        return f"torch: {refusal}"
+    trial = object.__new__(type(module))  # copy.copy refuses parametrized modules
+    trial.__dict__ = vars(module).copy()
+    trial._buffers = module._buffers.copy()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        if isinstance(statistic := getattr(module, name, None), Tensor):
+            place = vars(trial) if name in vars(trial) else trial._buffers
+            place[name] = statistic.clone()
+    if carries_metadata(x):
+        x = x.as_subclass(Tensor)
     try:
         with torch.no_grad():
             trial._fused(entry_for(x), x, residual)

@@ -304,3 +304,17 @@ def test_convert_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastnorm.revert(fastnorm.convert(zoo()))
+
+
+def test_explain_tells_the_truth() -> None:
+    """Of an own forward, of metadata, of parametrizations; and moves no statistics, wherever they are."""
+    x, module = torch.randn(2, 4, 3, 3), fastnorm.BatchNorm2d(4)
+    assert fastnorm.explain(x.as_subclass(type("Plain", (torch.Tensor,), {})), module).startswith("fastnorm: ")
+    module.__dict__["running_mean"] = torch.zeros(4)
+    assert fastnorm.explain(x, module).startswith("fastnorm: ")
+    assert not module.running_mean.any() and module.num_batches_tracked == 0
+    nn.utils.parametrize.register_parametrization(module, "weight", nn.Identity())
+    assert fastnorm.explain(x, module).startswith("fastnorm: ")
+    module = fastnorm.LayerNorm(3)
+    module.forward = lambda x: x
+    assert fastnorm.explain(x, module) == "torch: has a forward of its own"

@@ -176,6 +176,43 @@ def test_what_torch_rejects_it_rejects_in_its_words(make: Make, x: Any) -> None:
     assert_same_outcome(make, lambda module: module(x))
 
 
+def on_meta(name: str) -> Callable[[nn.Module], None]:
+    def run(module: nn.Module) -> None:
+        tensor = getattr(module, name).to("meta")
+        setattr(module, name, nn.Parameter(tensor) if isinstance(getattr(module, name), nn.Parameter) else tensor)
+        module(input_of(module))
+
+    return run
+
+
+@pytest.mark.fallback
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_tensors_of_another_device(name: str, momentum: float | None) -> None:
+    """torch rejects them, having counted the batch; the statistics that it can move, it moves."""
+    assert_same_outcome_but_meta(lambda ns: ns.BatchNorm2d(3, momentum=momentum), on_meta(name))
+
+
+def assert_same_outcome_but_meta(make: Make, run: Callable[[nn.Module], object]) -> None:
+    native, ours = (make(ns) for ns in (nn, fastnorm))
+    expected, actual = (outcome(module, lambda m=module: run(m)) for module in (native, ours))
+    assert actual[:2] == expected[:2]
+    for key, value in expected[2].items():
+        if value.device.type != "meta":
+            torch.testing.assert_close(actual[2][key], value)
+
+
+@pytest.mark.fallback("NestedTensor")
+def test_a_nested_tensor_is_torchs() -> None:
+    nested = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)])
+    assert fastnorm.LayerNorm(5)(nested).is_nested
+
+
+@pytest.mark.fallback("eps is 0")
+def test_an_instance_norm_of_constants_without_eps() -> None:
+    assert torch.equal(fastnorm.InstanceNorm2d(3, eps=0.0)(torch.ones(2, 3, 4, 4)), torch.zeros(2, 3, 4, 4))
+
+
 FUNCTIONAL: dict[str, tuple[str, tuple[Any, ...]]] = {
     "weight is a list": ("layer_norm", (torch.randn(2, 4), [4], [1.0] * 4)),
     "no groups": ("group_norm", (torch.randn(2, 4, 3), 0)),

@@ -83,6 +83,17 @@ def test_a_traced_root_takes_a_residual_or_none(activation: str | None) -> None:
     torch.testing.assert_close(traced(x, residual), norm(x, residual))
 
 
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_tracing_applies_hooks_once(hook: str) -> None:
+    model, x = nn.Sequential(fastnorm.GroupNorm(2, 4)), torch.randn(2, 4, 3)
+    doubled = {
+        "register_forward_hook": lambda module, args, output: 2 * output + 1,
+        "register_forward_pre_hook": lambda module, args: (args[0] ** 2,),
+    }
+    getattr(model[0], hook)(doubled[hook])
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_tracing_a_wrapped_forward_applies_it_once() -> None:
     model, x = nn.Sequential(fastnorm.LayerNorm(4)), torch.randn(2, 4)
     inner = model[0].forward

@@ -79,6 +79,16 @@ def test_a_leftover_bound_method_is_no_patch(make: Make, shape: tuple[int, ...])
     torch.testing.assert_close(module(x), expected)
 
 
+def test_a_wrapper_that_goes_after_revert_leaves_nothing() -> None:
+    module, x = fastnorm.GroupNorm(2, 4), torch.randn(2, 4, 3)
+    inner, expected = module.forward, module(x)
+    module.forward = lambda x: inner(x)
+    fastnorm.revert(module)
+    module.forward = inner
+    torch.testing.assert_close(module(x), expected)
+    assert type(fastnorm.convert(module)) is fastnorm.GroupNorm and "forward" not in vars(module)
+
+
 def test_a_patch_is_a_patch() -> None:
     """Another module's method, another function of the class's: convert leaves them."""
     other = nn.LayerNorm(4)
@@ -156,6 +166,34 @@ def test_weights_are_whatever_the_attribute_is(of: Callable[[Any], Tensor]) -> N
     torch.testing.assert_close(of(fastnorm), of(nn))
 
 
+def moved(ns: Any, cls: str, name: str) -> Tensor:
+    """A Parameter that is a buffer instead, or a buffer that is a Parameter."""
+    module = getattr(ns, cls)(*((2, 4) if cls == "GroupNorm" else (4,))).eval()
+    value = getattr(module, name)
+    delattr(module, name)
+    if isinstance(value, nn.Parameter):
+        module.register_buffer(name, value.data * 3)
+    else:
+        module.register_parameter(name, nn.Parameter(value * 3, requires_grad=False))
+    return module(torch.arange(64.0).view(1, 4, 4, 4)).detach()
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(c, n) for c in ("BatchNorm2d", "GroupNorm") for n in ("weight", "bias")]
+    + [("BatchNorm2d", "running_mean"), ("BatchNorm2d", "running_var")],
+)
+def test_weights_may_be_of_another_kind(cls: str, name: str) -> None:
+    torch.testing.assert_close(moved(fastnorm, cls, name), moved(nn, cls, name))
+
+
+def test_evaluation_does_without_a_count_of_batches() -> None:
+    module, x = fastnorm.BatchNorm2d(4).eval(), torch.randn(2, 4, 3, 3)
+    expected = module(x)
+    del module.num_batches_tracked
+    assert torch.equal(module(x), expected)
+
+
 # The attribute `activation`: torch.nn's norms have none.
 
 
@@ -210,9 +248,8 @@ class Meta(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs or {})
-        found = [a.meta for a in args if isinstance(a, Meta)]
-        if isinstance(result, Meta) and found:
-            result.meta = found[0]
+        if isinstance(result, Meta) and isinstance(args[0], Meta):
+            result.meta = args[0].meta
         return result
 
 

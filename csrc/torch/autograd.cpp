@@ -73,10 +73,16 @@ void check(const Call& call) {
                        "make_fx records torch's operators");
   }
   if (config.is_batch()) {
-    // torch 2.10 rejects an eps of 0 that later ones take in evaluation.
-    FASTNORM_SUPPORTED(config.eps > 0, "eps is ", config.eps, ", expected a positive one");
+    FASTNORM_SUPPORTED(use_input_stats ? config.eps > 0 : config.eps >= 0, "eps is ", config.eps,
+                       ", expected a positive one");
     FASTNORM_SUPPORTED(x.dim() >= 2 && has_values(x, use_input_stats), "x has shape ", x.sym_sizes(),
                        ", expected several values per channel");
+  }
+  for (const auto& [t, name] :
+       {std::pair(&inputs.weight, "weight"), std::pair(&inputs.bias, "bias"), std::pair(&running.mean, "running_mean"),
+        std::pair(&running.var, "running_var"), std::pair(&running.num_batches_tracked, "num_batches_tracked")}) {
+    FASTNORM_SUPPORTED(!present(*t) || (*t)->device() == x.device(), name, " is on ", (*t)->device(), ", expected ",
+                       x.device(), " like x");
   }
   FASTNORM_SUPPORTED(use_input_stats || running.present(), "there are no running statistics to use");
   if (!running.present()) return;
