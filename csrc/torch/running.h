@@ -19,29 +19,28 @@ struct Running {
   bool present() const { return ops::present(mean) || ops::present(var); }
   bool moves() const { return present() || ops::present(num_batches_tracked); }
 
-  // That update_running_stats_ can take them, on `device`. What no tensor without data can tell is left out.
+  // That update_running_stats_ can take them, on `device`.
   void check(at::Device device) const {
     for (const auto& [t, name] : {std::pair(&mean, "running_mean"), std::pair(&var, "running_var")}) {
       if (!ops::present(*t)) continue;
       check_place(**t, name, device);
       dtype_of(**t, name);
-      FASTNORM_SUPPORTED((*t)->dim() == 1, name, " has shape ", (*t)->sym_sizes(), ", expected one dim");
-      FASTNORM_SUPPORTED(!has_data(**t) || at::has_internal_overlap(**t) != at::MemOverlap::Yes, name,
+      FASTNORM_SUPPORTED((*t)->dim() == 1, name, " has shape ", (*t)->sizes(), ", expected one dim");
+      FASTNORM_SUPPORTED(at::has_internal_overlap(**t) != at::MemOverlap::Yes, name,
                          " overlaps itself, expected an element of its own for every channel");
     }
     if (ops::present(mean) && ops::present(var)) {
-      FASTNORM_SUPPORTED(mean->sym_size(0) == var->sym_size(0), "running_mean and running_var have shapes ",
-                         mean->sym_sizes(), " and ", var->sym_sizes(), ", expected one");
-      FASTNORM_SUPPORTED(!has_data(*mean) || !overlap(*mean, *var),
-                         "running_mean and running_var overlap, expected memory of their own");
+      FASTNORM_SUPPORTED(mean->numel() == var->numel(), "running_mean and running_var have shapes ", mean->sizes(),
+                         " and ", var->sizes(), ", expected one");
+      FASTNORM_SUPPORTED(!overlap(*mean, *var), "running_mean and running_var overlap, expected memory of their own");
     }
     FASTNORM_SUPPORTED(momentum.has_value() || ops::present(num_batches_tracked),
                        "momentum is absent, expected num_batches_tracked to average by");
     if (!ops::present(num_batches_tracked)) return;
     check_place(*num_batches_tracked, "num_batches_tracked", device);
-    FASTNORM_SUPPORTED(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->sym_numel() == 1,
+    FASTNORM_SUPPORTED(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->numel() == 1,
                        "num_batches_tracked has dtype ", num_batches_tracked->scalar_type(), " and ",
-                       num_batches_tracked->sym_numel(), " elements, expected one int64");
+                       num_batches_tracked->numel(), " elements, expected one int64");
   }
 };
 
