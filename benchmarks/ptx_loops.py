@@ -149,8 +149,8 @@ def sass_parts(opcodes: Sequence[str]) -> Iterator[str]:
 
 
 def sass_loops(code: str) -> list[Loop]:
-    """Of one kernel's lines of `cuobjdump -sass`. A block that calls is left out: calls are the slow paths of divisions,
-    which ordinary numbers do not take."""
+    """Of one kernel's lines of `cuobjdump -sass`. A block that calls is left out: calls are the slow paths of
+    divisions, which ordinary numbers do not take."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     statements = [without_guard(text.strip()) for _, text in lines]
