@@ -1,5 +1,5 @@
-// The door through which launches come: kernels by name, and the record of what was launched. A process has one machine,
-// and launches wait for each other.
+// The door through which launches come: kernels by name, and the record of what was launched. A process has one
+// machine, and launches wait for each other.
 #pragma once
 
 #include <functional>

@@ -216,11 +216,14 @@ std::vector<Statement> parse_body(std::string_view body) {
       continue;
     }
     const size_t end = body.find_first_of(":;", at);
-    if (end == std::string_view::npos) throw Defect("a statement that does not end: " + std::string(body.substr(at, 60)));
+    if (end == std::string_view::npos)
+      throw Defect("a statement that does not end: " + std::string(body.substr(at, 60)));
     // "L2::128B" has a colon too: a label is one word.
-    const bool is_label = body[end] == ':' && words_of(body.substr(at, end - at)).size() == 1 && body.substr(end, 2) != "::";
+    const bool is_label =
+        body[end] == ':' && words_of(body.substr(at, end - at)).size() == 1 && body.substr(end, 2) != "::";
     const size_t stop = is_label ? end : body.find(';', at);
-    if (stop == std::string_view::npos) throw Defect("a statement that does not end: " + std::string(body.substr(at, 60)));
+    if (stop == std::string_view::npos)
+      throw Defect("a statement that does not end: " + std::string(body.substr(at, 60)));
     s.text = trimmed(body.substr(at, stop - at));
     at = stop + 1;
     if (is_label) {

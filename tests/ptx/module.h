@@ -14,7 +14,7 @@ namespace fastnorm::ptx {
 struct Variable {
   std::string space, name;
   int64_t align = 1, bytes = 0;
-  bool external = false;  // dynamic shared memory
+  bool external = false;                               // dynamic shared memory
   std::shared_ptr<std::vector<unsigned char>> memory;  // of global and const: filled with the initial values
 };
 

@@ -80,9 +80,7 @@ class Warp {
   K* lanes(const Operand& o) {
     return reinterpret_cast<K*>(banks_[o.bank] + o.at);
   }
-  uint64_t value(const Operand& o, int lane) {
-    return o.wide ? lanes<uint64_t>(o)[lane] : lanes<uint32_t>(o)[lane];
-  }
+  uint64_t value(const Operand& o, int lane) { return o.wide ? lanes<uint64_t>(o)[lane] : lanes<uint32_t>(o)[lane]; }
   void set(const Operand& o, int lane, uint64_t value) {
     if (o.is_nothing()) return;
     if (o.wide) {
