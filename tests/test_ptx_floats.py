@@ -1,5 +1,5 @@
-"""The interpreter of tests/ptx: floating point against exact arithmetic in fractions, rounded once; approximations against
-the errors that the PTX manual promises."""
+"""The interpreter of tests/ptx: floating point against exact arithmetic in fractions, rounded once; approximations
+against the errors that the PTX manual promises."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ REGISTERS = ".reg .pred %p<16>; .reg .b16 %h<16>; .reg .b32 %r<64>; .reg .b64 %d
 
 
 def program(body: str, parameters: Sequence[str] = (), variables: str = "") -> str:
-    """A module of one kernel, k. Its parameters are pointers: %d0, %d1 and so on hold them. %r0 is the thread's index in
-    the launch, %r1 the block's, %r2 the block's size, %r3 the thread's index in the block."""
+    """A module of one kernel, k. Its parameters are pointers: %d0, %d1 and so on hold them. %r0 is the thread's index
+    in the launch, %r1 the block's, %r2 the block's size, %r3 the thread's index in the block."""
     declared = ", ".join(f".param .u64 {p}" for p in parameters)
     loads = "\n".join(f"ld.param.u64 %d{i}, [{p}];" for i, p in enumerate(parameters))
     return f"""
@@ -60,11 +60,11 @@ def signed(bits: int, width: int) -> int:
 
 def execute(instruction: str, signature: str, rows: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """What the instruction gives for each row of operands. Operands are bits; signature: their widths and the results',
-    such as "32 32 -> 32", p being a predicate. instruction: with {a}, {b}, {c}, {d} for the operands and {x}, {y} for the
-    results, or an opcode alone, for a result and the operands after it."""
+    such as "32 32 -> 32", p being a predicate. instruction: with {a}, {b}, {c}, {d} for the operands and {x}, {y} for
+    the results, or an opcode alone, for a result and the operands after it."""
     inputs, outputs = (side.split() for side in signature.split("->"))
-    names = dict(zip("abcde", (f"%{LETTERS[kind]}{8 + i}" for i, kind in enumerate(inputs)), strict=False))
-    names |= dict(zip("xy", (f"%{LETTERS[kind]}{4 + i}" for i, kind in enumerate(outputs)), strict=False))
+    names = dict(zip("abcde", (f"%{LETTERS[kind]}{10 + i}" for i, kind in enumerate(inputs)), strict=False))
+    names |= dict(zip("xy", (f"%{LETTERS[kind]}{8 + i}" for i, kind in enumerate(outputs)), strict=False))
     if "{" not in instruction:
         instruction += " {x}, " + ", ".join("{" + name + "}" for name in "abcde"[: len(inputs)])
     lines = []

@@ -211,7 +211,8 @@ std::vector<Statement> parse_body(std::string_view body) {
       ++at;
       continue;
     }
-    if (body.substr(at, 4) == ".loc" || body.substr(at, 5) == ".file") {  // a line of its own
+    if (const std::string_view word = body.substr(at, 5); word == ".loc " || word == ".loc\t" || word == ".file") {
+      // A line of its own.
       at = std::min(body.find('\n', at), body.size());
       continue;
     }
