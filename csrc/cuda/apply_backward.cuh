@@ -8,7 +8,8 @@
 // Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once.
 #pragma once
 
-#include "backward.cuh"
+#include "backward_columns.cuh"
+#include "backward_rows.cuh"
 #include "fold.cuh"
 
 namespace fastnorm::cuda {
