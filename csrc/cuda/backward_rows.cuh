@@ -36,7 +36,7 @@ FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiec
 // dx and dresidual of a piece, U packs at a time.
 template <bool kSmooth, bool kFromEnd, int U, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
-                                         const ThreadSteps& range, const SetStats<A>& stats, const SetTerms<A>& terms,
+                                         const ThreadSteps& range, const SetStats<A>& stats, const InputTerms<A>& terms,
                                          Read read) {
   RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
   dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {

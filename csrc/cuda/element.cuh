@@ -47,15 +47,24 @@ struct LaneCoefs {
   FASTNORM_DEVICE const Affine<A>& operator[](int w) const { return lane[w]; }
 };
 
+// dx = scale * d - (offset + (x - mean) * slope): the terms of core/formulas.h, whose slope is that of xhat, times
+// rstd.
+template <class A>
+struct InputTerms {
+  A offset, slope;
+
+  InputTerms() = default;
+  FASTNORM_DEVICE InputTerms(const SetTerms<A>& t, A rstd) : offset(t.offset), slope(t.slope * rstd) {}
+};
 template <class A>
 struct SharedTerms {
-  SetTerms<A> all;
-  FASTNORM_DEVICE const SetTerms<A>& operator[](int) const { return all; }
+  InputTerms<A> all;
+  FASTNORM_DEVICE const InputTerms<A>& operator[](int) const { return all; }
 };
 template <class A, int W>
 struct LaneTerms {
-  SetTerms<A> lane[W];
-  FASTNORM_DEVICE const SetTerms<A>& operator[](int w) const { return lane[w]; }
+  InputTerms<A> lane[W];
+  FASTNORM_DEVICE const InputTerms<A>& operator[](int w) const { return lane[w]; }
 };
 
 // z = (x - mean) * scale + bias.
@@ -153,8 +162,8 @@ FASTNORM_DEVICE void input_gradient(const A (&x)[W], const A (&d)[W], const Coef
 #pragma unroll
   for (int w = 0; w < W; ++w) {
     const auto c = coefs[w];
-    const SetTerms<A> t = terms[w];
-    dx[w] = c.scale * d[w] - std::fma((x[w] - c.mean) * c.rstd, t.slope, t.offset);
+    const InputTerms<A> t = terms[w];
+    dx[w] = std::fma(c.scale, d[w], -std::fma(x[w] - c.mean, t.slope, t.offset));
   }
 }
 

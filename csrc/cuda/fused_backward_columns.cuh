@@ -9,7 +9,7 @@ namespace fastnorm::cuda {
 // The terms of a tile's sets, from the sums of its channels over all positions.
 template <int W, class T, class A>
 FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                    const GradSums<A>* merged, SetTerms<A>* set_terms_of) {
+                                    const GradSums<A>* merged, InputTerms<A>* terms_of) {
   const int set_channels = static_cast<int>(piece.shape.set_channels);
   for_each_set(piece, [&](int s, int lane, int lanes) {
     GradSums<A> total{};
@@ -21,7 +21,8 @@ FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPi
     if (s < 0 || lane != 0) return;
     const SetStats<A> stats = load_stats(t.stats, t.sets, piece.first_set() + s);
     const A scale = stats.rstd / static_cast<A>(piece.shape.positions * set_channels);
-    set_terms_of[s] = t.frozen ? SetTerms<A>{} : set_terms<A>(total, stats.rstd, stats.low, scale);
+    terms_of[s] =
+        t.frozen ? InputTerms<A>{} : InputTerms<A>(set_terms<A>(total, stats.rstd, stats.low, scale), stats.rstd);
   });
 }
 
@@ -32,8 +33,8 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
   using A = Accum<T>;
   const int stage_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
   auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes);
-  auto* const set_terms_of = reinterpret_cast<SetTerms<A>*>(merged + block_threads() * W);
-  const GangPartials<GradSums<A>> gang(f.shape, reinterpret_cast<A*>(set_terms_of) + 4 * shape.tile, shape.tile);
+  auto* const terms_of = reinterpret_cast<InputTerms<A>*>(merged + block_threads() * W);
+  const GangPartials<GradSums<A>> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
@@ -76,12 +77,12 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     });
     if (!gang.is_block()) gang.exchange_channels(parity, piece.channels, take);
     sync_block();
-    merge_channels(t, piece, merged, set_terms_of);
+    merge_channels(t, piece, merged, terms_of);
     sync_block();
     LaneTerms<A, W> terms{};
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      if (piece.in) terms.lane[w] = set_terms_of[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
+      if (piece.in) terms.lane[w] = terms_of[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
     }
     const BackwardTensors<T> rest = without_mask<kSmooth>(t);
     apply_gradient_columns<kSmooth, false, 1>(rest, piece, coefs, terms, [&](int position) {

@@ -143,7 +143,8 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
       if (valid && team.lane == 0 && piece.span.piece == 0) store_param_gradients(f, piece.span.set, sums, stats);
       scale *= load_param_of<T>(t.weight, piece.span.set, A(1));
     }
-    const SetTerms<A> terms = t.frozen ? SetTerms<A>{} : set_terms<A>(sums, stats.rstd, stats.low, scale);
+    const InputTerms<A> terms =
+        t.frozen ? InputTerms<A>{} : InputTerms<A>(set_terms<A>(sums, stats.rstd, stats.low, scale), stats.rstd);
     const BackwardTensors<T> rest = without_mask<kSmooth>(t);
     apply_gradient_rows<kSmooth, false, 1>(rest, piece, piece.whole(team, valid), stats, terms, [&](const Step& step) {
       return staged_gradient<kSmooth>(rest, piece, staged, step);
