@@ -1,100 +1,19 @@
-"""The interpreter of tests/ptx: floating point against exact arithmetic in fractions, rounded once; approximations
-against the errors that the PTX manual promises."""
+"""The interpreter of tests/ptx: floating point against exact arithmetic in fractions, rounded once. Approximations are
+in test_ptx_approximations.py."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import random
-import struct
 from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 
-from tests.common.ptx_programs import execute
+from tests.common.float_formats import BF16, F16, F32, F64, Format, flush, samples, tuples
+from tests.common.ptx_programs import check_table, execute
 
 pytestmark = pytest.mark.interpreter
-
-
-# ---- formats ----
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    name: str
-    width: int
-    mantissa: int
-    nan: int
-
-    @property
-    def bias(self) -> int:
-        return (1 << (self.width - 2 - self.mantissa)) - 1
-
-    @property
-    def infinity(self) -> int:
-        return (2 * self.bias + 1) << self.mantissa
-
-    def value(self, bits: int) -> Fraction | None:
-        """None for infinity and NaN."""
-        sign, magnitude = bits >> (self.width - 1), bits & ((1 << (self.width - 1)) - 1)
-        if magnitude >= self.infinity:
-            return None
-        exponent, fraction = magnitude >> self.mantissa, magnitude & ((1 << self.mantissa) - 1)
-        whole = fraction + ((1 << self.mantissa) if exponent else 0)
-        scale = max(exponent, 1) - self.bias - self.mantissa
-        return (-1) ** sign * whole * Fraction(2) ** scale
-
-    def rounded(self, v: Fraction, mode: str = "rn", zero: int = 0) -> int:
-        """zero: the sign bit of an exact 0."""
-        if v == 0:
-            return zero << (self.width - 1)
-        sign = int(v < 0)
-        magnitude = abs(v)
-        exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-        exponent -= Fraction(2) ** exponent > magnitude
-        exponent = max(exponent, 1 - self.bias)
-        units = magnitude / Fraction(2) ** (exponent - self.mantissa)
-        whole = math.floor(units)
-        rest = units - whole
-        away = {"rz": False, "rm": bool(sign), "rp": not sign}.get(mode)
-        if away is None:
-            whole += rest > Fraction(1, 2) or (rest == Fraction(1, 2) and whole % 2 == 1)
-        else:
-            whole += away and rest > 0
-        result = whole * Fraction(2) ** (exponent - self.mantissa)
-        if result > self.value(self.infinity - 1):
-            to_infinity = away is None or away
-            return sign << (self.width - 1) | (self.infinity - (not to_infinity))
-        bits = whole if whole < 1 << self.mantissa else whole + ((exponent + self.bias - 1) << self.mantissa)
-        return sign << (self.width - 1) | bits
-
-
-F32, F64 = Format("f32", 32, 23, 0x7FFFFFFF), Format("f64", 64, 52, 0x7FF8 << 48)
-BF16, F16 = Format("bf16", 16, 7, 0x7FFF), Format("f16", 16, 10, 0x7FFF)
-
-
-def samples(f: Format, count: int = 60) -> list[int]:
-    """Numbers of all sizes with short and long fractions, subnormal ones, and zeros."""
-    generator = random.Random(f.name)
-    top = f.width - 1
-    special = [0, 1 << top, 1, (1 << f.mantissa) - 1, 1 << f.mantissa, f.infinity - 1, f.bias << f.mantissa]
-    near = [
-        generator.randrange(1 << f.mantissa) | (f.bias + generator.randrange(-12, 12)) << f.mantissa
-        for _ in range(count)
-    ]
-    anywhere = [generator.randrange(f.infinity) for _ in range(count)]
-    return [bits | generator.randrange(2) << top for bits in (*special, *near, *anywhere)]
-
-
-def flush(f: Format, bits: int) -> int:
-    return bits & (1 << (f.width - 1)) if bits & f.infinity == 0 else bits
-
-
-def tuples(f: Format, operands: int, count: int = 300) -> list[tuple[int, ...]]:
-    generator, all_of = random.Random(operands), samples(f)
-    return [tuple(generator.choice(all_of) for _ in range(operands)) for _ in range(count)]
 
 
 # ---- correctly rounded arithmetic ----
@@ -301,10 +220,7 @@ TABLE: tuple[tuple[str, str, tuple[tuple[int, ...], ...]], ...] = (
 
 @pytest.mark.parametrize(("instruction", "signature", "rows"), TABLE, ids=[f"{row[0]} ({row[1]})" for row in TABLE])
 def test_table(instruction: str, signature: str, rows: tuple[tuple[int, ...], ...]) -> None:
-    inputs = len(signature.split("->")[0].split())
-    found = execute(instruction, signature, [row[:inputs] for row in rows])
-    for row, result in zip(rows, found, strict=True):
-        assert list(map(hex, result)) == list(map(hex, row[inputs:])), list(map(hex, row))
+    check_table(instruction, signature, rows)
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz"])
@@ -322,119 +238,3 @@ def test_narrowing(f: Format, source: Format, mode: str) -> None:
         value = source.value(bits)
         assert value is not None
         assert result == f.rounded(value, mode, bits >> (source.width - 1)), hex(bits)
-
-
-# ---- approximations ----
-
-
-def number(bits: int) -> float:
-    return struct.unpack("<f", struct.pack("<I", bits))[0]
-
-
-def bits_of(v: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", v))[0]
-
-
-def ulp(v: float) -> float:
-    return 2.0 ** (max(math.frexp(v)[1] - 1, -126) - 23)
-
-
-def spread(low: float, high: float, count: int = 500) -> list[int]:
-    generator = random.Random(f"{low} {high}")
-    return [bits_of(generator.uniform(low, high)) for _ in range(count)]
-
-
-def sizes(low: int, high: int, count: int = 500) -> list[int]:
-    generator = random.Random(f"{low} {high}")
-    return [
-        bits_of(generator.choice((1.0, 1.5, 1 + generator.random())) * 2.0 ** generator.randrange(low, high))
-        for _ in range(count)
-    ]
-
-
-# opcode, inputs, exact, the largest error
-APPROXIMATE: tuple[tuple[str, list[int], Callable[[float], float], Callable[[float, float], float]], ...] = (
-    ("ex2.approx.f32", spread(-126, 127), lambda x: 2.0**x, lambda x, y: 2 * ulp(y)),
-    ("ex2.approx.ftz.f32", spread(-126, 127), lambda x: 2.0**x, lambda x, y: 2 * ulp(y)),
-    ("rcp.approx.f32", sizes(-125, 125), lambda x: 1 / x, lambda x, y: ulp(y)),
-    ("rcp.approx.ftz.f32", sizes(-125, 125), lambda x: 1 / x, lambda x, y: ulp(y)),
-    ("rsqrt.approx.f32", sizes(-125, 125), lambda x: 1 / math.sqrt(x), lambda x, y: y * 2.0**-22),
-    ("sqrt.approx.f32", sizes(-125, 125), math.sqrt, lambda x, y: y * 2.0**-23),
-    ("lg2.approx.f32", sizes(-125, 125), math.log2, lambda x, y: 2.0**-22 * max(abs(y), 0.5 < x < 2)),
-    ("lg2.approx.ftz.f32", spread(0.5, 2), math.log2, lambda x, y: 2.0**-22),
-    ("tanh.approx.f32", spread(-8, 8), math.tanh, lambda x, y: abs(y) * 2.0**-11),
-    ("sin.approx.f32", spread(-3, 3), math.sin, lambda x, y: 2.0**-20.5),
-    ("cos.approx.ftz.f32", spread(-3, 3), math.cos, lambda x, y: 2.0**-20.5),
-)
-
-
-@pytest.mark.parametrize(("opcode", "inputs", "exact", "error"), APPROXIMATE, ids=[row[0] for row in APPROXIMATE])
-def test_approximations(
-    opcode: str, inputs: list[int], exact: Callable[[float], float], error: Callable[[float, float], float]
-) -> None:
-    """Within the promised error, and not much better: half of it is used at least once. The same every time."""
-    rows = [(bits,) for bits in inputs]
-    found = execute(opcode, "32 -> 32", rows)
-    worst = 0.0
-    for (bits,), (result,) in zip(rows, found, strict=True):
-        x = number(bits)
-        share = abs(number(result) - exact(x)) / error(x, exact(x))
-        assert share <= 1.001, (x, number(result), exact(x))
-        worst = max(worst, share)
-    assert worst > 0.5
-    assert execute(opcode, "32 -> 32", rows) == found
-
-
-@pytest.mark.parametrize("opcode", ["div.approx.f32", "div.approx.ftz.f32", "div.full.f32", "div.full.ftz.f32"])
-def test_approximate_division(opcode: str) -> None:
-    rows = list(zip(sizes(-40, 40), sizes(-39, 41), strict=True))
-    worst = 0.0
-    for (a, b), (result,) in zip(rows, execute(opcode, "32 32 -> 32", rows), strict=True):
-        exact = number(a) / number(b)
-        share = abs(number(result) - exact) / (2 * ulp(exact))
-        assert share <= 1.001
-        worst = max(worst, share)
-    assert worst > 0.5
-
-
-SPECIAL: tuple[tuple[str, str, tuple[tuple[int, ...], ...]], ...] = (
-    ("ex2.approx.f32", "32 -> 32", ((ZERO, ONE), (NZERO, ONE), (INF, INF), (NINF, ZERO), (NAN, CANONICAL))),
-    ("ex2.approx.ftz.f32", "32 -> 32", ((TINY, ONE), (bits_of(-130.0), ZERO), (bits_of(200.0), INF))),
-    ("rcp.approx.f32", "32 -> 32", ((ZERO, INF), (NZERO, NINF), (INF, ZERO), (NAN, CANONICAL))),
-    ("rcp.approx.ftz.f32", "32 -> 32", ((TINY, INF), (NTINY, NINF), (bits_of(1.5 * 2.0**126), ZERO))),
-    ("rsqrt.approx.f32", "32 -> 32", ((ZERO, INF), (INF, ZERO), (MINUS, CANONICAL))),
-    ("sqrt.approx.f32", "32 -> 32", ((ZERO, ZERO), (NZERO, NZERO), (MINUS, CANONICAL), (INF, INF))),
-    ("lg2.approx.f32", "32 -> 32", ((ZERO, NINF), (MINUS, CANONICAL), (INF, INF))),
-    ("lg2.approx.ftz.f32", "32 -> 32", ((TINY, NINF),)),
-    ("tanh.approx.f32", "32 -> 32", ((ZERO, ZERO), (NZERO, NZERO), (NAN, CANONICAL))),
-    (
-        "div.approx.f32",
-        "32 32 -> 32",
-        ((ONE, ZERO, INF), (ONE, bits_of(1.5 * 2.0**126), ZERO), (INF, bits_of(2.0**127), CANONICAL)),
-    ),
-)
-
-
-@pytest.mark.parametrize(("instruction", "signature", "rows"), SPECIAL, ids=[row[0] for row in SPECIAL])
-def test_special_values_of_approximations(instruction: str, signature: str, rows: tuple[tuple[int, ...], ...]) -> None:
-    test_table(instruction, signature, rows)
-
-
-@pytest.mark.parametrize(
-    ("opcode", "f", "exact", "error"),
-    [
-        ("ex2.approx.ftz.bf16", BF16, lambda x: 2.0**x, 2.0**-7),
-        ("ex2.approx.f16", F16, lambda x: 2.0**x, 2.0**-9.9),
-        ("tanh.approx.bf16", BF16, math.tanh, 2.0**-8),
-        ("tanh.approx.f16", F16, math.tanh, 2.0**-10.9),
-    ],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_approximations_of_halves(opcode: str, f: Format, exact: Callable[[float], float], error: float) -> None:
-    rows = [(bits,) for bits in samples(f) if abs(f.value(bits)) < 6 and flush(f, bits) & 0x7FFF]
-    found = execute(opcode, "16 -> 16", rows)
-    packed = execute(opcode + "x2", "32 -> 32", [(bits << 16 | bits,) for (bits,) in rows])
-    for (bits,), (result,), (both,) in zip(rows, found, packed, strict=True):
-        value = exact(float(f.value(bits)))
-        assert abs(float(f.value(result)) - value) <= abs(value) * error * 1.01 + 2.0**-24
-        assert both == result << 16 | result

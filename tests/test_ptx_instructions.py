@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.common.ptx_programs import execute, program, run
+from tests.common.ptx_programs import check_table, execute, program, run
 
 pytestmark = pytest.mark.interpreter
 
@@ -192,9 +192,7 @@ TABLE: tuple[tuple[str, str, tuple[tuple[int, ...], ...]], ...] = (
 
 @pytest.mark.parametrize(("instruction", "signature", "rows"), TABLE, ids=[f"{row[0]} ({row[1]})" for row in TABLE])
 def test_table(instruction: str, signature: str, rows: tuple[tuple[int, ...], ...]) -> None:
-    inputs = len(signature.split("->")[0].split())
-    found = execute(instruction, signature, [row[:inputs] for row in rows])
-    assert [tuple(map(hex, r)) for r in found] == [tuple(map(hex, row[inputs:])) for row in rows]
+    check_table(instruction, signature, rows)
 
 
 @pytest.mark.parametrize(

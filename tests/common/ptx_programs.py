@@ -90,3 +90,11 @@ def execute(instruction: str, signature: str, rows: Sequence[Sequence[int]]) -> 
     run(program("\n".join(lines), parameters), *tensors, *results, blocks=count // LANES, threads=LANES)
     found = [[v & ((1 << BITS[kind]) - 1) for v in r.tolist()] for kind, r in zip(outputs, results, strict=True)]
     return list(zip(*found, strict=True))[: len(rows)]
+
+
+def check_table(instruction: str, signature: str, rows: Sequence[Sequence[int]]) -> None:
+    """rows: operands, then results."""
+    inputs = len(signature.split("->")[0].split())
+    found = execute(instruction, signature, [row[:inputs] for row in rows])
+    for row, result in zip(rows, found, strict=True):
+        assert list(map(hex, result)) == list(map(hex, row[inputs:])), list(map(hex, row))

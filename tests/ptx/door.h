@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "machine.h"
 
@@ -19,6 +20,8 @@ constexpr int kInvalidValue = 1, kLaunchFailure = 719, kGangTooLarge = 720;
 // wrong is in last_defect().
 int launch(const std::string& kernel, const LaunchShape& shape, void** arguments);
 const char* last_defect();
+// The kernels that were launched since the counters were reset, in their order.
+std::vector<std::string> launched();
 
 // Runs a kernel as it is, for tests of the interpreter. Throws Defect.
 void run(const std::string& kernel, const LaunchShape& shape, const std::string& parameters, const Options& options);

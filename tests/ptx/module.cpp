@@ -174,6 +174,11 @@ Module parse_module(std::string_view with_comments) {
       at = parse_entry(all, static_cast<size_t>(entry->data() - all.data()) + entry->size(), module);
       continue;
     }
+    if (words.size() == 3 && words[0] == ".file") {
+      module.files[static_cast<int>(number_of(words[1]))] = words[2].substr(1, words[2].size() - 2);
+      at = stop + 1;
+      continue;
+    }
     if (place(".func") != words.end()) {
       const size_t body = all.find_first_of("{;", at);  // functions are not called: see decode_control.cpp
       at = body == std::string_view::npos ? all.size() : all[body] == ';' ? body + 1 : past_bracket(all, body);
@@ -211,9 +216,12 @@ std::vector<Statement> parse_body(std::string_view body) {
       ++at;
       continue;
     }
-    if (const std::string_view word = body.substr(at, 5); word == ".loc " || word == ".loc\t" || word == ".file") {
-      // A line of its own.
-      at = std::min(body.find('\n', at), body.size());
+    if (const std::string_view word = body.substr(at, 5); word == ".loc " || word == ".loc\t") {
+      const size_t end = std::min(body.find('\n', at), body.size());
+      s.kind = Statement::kLocation;
+      s.text = body.substr(at + 5, end - at - 5);
+      statements.push_back(std::move(s));
+      at = end;
       continue;
     }
     const size_t end = body.find_first_of(":;", at);
