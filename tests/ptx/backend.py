@@ -76,7 +76,7 @@ class Interpreter:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._ptx = library
-        for name in ("load", "run", "counters"):
+        for name in ("load", "run", "counters", "launched"):
             getattr(library, f"fastnorm_ptx_{name}").restype = ctypes.c_char_p
 
     @staticmethod
@@ -118,6 +118,10 @@ class Interpreter:
                 ctypes.c_bool(races),
             )
         )
+
+    def launched(self) -> list[str]:
+        """The names of the kernels launched since reset_counters(), those that failed too."""
+        return str(self._ptx.fastnorm_ptx_launched().decode()).split()
 
     @contextlib.contextmanager
     def executing(self, races: bool = False) -> Iterator[Counts]:

@@ -70,9 +70,9 @@ bool Warp::wait_for_block(Group& group, Mask on) {
       const auto waits = [](const Warp& w) { return w.at_barrier_.lanes != 0; };
       const Warp& other = *std::find_if(block_->warps.begin(), block_->warps.end(), waits);
       group.at = at;
-      fail(std::countr_zero(on), "divergent barrier: " +
-                                     thread_name(block_->index, other.thread(std::countr_zero(other.at_barrier_.lanes))) +
-                                     " waits at another");
+      fail(std::countr_zero(on),
+           "divergent barrier: " + thread_name(block_->index, other.thread(std::countr_zero(other.at_barrier_.lanes))) +
+               " waits at another");
     }
     block_->barrier = at;
     block_->arrived += std::popcount(on);
@@ -150,7 +150,8 @@ void Warp::wait_for_cluster(const Instruction&, Group& group, Mask on) {
   const Group waiting{group.at, on};
   group = {group.at + 1, group.lanes & ~on};
   if (on != 0) at_cluster_.push_back(waiting);
-  if (on != 0 && cluster_waits[static_cast<size_t>(std::countr_zero(on))] < block_->cluster->phase) pass_cluster_barrier();
+  if (on != 0 && cluster_waits[static_cast<size_t>(std::countr_zero(on))] < block_->cluster->phase)
+    pass_cluster_barrier();
   if (group.lanes == 0 && !groups_.empty()) group = take_group();
 }
 

@@ -36,6 +36,14 @@ FASTNORM_EXPORT const char* fastnorm_ptx_run(const char* kernel, int64_t blocks,
   });
 }
 
+// A line each.
+FASTNORM_EXPORT const char* fastnorm_ptx_launched() {
+  static std::string text;
+  text.clear();
+  for (const std::string& name : ptx::launched()) text += name + "\n";
+  return text.c_str();
+}
+
 FASTNORM_EXPORT void fastnorm_ptx_look_for_races(bool on) { ptx::look_for_races(on); }
 FASTNORM_EXPORT void fastnorm_ptx_count_transactions(bool on) { ptx::count_transactions(on); }
 

@@ -1,8 +1,8 @@
 """Builds the interpreter of PTX, and what it executes, with ninja, incrementally, into build/emulator/ptx.
 
     interpreter.so     the interpreter alone, for its own tests
-    fastnorm_ptx.so    the ops of torch.ops.fastnorm_ptx: csrc/torch, the planner, and the host half of csrc/cuda as nvcc
-                       compiles it, on the CUDA runtime of cuda_runtime.cpp
+    fastnorm_ptx.so    the ops of torch.ops.fastnorm_ptx: csrc/torch, the planner, and the host half of csrc/cuda as
+                       nvcc compiles it, on the CUDA runtime of cuda_runtime.cpp
     sm_90/*.ptx        the kernels, as nvcc compiles them; so for sm_75 and sm_80 where a test asks for it
 
 Needs nvcc for all but the first.
@@ -99,7 +99,10 @@ def build_kernels(arch: str, kernels: Sequence[tuple[str, str]] = KERNELS, quiet
     """The files of PTX; arch: as "sm_90"."""
     objects = [
         nvcc_object(
-            f"ptx/{arch}/{file_name(name, dtype)}.ptx", CSRC / "cuda" / f"{name}.cu", [f"-arch={arch}", "-ptx"], dtype
+            f"ptx/{arch}/{file_name(name, dtype)}.ptx",
+            CSRC / "cuda" / f"{name}.cu",
+            [f"-arch={arch}", "-ptx", "-lineinfo"],  # errors then name a line of the source
+            dtype,
         )
         for name, dtype in kernels
     ]

@@ -5,6 +5,7 @@
 
 #include "decoding.h"
 #include "defect.h"
+#include "locations.h"
 #include "names.h"
 
 namespace fastnorm::ptx {
@@ -52,7 +53,7 @@ struct AllDecoders {
 
 class Compiler {
  public:
-  Compiler(const Module& module, const Entry& entry) : names_(kernel_, module), entry_(entry) {}
+  Compiler(const Module& module, const Entry& entry) : names_(kernel_, module), entry_(entry), locations_(module) {}
 
   Kernel run() {
     kernel_.name = entry_.name;
@@ -77,6 +78,7 @@ class Compiler {
     switch (statement.kind) {
       case Statement::kOpen: return names_.open();
       case Statement::kClose: return names_.close();
+      case Statement::kLocation: return locations_.set(statement.text);
       case Statement::kLabel:
         labels_[statement.text] = static_cast<uint32_t>(kernel_.code.size());
         last_label_ = statement.text;
@@ -99,7 +101,7 @@ class Compiler {
     Decoding decoding(statement, names_);
     decoder(decoding);
     decoding.i.text = static_cast<uint32_t>(kernel_.texts.size());
-    kernel_.texts.push_back(statement.text);
+    kernel_.texts.push_back(statement.text + locations_.text());
     if (decoding.i.flow == Flow::kBranch) branches_.push_back({kernel_.code.size(), statement.operands[0]});
     if (decoding.i.flow == Flow::kIndexed) branches_.push_back({kernel_.code.size(), statement.operands[1]});
     kernel_.code.push_back(decoding.i);
@@ -136,6 +138,7 @@ class Compiler {
   Kernel kernel_;
   Names names_;
   const Entry& entry_;
+  Locations locations_;
   std::map<std::string, uint32_t> labels_;
   std::map<std::string, std::vector<std::string>> lists_;  // of indexed branches
   std::string last_label_;

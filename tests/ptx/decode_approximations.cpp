@@ -1,5 +1,5 @@
-// Approximate instructions. The result is the exact one, off by as much as the PTX manual allows and no more: how much is
-// a function of the input's bits, so that no test depends on an approximation that is better than promised. Special
+// Approximate instructions. The result is the exact one, off by as much as the PTX manual allows and no more: how much
+// is a function of the input's bits, so that no test depends on an approximation that is better than promised. Special
 // values are those of the manual's tables.
 #include <cmath>
 #include <numbers>
@@ -77,6 +77,20 @@ struct Div {
   };
 };
 
+// rcp.approx.ftz.f64 and rsqrt.approx.ftz.f64: from and to the upper 32 bits of a double, those below being 0.
+template <bool kRoot>
+struct UpperHalf {
+  static double of(double x) {
+    constexpr uint64_t kUpper = 0xffffffff00000000u, kExponent = uint64_t{0x7ff} << 52, kSign = uint64_t{1} << 63;
+    const auto flushed = [](uint64_t bits) { return (bits & kExponent) == 0 ? bits & kSign : bits; };
+    const uint64_t bits = flushed(bits_of(x) & kUpper);
+    const double upper = std::bit_cast<double>(bits), exact = 1 / (kRoot ? std::sqrt(upper) : upper);
+    if (std::isnan(x) || std::isnan(exact)) return std::bit_cast<double>(uint64_t{0x7fffffff} << 32);
+    const double near = exact == 0 || std::isinf(exact) ? exact : exact * (1 + noise(bits) * 0x1p-22);
+    return std::bit_cast<double>(flushed(bits_of(near)) & kUpper);
+  }
+};
+
 template <class F, bool kFlush>
 struct Modified {
   template <class... T>
@@ -95,6 +109,13 @@ template <class F>
 void single(Decoding& d) {
   d.take_type_of({kF32});
   single_of<F>(d);
+}
+template <class F, bool kRoot>
+void single_or_double(Decoding& d) {
+  if (d.take_type_of({kF32, kF64}) == kF32) return single_of<F>(d);
+  if (!d.take("approx") || !d.take("ftz")) d.fail("an instruction that is not known");
+  d.i.run = lanewise<UpperHalf<kRoot>, double, double>;
+  d.usual(kF64, {kF64});
 }
 template <class F>
 void divide(Decoding& d) {
@@ -137,19 +158,19 @@ template <class F>
 void half(Decoding& d, Type type) {
   d.take("approx");
   d.take("ftz");  // of bfloat16, whose subnormal numbers give what 0 gives to 8 bits
-  d.i.run = type == kF16      ? lanewise<OnHalf<F>, Float16, Float16>
-            : type == kBF16   ? lanewise<OnHalf<F>, BFloat16, BFloat16>
+  d.i.run = type == kF16     ? lanewise<OnHalf<F>, Float16, Float16>
+            : type == kBF16  ? lanewise<OnHalf<F>, BFloat16, BFloat16>
             : type == kF16x2 ? lanewise<OnHalf<F>, Pair<Float16>, Pair<Float16>>
-                              : lanewise<OnHalf<F>, Pair<BFloat16>, Pair<BFloat16>>;
+                             : lanewise<OnHalf<F>, Pair<BFloat16>, Pair<BFloat16>>;
   d.usual(type, {type});
 }
 
 }  // namespace
 
 void add_approximations(Decoders& decoders) {
-  decoders["rcp"] = single<Rcp>;
+  decoders["rcp"] = single_or_double<Rcp, false>;
   decoders["sqrt"] = single<Sqrt>;
-  decoders["rsqrt"] = single<Rsqrt>;
+  decoders["rsqrt"] = single_or_double<Rsqrt, true>;
   decoders["lg2"] = single<Log2>;
   decoders["sin"] = single<Sin>;
   decoders["cos"] = single<Cos>;

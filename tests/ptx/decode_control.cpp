@@ -23,8 +23,9 @@ void map_to_rank(Warp& warp, const Instruction& i, Mask lanes) {
     if ((address & kSharedWindow) == 0) warp.fail(lane, "mapa of what is not shared memory");
     if (rank >= blocks) warp.fail(lane, "mapa to rank " + std::to_string(rank) + " of " + std::to_string(blocks));
     const uint64_t offset = address & ((1 << kBlockShift) - 1);
-    warp.set(i.out[0], lane, i.out[0].wide ? kSharedWindow | (first + rank) << kBlockShift | offset
-                                           : (rank + 1) << kBlockShift | offset);
+    warp.set(
+        i.out[0], lane,
+        i.out[0].wide ? kSharedWindow | (first + rank) << kBlockShift | offset : (rank + 1) << kBlockShift | offset);
   });
 }
 void rank_of(Warp& warp, const Instruction& i, Mask lanes) {

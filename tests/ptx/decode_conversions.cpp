@@ -58,10 +58,10 @@ void to_integer(Warp& warp, const Instruction& i, Mask lanes) {
   const Kept<From>* const in = warp.lanes<Kept<From>>(i.in[0]);
   for_lanes(lanes, [&](int lane) {
     const double v = flushed_if(number_of(value_of<From>(in[lane])), i.mode);
-    const double whole = i.rounding == FE_TONEAREST    ? std::nearbyint(v)
+    const double whole = i.rounding == FE_TONEAREST  ? std::nearbyint(v)
                          : i.rounding == FE_DOWNWARD ? std::floor(v)
                          : i.rounding == FE_UPWARD   ? std::ceil(v)
-                                                      : std::trunc(v);
+                                                     : std::trunc(v);
     constexpr auto kLeast = std::numeric_limits<To>::min(), kMost = std::numeric_limits<To>::max();
     constexpr bool kLong = sizeof(To) == 8 || sizeof(From) == 8;
     To result;
@@ -97,10 +97,10 @@ void to_whole(Warp& warp, const Instruction& i, Mask lanes) {
   const Kept<T>* const in = warp.lanes<Kept<T>>(i.in[0]);
   for_lanes(lanes, [&](int lane) {
     const T v = flushed_if(value_of<T>(in[lane]), i.mode);
-    T whole = i.rounding == FE_TONEAREST    ? std::nearbyint(v)
+    T whole = i.rounding == FE_TONEAREST  ? std::nearbyint(v)
               : i.rounding == FE_DOWNWARD ? std::floor(v)
               : i.rounding == FE_UPWARD   ? std::ceil(v)
-                                           : std::trunc(v);
+                                          : std::trunc(v);
     if (i.mode & kSaturate) whole = saturated(whole);
     out[lane] = kept_of<T>(one_nan(whole));
   });
@@ -115,12 +115,16 @@ H narrowed(V v, const Instruction& i) {
   constexpr bool kBrain = std::is_same_v<H, BFloat16>;
   if constexpr (std::is_same_v<V, float>) {
     if (i.rounding == FE_TONEAREST) {
-      if constexpr (kBrain) return emulator::narrow_bfloat16(v);
-      else return emulator::narrow_float16(v);
+      if constexpr (kBrain)
+        return emulator::narrow_bfloat16(v);
+      else
+        return emulator::narrow_float16(v);
     }
   }
-  if constexpr (kBrain) return to_bfloat16(v, i.rounding);
-  else return to_float16(v, i.rounding);
+  if constexpr (kBrain)
+    return to_bfloat16(v, i.rounding);
+  else
+    return to_float16(v, i.rounding);
 }
 template <class H, class From>
 void to_half(Warp& warp, const Instruction& i, Mask lanes) {
@@ -145,9 +149,7 @@ template <class H, class From>
 void integer_to_half(Warp& warp, const Instruction& i, Mask lanes) {
   uint32_t* const out = warp.lanes<uint32_t>(i.out[0]);
   const Kept<From>* const in = warp.lanes<Kept<From>>(i.in[0]);
-  for_lanes(lanes, [&](int lane) {
-    out[lane] = narrowed<H>(static_cast<double>(value_of<From>(in[lane])), i).bits;
-  });
+  for_lanes(lanes, [&](int lane) { out[lane] = narrowed<H>(static_cast<double>(value_of<From>(in[lane])), i).bits; });
 }
 
 // An integer that lies in a register wider than its type.
@@ -208,7 +210,10 @@ void decode_cvt(Decoding& d) {
   const std::string_view mode = d.take_one_of({"rn", "rz", "rm", "rp"});
   const std::string_view digits = whole.empty() ? mode : whole;
   const char direction = digits.empty() ? 'n' : digits[1];
-  d.i.rounding = direction == 'z' ? FE_TOWARDZERO : direction == 'm' ? FE_DOWNWARD : direction == 'p' ? FE_UPWARD : FE_TONEAREST;
+  d.i.rounding = direction == 'z'   ? FE_TOWARDZERO
+                 : direction == 'm' ? FE_DOWNWARD
+                 : direction == 'p' ? FE_UPWARD
+                                    : FE_TONEAREST;
   const bool saturates = d.take("sat");
   d.i.mode = static_cast<uint8_t>(kSaturate * saturates | kFlush * d.take("ftz") | kRelu * d.take("relu"));
   const Type to = d.take_type(), from = d.take_type();
@@ -249,8 +254,9 @@ void shared_to_generic(Warp& warp, const Instruction& i, Mask lanes) {
   const auto first = static_cast<uint64_t>(warp.block().index - warp.block().rank);
   for_lanes(lanes, [&](int lane) {
     const uint64_t address = warp.value(i.in[0], lane), rank = address >> kBlockShift;
-    warp.set(i.out[0], lane, rank == 0 ? window | address
-                                       : kSharedWindow | (first + rank - 1) << kBlockShift | (address & ((1 << kBlockShift) - 1)));
+    warp.set(i.out[0], lane,
+             rank == 0 ? window | address
+                       : kSharedWindow | (first + rank - 1) << kBlockShift | (address & ((1 << kBlockShift) - 1)));
   });
 }
 void generic_to_shared(Warp& warp, const Instruction& i, Mask lanes) {
@@ -270,7 +276,8 @@ struct Windowed {
 
 void decode_cvta(Decoding& d) {
   const bool to = d.take("to");
-  const std::string_view space = d.take_one_of({"global", "const", "shared", "shared::cta", "shared::cluster", "local", "param"});
+  const std::string_view space =
+      d.take_one_of({"global", "const", "shared", "shared::cta", "shared::cluster", "local", "param"});
   const Type type = d.take_type_of({kU32, kU64});
   if (space.starts_with("shared")) {
     d.i.run = to ? generic_to_shared : shared_to_generic;

@@ -1,5 +1,5 @@
-// cp.async: copies from global to shared memory, past the registers. Each lands at once or when its thread waits, as the
-// machine's seed decides; until the thread has waited its memory is poisoned, and nobody may access it.
+// cp.async: copies from global to shared memory, past the registers. Each lands at once or when its thread waits, as
+// the machine's seed decides; until the thread has waited its memory is poisoned, and nobody may access it.
 #include <array>
 #include <bit>
 #include <cstring>
@@ -38,7 +38,8 @@ void begin(Warp& warp, const Instruction& i, Mask lanes) {
     copy.place = static_cast<uint32_t>(places[l] & ((1 << kBlockShift) - 1)) - kSharedBegin;
     copy.from = sources[l];
     copy.bytes = i.bytes;
-    copy.source_bytes = i.mode != 0 ? static_cast<uint8_t>(std::min<uint64_t>(warp.value(i.in[2], lane), i.bytes)) : i.bytes;
+    copy.source_bytes =
+        i.mode != 0 ? static_cast<uint8_t>(std::min<uint64_t>(warp.value(i.in[2], lane), i.bytes)) : i.bytes;
     if (copy.source_bytes == copy.bytes) {
       reach(warp, lane, Space::kGlobal, {copy.from, copy.bytes, Use::kRead});
     } else if (copy.from % copy.bytes != 0) {

@@ -60,7 +60,7 @@ template <bool kMax, bool kNan>
 struct Extreme {
   template <class T>
   static T of(T a, T b) {
-    const T extreme = kMax ? (a > b ? a : b) : (a < b ? a : b);  // b where one is NaN
+    const T extreme = kMax ? (a > b ? a : b) : (a < b ? a : b);                       // b where one is NaN
     const auto equal = kMax ? (bits_of(a) & bits_of(b)) : (bits_of(a) | bits_of(b));  // zeros: of both signs
     const T number = a == b ? std::bit_cast<T>(equal) : b != b ? a : extreme;
     if constexpr (kNan) return a != a ? a : b != b ? b : number;
@@ -103,8 +103,11 @@ void set_rounding(Decoding& d) {
 template <class F, class... In>
 Execute single(Decoding& d) {
   const bool flush = d.take("ftz"), saturate = d.take("sat");
-  if (flush) return saturate ? lanewise<Modified<F, true, true>, float, In...> : lanewise<Modified<F, true, false>, float, In...>;
-  return saturate ? lanewise<Modified<F, false, true>, float, In...> : lanewise<Modified<F, false, false>, float, In...>;
+  if (flush)
+    return saturate ? lanewise<Modified<F, true, true>, float, In...>
+                    : lanewise<Modified<F, true, false>, float, In...>;
+  return saturate ? lanewise<Modified<F, false, true>, float, In...>
+                  : lanewise<Modified<F, false, false>, float, In...>;
 }
 
 template <class F>
@@ -154,9 +157,9 @@ struct CopySign {
 template <class F>
 void sign(Decoding& d) {
   const Type type = d.take_type_of({kF32, kF64});
-  d.i.run = type == kF64     ? lanewise<F, uint64_t, uint64_t>
+  d.i.run = type == kF64    ? lanewise<F, uint64_t, uint64_t>
             : d.take("ftz") ? lanewise<FlushedSign<F>, uint32_t, uint32_t>
-                             : lanewise<F, uint32_t, uint32_t>;
+                            : lanewise<F, uint32_t, uint32_t>;
   d.usual(type, {type});
 }
 

@@ -60,7 +60,8 @@ template <class F, bool kFlush, After kAfter>
 struct OnHalf {
   template <class H, class... Hs>
   static H of(H first, Hs... rest) {
-    if (kFlush) return flushed_half(narrow<H>(F::of(double(widen(flushed_half(first))), double(widen(flushed_half(rest)))...)));
+    if (kFlush)
+      return flushed_half(narrow<H>(F::of(double(widen(flushed_half(first))), double(widen(flushed_half(rest)))...)));
     return narrow<H>(F::of(double(widen(first)), double(widen(rest))...));
   }
   template <class H, class... Ps>
@@ -85,9 +86,13 @@ template <class F, class H, class... Same>
 Execute modified(Decoding& d) {
   const bool flush = d.take("ftz");
   const std::string_view after = d.take_one_of({"sat", "relu"});
-  if (after == "sat") return flush ? lanes_of<F, true, After::kSaturate>(H{}, Same{}...) : lanes_of<F, false, After::kSaturate>(H{}, Same{}...);
-  if (after == "relu") return flush ? lanes_of<F, true, After::kRelu>(H{}, Same{}...) : lanes_of<F, false, After::kRelu>(H{}, Same{}...);
-  return flush ? lanes_of<F, true, After::kNothing>(H{}, Same{}...) : lanes_of<F, false, After::kNothing>(H{}, Same{}...);
+  if (after == "sat")
+    return flush ? lanes_of<F, true, After::kSaturate>(H{}, Same{}...)
+                 : lanes_of<F, false, After::kSaturate>(H{}, Same{}...);
+  if (after == "relu")
+    return flush ? lanes_of<F, true, After::kRelu>(H{}, Same{}...) : lanes_of<F, false, After::kRelu>(H{}, Same{}...);
+  return flush ? lanes_of<F, true, After::kNothing>(H{}, Same{}...)
+               : lanes_of<F, false, After::kNothing>(H{}, Same{}...);
 }
 
 Type take_half(Decoding& d) { return d.take_type_of({kF16, kBF16, kF16x2, kBF16x2}); }
@@ -96,20 +101,20 @@ template <class F>
 void binary(Decoding& d) {
   const Type type = take_half(d);
   d.take("rn");
-  d.i.run = type == kF16      ? modified<F, Float16, Float16>(d)
-            : type == kBF16   ? modified<F, BFloat16, BFloat16>(d)
+  d.i.run = type == kF16     ? modified<F, Float16, Float16>(d)
+            : type == kBF16  ? modified<F, BFloat16, BFloat16>(d)
             : type == kF16x2 ? modified<F, Pair<Float16>, Pair<Float16>>(d)
-                              : modified<F, Pair<BFloat16>, Pair<BFloat16>>(d);
+                             : modified<F, Pair<BFloat16>, Pair<BFloat16>>(d);
   d.usual(type, {type, type});
 }
 template <class F>
 void ternary(Decoding& d) {
   const Type type = take_half(d);
   d.take("rn");
-  d.i.run = type == kF16      ? modified<F, Float16, Float16, Float16>(d)
-            : type == kBF16   ? modified<F, BFloat16, BFloat16, BFloat16>(d)
+  d.i.run = type == kF16     ? modified<F, Float16, Float16, Float16>(d)
+            : type == kBF16  ? modified<F, BFloat16, BFloat16, BFloat16>(d)
             : type == kF16x2 ? modified<F, Pair<Float16>, Pair<Float16>, Pair<Float16>>(d)
-                              : modified<F, Pair<BFloat16>, Pair<BFloat16>, Pair<BFloat16>>(d);
+                             : modified<F, Pair<BFloat16>, Pair<BFloat16>, Pair<BFloat16>>(d);
   d.usual(type, {type, type, type});
 }
 template <bool kMax>

@@ -30,7 +30,8 @@ void load(Warp& warp, const Instruction& i, Mask lanes) {
     }
   };
   if (i.space == Space::kParameter && i.in[0].bank == Operand::kConstant) {
-    const unsigned char* const from = reach(warp, std::countr_zero(lanes), i.space, {address_of(warp, i, 0), bytes, use});
+    const unsigned char* const from =
+        reach(warp, std::countr_zero(lanes), i.space, {address_of(warp, i, 0), bytes, use});
     return for_lanes(lanes, [&](int lane) { take(lane, from); });
   }
   for (Mask left = lanes; left != 0; left &= left - 1) {

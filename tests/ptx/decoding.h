@@ -1,5 +1,5 @@
-// From a statement to an Instruction. A decoder takes the parts of the opcode and the operands that it understands; what
-// is left over is an error, so that nothing is passed over in silence.
+// From a statement to an Instruction. A decoder takes the parts of the opcode and the operands that it understands;
+// what is left over is an error, so that nothing is passed over in silence.
 //
 //   ld.global.v4.f32 {%f1, %f2, %f3, %f4}, [%rd1+16]     name "ld"; parts "global", "v4", "f32"; two operands
 #pragma once

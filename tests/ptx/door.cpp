@@ -31,6 +31,7 @@ struct Door {
   bool races = true, transactions = false;
   uint64_t launches = 0;
   std::vector<emulator::LaunchRecord> log;
+  std::vector<std::string> launched;
   std::string defect;
 
   const Kernel& kernel(const std::string& name) {
@@ -80,6 +81,7 @@ int launch(const std::string& name, const LaunchShape& shape, void** arguments) 
     emulator::check_launch({shape.blocks, shape.threads, shape.shared_bytes, nullptr, shape.cluster, shape.cooperative},
                            d.settings.device);
     if (d.settings.refuse_gangs && (shape.cooperative || shape.cluster > 1)) return kGangTooLarge;
+    d.launched.push_back(name);
     const Kernel& kernel = d.kernel(name);
     const std::vector<unsigned char> parameters = packed(kernel, arguments);
     const emulator::Traffic before = traffic_of(d.machine.counters());
@@ -96,6 +98,7 @@ int launch(const std::string& name, const LaunchShape& shape, void** arguments) 
 }
 
 const char* last_defect() { return door().defect.c_str(); }
+std::vector<std::string> launched() { return door().launched; }
 
 void run(const std::string& name, const LaunchShape& shape, const std::string& parameters, const Options& options) {
   Door& d = door();
@@ -134,6 +137,7 @@ void reset_counters() {
   ptx::Door& d = ptx::door();
   const std::lock_guard<std::mutex> lock(d.one_launch);
   d.log.clear();
+  d.launched.clear();
   d.machine.counters() = {};
   traffic = {};
 }

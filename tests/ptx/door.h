@@ -1,9 +1,10 @@
-// The door through which launches come: kernels by name, and the record of what was launched. A process has one machine,
-// and launches wait for each other.
+// The door through which launches come: kernels by name, and the record of what was launched. A process has one
+// machine, and launches wait for each other.
 #pragma once
 
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "machine.h"
 
@@ -19,6 +20,8 @@ constexpr int kInvalidValue = 1, kLaunchFailure = 719, kGangTooLarge = 720;
 // wrong is in last_defect().
 int launch(const std::string& kernel, const LaunchShape& shape, void** arguments);
 const char* last_defect();
+// The kernels that were launched since the counters were reset, in their order.
+std::vector<std::string> launched();
 
 // Runs a kernel as it is, for tests of the interpreter. Throws Defect.
 void run(const std::string& kernel, const LaunchShape& shape, const std::string& parameters, const Options& options);

@@ -1,10 +1,10 @@
 // Which accesses happen before which: clocks of threads, joined by barriers and by release and acquire.
 //
 // A thread's time has two parts. `epoch` counts the barriers of its block and cluster that it has come to, and `step`
-// those of its warp and its releases. All threads of a block leave a barrier with the same epoch. So what a thread knows
-// of its own block is one number: every access of an earlier epoch happened before. What it knows of other blocks is a
-// number each, in a Clock, which it gets by waiting for a cluster or by an acquire. A Clock also names single warps and
-// threads, because a release without a barrier before it covers no more than the thread that does it.
+// those of its warp and its releases. All threads of a block leave a barrier with the same epoch. So what a thread
+// knows of its own block is one number: every access of an earlier epoch happened before. What it knows of other blocks
+// is a number each, in a Clock, which it gets by waiting for a cluster or by an acquire. A Clock also names single
+// warps and threads, because a release without a barrier before it covers no more than the thread that does it.
 #pragma once
 
 #include <algorithm>

@@ -34,16 +34,16 @@ struct Operand {
 
 // What follows an instruction.
 enum class Flow : uint8_t {
-  kNext,          // the next instruction
-  kBranch,        // `target`, in the lanes whose guard is true
-  kIndexed,       // one of several targets, lane by lane
-  kExit,          // nothing
-  kTrap,          // the launch fails
-  kMeeting,       // all lanes of the warp carry it out together
-  kBlockBarrier,  // the next one, when all threads of the block have come
-  kClusterArrive, // the next one
-  kClusterWait,   // the next one, when all threads of the cluster have arrived
-  kYield,         // the next one; others should run first, because this one may be polled
+  kNext,           // the next instruction
+  kBranch,         // `target`, in the lanes whose guard is true
+  kIndexed,        // one of several targets, lane by lane
+  kExit,           // nothing
+  kTrap,           // the launch fails
+  kMeeting,        // all lanes of the warp carry it out together
+  kBlockBarrier,   // the next one, when all threads of the block have come
+  kClusterArrive,  // the next one
+  kClusterWait,    // the next one, when all threads of the cluster have arrived
+  kYield,          // the next one; others should run first, because this one may be polled
 };
 
 enum class Space : uint8_t { kGeneric, kGlobal, kShared, kLocal, kParameter, kConstant };
@@ -70,11 +70,11 @@ struct Instruction {
 
   Space space = Space::kGeneric;
   Order order;
-  uint8_t mode = 0;  // a choice inside an instruction, as its decoder numbers them
-  uint8_t bytes = 0;  // of an element in memory
-  int64_t offset = 0;  // added to an address
+  uint8_t mode = 0;           // a choice inside an instruction, as its decoder numbers them
+  uint8_t bytes = 0;          // of an element in memory
+  int64_t offset = 0;         // added to an address
   int64_t source_offset = 0;  // of a copy
-  int rounding = 0;    // of <cfenv>
+  int rounding = 0;           // of <cfenv>
   Execute rounded = nullptr;
 
   uint32_t text = 0;  // in Kernel::texts

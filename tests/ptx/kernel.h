@@ -17,9 +17,9 @@ struct Parameter {
 struct Kernel {
   std::string name;
   std::vector<Instruction> code;
-  std::vector<Operand> elements;                // of vector operands
-  std::vector<std::vector<uint32_t>> targets;   // of indexed branches
-  std::vector<std::string> texts;               // of instructions, as the module has them
+  std::vector<Operand> elements;               // of vector operands
+  std::vector<std::vector<uint32_t>> targets;  // of indexed branches
+  std::vector<std::string> texts;              // of instructions, as the module has them
   std::vector<Parameter> parameters;
   int64_t parameter_bytes = 0;
   int64_t static_shared_bytes = 0;

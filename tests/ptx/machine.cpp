@@ -27,7 +27,8 @@ void Machine::run(const Kernel& kernel, const LaunchShape& shape, const unsigned
     throw Defect(std::to_string(shape.threads) + " threads a block: " + kernel.name + " is for " +
                  std::to_string(kernel.most_threads));
   }
-  if (options.races && shape.blocks > Stamp::kMostBlocks) throw Defect("more blocks than the search for races can count");
+  if (options.races && shape.blocks > Stamp::kMostBlocks)
+    throw Defect("more blocks than the search for races can count");
   kernel_ = &kernel;
   shape_ = shape;
   parameters_ = parameters;

@@ -28,7 +28,7 @@ struct LaunchShape {
 struct Options {
   emulator::Order order = emulator::Order::kRandom;
   uint64_t seed = 0;
-  bool races = true;      // looks for races
+  bool races = true;          // looks for races
   bool transactions = false;  // counts transactions of memory
 };
 
@@ -37,8 +37,8 @@ struct Cluster {
   std::vector<Block*> blocks;
   int64_t expected = 0;  // threads
   int64_t arrived = 0;
-  uint32_t phase = 0;    // how often all have arrived
-  Clock arrivals;        // released so far in this phase
+  uint32_t phase = 0;               // how often all have arrived
+  Clock arrivals;                   // released so far in this phase
   const Clock* released = nullptr;  // in the phase before, for those that acquire
 };
 

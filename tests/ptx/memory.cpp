@@ -34,8 +34,8 @@ void mark(Warp& warp, int lane, const Access& access, ShadowRoom& room, Word wor
   for (int left = access.bytes; left > 0;) {
     const auto first = static_cast<uint32_t>(address & 3);
     const int bytes = std::min<int>(left, 4 - static_cast<int>(first));
-    const Conflict found = room.use(word(address), first, static_cast<uint32_t>(bytes), access.use, warp.stamp(lane),
-                                    warp.time(lane));
+    const Conflict found =
+        room.use(word(address), first, static_cast<uint32_t>(bytes), access.use, warp.stamp(lane), warp.time(lane));
     if (found.kind != Conflict::kNone) report(warp, lane, found, access);
     address += static_cast<uint64_t>(bytes);
     left -= bytes;
@@ -62,7 +62,8 @@ unsigned char* reach_shared(Warp& warp, int lane, const Access& access) {
                         " bytes of shared memory, " + verb_of(access.use));
   }
   if (block != &own) {
-    if (block->left()) warp.fail(lane, "shared memory of block " + std::to_string(block->index) + ", which has returned");
+    if (block->left())
+      warp.fail(lane, "shared memory of block " + std::to_string(block->index) + ", which has returned");
     if (warp.cluster_waits[static_cast<size_t>(lane)] == 0) {
       warp.fail(lane, "shared memory of another block before the first barrier of the cluster: it may not have begun");
     }
@@ -70,9 +71,8 @@ unsigned char* reach_shared(Warp& warp, int lane, const Access& access) {
     block->remote_phase = std::max(block->remote_phase, warp.cluster_arrivals[static_cast<size_t>(lane)]);
   }
   if (warp.machine().options().races) {
-    mark(warp, lane, access, warp.machine().shared_room, [&](uint64_t address) -> ShadowWord& {
-      return block->shadow[((address & kOffsetMask) - kSharedBegin) / 4];
-    });
+    mark(warp, lane, access, warp.machine().shared_room,
+         [&](uint64_t address) -> ShadowWord& { return block->shadow[((address & kOffsetMask) - kSharedBegin) / 4]; });
   }
   return block->shared.data() + offset;
 }
@@ -131,7 +131,8 @@ unsigned char* reach(Warp& warp, int lane, Space space, const Access& access) {
   }
   if (space == Space::kParameter || (address & kWindows) == kParameterWindow) {
     const uint64_t offset = address & ~kParameterWindow;
-    if (!is_read(access.use) || offset + static_cast<uint64_t>(access.bytes) > static_cast<uint64_t>(warp.machine().kernel().parameter_bytes)) {
+    if (!is_read(access.use) ||
+        offset + static_cast<uint64_t>(access.bytes) > static_cast<uint64_t>(warp.machine().kernel().parameter_bytes)) {
       warp.fail(lane, "out of bounds: of the parameters");
     }
     return const_cast<unsigned char*>(warp.machine().parameters()) + offset;

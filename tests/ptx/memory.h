@@ -11,8 +11,8 @@ namespace fastnorm::ptx {
 class Warp;
 struct AccessCount;
 
-// An access of one lane. Fails the launch where the address is misaligned or outside, where the memory's block has left,
-// and where the access is a race.
+// An access of one lane. Fails the launch where the address is misaligned or outside, where the memory's block has
+// left, and where the access is a race.
 struct Access {
   uint64_t address;
   int bytes;

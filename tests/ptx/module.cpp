@@ -174,6 +174,11 @@ Module parse_module(std::string_view with_comments) {
       at = parse_entry(all, static_cast<size_t>(entry->data() - all.data()) + entry->size(), module);
       continue;
     }
+    if (words.size() == 3 && words[0] == ".file") {
+      module.files[static_cast<int>(number_of(words[1]))] = words[2].substr(1, words[2].size() - 2);
+      at = stop + 1;
+      continue;
+    }
     if (place(".func") != words.end()) {
       const size_t body = all.find_first_of("{;", at);  // functions are not called: see decode_control.cpp
       at = body == std::string_view::npos ? all.size() : all[body] == ';' ? body + 1 : past_bracket(all, body);
@@ -211,16 +216,23 @@ std::vector<Statement> parse_body(std::string_view body) {
       ++at;
       continue;
     }
-    if (body.substr(at, 4) == ".loc" || body.substr(at, 5) == ".file") {  // a line of its own
-      at = std::min(body.find('\n', at), body.size());
+    if (const std::string_view word = body.substr(at, 5); word == ".loc " || word == ".loc\t") {
+      const size_t end = std::min(body.find('\n', at), body.size());
+      s.kind = Statement::kLocation;
+      s.text = body.substr(at + 5, end - at - 5);
+      statements.push_back(std::move(s));
+      at = end;
       continue;
     }
     const size_t end = body.find_first_of(":;", at);
-    if (end == std::string_view::npos) throw Defect("a statement that does not end: " + std::string(body.substr(at, 60)));
+    if (end == std::string_view::npos)
+      throw Defect("a statement that does not end: " + std::string(body.substr(at, 60)));
     // "L2::128B" has a colon too: a label is one word.
-    const bool is_label = body[end] == ':' && words_of(body.substr(at, end - at)).size() == 1 && body.substr(end, 2) != "::";
+    const bool is_label =
+        body[end] == ':' && words_of(body.substr(at, end - at)).size() == 1 && body.substr(end, 2) != "::";
     const size_t stop = is_label ? end : body.find(';', at);
-    if (stop == std::string_view::npos) throw Defect("a statement that does not end: " + std::string(body.substr(at, 60)));
+    if (stop == std::string_view::npos)
+      throw Defect("a statement that does not end: " + std::string(body.substr(at, 60)));
     s.text = trimmed(body.substr(at, stop - at));
     at = stop + 1;
     if (is_label) {

@@ -14,7 +14,7 @@ namespace fastnorm::ptx {
 struct Variable {
   std::string space, name;
   int64_t align = 1, bytes = 0;
-  bool external = false;  // dynamic shared memory
+  bool external = false;                               // dynamic shared memory
   std::shared_ptr<std::vector<unsigned char>> memory;  // of global and const: filled with the initial values
 };
 
@@ -25,14 +25,15 @@ struct Entry {
 struct Module {
   std::map<std::string, Entry> entries;
   std::vector<Variable> variables;
+  std::map<int, std::string> files;  // paths, by their numbers in .loc
 };
 
 Module parse_module(std::string_view text);
 
 // One statement of a body.
 struct Statement {
-  enum Kind { kInstruction, kLabel, kDirective, kOpen, kClose } kind = kInstruction;
-  std::string text;                   // all of it; of a label its name
+  enum Kind { kInstruction, kLabel, kDirective, kLocation, kOpen, kClose } kind = kInstruction;
+  std::string text;                   // all of it; of a label its name; of a location the numbers
   std::string guard;                  // "%p1" or "!%p1", or empty
   std::string opcode;                 // "ld.global.f32"
   std::vector<std::string> operands;  // "%r1", "[%rd1+4]", "{%r1, %r2}", "%r1|%p1"

@@ -11,16 +11,21 @@ namespace fastnorm::ptx {
 namespace {
 
 constexpr std::array<std::string_view, static_cast<size_t>(Special::kCount)> kSpecialNames = {
-    "%tid.x",          "%tid.y",          "%tid.z",
-    "%ntid.x",         "%ntid.y",         "%ntid.z",
-    "%ctaid.x",        "%ctaid.y",        "%ctaid.z",
-    "%nctaid.x",       "%nctaid.y",       "%nctaid.z",
-    "%cluster_ctarank", "%cluster_nctarank", "%cluster_ctaid.x",
-    "%cluster_nctaid.x", "%clusterid.x",  "%nclusterid.x",
-    "%laneid",         "%warpid",         "%nwarpid",
-    "%smid",           "%lanemask_eq",    "%lanemask_lt",
-    "%lanemask_le",    "%lanemask_gt",    "%lanemask_ge",
-    "%envreg1",        "%envreg2",        "%dynamic_smem_size",
+    "%tid.x",           "%tid.y",
+    "%tid.z",           "%ntid.x",
+    "%ntid.y",          "%ntid.z",
+    "%ctaid.x",         "%ctaid.y",
+    "%ctaid.z",         "%nctaid.x",
+    "%nctaid.y",        "%nctaid.z",
+    "%cluster_ctarank", "%cluster_nctarank",
+    "%cluster_ctaid.x", "%cluster_nctaid.x",
+    "%clusterid.x",     "%nclusterid.x",
+    "%laneid",          "%warpid",
+    "%nwarpid",         "%smid",
+    "%lanemask_eq",     "%lanemask_lt",
+    "%lanemask_le",     "%lanemask_gt",
+    "%lanemask_ge",     "%envreg1",
+    "%envreg2",         "%dynamic_smem_size",
 };
 
 int64_t aligned(int64_t offset, int64_t align) { return (offset + align - 1) / align * align; }

@@ -121,7 +121,8 @@ class Assignment {
       }
       const Instruction& end = code[block.last];
       const bool always = end.guard.is_nothing();
-      const bool goes_on = !always || (end.flow != Flow::kBranch && end.flow != Flow::kIndexed && end.flow != Flow::kExit);
+      const bool goes_on =
+          !always || (end.flow != Flow::kBranch && end.flow != Flow::kIndexed && end.flow != Flow::kExit);
       if (goes_on && block.last + 1 < code.size()) block.next.push_back(block_at[block.last + 1]);
       if (end.flow == Flow::kBranch) block.next.push_back(block_at[end.target]);
       if (end.flow == Flow::kIndexed) {
@@ -155,7 +156,8 @@ class Assignment {
       }
     }
     std::erase_if(intervals, [](const Interval& interval) { return interval.first == UINT32_MAX; });
-    std::sort(intervals.begin(), intervals.end(), [](const Interval& a, const Interval& b) { return a.first < b.first; });
+    std::sort(intervals.begin(), intervals.end(),
+              [](const Interval& a, const Interval& b) { return a.first < b.first; });
 
     place_.assign(count(), 0);
     std::vector<std::pair<uint32_t, uint32_t>> ends;  // (last, id): the ones in use

@@ -53,23 +53,24 @@ struct Narrow {
     double whole = std::floor(scaled);
     const double rest = scaled - whole;
     const bool odd = std::fmod(whole, 2) != 0;
-    const bool up = mode == FE_TONEAREST ? rest > 0.5 || (rest == 0.5 && odd)
-                    : mode == FE_UPWARD  ? rest > 0 && sign == 0
+    const bool up = mode == FE_TONEAREST  ? rest > 0.5 || (rest == 0.5 && odd)
+                    : mode == FE_UPWARD   ? rest > 0 && sign == 0
                     : mode == FE_DOWNWARD ? rest > 0 && sign != 0
-                                         : false;
+                                          : false;
     whole += up;
     const double result = std::ldexp(whole, exponent - kept);
     const double largest = std::ldexp(2 - std::ldexp(1, -kMantissa), kBias);
     if (result > largest) {
-      const bool to_infinity = mode == FE_TONEAREST || (mode == FE_UPWARD && sign == 0) ||
-                               (mode == FE_DOWNWARD && sign != 0);
+      const bool to_infinity =
+          mode == FE_TONEAREST || (mode == FE_UPWARD && sign == 0) || (mode == FE_DOWNWARD && sign != 0);
       return sign | (to_infinity ? kInfinity : static_cast<uint16_t>(kInfinity - 1));
     }
     const int result_exponent = result == 0 ? least : std::max(std::ilogb(result), least);
     const auto units = static_cast<uint32_t>(std::ldexp(result, kMantissa - result_exponent));
     const uint32_t implied = uint32_t{1} << kMantissa;
     if (units < implied) return static_cast<uint16_t>(sign | units);  // subnormal
-    return static_cast<uint16_t>(sign | static_cast<uint32_t>(result_exponent + kBias) << kMantissa | (units - implied));
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(result_exponent + kBias) << kMantissa |
+                                 (units - implied));
   }
 };
 using NarrowBFloat16 = Narrow<7>;

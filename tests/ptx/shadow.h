@@ -1,9 +1,9 @@
 // A shadow of memory, in which a launch finds its races: for every word of 4 bytes the last write and the reads since.
 // A word that is accessed in parts has a shadow for every byte.
 //
-// An access is a race unless it happens after the last write and, where it writes, after all reads since. Reads are kept
-// as one stamp where that loses nothing: of the last reader; of the warp whose lanes read in the same step; of the block
-// whose warps read in the same epoch. Where several blocks read they are kept one by one.
+// An access is a race unless it happens after the last write and, where it writes, after all reads since. Reads are
+// kept as one stamp where that loses nothing: of the last reader; of the warp whose lanes read in the same step; of the
+// block whose warps read in the same epoch. Where several blocks read they are kept one by one.
 #pragma once
 
 #include <array>

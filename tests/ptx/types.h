@@ -72,9 +72,9 @@ template <class T>
 using Kept = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
 template <size_t kBytes>
-using Unsigned = std::conditional_t<kBytes == 8, uint64_t,
-                                    std::conditional_t<kBytes == 4, uint32_t,
-                                                       std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>;
+using Unsigned =
+    std::conditional_t<kBytes == 8, uint64_t,
+                       std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 2, uint16_t, uint8_t>>>;
 
 template <class T>
 inline T value_of(Kept<T> kept) {

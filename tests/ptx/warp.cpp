@@ -91,7 +91,7 @@ Group Warp::take_group() {
       taken = drawn / 16 % groups_.size();
     } else {
       for (size_t g = 1; g < groups_.size(); ++g) {
-        if (groups_[g].at < groups_[taken].at) taken = g;
+        if (groups_[g].behind(groups_[taken])) taken = g;
       }
     }
   }
@@ -107,10 +107,11 @@ void Warp::regroup(Group& group) {
   for (size_t g = 0; g < groups_.size();) {
     if (groups_[g].at == group.at) {
       group.lanes |= groups_[g].lanes;
+      group.polls = std::max(group.polls, groups_[g].polls);
       groups_[g] = groups_.back();
       groups_.pop_back();
     } else {
-      behind |= groups_[g++].at < group.at;
+      behind |= groups_[g++].behind(group);
     }
   }
   if (!behind) return;
@@ -151,7 +152,7 @@ void Warp::execute(Group& group, int budget) {
         } else {
           ++group.at;
           if (on != 0) {
-            park({i.target, on});
+            park({i.target, on, group.polls});
             group.lanes &= ~on;
           }
         }
@@ -165,10 +166,10 @@ void Warp::execute(Group& group, int budget) {
           for (Mask rest = left; rest != 0; rest &= rest - 1) {
             if (value(i.in[0], first_lane(rest)) == index) same |= rest & -rest;
           }
-          park({targets[index], same});
+          park({targets[index], same, group.polls});
           left &= ~same;
         }
-        group = {group.at + 1, group.lanes & ~on};
+        group = {group.at + 1, group.lanes & ~on, group.polls};
         break;
       }
       case Flow::kExit: leave(group, on); break;
@@ -187,6 +188,7 @@ void Warp::execute(Group& group, int budget) {
       case Flow::kYield:
         if (on != 0) i.run(*this, i, on);
         ++group.at;
+        ++group.polls;
         park(group);
         m.note_poll();
         return;
@@ -242,12 +244,12 @@ void Warp::leave(Group& group, Mask on) {
     fail(first_lane(on), "returned while " + thread_name(block_->index, thread(first_lane(meeting_.lanes))) +
                              " waits for it at " + machine().kernel().texts[machine().kernel().code[meeting_.at].text]);
   }
+  if (on != 0 && block_->running == std::popcount(on)) check_remote_use(first_lane(on));
   returned_ |= on;
   group.lanes &= ~on;
   ++group.at;
   machine().note_progress();
   block_->running -= std::popcount(on);
-  if (on != 0 && block_->running == 0) check_remote_use(first_lane(on));
   // A barrier of the warp needs only the lanes that are left.
   if (meeting_.lanes != 0 && (meeting_.lanes | returned_) == present_) {
     order_lanes(meeting_.lanes);

@@ -2,7 +2,7 @@
 //
 // The lanes of a warp that are at the same instruction carry it out together, as a group. A branch parts a group; where
 // groups come to the same instruction they become one again. The group that is farthest behind runs first, but for a
-// random choice now and then.
+// random choice now and then; one that polls runs after the others.
 #pragma once
 
 #include <array>
@@ -25,6 +25,9 @@ struct Kernel;
 struct Group {
   uint32_t at = 0;  // the next instruction
   Mask lanes = 0;
+  uint32_t polls = 0;  // how often it has yielded; who has less goes first
+
+  bool behind(const Group& other) const { return polls != other.polls ? polls < other.polls : at < other.at; }
 };
 
 // A copy to shared memory that its thread has not waited for yet.
@@ -80,9 +83,7 @@ class Warp {
   K* lanes(const Operand& o) {
     return reinterpret_cast<K*>(banks_[o.bank] + o.at);
   }
-  uint64_t value(const Operand& o, int lane) {
-    return o.wide ? lanes<uint64_t>(o)[lane] : lanes<uint32_t>(o)[lane];
-  }
+  uint64_t value(const Operand& o, int lane) { return o.wide ? lanes<uint64_t>(o)[lane] : lanes<uint32_t>(o)[lane]; }
   void set(const Operand& o, int lane, uint64_t value) {
     if (o.is_nothing()) return;
     if (o.wide) {
