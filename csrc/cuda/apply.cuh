@@ -47,10 +47,9 @@ apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
 #pragma unroll
       for (int w = 0; w < W; ++w) stats[w] = load_stats(t.stats, t.sets, piece.set(w));
     }
-    LaneCoefs<A, W> coefs;
-    load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
-    forward_columns<kSmooth, true>(t, piece, coefs,
-                                   [&](int position) { return load<W>(t.x + piece.element(position)); });
+    const auto params = LaneParams<A, W>::template load<T>(piece, t.weight, t.bias);
+    forward_columns<kSmooth, kSmooth ? 2 : 4, true>(t, piece, lane_coefs(stats, params),
+                                                    [&](const Place& place) { return load<W>(t.x + place.element); });
   });
 }
 

@@ -42,15 +42,15 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
   const BlockRange all = all_blocks();
   if (all.index < fold_blocks) return fold_params(fold, {all.index, fold_blocks});
   for_columns<W>(shape, {all.index - fold_blocks, all.count - fold_blocks}, [&](const ColumnsPiece<W>& piece) {
-    LaneCoefs<A, W> coefs;
-    load_lane_coefs(t, piece, coefs);
+    const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     LaneTerms<A, W> lane_terms{};
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       if (piece.in) lane_terms.lane[w] = load_terms(terms, piece.set(w), coefs.lane[w].rstd);
     }
-    apply_gradient_columns<kSmooth, true, kBackwardUnroll<kSmooth, W>>(
-        t, piece, coefs, lane_terms, [&](int position) { return load_gradient(t, piece, position); });
+    apply_gradient_columns<kSmooth, 2, true>(t, piece, coefs, lane_terms, [&](const auto& tensors, const Place& place) {
+      return load_gradient(tensors, piece, place);
+    });
   });
 }
 

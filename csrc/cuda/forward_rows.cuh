@@ -26,7 +26,8 @@ FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>
       for (int u = 0; u < U; ++u) {
         const Step& step = steps[u];
         const RowCoefs<A, W>& c = step.in ? coefs.at(piece, step) : coefs.last();
-        forward_pack<act.value>(t, x[u], residual[u], step.in, c, piece.element(step), t.mask + piece.mask_byte(step));
+        forward_pack<act.value>(t, x[u], residual[u], step.in, c, piece.element(step),
+                                [&] { return t.mask + piece.mask_byte(step); });
       }
     });
   });

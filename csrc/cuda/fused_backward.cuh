@@ -41,25 +41,28 @@ struct Staged {
         residual(reinterpret_cast<Pack<T, W>*>(memory + 2 * stream_bytes)) {}
 };
 
-// Reads a step (rows) or a position (columns) of a staged piece, and the mask's bits from global memory.
-template <bool kSmooth, int W, class T, class Piece, class At>
-FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const Piece& piece,
-                                                    const Staged<T, W>& staged, const At& at) {
-  GradientPacks<T, W> packs{staged.x[piece.slot(at, t.x)], staged.dy[piece.slot(at, t.dy)], {}, 0};
-  if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(at, t.residual)];
-  if (!kSmooth && t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, at);
+// Reads a step (rows) or a place (columns) of a staged piece, and the mask's bits from global memory.
+template <int W, class Tensors, class T, class Piece, class At>
+FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const Tensors& t, const Piece& piece, const Staged<T, W>& staged,
+                                                    const At& at) {
+  GradientPacks<T, W> packs;
+  packs.x = staged.x[piece.slot(at, t.x)];
+  packs.dy = staged.dy[piece.slot(at, t.dy)];
+  if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(at, static_cast<const T*>(t.residual))];
+  if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, at);
   return packs;
 }
 
-// A relu's mask is read once: the masked dy replaces the staged dy and is not masked again.
-template <bool kSmooth, class T>
-FASTNORM_DEVICE bool masks_once(const BackwardTensors<T>& t) {
-  return !kSmooth && t.mask != nullptr && t.epilogue.activation == Activation::kRelu;
+// The gradient through a relu is dy or 0: it replaces the staged dy exactly, and the second half takes it as it is.
+template <class T>
+FASTNORM_DEVICE bool replaces_dy(const BackwardTensors<T>& t) {
+  return t.epilogue.activation == Activation::kRelu;
 }
-template <bool kSmooth, class T>
-FASTNORM_DEVICE BackwardTensors<T> without_mask(BackwardTensors<T> t) {
-  if (masks_once<kSmooth>(t)) {
+template <class T>
+FASTNORM_DEVICE BackwardTensors<T> second_half(BackwardTensors<T> t) {
+  if (replaces_dy(t)) {
     t.mask = nullptr;
+    t.residual = nullptr;
     t.epilogue.activation = Activation::kNone;
   }
   return t;

@@ -38,28 +38,32 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
-  const auto load_group = [&](int64_t item, int stage, int copy_group) {
+  const auto load = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
-    stage_columns(piece, copy_group, t.x, staged.x);
-    stage_columns(piece, copy_group, t.dy, staged.dy);
-    if (t.residual != nullptr) stage_columns(piece, copy_group, t.residual, staged.residual);
+    stage_columns(piece, [&](const Place& place) {
+      const int slot = piece.slot(place, t.x);
+      fastnorm::cuda::stage<W>(staged.x + slot, t.x + place.element);
+      fastnorm::cuda::stage<W>(staged.dy + slot, t.dy + place.element);
+      if (t.residual != nullptr) fastnorm::cuda::stage<W>(staged.residual + slot, t.residual + place.element);
+    });
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
-    LaneCoefs<A, W> coefs;
-    load_lane_coefs(t, piece, coefs);
-    const bool masks = masks_once<kSmooth>(t);
-    GradSums<A> mine[W] = {};
-    for_landed(piece, ready, [&](const Range& range) {
-      accumulate_lane_sums<kSmooth, 1>(
-          t, piece, range, coefs, [&](int position) { return staged_gradient<kSmooth>(t, piece, staged, position); },
-          [&](int position, const A(&d)[W]) {
-            if (masks) staged.dy[piece.slot(position, t.dy)] = narrow<T>(d);
-          },
-          mine);
+    const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
+    LaneSums<A, W> mine;
+    dispatch_backward<kSmooth>(t, [&](const auto& tensors, auto act) {
+      walk_landed<kPacks<kSmooth, 1, decltype(tensors)>>(piece, ready, [&](const auto& places) {
+        add_sums<act.value>(
+            tensors, places, coefs,
+            [&](const auto& from, const Place& place) { return staged_gradient(from, piece, staged, place); },
+            [&](const Place& place, const A(&d)[W]) {
+              if (act.value == Activation::kRelu) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
+            },
+            mine);
+      });
     });
     const auto take = [&](int c, const GradSums<A>& total) {  // `total` is over all positions
       merged[c] = total;
@@ -82,14 +86,14 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     LaneTerms<A, W> terms{};
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      if (piece.in) terms.lane[w] = terms_of[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
+      if (piece.in) terms.lane[w] = terms_of[piece.set_in_tile(w)];
     }
-    const BackwardTensors<T> rest = without_mask<kSmooth>(t);
-    apply_gradient_columns<kSmooth, false, 1>(rest, piece, coefs, terms, [&](int position) {
-      return staged_gradient<kSmooth>(rest, piece, staged, position);
+    const BackwardTensors<T> rest = second_half(t);
+    apply_gradient_columns<kSmooth, 1, false>(rest, piece, coefs, terms, [&](const auto& tensors, const Place& place) {
+      return staged_gradient(tensors, piece, staged, place);
     });
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_group, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load, use_wave);
   finish_fused(f, gang);
 }
 

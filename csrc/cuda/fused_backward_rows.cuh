@@ -22,7 +22,7 @@ FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const Fus
                                           GradSums<A>* unit_sums) {
   const int cells = piece.span.runs, cell_packs = piece.span.packs, units = cells * f.segments;
   const int slots = team.width / f.unit_threads, slot = team.lane / f.unit_threads;
-  const bool masks = masks_once<kSmooth>(t);
+  const bool replaces = replaces_dy(t);
   for (int first = 0; first < units; first += slots) {
     const int unit = first + slot, cell = unit / f.segments, begin = (unit - cell * f.segments) * f.unit_length;
     const int steps = valid && unit < units ? std::min(f.unit_length, cell_packs - begin) : 0;
@@ -30,9 +30,9 @@ FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const Fus
                             f.unit_threads};
     GradSums<A> mine{};
     accumulate_sums<kSmooth, 1>(
-        t, piece, range, stats, [&](const Step& step) { return staged_gradient<kSmooth>(t, piece, staged, step); },
+        t, piece, range, stats, [&](const Step& step) { return staged_gradient(t, piece, staged, step); },
         [&](const Step& step, const A(&)[W], const A(&d)[W]) {
-          if (masks) staged.dy[piece.slot(step, t.dy)] = narrow<T>(d);
+          if (replaces) staged.dy[piece.slot(step, t.dy)] = narrow<T>(d);
         },
         mine);
     mine = reduce_lanes(mine, f.unit_threads);
@@ -58,13 +58,13 @@ template <bool kSmooth, int W, class T, class A, class Ready>
 FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Team& team,
                                           bool valid, const SetStats<A>& stats, const Staged<T, W>& staged,
                                           GradSums<A>* gathered, Ready ready) {
-  const bool masks = masks_once<kSmooth>(t);
+  const bool replaces = replaces_dy(t);
   GradSums<A> total{};
   for_landed(piece, team, valid, ready, [&](const ThreadSteps& range) {
     accumulate_sums<kSmooth, 1>(
-        t, piece, range, stats, [&](const Step& step) { return staged_gradient<kSmooth>(t, piece, staged, step); },
+        t, piece, range, stats, [&](const Step& step) { return staged_gradient(t, piece, staged, step); },
         [&](const Step& step, const A(&x)[W], const A(&d)[W]) {
-          if (masks) staged.dy[piece.slot(step, t.dy)] = narrow<T>(d);
+          if (replaces) staged.dy[piece.slot(step, t.dy)] = narrow<T>(d);
           if (gathered == nullptr) return;
 #pragma unroll
           for (int w = 0; w < W; ++w) {
@@ -110,12 +110,15 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     team.sync();
   }
   const auto memory_of = [&](int stage) { return Staged<T, W>(mine + stage * stage_bytes, f.shape.stream_bytes); };
-  const auto load_group = [&](int64_t item, int stage, int copy_group) {
+  const auto load = [&](int64_t item, int stage) {
     const RowsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
-    stage_rows(piece, team, copy_group, t.x, staged.x);
-    stage_rows(piece, team, copy_group, t.dy, staged.dy);
-    if (t.residual != nullptr) stage_rows(piece, team, copy_group, t.residual, staged.residual);
+    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
+      stage_rows(piece, team, copy_group, t.x, staged.x);
+      stage_rows(piece, team, copy_group, t.dy, staged.dy);
+      if (t.residual != nullptr) stage_rows(piece, team, copy_group, t.residual, staged.residual);
+      commit_copies();
+    }
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items, by_units = f.unit_threads > 0;
@@ -145,13 +148,13 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     }
     const InputTerms<A> terms =
         t.frozen ? InputTerms<A>{} : InputTerms<A>(set_terms<A>(sums, stats.rstd, stats.low, scale), stats.rstd);
-    const BackwardTensors<T> rest = without_mask<kSmooth>(t);
+    const BackwardTensors<T> rest = second_half(t);
     apply_gradient_rows<kSmooth, false, 1>(rest, piece, piece.whole(team, valid), stats, terms, [&](const Step& step) {
-      return staged_gradient<kSmooth>(rest, piece, staged, step);
+      return staged_gradient(rest, piece, staged, step);
     });
     release_staged<W>(team);
   };
-  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_group, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load, use_wave);
   if (f.gathered != nullptr) {
     store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes),
                       teams);

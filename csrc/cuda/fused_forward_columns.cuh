@@ -1,6 +1,7 @@
 // Fused forward over columns; see fused_forward_rows.cuh.
 #pragma once
 
+#include "columns_reduce.cuh"
 #include "forward_columns.cuh"
 #include "gang.cuh"
 
@@ -42,22 +43,27 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   const auto memory_of = [&](int stage) {
     return reinterpret_cast<Pack<T, W>*>(shared_memory() + stage * f.stream_bytes);
   };
-  const auto load_group = [&](int64_t item, int stage, int copy_group) {
+  const auto load = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
-    stage_columns(piece, copy_group, t.x, memory_of(stage));
-    if (t.residual != nullptr && copy_group == kCopyGroups - 1) prefetch_columns(piece, t.residual);
+    Pack<T, W>* const staged = memory_of(stage);
+    stage_columns(piece, [&](const Place& place) {
+      fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
+    });
+    if (t.residual != nullptr) prefetch_columns(piece, t.residual);
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = memory_of(stage);
-    const auto read = [&](int position) { return staged[piece.slot(position, t.x)]; };
+    const auto read = [&](const Place& place) { return staged[piece.slot(place, t.x)]; };
     A origin[W];
     load_origins(piece, t.x, origin);
     LaneMoments<A, W> moments;
-    for_landed(piece, ready, [&](const Range& range) { accumulate_lanes<T>(piece, range, origin, read, moments); });
+    walk_landed<kMomentsRows>(piece, ready,
+                              [&](const auto& places) { read_moments<T>(places, origin, read, moments); });
+    const auto params = LaneParams<A, W>::template load<T>(piece, t.weight, t.bias);  // before the barriers
     // Rows of `merged` below the first are read by no one else after their channel is done.
-    merge_rows(piece, moments.lane, merged, [&](int c, const Welford<A>& total) {
+    merge_rows(piece, moments, merged, [&](int c, const Welford<A>& total) {
       if (gang.is_block()) {
         merged[c] = total.moments;
       } else {
@@ -75,14 +81,12 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       SetStats<A> stats[W] = {};
 #pragma unroll
       for (int w = 0; w < W; ++w) {
-        if (piece.in) stats[w] = set_stats[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
+        if (piece.in) stats[w] = set_stats[piece.set_in_tile(w)];
       }
-      LaneCoefs<A, W> coefs;
-      load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
-      forward_columns<kSmooth, false>(t, piece, coefs, read);
+      forward_columns<kSmooth, 2, false>(t, piece, lane_coefs(stats, params), read);
     }
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), load_group, use_wave);
+  for_waves(f, shape.items, grid_blocks(), block_index(), load, use_wave);
   gang.exit();
 }
 

@@ -30,12 +30,15 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
   const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   const auto memory_of = [&](int stage) { return reinterpret_cast<Pack<T, W>*>(mine + stage * f.stream_bytes); };
-  const auto load_group = [&](int64_t item, int stage, int copy_group) {
+  const auto load = [&](int64_t item, int stage) {
     const RowsPiece<W> piece(shape, item);
-    stage_rows(piece, team, copy_group, t.x, memory_of(stage));
-    if (t.residual != nullptr && copy_group == kCopyGroups - 1) prefetch_rows(piece, team, t.residual);
+    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
+      stage_rows(piece, team, copy_group, t.x, memory_of(stage));
+      commit_copies();
+    }
+    if (t.residual != nullptr) prefetch_rows(piece, team, t.residual);
   };
-  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_group,
+  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load,
             [&](int64_t item, int stage, int parity, auto ready) {
               const bool valid = item < shape.items;
               const RowsPiece<W> piece(shape, valid ? item : 0);

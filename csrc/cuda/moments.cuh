@@ -58,10 +58,13 @@ FASTNORM_DEVICE Welford<A> batch_moments(const Pack<T, W> (&packs)[U], const boo
 
 // The kernels take a set's numbers relative to its first element. The differences are of the size of the spread, so
 // that where the mean is large the error of its last digit does not enter the variance.
+template <class A>
+FASTNORM_DEVICE A as_origin(A value) {
+  return value - value == A(0) ? value : A(0);  // not finite: 0
+}
 template <class A, class T>
 FASTNORM_DEVICE A origin_of(const T* first) {
-  const A value = widen<A>(load_one(first));
-  return value - value == A(0) ? value : A(0);  // not finite: 0
+  return as_origin(widen<A>(load_one(first)));
 }
 
 }  // namespace fastnorm::cuda

@@ -70,6 +70,19 @@ FASTNORM_DEVICE void widen(const Pack<T, W>& pack, A (&out)[W]) {
     for (int w = 0; w < W; ++w) out[w] = widen<A>(lanes[w]);
   }
 }
+// One lane alone: packs that wait to be used take half the registers of their numbers.
+template <class A, class T, int W>
+FASTNORM_DEVICE A widen_lane(const Pack<T, W>& pack, int lane) {
+  if constexpr (sizeof(T) == 2 && W > 1) {
+    A low, high;
+    to_floats<T>(pack.word[lane / 2], low, high);
+    return lane % 2 == 0 ? low : high;
+  } else {
+    A values[W];
+    widen<A>(pack, values);
+    return values[lane];
+  }
+}
 template <class T, class A, int W>
 FASTNORM_DEVICE Pack<T, W> narrow(const A (&values)[W]) {
   Pack<T, W> pack;
@@ -86,6 +99,12 @@ FASTNORM_DEVICE Pack<T, W> narrow(const A (&values)[W]) {
 }
 
 // ---- parameters, statistics and partials: few and small, so the caches hold them ----
+
+template <int W, class T>
+FASTNORM_DEVICE Pack<T, W> load_cached(const T* p) {
+  note_read(p, sizeof(Pack<T, W>), Access::kParameter);
+  return read_whole(reinterpret_cast<const Pack<T, W>*>(p));
+}
 
 template <class V>
 FASTNORM_DEVICE V load_one(const V* p) {
@@ -130,19 +149,15 @@ FASTNORM_DEVICE void load_params(const Params& params, int64_t channel, A absent
 #pragma unroll
     for (int w = 0; w < W; ++w) out[w] = absent;
   } else if (params.dtype != DType::kFloat32 || std::is_same<T, float>::value) {
-    const T* p = static_cast<const T*>(params.data) + channel;
-    note_read(p, sizeof(Pack<T, W>), Access::kParameter);
-    widen<A>(read_whole(reinterpret_cast<const Pack<T, W>*>(p)), out);
+    widen<A>(load_cached<W>(static_cast<const T*>(params.data) + channel), out);
   } else {
     constexpr int kWhole = static_cast<int>(W * sizeof(T) / sizeof(float)), kPart = kWhole < 1   ? 1
                                                                                     : kWhole < W ? kWhole
                                                                                                  : W;
 #pragma unroll
     for (int part = 0; part < W; part += kPart) {
-      const float* p = static_cast<const float*>(params.data) + channel + part;
-      note_read(p, sizeof(Pack<float, kPart>), Access::kParameter);
       A values[kPart];
-      widen<A>(read_whole(reinterpret_cast<const Pack<float, kPart>*>(p)), values);
+      widen<A>(load_cached<kPart>(static_cast<const float*>(params.data) + channel + part), values);
 #pragma unroll
       for (int w = 0; w < kPart; ++w) out[part + w] = values[w];
     }

@@ -129,6 +129,17 @@ FASTNORM_DEVICE unsigned from_floats(float low, float high) {
   return word;
 }
 
+// The larger; NaN where one of them is.
+FASTNORM_DEVICE float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a <= b ? b : a;
+#endif
+}
+
 // One instruction each: errors of 2 ulp and 1 ulp, and denormal numbers count as 0.
 FASTNORM_DEVICE float exp2_approx(float v) {
   float result;
@@ -168,11 +179,22 @@ FASTNORM_DEVICE V read_whole(const V* p) {
   memcpy(&v, &word, sizeof(V));
   return v;
 }
+// The compiler takes an ordinary store of a word apart that it has put together itself.
+FASTNORM_DEVICE void store_word(uint4* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+}
+FASTNORM_DEVICE void store_word(uint2* p, uint2 v) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y));
+}
+template <class Word>
+FASTNORM_DEVICE void store_word(Word* p, Word v) {
+  *p = v;
+}
 template <class V>
 FASTNORM_DEVICE void write_whole(V* p, const V& v) {
   typename WordOf<sizeof(V)>::type word;
   memcpy(&word, &v, sizeof(V));
-  *reinterpret_cast<decltype(word)*>(p) = word;
+  store_word(reinterpret_cast<decltype(word)*>(p), word);
 }
 
 // Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers. Below sm_80 it copies at once.

@@ -12,7 +12,7 @@
 // Why not one pass of sums and sums of squares: they cancel where the mean is large (mean 1e6, std 1: no digit left).
 #pragma once
 
-#include "columns.cuh"
+#include "columns_reduce.cuh"
 #include "rows.cuh"
 
 namespace fastnorm::cuda {
@@ -40,9 +40,10 @@ reduce_columns(const T* x, Welford<Accum<T>>* partials, ColumnsShape shape) {
     A origin[W];
     load_origins(piece, x, origin);
     LaneMoments<A, W> moments;
-    accumulate_lanes<T>(
-        piece, piece.whole(), origin, [&](int position) { return load<W>(x + piece.element(position)); }, moments);
-    merge_rows(piece, moments.lane, reinterpret_cast<Moments<A>*>(shared_memory()),
+    const auto read = [&](const Place& place) { return load<W>(x + place.element); };
+    piece.template walk<kMomentsRows>(piece.whole(),
+                                      [&](const auto& places) { read_moments<T>(places, origin, read, moments); });
+    merge_rows(piece, moments, reinterpret_cast<Moments<A>*>(shared_memory()),
                [&](int c, const Welford<A>& total) { store_one(partials + piece.partial(c), total); });
     sync_block();  // before the next item's moments overwrite these
   });
