@@ -10,13 +10,14 @@
 // Numerics: (x - mean) * scale + bias, not x * a + b: exact differences where the mean is large.
 #pragma once
 
+#include "columns_reduce.cuh"
 #include "forward_columns.cuh"
 #include "forward_rows.cuh"
 
 namespace fastnorm::cuda {
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 apply_rows(ForwardTensors<T> t, RowsShape shape) {
   using A = Accum<T>;
   for_rows<W>(shape, all_blocks(), [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
@@ -31,7 +32,7 @@ apply_rows(ForwardTensors<T> t, RowsShape shape) {
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
   using A = Accum<T>;
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
@@ -43,9 +44,8 @@ apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
       load_params<T>(t.running_var, piece.channel, A(1), var);
 #pragma unroll
       for (int w = 0; w < W; ++w) stats[w] = given_stats(t, piece.channel + w, mean[w], var[w], writes);
-    } else if (piece.in) {
-#pragma unroll
-      for (int w = 0; w < W; ++w) stats[w] = load_stats(t.stats, t.sets, piece.set(w));
+    } else {
+      load_lane_stats(piece, t.stats, t.sets, stats);
     }
     const auto params = LaneParams<A, W>::template load<T>(piece, t.weight, t.bias);
     forward_columns<kSmooth, kSmooth ? 2 : 4, true>(t, piece, lane_coefs(stats, params),

@@ -20,7 +20,7 @@ FASTNORM_DEVICE InputTerms<A> load_terms(const SetTerms<A>* terms, int64_t set, 
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsShape shape,
                     FoldParamsArgs<Accum<T>> fold, int64_t fold_blocks) {
   const BlockRange all = all_blocks();
@@ -35,7 +35,7 @@ apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsS
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, ColumnsShape shape,
                        FoldParamsArgs<Accum<T>> fold, int64_t fold_blocks) {
   using A = Accum<T>;
@@ -44,9 +44,9 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
   for_columns<W>(shape, {all.index - fold_blocks, all.count - fold_blocks}, [&](const ColumnsPiece<W>& piece) {
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     LaneTerms<A, W> lane_terms{};
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      if (piece.in) lane_terms.lane[w] = load_terms(terms, piece.set(w), coefs.lane[w].rstd);
+    if (piece.in) {
+      piece.for_lane_sets([&](int w) { lane_terms.lane[w] = load_terms(terms, piece.set(w), coefs.lane[w].rstd); },
+                          [&](int w) { lane_terms.lane[w] = lane_terms.lane[w - 1]; });
     }
     apply_gradient_columns<kSmooth, 2, true>(t, piece, coefs, lane_terms, [&](const auto& tensors, const Place& place) {
       return load_gradient(tensors, piece, place);

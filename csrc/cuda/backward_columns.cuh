@@ -13,11 +13,8 @@ FASTNORM_DEVICE auto load_gradient(const Tensors& t, const ColumnsPiece<W>& piec
 
 template <int W, class T, class A = Accum<T>>
 FASTNORM_DEVICE LaneCoefs<A, W> load_lane_coefs(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece) {
-  SetStats<A> stats[W] = {};
-  if (piece.in) {
-#pragma unroll
-    for (int w = 0; w < W; ++w) stats[w] = load_stats(t.stats, t.sets, piece.set(w));
-  }
+  SetStats<A> stats[W];
+  load_lane_stats(piece, t.stats, t.sets, stats);
   return lane_coefs(stats, LaneParams<A, W>::template load<T>(piece, t.weight, t.bias));
 }
 

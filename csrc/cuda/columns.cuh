@@ -61,7 +61,8 @@ inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dty
   s.pieces_adjoin = grid.gang != Gang::kBlock;
   s.by_fast = WideDiv(s.pieces_adjoin ? s.pieces : s.tiles);
   s.by_slow = WideDiv(s.pieces_adjoin ? s.tiles : s.pieces);
-  s.by_set_channels = FastDiv(std::min(s.set_channels, int64_t(1) << 30));  // of a tile's channels, which are fewer
+  // The binding refuses calls of 2^31 channels in several groups; with one group there is nothing to divide.
+  s.by_set_channels = FastDiv(s.groups == 1 ? 1 : s.set_channels);
   // Where positions have statistics of their own, forward wrote the mask along the sets' runs.
   s.mask_row_bytes = mask_row_bytes(g.mask_run(), dtype);
   return s;
@@ -97,7 +98,8 @@ struct LastRound {
 template <int W>
 struct ColumnsPiece {
   const ColumnsShape& shape;
-  int64_t outer, piece, first_position, first_channel;
+  int64_t outer, first_row, first_channel;
+  int piece;
   int positions, channels;  // of the item
   int x, y;                 // this thread's column of packs and its first position
   int64_t channel;          // of this thread's first lane
@@ -109,8 +111,9 @@ struct ColumnsPiece {
     const int64_t row = s.by_fast.divide(item), in_row = item - row * fast;
     outer = s.by_slow.divide(row);
     const int64_t in_outer = row - outer * slow, tile = s.pieces_adjoin ? in_outer : in_row;
-    piece = s.pieces_adjoin ? in_row : in_outer;
-    first_position = piece * s.piece_length;
+    piece = static_cast<int>(s.pieces_adjoin ? in_row : in_outer);
+    const int64_t first_position = piece * s.piece_length;
+    first_row = outer * s.positions + first_position;
     first_channel = tile * s.tile;
     positions = valid ? static_cast<int>(std::min(s.piece_length, s.positions - first_position)) : 0;
     channels = valid ? static_cast<int>(std::min(static_cast<int64_t>(s.tile), s.C - first_channel)) : 0;
@@ -120,7 +123,7 @@ struct ColumnsPiece {
     in = x * W < channels;
   }
 
-  FASTNORM_DEVICE int64_t row(int position) const { return outer * shape.positions + first_position + position; }
+  FASTNORM_DEVICE int64_t row(int position) const { return first_row + position; }
   FASTNORM_DEVICE int64_t element(int position) const { return row(position) * shape.C + channel; }
   FASTNORM_DEVICE uint8_t* mask_byte(uint8_t* mask, int position) const {
     return mask + row(position) * shape.mask_row_bytes + channel / 8;
@@ -128,30 +131,47 @@ struct ColumnsPiece {
   FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const Place& place) const {
     const int position = place.position;
     if (!shape.per_position) return load_mask<W>(mask + row(position) * shape.mask_row_bytes, channel);
-    const int64_t group = channel / shape.set_channels;
-    return load_mask<W>(mask + (row(position) * shape.groups + group) * shape.mask_row_bytes,
-                        channel - group * shape.set_channels);
+    return load_mask<W>(mask + (row(position) * shape.groups + group(0)) * shape.mask_row_bytes,
+                        channel - group(0) * shape.set_channels);
   }
+  // The set, among those of an outer, of a channel; of lane w.
+  FASTNORM_DEVICE int64_t group_of(int64_t of_channel) const {
+    return shape.groups == 1 ? 0 : shape.by_set_channels.divide(static_cast<uint32_t>(of_channel));
+  }
+  FASTNORM_DEVICE int64_t group(int w) const { return group_of(channel + w); }
   // The set of lane w; it depends on the position only where per_position is set.
   FASTNORM_DEVICE int64_t set(int w, int position = 0) const {
-    const int64_t group = shape.set_channels == 1 ? channel + w : (channel + w) / shape.set_channels;
-    return (shape.per_position ? row(position) : outer) * shape.groups + group;
-  }
-  // Where a tile has whole sets: the number, within the tile, of lane w's set.
-  FASTNORM_DEVICE int set_in_tile(int w) const {
-    const int lane = x * W + w;
-    return shape.set_channels == 1 ? lane : static_cast<int>(shape.by_set_channels.divide(static_cast<unsigned>(lane)));
+    return (shape.per_position ? row(position) : outer) * shape.groups + group(w);
   }
   // The first element of lane w's set.
   FASTNORM_DEVICE int64_t set_base(int w) const {
-    const int64_t group = shape.set_channels == 1 ? channel + w : (channel + w) / shape.set_channels;
-    return outer * shape.positions * shape.C + group * shape.set_channels;
+    return outer * shape.positions * shape.C + group(w) * shape.set_channels;
   }
+  // Where a tile has whole sets: the number, within the tile, of lane w's set.
+  FASTNORM_DEVICE int set_in_tile(int w) const {
+    return shape.groups == 1 ? 0 : static_cast<int>(shape.by_set_channels.divide(static_cast<unsigned>(x * W + w)));
+  }
+  // Calls body(w) for every lane whose set differs from that of the lane before, and same(w) for the others. Where sets
+  // are wider than packs, a pack lies in one.
+  template <class Body, class Same>
+  FASTNORM_DEVICE void for_lane_sets(Body body, Same same) const {
+    const bool one = shape.set_channels % W == 0;
+    body(0);
+#pragma unroll
+    for (int w = 1; w < W; ++w) {
+      if (one) {
+        same(w);
+      } else {
+        body(w);
+      }
+    }
+  }
+
   // The index among [outer, pieces, C] of the partial of this item's channel first_channel + c.
   FASTNORM_DEVICE int64_t partial(int c) const { return (outer * shape.pieces + piece) * shape.C + first_channel + c; }
 
   // The tile's first set.
-  FASTNORM_DEVICE int64_t first_set() const { return outer * shape.groups + first_channel / shape.set_channels; }
+  FASTNORM_DEVICE int64_t first_set() const { return outer * shape.groups + group_of(first_channel); }
 
   // The index, in a staged piece, of this thread's pack. The same for every tensor.
   template <class T>

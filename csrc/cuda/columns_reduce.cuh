@@ -71,10 +71,28 @@ FASTNORM_DEVICE void load_origins(const ColumnsPiece<W>& piece, const T* x, A (&
 #pragma unroll
     for (int w = 0; w < W; ++w) origin[w] = as_origin(origin[w]);
   } else {
+    piece.for_lane_sets([&](int w) { origin[w] = origin_of<A>(x + piece.set_base(w)); },
+                        [&](int w) { origin[w] = origin[w - 1]; });
+  }
+}
+
+// The statistics of this thread's channels.
+template <int W, class A>
+FASTNORM_DEVICE void load_lane_stats(const ColumnsPiece<W>& piece, const A* stats, int64_t sets,
+                                     SetStats<A> (&out)[W]) {
+  if (!piece.in) {
 #pragma unroll
-    for (int w = 0; w < W; ++w) {
-      origin[w] = w > 0 && set_channels % W == 0 ? origin[0] : origin_of<A>(x + piece.set_base(w));
-    }
+    for (int w = 0; w < W; ++w) out[w] = {};
+  } else if (piece.shape.set_channels == 1) {  // the channels' statistics adjoin
+    A mean[W], rstd[W], low[W];
+    load_adjoining(stats + kMean * sets + piece.set(0), mean);
+    load_adjoining(stats + kRstd * sets + piece.set(0), rstd);
+    load_adjoining(stats + kMeanLow * sets + piece.set(0), low);
+#pragma unroll
+    for (int w = 0; w < W; ++w) out[w] = {mean[w], rstd[w], low[w]};
+  } else {
+    piece.for_lane_sets([&](int w) { out[w] = load_stats(stats, sets, piece.set(w)); },
+                        [&](int w) { out[w] = out[w - 1]; });
   }
 }
 

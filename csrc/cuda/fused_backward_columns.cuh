@@ -26,14 +26,13 @@ FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPi
   });
 }
 
-// With the widest packs a thread needs more registers than two blocks per SM leave it.
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, W == 8 ? 1 : 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {
   using A = Accum<T>;
   const int stage_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
   auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes);
-  auto* const terms_of = reinterpret_cast<InputTerms<A>*>(merged + block_threads() * W);
+  auto* const terms_of = reinterpret_cast<InputTerms<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
   const GangPartials<GradSums<A>> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
@@ -41,12 +40,15 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
   const auto load = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
-    stage_columns(piece, [&](const Place& place) {
-      const int slot = piece.slot(place, t.x);
-      fastnorm::cuda::stage<W>(staged.x + slot, t.x + place.element);
-      fastnorm::cuda::stage<W>(staged.dy + slot, t.dy + place.element);
-      if (t.residual != nullptr) fastnorm::cuda::stage<W>(staged.residual + slot, t.residual + place.element);
-    });
+    const auto copy = [&](auto with_residual) {
+      stage_columns(piece, [&](const Place& place) {
+        const int slot = piece.slot(place, t.x);
+        fastnorm::cuda::stage<W>(staged.x + slot, t.x + place.element);
+        fastnorm::cuda::stage<W>(staged.dy + slot, t.dy + place.element);
+        if (with_residual) fastnorm::cuda::stage<W>(staged.residual + slot, t.residual + place.element);
+      });
+    };
+    t.residual != nullptr ? copy(std::true_type{}) : copy(std::false_type{});
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
@@ -84,9 +86,9 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     merge_channels(t, piece, merged, terms_of);
     sync_block();
     LaneTerms<A, W> terms{};
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      if (piece.in) terms.lane[w] = terms_of[piece.set_in_tile(w)];
+    if (piece.in) {
+      piece.for_lane_sets([&](int w) { terms.lane[w] = terms_of[piece.set_in_tile(w)]; },
+                          [&](int w) { terms.lane[w] = terms.lane[w - 1]; });
     }
     const BackwardTensors<T> rest = second_half(t);
     apply_gradient_columns<kSmooth, 1, false>(rest, piece, coefs, terms, [&](const auto& tensors, const Place& place) {

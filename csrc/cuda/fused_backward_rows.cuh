@@ -95,7 +95,7 @@ FASTNORM_DEVICE void store_gathered(const FusedBackward<A>& f, const RowsShape& 
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape shape) {
   using A = Accum<T>;
   const Team team(shape.team);

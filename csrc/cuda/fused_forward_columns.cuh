@@ -33,12 +33,12 @@ FASTNORM_DEVICE void merge_channels(const ForwardTensors<T>& t, const ColumnsPie
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   using A = Accum<T>;
   unsigned char* const extra = shared_memory() + f.stages * f.stream_bytes;
   auto* const merged = reinterpret_cast<Moments<A>*>(extra);
-  auto* const set_stats = reinterpret_cast<SetStats<A>*>(merged + block_threads() * W);
+  auto* const set_stats = reinterpret_cast<SetStats<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
   const GangPartials<Welford<A>> gang(f, reinterpret_cast<A*>(set_stats) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return reinterpret_cast<Pack<T, W>*>(shared_memory() + stage * f.stream_bytes);
@@ -79,11 +79,11 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     sync_block();
     if (t.y != nullptr) {
       SetStats<A> stats[W] = {};
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        if (piece.in) stats[w] = set_stats[piece.set_in_tile(w)];
+      if (piece.in) {
+        piece.for_lane_sets([&](int w) { stats[w] = set_stats[piece.set_in_tile(w)]; },
+                            [&](int w) { stats[w] = stats[w - 1]; });
       }
-      forward_columns<kSmooth, 2, false>(t, piece, lane_coefs(stats, params), read);
+      forward_columns<kSmooth, kSmooth ? 1 : 2, false>(t, piece, lane_coefs(stats, params), read);
     }
   };
   for_waves(f, shape.items, grid_blocks(), block_index(), load, use_wave);

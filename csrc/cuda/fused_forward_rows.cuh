@@ -21,7 +21,7 @@
 namespace fastnorm::cuda {
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   using A = Accum<T>;
   const Team team(shape.team);

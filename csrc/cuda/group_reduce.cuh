@@ -49,6 +49,30 @@ FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
   return mine;
 }
 
+// The same of plain sums, whose order of merging is that of an addition.
+template <class A>
+FASTNORM_DEVICE GradSums<A> reduce_lanes(GradSums<A> mine, int width) {
+  for (int lanes = 1; lanes < width; lanes *= 2) {
+    mine.d += shuffle_xor(mine.d, lanes);
+    mine.d_centered += shuffle_xor(mine.d_centered, lanes);
+  }
+  return mine;
+}
+// The same of moments: the common mean first, then the deviations from it. Both are plain sums, so that no step has a
+// division.
+template <class A>
+FASTNORM_DEVICE Welford<A> reduce_lanes(const Welford<A>& mine, int width) {
+  A count = mine.count, sum = mine.count * mine.moments.mean;
+  for (int lanes = 1; lanes < width; lanes *= 2) {
+    count += shuffle_xor(count, lanes);
+    sum += shuffle_xor(sum, lanes);
+  }
+  const A mean = count > A(0) ? sum / count : A(0), deviation = mine.moments.mean - mean;
+  A m2 = std::fma(mine.count * deviation, deviation, mine.moments.m2);
+  for (int lanes = 1; lanes < width; lanes *= 2) m2 += shuffle_xor(m2, lanes);
+  return {count, {mean, m2}};
+}
+
 // The sum over the team. All threads of the block take part. `scratch` has ladder_bytes(...) of plan/types.h.
 //
 // Two barriers per call suffice: a warp's place is read before the second barrier and written again after it, and the

@@ -2,6 +2,8 @@
 // and checks every access made here.
 #pragma once
 
+#include <algorithm>
+
 #include "core/args.h"
 #include "platform.cuh"
 
@@ -115,6 +117,19 @@ template <class V>
 FASTNORM_DEVICE void store_one(V* p, const V& v) {
   note_write(p, alignof(V), Access::kParameter);
   *p = v;
+}
+
+// W neighbouring numbers, of which the first is as aligned as a pack of them, at most 16 bytes.
+template <int W, class A>
+FASTNORM_DEVICE void load_adjoining(const A* p, A (&out)[W]) {
+  constexpr int kPart = std::min(W, static_cast<int>(16 / sizeof(A)));
+#pragma unroll
+  for (int part = 0; part < W; part += kPart) {
+    A values[kPart];
+    widen<A>(load_cached<kPart>(p + part), values);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) out[part + i] = values[i];
+  }
 }
 
 // One number whose type is known at run time.

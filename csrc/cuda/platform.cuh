@@ -204,9 +204,18 @@ FASTNORM_DEVICE void copy_async(void* place, const void* p) {
 }
 // Ends a group of this thread's copies (cp.async.commit_group).
 FASTNORM_DEVICE void commit_copies() { __pipeline_commit(); }
-// Waits for all of this thread's groups except the last `pending` (at most 8). Other threads see the copies after a
-// barrier.
-FASTNORM_DEVICE void wait_copies(int pending) { __pipeline_wait_prior(static_cast<size_t>(pending)); }
+// Waits for all of this thread's groups except the last `pending` (at most 7). Other threads see the copies after a
+// barrier. The instruction wants a constant, which is found in three steps.
+template <int kLow = 0, int kCount = 8>
+FASTNORM_DEVICE void wait_copies(int pending) {
+  if constexpr (kCount == 1) {
+    __pipeline_wait_prior(kLow);
+  } else if (pending < kLow + kCount / 2) {
+    wait_copies<kLow, kCount / 2>(pending);
+  } else {
+    wait_copies<kLow + kCount / 2, kCount / 2>(pending);
+  }
+}
 
 // Begins to bring the memory at p into L2.
 FASTNORM_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }

@@ -18,7 +18,7 @@
 namespace fastnorm::cuda {
 
 template <class T, int W>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_rows(const T* x, Welford<Accum<T>>* partials, RowsShape shape) {
   using A = Accum<T>;
   for_rows<W>(shape, all_blocks(), [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
@@ -33,7 +33,7 @@ reduce_rows(const T* x, Welford<Accum<T>>* partials, RowsShape shape) {
 }
 
 template <class T, int W>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_columns(const T* x, Welford<Accum<T>>* partials, ColumnsShape shape) {
   using A = Accum<T>;
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {

@@ -28,7 +28,7 @@ FASTNORM_DEVICE void sum_rows(const BackwardTensors<T>& t, GradSums<A>* sums, co
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_backward_rows(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape shape) {
   sum_rows<kSmooth, W>(t, sums, shape, all_blocks());
 }
@@ -42,7 +42,7 @@ FASTNORM_DEVICE void store_sums(const ColumnsPiece<W>& piece, const LaneSums<A, 
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsShape shape) {
   using A = Accum<T>;
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
@@ -91,7 +91,7 @@ FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, 
 
 // The first blocks, as many as the rows' grid has (none where dx is not wanted), go along the rows. The others go down.
 template <class T, int W, int kColumnsW, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_elements(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape rows, int64_t rows_blocks,
                 GradSums<Accum<T>>* params, ColumnsShape columns) {
   const BlockRange all = all_blocks();

@@ -135,7 +135,7 @@ struct Planner {
       if (second_stage_idle(grid) && forced.stages != 2) continue;
       // Runs can lead to cluster sizes that are no powers of two, which might fill a device badly.
       if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
-      make(grid, co_resident_blocks(grid, staging.backward, where));
+      make(grid, co_resident_blocks(grid, where));
     }
   }
 };

@@ -55,16 +55,17 @@ int64_t wanted_blocks(const DeviceInfo& device) { return kSplitBlocksPerSm * dev
 
 // Chooses the threads of a team for so many packs, and the teams of a block: fewer where few items have to spread over
 // the device.
-void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_blocks) {
+void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_blocks,
+                 int block_threads = kBlockThreads) {
   const int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
-  grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), kBlockThreads));
-  if (full_blocks && grid.threads_x > kWarp) grid.threads_x = kBlockThreads;
+  grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), block_threads));
+  if (full_blocks && grid.threads_x > kWarp) grid.threads_x = block_threads;
   const int64_t spread = full_blocks ? grid.items : grid.items / device.num_sms;
   if (grid.threads_x >= kWarp) {
-    const int64_t most = grid.threads_x > kWarp ? 1 : kBlockThreads / kWarp;
+    const int64_t most = grid.threads_x > kWarp ? 1 : block_threads / kWarp;
     grid.threads_y = static_cast<int>(full_blocks ? most : std::clamp<int64_t>(spread, 1, most));
   } else {
-    const int per_warp = kWarp / grid.threads_x, most = kBlockThreads / kWarp;
+    const int per_warp = kWarp / grid.threads_x, most = block_threads / kWarp;
     grid.threads_y =
         per_warp * (full_blocks ? most : static_cast<int>(std::clamp<int64_t>(spread / per_warp, 1, most)));
   }
@@ -104,7 +105,7 @@ Grid split_rows(const Geometry& g, DType dtype, int pack, const DeviceInfo& devi
 }
 
 int64_t columns_merge_bytes(const Grid& grid, DType dtype) {
-  return grid.threads() * grid.pack * 2 * accum_size(dtype);
+  return merged_packs(grid.threads(), grid.threads_x) * grid.pack * 2 * accum_size(dtype);
 }
 
 // The channels of a tile, which has whole sets and whole bytes of the mask.
@@ -124,9 +125,9 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
   const int64_t packs = grid.piece_runs * grid.piece_length;
   if (packs > kMaxPiecePacks) return false;
   grid.items = g.sets() * grid.pieces;
-  choose_team(grid, packs, device, false);
+  choose_team(grid, packs, device, false, choice.block_threads());
   if (choice.gang != Gang::kBlock) {  // few blocks of many threads have less to exchange
-    grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(packs), kWarp, kBlockThreads));
+    grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(packs), kWarp, choice.block_threads()));
     grid.threads_y = 1;
   }
   const int64_t pair = 2 * accum_size(dtype);
@@ -135,8 +136,8 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
   if (staging.backward && has_units(g, grid)) {
     grid.team_bytes += align_up(grid.piece_runs * choose_units(grid).segments * pair);
   }
-  const int64_t others =
-      ladder_bytes(kBlockThreads, static_cast<int>(accum_size(dtype))) + partial_bytes(staging, choice.gang, 1, dtype);
+  const int64_t others = ladder_bytes(choice.block_threads(), static_cast<int>(accum_size(dtype))) +
+                         partial_bytes(staging, choice.gang, 1, dtype);
   const int64_t limit = shared_limit(choice.blocks_per_sm, device) - others;
   const int step = std::max(1, kWarp / grid.threads_x);
   while (grid.threads_y > step && grid.threads_y * grid.team_bytes > limit) {
@@ -155,8 +156,8 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
   grid.piece_length = div_up(g.positions(), std::min(choice.pieces, g.positions()));
   grid.pieces = div_up(g.positions(), grid.piece_length);
   grid.items = g.outer() * div_up(g.C, grid.tile) * grid.pieces;
-  if (grid.threads_x > kBlockThreads || grid.piece_length > kMaxPiecePositions) return false;
-  grid.threads_y = kBlockThreads / grid.threads_x;
+  if (grid.threads_x > choice.block_threads() || grid.piece_length > kMaxPiecePositions) return false;
+  grid.threads_y = choice.block_threads() / grid.threads_x;
   // The stages, the merge of the threads' sums, four numbers per set, and the cluster's partials.
   grid.shared_bytes = choice.stages * staging.streams * grid.stream_bytes(dtype) + columns_merge_bytes(grid, dtype) +
                       align_up(grid.tile * 4 * accum_size(dtype)) +
@@ -216,10 +217,8 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes) {
   return {tile * g.positions() * size_of(dtype), g.outer() * div_up(g.C, tile)};
 }
 
-int64_t co_resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device) {
-  // The kernels are compiled for two blocks per SM, except those whose registers leave room for one.
-  const bool alone = backward && grid.traversal == Traversal::kColumns && grid.pack == 8;
-  const int64_t by_registers = (alone ? kBlockThreads : kResidentThreads) / grid.threads();
+int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device) {
+  const int64_t by_registers = kResidentThreads / grid.threads();
   const int64_t by_threads = device.threads_per_sm / grid.threads();
   const int64_t by_shared = device.shared_per_sm / (grid.shared_bytes + kReservedShared);
   const int64_t each = std::min({by_registers, by_threads, by_shared});
@@ -241,8 +240,7 @@ bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging
   grid.gang = choice.gang;
   grid.stages = choice.stages;
   const int64_t blocks = div_up(grid.items, grid.teams());
-  int64_t resident = co_resident_blocks(grid, staging.backward, device);
-  resident = std::min(resident, int64_t(choice.blocks_per_sm) * kBlockThreads / grid.threads() * device.num_sms);
+  int64_t resident = co_resident_blocks(grid, device);
   resident = resident / grid.pieces * grid.pieces;
   grid.blocks = std::min(choice.persistent ? resident : kMaxBlocks / grid.pieces * grid.pieces, blocks);
   return resident > 0;

@@ -15,6 +15,8 @@ struct FusedChoice {
   int blocks_per_sm;   // the shared memory of an SM is divided among so many
   int64_t tile_bytes;  // columns: neighbouring channels of a tile have at least so many bytes
   bool persistent;     // all blocks are on the device at a time and take items in strides
+
+  int block_threads() const { return blocks_per_sm == 1 ? kResidentThreads : kBlockThreads; }
 };
 
 // The contents of a fused launch's shared memory.
@@ -49,7 +51,7 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes);
 
 // The least number of blocks of a launch that are on the device at a time: its occupancy times the SMs, as far as gangs
 // fill them.
-int64_t co_resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device);
+int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device);
 
 int64_t accum_size(DType dtype);
 

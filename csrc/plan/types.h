@@ -26,10 +26,11 @@ struct DeviceInfo {
 FASTNORM_FIELDS(DeviceInfo, capability, num_sms, threads_per_sm, shared_per_sm, shared_per_block, l2_bytes,
                 bytes_per_us, largest_cluster, cluster_sms, cooperative)
 
-// The most threads of a block. The kernels are compiled for so many (__launch_bounds__) and for two blocks per SM: 128
-// registers per thread. tests/check_sass.py holds the compiler's report to that.
-constexpr int kBlockThreads = 256;
-constexpr int kResidentThreads = 2 * kBlockThreads;
+// The threads of an SM: the kernels are compiled for one block of so many (__launch_bounds__), which leaves each 128
+// registers. tests/check_sass.py holds the compiler's report to that.
+constexpr int kResidentThreads = 512;
+// The most threads of a block, two of which then share an SM; a block that has an SM to itself takes all of them.
+constexpr int kBlockThreads = kResidentThreads / 2;
 constexpr int kWarp = 32;
 constexpr int kMaxCluster = 16;
 
@@ -39,6 +40,12 @@ constexpr int kCopyGroups = 4;
 // The shared memory of a reduction over a block: an accumulator of three numbers for every warp, and the result.
 FASTNORM_HOST_DEVICE constexpr int ladder_bytes(int threads, int number_bytes) {
   return ((threads / kWarp + 1) * 3 * number_bytes + 15) / 16 * 16;
+}
+
+// Columns: the packs of accumulators that a block merges in shared memory. The lanes of a warp that have the same
+// channels merge theirs by shuffles first.
+FASTNORM_HOST_DEVICE constexpr int merged_packs(int threads, int threads_x) {
+  return threads_x < kWarp ? threads / kWarp * threads_x : threads;
 }
 
 enum class Strategy : int { kFused = 0, kSplit = 1, kApply = 2 };

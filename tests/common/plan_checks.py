@@ -13,16 +13,16 @@ from tests.common.plan_model import BATCH, DEVICES, KIB, Call, Shape, div_up
 from tests.common.plan_walk import MASK_BITS, WARP, Cut, check_columns, check_every_element_once, check_rows
 
 MAX_BLOCKS = 2**31 - 1
-MAX_THREADS = 256
+MAX_THREADS = 512
 MAX_FOLD_BLOCKS = 4096
 SMALL_PIECE = 1024  # packs: a split stops there
 SMALL_COLUMN = 8  # positions of a thread, likewise
 LARGE_US = 4  # reading a tensor that takes so long is worth more than a grid's barriers
 MOST_SHARES = 4  # one SM may draw so many times its share of the memory's bandwidth: 64 bytes per clock
 
-# Per SM: the threads that kernels' registers allow, unless they allow one block; the blocks that every architecture has
-# room for. Per block: the bytes of shared memory that it costs besides its own.
-RESIDENT_THREADS = 2 * MAX_THREADS
+# Per SM: the threads that kernels' registers allow; the blocks that every architecture has room for. Per block: the
+# bytes of shared memory that it costs besides its own.
+RESIDENT_THREADS = MAX_THREADS
 RESIDENT_BLOCKS = 16
 RESERVED = KIB
 
@@ -81,8 +81,10 @@ def ladder(grid: _C.Grid, accum: int) -> int:
 
 
 def merge(grid: _C.Grid, accum: int) -> int:
-    """Bytes of a reduction down the columns: two numbers per lane."""
-    return grid.threads * grid.pack * 2 * accum
+    """Bytes of a reduction down the columns: two numbers per lane. Lanes of a warp that have the same channels merge
+    theirs without shared memory."""
+    apart = min(1, grid.threads_x / WARP)
+    return int(grid.threads * apart) * grid.pack * 2 * accum
 
 
 def check_scratch(grid: _C.Grid, call: Call) -> None:
@@ -99,7 +101,6 @@ class Fused:
     streams: int  # tensors in shared memory
     numbers: int  # of a partial
     extra: int  # bytes of shared memory in which a team adds up
-    one_block: bool  # the kernel's registers allow one block per SM
     cooperative: bool
     gathers: bool  # a row of the workspace for each gang
 
@@ -107,7 +108,7 @@ class Fused:
 def co_resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: int) -> int:
     """The blocks that are on the device at a time, with `free` SMs left alone."""
     each = min(
-        (MAX_THREADS if kind.one_block else RESIDENT_THREADS) // grid.threads,
+        RESIDENT_THREADS // grid.threads,
         facts.threads_per_sm // grid.threads,
         RESIDENT_BLOCKS,
         facts.shared_per_sm // (grid.shared_bytes + RESERVED),
@@ -201,7 +202,7 @@ def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: 
     check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
     if plan.strategy == "fused":
         assert call.size < 8
-        check_fused(grid, call, facts, Fused(1, 3, 0, False, grid.gang == "grid", False), free)
+        check_fused(grid, call, facts, Fused(1, 3, 0, grid.gang == "grid", False), free)
         assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid, 3), 1)
     elif plan.strategy == "split":
         assert plan.workspace_bytes == partials(grid, call.shape) * three
@@ -297,9 +298,8 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
     if sums == "in_gang":
         extra = grid.piece_length * grid.pack * 8  # two floats an element
     if fused:
-        one_block = grid.traversal == "columns" and grid.pack == 8
         waits = plan.grid_sync or grid.gang == "grid"
-        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, waits, sums == "in_gang"), free)
+        check_fused(grid, call, facts, Fused(streams, 2, extra, waits, sums == "in_gang"), free)
     check_workspace(call, plan)
     blocks = max(g.blocks for g in (grid, plan.apply, plan.params))
     check_estimate(plan.estimate, (streams + call.input) * call.bytes, blocks, facts)
