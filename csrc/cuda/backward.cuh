@@ -34,6 +34,18 @@ struct BackwardTensors {
         epilogue{a.activation, static_cast<A>(a.activation_param)},
         dx(static_cast<T*>(a.dx)),
         dresidual(static_cast<T*>(a.dresidual)) {}
+
+  // The tensors as they are seen from an element and a byte of the mask.
+  FASTNORM_DEVICE BackwardTensors moved(int64_t element, int64_t mask_byte) const {
+    BackwardTensors t = *this;
+    t.dy += element;
+    t.x += element;
+    if (residual != nullptr) t.residual += element;
+    if (mask != nullptr) t.mask += mask_byte;
+    if (dx != nullptr) t.dx += element;
+    if (dresidual != nullptr) t.dresidual += element;
+    return t;
+  }
 };
 
 // The packs that backward reads for one step or position.
@@ -57,15 +69,6 @@ FASTNORM_DEVICE void gradient(const BackwardTensors<T>& t, const GradientPacks<T
     if (t.residual != nullptr) add_residual(packs.residual, z);
     multiply_slope<kAct, T>(t.epilogue.param, z, d);
   }
-}
-
-// The sums of d and of d (x - mean) over a pack.
-template <int W, class A, class Coefs>
-FASTNORM_DEVICE GradSums<A> pack_sums(const A (&x)[W], const A (&d)[W], const Coefs& coefs) {
-  A products[W];
-#pragma unroll
-  for (int w = 0; w < W; ++w) products[w] = d[w] * (x[w] - coefs[w].mean);
-  return {tree_sum(d), tree_sum(products)};
 }
 
 // dx and dresidual of a pack.

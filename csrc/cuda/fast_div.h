@@ -23,4 +23,20 @@ struct FastDiv {
   }
 };
 
+// The same for any n, which a launch has few of: 64-bit division takes a hundred instructions.
+struct WideDiv {
+  FastDiv narrow;
+  int64_t divisor;
+
+  WideDiv() = default;
+  explicit WideDiv(int64_t d) : narrow(d < kNarrow ? d : 1), divisor(d) {}
+  FASTNORM_HOST_DEVICE int64_t divide(int64_t n) const {
+    if (n >= kNarrow || divisor >= kNarrow) return n / divisor;
+    return narrow.divide(static_cast<uint32_t>(n));
+  }
+
+ private:
+  static constexpr int64_t kNarrow = int64_t(1) << 31;
+};
+
 }  // namespace fastnorm::cuda

@@ -35,6 +35,16 @@ struct ForwardTensors {
         epilogue{a.activation, static_cast<A>(a.activation_param)} {}
 
   FASTNORM_DEVICE bool frozen() const { return running_mean.data != nullptr; }
+
+  // The tensors as they are seen from an element and a byte of the mask.
+  FASTNORM_DEVICE ForwardTensors moved(int64_t element, int64_t mask_byte) const {
+    ForwardTensors t = *this;
+    t.x += element;
+    if (residual != nullptr) t.residual += element;
+    if (y != nullptr) t.y += element;
+    if (mask != nullptr) t.mask += mask_byte;
+    return t;
+  }
 };
 
 // Statistics that are given. The thread for which `writes` holds copies them to `stats`.
@@ -45,16 +55,16 @@ FASTNORM_DEVICE SetStats<A> given_stats(const ForwardTensors<T>& t, int64_t set,
   return s;
 }
 
-// One pack: from x (and residual) to y (and mask). All lanes of the warp take part, `in` or not.
-template <Activation kAct, int W, class T, class Coefs, class A = Accum<T>>
+// One pack: from x (and residual) to y (and mask, at mask_byte()). All lanes of the warp take part, `in` or not.
+template <Activation kAct, int W, class T, class Coefs, class MaskByte, class A = Accum<T>>
 FASTNORM_DEVICE void forward_pack(const ForwardTensors<T>& t, const Pack<T, W>& x, const Pack<T, W>& residual, bool in,
-                                  const Coefs& coefs, int64_t element, uint8_t* mask_byte) {
+                                  const Coefs& coefs, int64_t element, MaskByte mask_byte) {
   A values[W], z[W];
   widen<A>(x, values);
   normalize(values, coefs, z);
   if (t.residual != nullptr) add_residual(residual, z);
   if constexpr (is_two_sided(kAct)) {
-    if (t.mask != nullptr) store_mask<W>(mask_byte, upper_side<kAct>(z), in);
+    if (t.mask != nullptr) store_mask<W>(mask_byte(), upper_side<kAct>(z), in);
   }
   activate_pack<kAct, T>(t.epilogue.param, z);
   if (in) store(t.y + element, narrow<T>(z));

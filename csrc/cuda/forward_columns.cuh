@@ -23,7 +23,7 @@ FASTNORM_DEVICE void forward_columns(const ForwardTensors<T>& t, const ColumnsPi
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         forward_pack<act.value>(t, x[u], residual[u], in[u], coefs, piece.element(position[u]),
-                                piece.mask_byte(t.mask, position[u]));
+                                [&] { return piece.mask_byte(t.mask, position[u]); });
       }
     });
   });

@@ -100,15 +100,20 @@ class GangPartials {
 };
 
 // The waves of a fused launch, for a team that takes item `mine` of each. load(item, stage, copy_group) begins to copy
-// a part of an item to a stage of shared memory. use(item, stage, parity, ready) finds a group and those before it
-// there after ready(copy_group). All teams make the same number of calls; an item may lie beyond the last.
+// a part of an item to a stage of shared memory; or load(item, stage) begins to copy it all and commits the groups.
+// use(item, stage, parity, ready) finds a group and those before it there after ready(copy_group). All teams make the
+// same number of calls; an item may lie beyond the last.
 template <class Load, class Use>
 FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Load load,
                                Use use) {
   const auto begin = [&](int64_t item, int stage) {
-    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
-      if (item < items) load(item, stage, copy_group);
-      commit_copies();
+    if constexpr (std::is_invocable_v<Load, int64_t, int>) {
+      return load(item, stage);
+    } else {
+      for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
+        if (item < items) load(item, stage, copy_group);
+        commit_copies();
+      }
     }
   };
   const bool ahead = f.stages == 2;  // the next wave is loaded during this one
