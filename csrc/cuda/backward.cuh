@@ -40,6 +40,17 @@ struct BackwardTensors {
   FASTNORM_DEVICE bool is_plain() const {
     return residual == nullptr && mask == nullptr && dresidual == nullptr && dx != nullptr && !frozen;
   }
+  // The tensors as they are seen from an element and a byte of the mask.
+  FASTNORM_DEVICE BackwardTensors moved(int64_t element, int64_t mask_byte) const {
+    BackwardTensors t = *this;
+    t.dy += element;
+    t.x += element;
+    if (residual != nullptr) t.residual += element;
+    if (mask != nullptr) t.mask += mask_byte;
+    if (dx != nullptr) t.dx += element;
+    if (dresidual != nullptr) t.dresidual += element;
+    return t;
+  }
 };
 
 // The tensors of a call that only wants dx, without residual, mask and given statistics: most calls. The functions
@@ -96,15 +107,6 @@ FASTNORM_DEVICE void gradient(const Tensors& t, const GradientPacks<T, W>& packs
     if (t.residual != nullptr) add_residual(packs.residual, z);
     multiply_slope<kAct, T>(t.epilogue.param, z, d);
   }
-}
-
-// The sums of d and of d (x - mean) over a pack.
-template <int W, class A, class Coefs>
-FASTNORM_DEVICE GradSums<A> pack_sums(const A (&x)[W], const A (&d)[W], const Coefs& coefs) {
-  A products[W];
-#pragma unroll
-  for (int w = 0; w < W; ++w) products[w] = d[w] * (x[w] - coefs[w].mean);
-  return {tree_sum(d), tree_sum(products)};
 }
 
 // dx and dresidual of a pack.

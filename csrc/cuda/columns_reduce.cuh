@@ -116,12 +116,12 @@ FASTNORM_DEVICE A inverse_of(int n) {
 }
 
 // Sums over the lanes of a warp that have the same channels.
-template <int N, class A>
-FASTNORM_DEVICE void sum_over_rows(A (&values)[N], int threads_x) {
+template <int K, class A>
+FASTNORM_DEVICE void sum_over_rows(A (&values)[K], int threads_x) {
 #pragma unroll 1
   for (int lanes = threads_x; lanes < kWarp; lanes *= 2) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) values[i] += shuffle_xor(values[i], lanes);
+    for (int k = 0; k < K; ++k) values[k] += shuffle_xor(values[k], lanes);
   }
 }
 
