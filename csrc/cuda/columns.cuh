@@ -208,7 +208,8 @@ struct ColumnsPiece {
   template <int U, class Body>
   FASTNORM_DEVICE void walk_on(Place& place, int positions, Body body) const {
     if (!in) return;
-    for (int left = positions >> (shape.log_threads_y + log2_of(U)); left > 0; --left) {
+    const int rounds = U == 1 ? count_of(positions) : positions >> (shape.log_threads_y + log2_of(U));
+    for (int left = rounds; left > 0; --left) {
       Place places[U];
       places[0] = place;
 #pragma unroll
@@ -235,8 +236,7 @@ struct ColumnsPiece {
       walk_on<U>(place, range.end - range.begin, body);
     } else if (in) {
       const int positions = range.end - range.begin;
-      const int rounds = positions >> (shape.log_threads_y + log2_of(U));
-      const int left = count_of(positions) - rounds * U;
+      const int rows = count_of(positions), left = rows % U, rounds = rows / U;
       Place place = next(at(range.begin), rounds * U + left - 1);
       for (int i = 0; i < left; ++i) {
         const Place places[1] = {place};
