@@ -34,18 +34,6 @@ struct BackwardTensors {
         epilogue{a.activation, static_cast<A>(a.activation_param)},
         dx(static_cast<T*>(a.dx)),
         dresidual(static_cast<T*>(a.dresidual)) {}
-
-  // The tensors as they are seen from an element and a byte of the mask.
-  FASTNORM_DEVICE BackwardTensors moved(int64_t element, int64_t mask_byte) const {
-    BackwardTensors t = *this;
-    t.dy += element;
-    t.x += element;
-    if (residual != nullptr) t.residual += element;
-    if (mask != nullptr) t.mask += mask_byte;
-    if (dx != nullptr) t.dx += element;
-    if (dresidual != nullptr) t.dresidual += element;
-    return t;
-  }
 };
 
 // The packs that backward reads for one step or position.

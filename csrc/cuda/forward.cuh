@@ -35,16 +35,6 @@ struct ForwardTensors {
         epilogue{a.activation, static_cast<A>(a.activation_param)} {}
 
   FASTNORM_DEVICE bool frozen() const { return running_mean.data != nullptr; }
-
-  // The tensors as they are seen from an element and a byte of the mask.
-  FASTNORM_DEVICE ForwardTensors moved(int64_t element, int64_t mask_byte) const {
-    ForwardTensors t = *this;
-    t.x += element;
-    if (residual != nullptr) t.residual += element;
-    if (y != nullptr) t.y += element;
-    if (mask != nullptr) t.mask += mask_byte;
-    return t;
-  }
 };
 
 // Statistics that are given. The thread for which `writes` holds copies them to `stats`.

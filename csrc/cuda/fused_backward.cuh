@@ -21,11 +21,11 @@ namespace fastnorm::cuda {
 template <class A>
 struct FusedBackward {
   FusedShape shape;
-  int unit_threads, segments, unit_length;
-  bool batch;                 // sets are cells, so the sums are final, and this kernel writes the gradients
-  GradSums<A>* sums;          // of cells, for fold: [outer, parts of a cell, C], or null
-  GradSums<A>* gathered;      // [gangs, C] of d xhat and d, or null
-  ParamGrads dweight, dbias;  // batch
+  int unit_shift, segments, unit_length;  // units of 1 << unit_shift threads; no units: 0
+  bool batch;                             // sets are cells, so the sums are final, and this kernel writes the gradients
+  GradSums<A>* sums;                      // of cells, for fold: [outer, parts of a cell, C], or null
+  GradSums<A>* gathered;                  // [gangs, C] of d xhat and d, or null
+  ParamGrads dweight, dbias;              // batch
   bool grid_sync;
   FoldParamsArgs<A> fold;  // done after the grid sync
 };
