@@ -26,10 +26,9 @@ apply_rows(ForwardTensors<T> t, RowsShape shape) {
     const auto stats = t.frozen() ? given_stats(t, set, load_param_of<T>(t.running_mean, set, A(0)),
                                                 load_param_of<T>(t.running_var, set, A(1)), writes)
                                   : load_stats(t.stats, t.sets, set);
-    const T* const first = t.x + piece.base;
     forward_rows<kSmooth, true, kSmooth ? 1 : kRowsUnroll<W>>(
         t, piece, piece.whole(team, valid), stats, channel_params<T>(piece, t.weight, t.bias),
-        [&](const Step& step) { return load<W>(first + piece.element(step)); });
+        [&](const Step& step) { return load<W>(t.x + piece.element(step)); });
   });
 }
 

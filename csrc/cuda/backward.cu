@@ -135,7 +135,7 @@ struct Backward {
   FusedBackward<A> fused_args() const {
     FusedBackward<A> f{};
     f.shape = fused_shape(plan.reduce, dtype, gang_partials());
-    f.unit_threads = plan.units.threads;
+    while (1 << f.unit_shift < plan.units.threads) ++f.unit_shift;
     f.segments = static_cast<int>(plan.units.segments);
     f.unit_length = static_cast<int>(plan.units.length);
     f.batch = g.kind == Kind::kBatch;

@@ -40,17 +40,6 @@ struct BackwardTensors {
   FASTNORM_DEVICE bool is_plain() const {
     return residual == nullptr && mask == nullptr && dresidual == nullptr && dx != nullptr && !frozen;
   }
-  // The tensors as they are seen from an element and a byte of the mask.
-  FASTNORM_DEVICE BackwardTensors moved(int64_t element, int64_t mask_byte) const {
-    BackwardTensors t = *this;
-    t.dy += element;
-    t.x += element;
-    if (residual != nullptr) t.residual += element;
-    if (mask != nullptr) t.mask += mask_byte;
-    if (dx != nullptr) t.dx += element;
-    if (dresidual != nullptr) t.dresidual += element;
-    return t;
-  }
 };
 
 // The tensors of a call that only wants dx, without residual, mask and given statistics: most calls. The functions

@@ -36,16 +36,6 @@ struct ForwardTensors {
 
   FASTNORM_DEVICE bool frozen() const { return running_mean.data != nullptr; }
   FASTNORM_DEVICE bool is_plain() const { return residual == nullptr && mask == nullptr; }
-
-  // The tensors as they are seen from an element and a byte of the mask.
-  FASTNORM_DEVICE ForwardTensors moved(int64_t element, int64_t mask_byte) const {
-    ForwardTensors t = *this;
-    t.x += element;
-    if (residual != nullptr) t.residual += element;
-    if (y != nullptr) t.y += element;
-    if (mask != nullptr) t.mask += mask_byte;
-    return t;
-  }
 };
 
 // The tensors of a call without residual and mask. forward_pack takes either, and the compiler drops the branches.

@@ -7,26 +7,38 @@
 
 namespace fastnorm::cuda {
 
-// N packs, which are read before the first is used.
-template <Activation kAct, int N, int W, class T, class Coefs, class Read>
+// From x (and residual) to y (and mask) for N packs, which are read before the first is used. Lanes that share a byte
+// of the mask all take part, `in` or not.
+template <Activation kAct, int N, int W, class T, class Coefs, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_steps(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const Step (&steps)[N],
                                    Coefs& coefs, Read read) {
   Pack<T, W> x[N], residual[N];
+  const auto load_residual = [&](int u) {
+    if (steps[u].in) residual[u] = load<W>(t.residual + piece.element(steps[u]));
+  };
 #pragma unroll
   for (int u = 0; u < N; ++u) {
     if (steps[u].in) x[u] = read(steps[u]);
   }
-  if (t.residual != nullptr) {
+  if (N > 1 && t.residual != nullptr) {
 #pragma unroll
-    for (int u = 0; u < N; ++u) {
-      if (steps[u].in) residual[u] = load<W>(t.residual + piece.element(steps[u]));
-    }
+    for (int u = 0; u < N; ++u) load_residual(u);
   }
 #pragma unroll
   for (int u = 0; u < N; ++u) {
     coefs.move_to(steps[u]);
-    forward_pack<kAct>(t, x[u], residual[u], steps[u].in, coefs.now(), piece.element(steps[u]),
-                       [&] { return t.mask + piece.mask_byte(steps[u]); });
+    A values[W], z[W];
+    widen<A>(x[u], values);
+    normalize(values, coefs.now(), z);
+    if (t.residual != nullptr) {
+      if (N == 1) load_residual(u);  // in one branch with its use
+      add_residual(residual[u], z);
+    }
+    if constexpr (is_two_sided(kAct)) {
+      if (t.mask != nullptr) store_mask<W>(t.mask + piece.mask_byte(steps[u]), upper_side<kAct>(z), steps[u].in);
+    }
+    activate_pack<kAct, T>(t.epilogue.param, z);
+    if (steps[u].in) store(t.y + piece.element(steps[u]), narrow<T>(z));
   }
 }
 
@@ -52,9 +64,8 @@ FASTNORM_DEVICE void forward_rows_with(const ForwardTensors<T>& t, const RowsPie
 template <bool kSmooth, bool kFromEnd, int kUnroll, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
                                   const SetStats<A>& stats, const ChannelParams<A>& first, Read read) {
-  const ForwardTensors<T> here = t.moved(piece.base, piece.mask_base);
   with_coefs<T>(piece, stats, t.weight, t.bias, first,
-                [&](auto&& coefs) { forward_rows_with<kSmooth, kFromEnd, kUnroll>(here, piece, range, coefs, read); });
+                [&](auto&& coefs) { forward_rows_with<kSmooth, kFromEnd, kUnroll>(t, piece, range, coefs, read); });
 }
 
 }  // namespace fastnorm::cuda

@@ -21,11 +21,11 @@ namespace fastnorm::cuda {
 template <class A>
 struct FusedBackward {
   FusedShape shape;
-  int unit_threads, segments, unit_length;
-  bool batch;                 // sets are cells, so the sums are final, and this kernel writes the gradients
-  GradSums<A>* sums;          // of cells, for fold: [outer, parts of a cell, C], or null
-  GradSums<A>* gathered;      // [gangs, C] of d xhat and d, or null
-  ParamGrads dweight, dbias;  // batch
+  int unit_shift, segments, unit_length;  // units of 1 << unit_shift threads; no units: 0
+  bool batch;                             // sets are cells, so the sums are final, and this kernel writes the gradients
+  GradSums<A>* sums;                      // of cells, for fold: [outer, parts of a cell, C], or null
+  GradSums<A>* gathered;                  // [gangs, C] of d xhat and d, or null
+  ParamGrads dweight, dbias;              // batch
   bool grid_sync;
   FoldParamsArgs<A> fold;  // done after the grid sync
 };
@@ -54,13 +54,13 @@ FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const Tensors& t, const Piec
 }
 
 // The gradient through a relu is dy or 0: it replaces the staged dy exactly, and the second half takes it as it is.
-template <class T>
+template <bool kSmooth, class T>
 FASTNORM_DEVICE bool replaces_dy(const BackwardTensors<T>& t) {
-  return t.epilogue.activation == Activation::kRelu;
+  return !kSmooth && t.epilogue.activation == Activation::kRelu;
 }
-template <class T>
+template <bool kSmooth, class T>
 FASTNORM_DEVICE BackwardTensors<T> second_half(BackwardTensors<T> t) {
-  if (replaces_dy(t)) {
+  if (replaces_dy<kSmooth>(t)) {
     t.mask = nullptr;
     t.residual = nullptr;
     t.epilogue.activation = Activation::kNone;

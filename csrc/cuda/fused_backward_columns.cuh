@@ -90,7 +90,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
       piece.for_lane_sets([&](int w) { terms.lane[w] = terms_of[piece.set_in_tile(w)]; },
                           [&](int w) { terms.lane[w] = terms.lane[w - 1]; });
     }
-    const BackwardTensors<T> rest = second_half(t);
+    const BackwardTensors<T> rest = second_half<kSmooth>(t);
     apply_gradient_columns<kSmooth, 1, false>(rest, piece, coefs, terms, [&](const auto& tensors, const Place& place) {
       return staged_gradient(tensors, piece, staged, place);
     });

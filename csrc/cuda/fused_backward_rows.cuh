@@ -28,10 +28,10 @@ class StagedRows {
 
   // Reads a step, and the mask's bits from global memory.
   template <bool kSmooth>
-  FASTNORM_DEVICE GradientPacks<T, W> read(const BackwardTensors<T>& here, const Step& step) const {
+  FASTNORM_DEVICE GradientPacks<T, W> read(const BackwardTensors<T>& t, const Step& step) const {
     GradientPacks<T, W> packs{staged_.x[x_(step)], staged_.dy[dy_(step)], {}, 0};
-    if (here.residual != nullptr) packs.residual = staged_.residual[residual_(step)];
-    if (!kSmooth && here.mask != nullptr) packs.bits = piece_.mask_bits(here.mask, step);
+    if (t.residual != nullptr) packs.residual = staged_.residual[residual_(step)];
+    if (!kSmooth && t.mask != nullptr) packs.bits = piece_.mask_bits(t.mask, step);
     return packs;
   }
   template <class A>
@@ -45,20 +45,15 @@ class StagedRows {
   Slots<W> x_, dy_, residual_;
 };
 
-// The steps of unit `unit` of a team.
-template <int W>
-FASTNORM_DEVICE ThreadSteps steps_of_unit(const RowsPiece<W>& piece, const Team& team, bool valid, int unit,
-                                          int unit_threads, int segments, int unit_length) {
-  const int cell = unit / segments, begin = (unit - cell * segments) * unit_length;
-  const bool in = valid && cell < piece.span.runs;
-  return {cell * piece.span.packs + begin,
-          std::min(unit_length, piece.span.packs - begin),
-          in,
-          team.lane % unit_threads,
-          unit_threads,
-          0,
-          0,
-          unit_threads};
+// The steps of unit `unit` of a team, of which this thread is lane `lane`.
+template <int W, class A>
+FASTNORM_DEVICE ThreadSteps steps_of_unit(const FusedBackward<A>& f, const RowsPiece<W>& piece, bool valid, int unit,
+                                          int lane) {
+  const int cell = f.segments == 1 ? unit : unit / f.segments, begin = (unit - cell * f.segments) * f.unit_length;
+  const int threads = 1 << f.unit_shift, packs = piece.span.packs;
+  return {
+      cell * packs + begin, std::min(f.unit_length, packs - begin),      valid && cell < piece.span.runs, lane, threads,
+      f.unit_shift,         {0, threads, static_cast<uint32_t>(threads)}};
 }
 
 // The sums of a piece of several cells, each cell's times its weight, from those of its units.
@@ -81,56 +76,54 @@ FASTNORM_DEVICE GradSums<A> sum_of_cells(const BackwardTensors<T>& t, const Fuse
 // or of a piece whose weights change with every element. In the last case the sums are times rstd, and the thread's
 // part of the weights' gradients may be gathered in `extra`, where no two threads have the same place.
 template <bool kSmooth, int W, class T, class A, class Ready>
-FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& here, const FusedBackward<A>& f,
+FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const FusedBackward<A>& f,
                                           const RowsPiece<W>& piece, const Team& team, bool valid,
                                           const SetStats<A>& stats, const ChannelParams<A>& first,
                                           const StagedRows<T, W>& staged, GradSums<A>* extra, Ready ready) {
-  const bool by_units = f.unit_threads > 0, gathers = f.gathered != nullptr, replaces = replaces_dy(here);
+  const bool by_units = f.unit_length > 0, gathers = f.gathered != nullptr, replaces = replaces_dy<kSmooth>(t);
+  const int slots = team.width >> f.unit_shift, units = piece.span.runs * f.segments;
+  const int slot = team.lane >> f.unit_shift, lane = team.lane & ((1 << f.unit_shift) - 1);
+  const int group_length = piece.group_length();
   if (by_units || W == 1) {
     ready(kCopyGroups - 1);
     team.sync();  // other threads staged it
   }
-  const int slots = by_units ? team.width / f.unit_threads : 0, slot = by_units ? team.lane / f.unit_threads : 0;
-  const int ranges = by_units ? (piece.span.runs * f.segments + slots - 1) / slots : W == 1 ? 1 : kCopyGroups;
   GradSums<A> total{};
-  with_sums<kSmooth>(here, piece, stats, first, [&](const auto& sums) {
+  with_sums<kSmooth>(t, piece, stats, first, [&](const auto& sums) {
 #pragma unroll 1
-    for (int i = 0; i < ranges; ++i) {
-      ThreadSteps range = piece.whole(team, valid);
-      if (by_units) {
-        total = {};
-        range = steps_of_unit(piece, team, valid, i * slots + slot, f.unit_threads, f.segments, f.unit_length);
-      } else if (W > 1) {
-        ready(i);
-        range = piece.copy_group(team, valid, i);
+    for (int i = 0;; ++i) {
+      const int unit = i * slots + slot;
+      if (by_units && unit - slot >= units) break;
+      const ThreadSteps range =
+          by_units ? steps_of_unit(f, piece, valid, unit, lane) : piece.copy_group(team, valid, i, group_length);
+      if (!by_units) {
+        if (range.count <= 0) break;
+        if (W > 1) ready(i);
       }
       piece.for_steps(range, [&](const Step& step) {
-        const auto packs = staged.template read<kSmooth>(here, step);
-        sums.add(
-            step, packs,
-            [&](const Step&, const A(&x)[W], const A(&d)[W]) {
-              if (replaces) staged.replace_dy(step, d);
-              if (!gathers) return;
+        const auto packs = staged.template read<kSmooth>(t, step);
+        const auto keep = [&](const Step&, const A(&centered)[W], const A(&d)[W]) {
+          if (replaces) staged.replace_dy(step, d);
+          if (!sums.kByElement || !gathers) return;
 #pragma unroll
-              for (int w = 0; w < W; ++w) {
-                const A xhat = (x[w] - stats.mean) * stats.rstd - stats.low * stats.rstd;
-                extra[w * piece.span.packs + step.pack].merge({d[w], d[w] * xhat});
-              }
-            },
-            total);
+          for (int w = 0; w < W; ++w) {
+            const A xhat = centered[w] * stats.rstd - stats.low * stats.rstd;
+            extra[w * piece.span.packs + step.pack].merge({d[w], d[w] * xhat});
+          }
+        };
+        sums.add(step, packs, keep, total);
       });
       if (by_units) {
         A unit_sums[2] = {total.d, total.d_centered};
-        sum_lanes(unit_sums, f.unit_threads);
-        if (range.lane == 0 && i * slots + slot < piece.span.runs * f.segments) {
-          extra[i * slots + slot] = {unit_sums[0], unit_sums[1]};
-        }
+        total = {};
+        sum_lanes(unit_sums, 1 << f.unit_shift);
+        if (lane == 0 && unit < units) extra[unit] = {unit_sums[0], unit_sums[1]};
       }
     }
   });
   if (!by_units) return total;
   team.sync();
-  return sum_of_cells(here, f, piece, team, valid, extra);
+  return sum_of_cells(t, f, piece, team, valid, extra);
 }
 
 // Stores what the teams of a block have gathered over their rows, or a block of a gang over its piece of them. Lane w
@@ -151,11 +144,11 @@ FASTNORM_DEVICE void store_gathered(const FusedBackward<A>& f, const RowsShape& 
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape shape) {
   using A = Accum<T>;
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width, streams = t.residual != nullptr ? 3 : 2;
+  const Team team(shape.team_shift);
+  const int teams = block_threads() >> shape.team_shift, streams = t.residual != nullptr ? 3 : 2;
   const int stage_bytes = streams * f.shape.stream_bytes;
   unsigned char* const mine = shared_memory() + team.index * f.shape.team_bytes;
   auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.stages * stage_bytes);  // of units, or gathered
@@ -173,13 +166,12 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     stage_rows<T, W>(piece, team, valid, {{t.x, staged.x}, {t.dy, staged.dy}, {t.residual, staged.residual}});
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
-    const bool valid = item < shape.items, by_units = f.unit_threads > 0;
+    const bool valid = item < shape.items, by_units = f.unit_length > 0;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     const StagedRows<T, W> staged(t, piece, memory_of(stage));
-    const BackwardTensors<T> here = t.moved(piece.base, piece.mask_base);
     const SetStats<A> stats = load_stats(t.stats, t.sets, piece.span.set);
     const ChannelParams<A> first = channel_params<T>(piece, t.weight, t.bias);
-    GradSums<A> sums = sums_of_piece<kSmooth>(here, f, piece, team, valid, stats, first, staged, extra, ready);
+    GradSums<A> sums = sums_of_piece<kSmooth>(t, f, piece, team, valid, stats, first, staged, extra, ready);
     sums = sum_team(team, sums, scratch);
     if (!by_units && !f.batch && !shape.per_element) {  // a piece of one cell
       if (f.sums != nullptr && valid && team.lane == 0) store_one(f.sums + cell_sums_of(piece), sums);
@@ -193,7 +185,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     }
     const InputTerms<A> terms =
         t.frozen ? InputTerms<A>{} : InputTerms<A>(set_terms<A>(sums, stats.rstd, stats.low, scale), stats.rstd);
-    const BackwardTensors<T> rest = second_half(here);
+    const BackwardTensors<T> rest = second_half<kSmooth>(t);
     with_gradients<kSmooth>(rest, piece, stats, first, terms, [&](auto use) {
       piece.for_steps(piece.whole(team, valid),
                       [&](const Step& step) { use(step, staged.template read<kSmooth>(rest, step)); });

@@ -23,11 +23,11 @@
 namespace fastnorm::cuda {
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   using A = Accum<T>;
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width;
+  const Team team(shape.team_shift);
+  const int teams = block_threads() >> shape.team_shift;
   unsigned char* const mine = shared_memory() + team.index * f.team_bytes;
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
   const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);

@@ -14,8 +14,9 @@ namespace fastnorm::cuda {
 struct Team {
   int width, lane, index;  // index: which team of the block
 
-  FASTNORM_DEVICE explicit Team(int threads)
-      : width(threads), lane(thread_index() % threads), index(thread_index() / threads) {}
+  // 1 << shift threads
+  FASTNORM_DEVICE explicit Team(int shift)
+      : width(1 << shift), lane(thread_index() & ((1 << shift) - 1)), index(thread_index() >> shift) {}
   FASTNORM_DEVICE bool is_block() const { return width > kWarp; }
   FASTNORM_DEVICE void sync() const {
     if (is_block()) {
@@ -91,7 +92,7 @@ template <int K, class A>
 FASTNORM_DEVICE void sum_team(const Team& team, A (&mine)[K], void* scratch, int place = 0) {
   sum_lanes(mine, team.width);
   if (!team.is_block()) return;
-  const int warps = team.width / kWarp, lane = team.lane % kWarp;
+  const int warps = team.width / kWarp, lane = thread_index() % kWarp;
   A* const partials = static_cast<A*>(scratch) + place * K * warps;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
@@ -99,7 +100,7 @@ FASTNORM_DEVICE void sum_team(const Team& team, A (&mine)[K], void* scratch, int
   }
   sync_block();
 #pragma unroll
-  for (int k = 0; k < K; ++k) mine[k] = partials[k * warps + lane % warps];
+  for (int k = 0; k < K; ++k) mine[k] = partials[k * warps + (lane & (warps - 1))];
   for (int lanes = 1; lanes < warps; lanes *= 2) {
 #pragma unroll
     for (int k = 0; k < K; ++k) mine[k] += shuffle_xor(mine[k], lanes);

@@ -152,6 +152,18 @@ FASTNORM_DEVICE float reciprocal_approx(float v) {
   return result;
 }
 
+// max(v, 0); NaN stays NaN.
+FASTNORM_DEVICE float relu_of(float v) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(v));
+  return result;
+#else
+  return v <= 0.0f ? 0.0f : v;
+#endif
+}
+FASTNORM_DEVICE double relu_of(double v) { return v <= 0.0 ? 0.0 : v; }
+
 // One access for all of V's bytes, a power of two up to 16.
 template <int kBytes>
 struct WordOf;
@@ -179,22 +191,21 @@ FASTNORM_DEVICE V read_whole(const V* p) {
   memcpy(&v, &word, sizeof(V));
   return v;
 }
-// The compiler takes an ordinary store of a word apart that it has put together itself.
-FASTNORM_DEVICE void store_word(uint4* p, uint4 v) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+// The instructions are written out, because the compiler takes some stores of 16 bytes apart.
+FASTNORM_DEVICE void write_word(unsigned short* p, unsigned short word) { *p = word; }
+FASTNORM_DEVICE void write_word(unsigned* p, unsigned word) { *p = word; }
+FASTNORM_DEVICE void write_word(uint2* p, uint2 word) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x), "r"(word.y));
 }
-FASTNORM_DEVICE void store_word(uint2* p, uint2 v) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y));
-}
-template <class Word>
-FASTNORM_DEVICE void store_word(Word* p, Word v) {
-  *p = v;
+FASTNORM_DEVICE void write_word(uint4* p, uint4 word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x), "r"(word.y),
+               "r"(word.z), "r"(word.w));
 }
 template <class V>
 FASTNORM_DEVICE void write_whole(V* p, const V& v) {
   typename WordOf<sizeof(V)>::type word;
   memcpy(&word, &v, sizeof(V));
-  store_word(reinterpret_cast<decltype(word)*>(p), word);
+  write_word(reinterpret_cast<decltype(word)*>(p), word);
 }
 
 // Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers. Below sm_80 it copies at once.

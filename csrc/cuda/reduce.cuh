@@ -23,10 +23,9 @@ reduce_rows(const T* x, Welford<Accum<T>>* partials, RowsShape shape) {
   using A = Accum<T>;
   for_rows<W>(shape, all_blocks(), [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const A origin = origin_of<A>(x + piece.span.set * shape.set_stride);
-    const T* const first = x + piece.base;
     ThreadMoments<A> mine;
     accumulate_moments<T>(
-        piece, piece.whole(team, valid), origin, [&](const Step& step) { return load<W>(first + piece.element(step)); },
+        piece, piece.whole(team, valid), origin, [&](const Step& step) { return load<W>(x + piece.element(step)); },
         mine);
     const Welford<A> total = merge_team(piece, team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(partials + partial_of(shape, piece.span), total);

@@ -18,11 +18,10 @@ FASTNORM_DEVICE void sum_rows(const BackwardTensors<T>& t, GradSums<A>* sums, co
                               const BlockRange& blocks) {
   for_rows<W>(shape, blocks, [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const auto stats = load_stats(t.stats, t.sets, piece.span.stats(shape));
-    const auto here = t.moved(piece.base, piece.mask_base);
     GradSums<A> mine{};
-    with_sums<kSmooth>(here, piece, stats, channel_params<T>(piece, t.weight, t.bias), [&](const auto& sums) {
+    with_sums<kSmooth>(t, piece, stats, channel_params<T>(piece, t.weight, t.bias), [&](const auto& sums) {
       piece.template walk_read<kBackwardUnroll<kSmooth, W>>(
-          piece.whole(team, valid), [&](const Step& step) { return load_gradient(here, piece, step); },
+          piece.whole(team, valid), [&](const Step& step) { return load_gradient(t, piece, step); },
           [&](const Step& step, const GradientPacks<T, W>& packs) {
             if (step.in) sums.add(step, packs, [](const auto&...) {}, mine);
           });

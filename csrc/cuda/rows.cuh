@@ -23,6 +23,12 @@ constexpr int kLog2 = 1 + kLog2<kPower / 2>;
 template <>
 constexpr int kLog2<1> = 0;
 
+// From a step to the same thread's step of the next round.
+struct Stride {
+  int runs, packs;
+  uint32_t offset;  // in packs of memory
+};
+
 // A geometry and its grid as rows kernels need them. The elements of set s, run r begin at s * set_stride + r *
 // run_stride; channels and rows of the mask likewise.
 struct RowsShape {
@@ -39,15 +45,15 @@ struct RowsShape {
   int piece_runs, piece_length;
   int length;  // steps from a run of a piece to the next: piece_length, rounded up to whole bytes of a mask
   FastDiv by_length;
-  int run_channels;             // 1 where every run has a channel of its own, else 0
-  uint32_t run_offset;          // from a run of a piece to the next, in packs
-  uint32_t run_mask_bytes;      // likewise in the mask
-  int team, team_shift;         // team = 1 << team_shift
-  int round_runs, round_packs;  // team = round_runs * length + round_packs
-  bool per_element;             // the channel changes with every element of a run
-  bool backwards;               // items are taken from the last to the first
-  int run_slots;                // of a staged run of single elements
-  FastDiv by_blocks;            // single elements: blocks of 16 bytes of a staged run
+  int run_channels;         // 1 where every run has a channel of its own, else 0
+  uint32_t run_offset;      // from a run of a piece to the next, in packs
+  uint32_t run_mask_bytes;  // likewise in the mask
+  int team_shift;           // a team has 1 << team_shift threads
+  Stride round;             // of a team
+  bool per_element;         // the channel changes with every element of a run
+  bool backwards;           // items are taken from the last to the first
+  int run_slots;            // of a staged run of single elements
+  FastDiv by_blocks;        // single elements: blocks of 16 bytes of a staged run
 };
 
 // whole_bytes: the kernel may write a mask, whose rows begin with a whole byte. It does not say whether the kernel
@@ -62,7 +68,7 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   s.set_stride = batch ? g.S : g.D() * g.S;
   s.run_stride = runs.stride;
   s.set_channels = g.set_channels();
-  s.run_channels = batch || g.per_element() ? 0 : 1;
+  s.run_channels = batch ? 0 : 1;
   s.set_masks = batch || g.per_element() ? 1 : g.D();
   s.run_masks = batch ? g.C : 1;
   s.mask_row_bytes = mask_row_bytes(g.mask_run(), dtype);
@@ -82,10 +88,9 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   s.by_length = FastDiv(s.length);
   s.run_offset = static_cast<uint32_t>(runs.stride / grid.pack);
   s.run_mask_bytes = static_cast<uint32_t>(s.run_masks * s.mask_row_bytes);
-  s.team = grid.threads_x;
-  while (1 << s.team_shift < s.team) ++s.team_shift;
-  s.round_runs = s.team / s.length;
-  s.round_packs = s.team % s.length;
+  while (1 << s.team_shift < grid.threads_x) ++s.team_shift;
+  s.round = {grid.threads_x / s.length, grid.threads_x % s.length, 0};
+  s.round.offset = static_cast<uint32_t>(s.round.runs) * s.run_offset + static_cast<uint32_t>(s.round.packs);
   s.per_element = g.per_element();
   s.run_slots = static_cast<int>(grid.run_slots(dtype));
   s.by_blocks = FastDiv(std::max<int64_t>(1, s.run_slots * size_of(dtype) / 16));
@@ -98,6 +103,13 @@ struct Span {
   int runs, packs;  // whole runs, and packs of each in this piece
 
   FASTNORM_DEVICE Span(const RowsShape& s, int64_t item) {
+    if (s.pieces == 1) {
+      set = item;
+      piece = first_run = first_pack = 0;
+      runs = s.piece_runs;
+      packs = s.piece_length;
+      return;
+    }
     set = s.by_pieces.divide(item);
     piece = item - set * s.pieces;
     const int64_t part = s.by_run_pieces.divide(piece);
@@ -140,8 +152,8 @@ struct Step {
 struct ThreadSteps {
   int begin, count;
   bool valid;
-  int lane, width, shift;       // width: of a round, 1 << shift threads
-  int round_runs, round_packs;  // width = round_runs * length + round_packs
+  int lane, width, shift;  // width: of a round, 1 << shift threads
+  Stride stride;
 };
 
 // A piece in memory: the addresses of its packs, channels and bytes of the mask.
@@ -163,11 +175,9 @@ struct RowsPiece {
   FASTNORM_DEVICE bool has_gaps() const { return W < 8 && shape.length != shape.piece_length; }
   FASTNORM_DEVICE int64_t elements() const { return static_cast<int64_t>(span.runs) * span.packs * W; }
 
-  // From the piece's first element.
-  FASTNORM_DEVICE int64_t element(const Step& p) const { return static_cast<int64_t>(p.offset) * W; }
-  // From the piece's first byte of the mask, whose address `mask` is.
-  FASTNORM_DEVICE uint32_t mask_byte(const Step& p) const {
-    return static_cast<uint32_t>(p.run) * shape.run_mask_bytes + static_cast<uint32_t>(p.pack * W / 8);
+  FASTNORM_DEVICE int64_t element(const Step& p) const { return base + static_cast<int64_t>(p.offset) * W; }
+  FASTNORM_DEVICE int64_t mask_byte(const Step& p) const {
+    return mask_base + (static_cast<uint32_t>(p.run) * shape.run_mask_bytes + static_cast<uint32_t>(p.pack * W / 8));
   }
   FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const Step& p) const {
     return load_mask<W>(mask + mask_byte(p), W >= 8 ? 0 : p.pack * W % 8);
@@ -175,17 +185,26 @@ struct RowsPiece {
 
   // The whole piece, walked by a team.
   FASTNORM_DEVICE ThreadSteps whole(const Team& team, bool valid) const {
-    return {0, span.steps(shape), valid, team.lane, team.width, shape.team_shift, shape.round_runs, shape.round_packs};
+    return {0, span.steps(shape), valid, team.lane, team.width, shape.team_shift, shape.round};
   }
-  // The rounds of one copy group: whole batches of kRowsUnroll, so that a thread takes the same steps group by group as
-  // it takes on a walk over the whole.
-  FASTNORM_DEVICE ThreadSteps copy_group(const Team& team, bool valid, int index) const {
+  // The steps of a copy group: whole batches of kRowsUnroll rounds, so that a thread takes the same steps group by
+  // group as it takes on a walk over the whole. Single elements are all in the first group.
+  FASTNORM_DEVICE int group_length() const {
+    const int shift = shape.team_shift + kLog2<kRowsUnroll<W> * kCopyGroups>, steps = span.steps(shape);
+    return W == 1 ? steps : ((steps + (1 << shift) - 1) >> shift) << (shift - kLog2<kCopyGroups>);
+  }
+  FASTNORM_DEVICE ThreadSteps copy_group(const Team& team, bool valid, int index, int length) const {
     ThreadSteps range = whole(team, valid);
-    const int shift = range.shift + kLog2<kRowsUnroll<W> * kCopyGroups>;
-    const int length = ((range.count + (1 << shift) - 1) >> shift) << (shift - kLog2<kCopyGroups>);
-    range.begin = std::min(index * length, range.count);
+    range.begin = index * length;
     range.count = std::min(length, range.count - range.begin);
     return range;
+  }
+  // Calls body(range, copy group) for the copy groups that are not empty.
+  template <class Body>
+  FASTNORM_DEVICE void for_copy_groups(const Team& team, bool valid, Body body) const {
+    const int length = group_length(), steps = span.steps(shape);
+#pragma unroll 1
+    for (int group = 0; group * length < steps; ++group) body(copy_group(team, valid, group, length), group);
   }
 
   FASTNORM_DEVICE Step step_at(const ThreadSteps& range, int round) const {
@@ -201,10 +220,9 @@ struct RowsPiece {
   FASTNORM_DEVICE void move(const ThreadSteps& range, Step& step) const {
     constexpr int kSign = kBack ? -1 : 1;
     step.index += kSign * range.width;
-    step.run += kSign * range.round_runs;
-    step.pack += kSign * range.round_packs;
-    step.offset += static_cast<uint32_t>(kSign) * (static_cast<uint32_t>(range.round_runs) * shape.run_offset +
-                                                   static_cast<uint32_t>(range.round_packs));
+    step.run += kSign * range.stride.runs;
+    step.pack += kSign * range.stride.packs;
+    step.offset += static_cast<uint32_t>(kSign) * range.stride.offset;
     const uint32_t wrap = static_cast<uint32_t>(kSign) * (shape.run_offset - static_cast<uint32_t>(shape.length));
     if (kBack ? step.pack < 0 : step.pack >= shape.length) {
       step.run += kSign;
@@ -275,8 +293,8 @@ struct RowsPiece {
 // a team has no item left, `valid` is false and the piece is another team's.
 template <int W, class Body>
 FASTNORM_DEVICE void for_rows(const RowsShape& shape, const BlockRange& blocks, Body body) {
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width;
+  const Team team(shape.team_shift);
+  const int teams = block_threads() >> shape.team_shift;
   for (int64_t first = blocks.index * teams; first < shape.items; first += blocks.count * teams) {
     const bool valid = first + team.index < shape.items;
     const int64_t item = valid ? first + team.index : first;
@@ -317,7 +335,8 @@ class RunCoefsReader {
         bias_(bias),
         coefs_{make_affine(stats, first.weight, first.bias)} {}
   FASTNORM_DEVICE void move_to(const Step& step) {
-    const int channel = W == 1 && piece_.shape.per_element ? step.pack : step.run * piece_.shape.run_channels;
+    if (piece_.shape.run_channels == 0) return;  // all runs are of one channel
+    const int channel = W == 1 && piece_.shape.per_element ? step.pack : step.run;
     if (channel == channel_ || !step.in) return;
     channel_ = channel;
     const ChannelParams<A> params = channel_params<T>(piece_, weight_, bias_, channel);

@@ -97,8 +97,11 @@ FASTNORM_DEVICE void take_some(const Pack<T, W> (&packs)[N], const Step (&steps)
 template <class T, int W, class A, class Read>
 FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const ThreadSteps& range, A origin, Read read,
                                         ThreadMoments<A>& total) {
+  if (!range.valid) return;
   const bool gaps = piece.has_gaps();
-  piece.template walk<kRowsUnroll<W>>(range, [&]<int N>(const Step(&steps)[N]) {
+  ThreadSteps steps_of_range = range;
+  steps_of_range.valid = true;  // the compiler knows it now
+  piece.template walk<kRowsUnroll<W>>(steps_of_range, [&]<int N>(const Step(&steps)[N]) {
     Pack<T, W> packs[N];
 #pragma unroll
     for (int u = 0; u < N; ++u) {

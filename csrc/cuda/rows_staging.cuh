@@ -65,33 +65,36 @@ struct StagedTensor {
 
 // Begins to copy a team's piece of some tensors to shared memory, in kCopyGroups groups (nothing where it is not
 // `valid`). Every thread copies what it reads itself on a walk over the same group. Single elements are all in the
-// first group.
+// first group. Tensors after the second may be null.
 template <class T, int W, int kTensors>
 FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, bool valid,
                                 const StagedTensor<T, W> (&tensors)[kTensors]) {
-  for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
-    if (!valid) {
-    } else if constexpr (W == 1) {
+  int groups = 0;
+  if constexpr (W == 1) {
 #pragma unroll
-      for (int i = 0; i < kTensors; ++i) {
-        if (copy_group == 0 && tensors[i].tensor != nullptr)
-          stage_runs(piece, team, tensors[i].tensor, tensors[i].staged);
-      }
-    } else {
-      const T* from[kTensors];
+    for (int i = 0; i < kTensors; ++i) {
+      if (valid && (i < 2 || tensors[i].tensor != nullptr))
+        stage_runs(piece, team, tensors[i].tensor, tensors[i].staged);
+    }
+  } else if (valid) {
+    const Pack<T, W>* from[kTensors];
 #pragma unroll
-      for (int i = 0; i < kTensors; ++i) from[i] = tensors[i].tensor + piece.base;
-      const Slots<W> slots(piece, tensors[0].tensor);
-      piece.for_steps(piece.copy_group(team, true, copy_group), [&](const Step& step) {
-        const int slot = slots(step);
+    for (int i = 0; i < kTensors; ++i) from[i] = reinterpret_cast<const Pack<T, W>*>(tensors[i].tensor + piece.base);
+    const Slots<W> slots(piece, tensors[0].tensor);
+    piece.for_copy_groups(team, true, [&](const ThreadSteps& range, int) {
+      piece.for_steps(range, [&](const Step& step) {
 #pragma unroll
         for (int i = 0; i < kTensors; ++i) {
-          if (i < 2 || tensors[i].tensor != nullptr) stage<W>(tensors[i].staged + slot, from[i] + piece.element(step));
+          if (i < 2 || tensors[i].tensor != nullptr) {
+            stage<W>(tensors[i].staged + slots(step), reinterpret_cast<const T*>(from[i] + step.offset));
+          }
         }
       });
-    }
-    commit_copies();
+      commit_copies();
+      ++groups;
+    });
   }
+  for (; groups < kCopyGroups; ++groups) commit_copies();
 }
 
 // Calls body(range) for one copy group of a team's piece after the other; ready(copy_group) waits until the group has
@@ -103,10 +106,10 @@ FASTNORM_DEVICE void for_landed(const RowsPiece<W>& piece, const Team& team, boo
     team.sync();  // other threads copied it
     body(piece.whole(team, valid));
   } else {
-    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
-      ready(copy_group);
-      body(piece.copy_group(team, valid, copy_group));
-    }
+    piece.for_copy_groups(team, valid, [&](const ThreadSteps& range, int group) {
+      ready(group);
+      body(range);
+    });
   }
 }
 // Call before another piece is copied over this one.
@@ -120,7 +123,7 @@ FASTNORM_DEVICE void prefetch_rows(const RowsPiece<W>& piece, const Team& team, 
   piece.for_steps(piece.whole(team, true), [&](const Step& step) {
     // One element of every 16 bytes brings the others with it.
     const bool brings = W > 1 || step.pack % (16 / static_cast<int>(sizeof(T))) == 0;
-    if (brings) prefetch_l2(tensor + piece.base + piece.element(step));
+    if (brings) prefetch_l2(tensor + piece.element(step));
   });
 }
 

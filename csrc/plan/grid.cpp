@@ -12,9 +12,12 @@ namespace {
 // Half of a launch's limit, because some launches contain the blocks of two grids.
 constexpr int64_t kMaxBlocks = int64_t(1) << 30;
 
-// Packs that a thread of a team has under way at a time (kUnroll in csrc/cuda/moments.cuh). A team has as many threads
+// Packs that a thread of a team has under way at a time (kRowsUnroll in csrc/cuda/rows.cuh). A team has as many threads
 // as that needs.
 constexpr int64_t kPacksPerThread = 4;
+// A thread's instructions of one item are worth as many as those of five packs. Where the device has threads enough, a
+// team has fewer of them, and each takes so many packs.
+constexpr int64_t kMostPacksPerThread = 16;
 
 // The least number of lanes that take neighbouring packs: the lanes that share a byte of the mask; in rows also those
 // that share a sector of 32 bytes.
@@ -35,6 +38,8 @@ constexpr int64_t kMinPiecePacks = 1024;
 // Up to these, offsets in a piece fit 32 bits, and float32 counts its elements exactly.
 constexpr int64_t kMaxPiecePacks = int64_t(1) << 20;
 constexpr int64_t kMaxPiecePositions = int64_t(1) << 20;
+// Likewise the packs of memory between the first pack of a rows piece and its last.
+constexpr int64_t kMaxPieceOffset = int64_t(1) << 31;
 
 // The driver keeps 1 KB of every block's shared memory.
 constexpr int64_t kReservedShared = 1024;
@@ -57,7 +62,11 @@ int64_t wanted_blocks(const DeviceInfo& device) { return kSplitBlocksPerSm * dev
 // the device.
 void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_blocks,
                  int block_threads = kBlockThreads) {
-  const int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
+  int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
+  while (threads > kWarp && threads / 2 * kMostPacksPerThread >= packs &&
+         grid.items * threads / 2 >= kResidentThreads * device.num_sms) {
+    threads /= 2;
+  }
   grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), block_threads));
   if (full_blocks && grid.threads_x > kWarp) grid.threads_x = block_threads;
   const int64_t spread = full_blocks ? grid.items : grid.items / device.num_sms;
@@ -72,16 +81,17 @@ void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_
   grid.blocks = std::min(kMaxBlocks, div_up(grid.items, grid.threads_y));
 }
 
-// Cuts a set into at most so many pieces. A piece is several whole runs or a part of one.
+// Cuts a set into pieces, about as many as that. A piece is several whole runs or a part of one.
 void cut_runs(const Runs& runs, int64_t pieces, Grid& grid) {
   const int64_t run_packs = runs.length / grid.pack;
+  const int64_t most_runs = std::max<int64_t>(1, kMaxPieceOffset / std::max<int64_t>(1, runs.stride / grid.pack));
   if (pieces > runs.count) {
     const int64_t parts = std::min(pieces / runs.count, run_packs);
     grid.piece_length = parts == 1 ? run_packs : align_up(div_up(run_packs, parts), kMaskPacks);
     grid.pieces = runs.count * div_up(run_packs, grid.piece_length);
   } else {
     grid.piece_length = run_packs;
-    grid.piece_runs = div_up(runs.count, pieces);
+    grid.piece_runs = std::min(most_runs, div_up(runs.count, pieces));
     grid.pieces = div_up(runs.count, grid.piece_runs);
   }
 }

@@ -90,6 +90,10 @@ unsigned from_floats(float low, float high) {
 inline float without_denormals(float v) {
   return std::abs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
 }
+template <class A>
+A relu_of(A v) {
+  return v <= A(0) ? A(0) : v;
+}
 inline float exp2_approx(float v) { return without_denormals(std::exp2(without_denormals(v))); }
 inline float reciprocal_approx(float v) { return without_denormals(1 / without_denormals(v)); }
 
