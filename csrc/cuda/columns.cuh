@@ -190,12 +190,11 @@ struct ColumnsPiece {
   }
 
   FASTNORM_DEVICE Range whole() const { return {0, positions}; }
-  // The number of positions of a copy group. A group has whole rounds, except the last that is not empty.
-  FASTNORM_DEVICE int copy_group(int index) const {
+  // The positions of a copy group: whole rounds, so that only the last group that is not empty has an incomplete one.
+  FASTNORM_DEVICE int group_length() const {
     constexpr int kRounds = kCopyGroups * kMomentsRows;
     const int rows = (positions + shape.threads_y - 1) >> shape.log_threads_y;
-    const int length = (rows + kRounds - 1) / kRounds * (kMomentsRows << shape.log_threads_y);
-    return std::clamp(positions - index * length, 0, length);
+    return (rows + kRounds - 1) / kRounds * (kMomentsRows << shape.log_threads_y);
   }
   // This thread's place in the row of threads that begins at a position.
   FASTNORM_DEVICE Place at(int position) const { return {position + y, element(position + y)}; }
@@ -304,12 +303,16 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const BlockRange& bl
 template <int W, class Copy>
 FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
   Place place = piece.at(0);
+  int left = piece.positions;
+  const int length = piece.group_length();
 #pragma unroll 1
-  for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
-    piece.template walk_on<kMomentsRows / 2>(place, piece.copy_group(copy_group), [&](const auto& places) {
+  for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group, left -= length) {
+    if (left > 0) {
+      piece.template walk_on<kMomentsRows / 2>(place, std::min(left, length), [&](const auto& places) {
 #pragma unroll
-      for (const Place& each : places) copy(each);
-    });
+        for (const Place& each : places) copy(each);
+      });
+    }
     commit_copies();
   }
 }
@@ -319,10 +322,12 @@ FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
 template <int U, int W, class Ready, class Body>
 FASTNORM_DEVICE void walk_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
   Place place = piece.at(0);
+  int left = piece.positions;
+  const int length = piece.group_length();
 #pragma unroll 1
-  for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
+  for (int copy_group = 0; left > 0; ++copy_group, left -= length) {
     ready(copy_group);
-    piece.template walk_on<U>(place, piece.copy_group(copy_group), body);
+    piece.template walk_on<U>(place, std::min(left, length), body);
   }
 }
 // Begins to bring a piece of `tensor` into L2, where later reads find it.

@@ -144,12 +144,13 @@ FASTNORM_DEVICE int stack_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W
 template <int W, class A, class Use>
 FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const LaneSums<A, W>& mine, GradSums<A>* merged,
                                 Use use) {
-  LaneSums<A, W> sums = mine;
-  sum_over_rows(sums.d, piece.shape.threads_x);
-  sum_over_rows(sums.d_centered, piece.shape.threads_x);
+  A sums[2 * W];
+#pragma unroll
+  for (int w = 0; w < W; ++w) sums[w] = mine.d[w], sums[W + w] = mine.d_centered[w];
+  sum_over_rows(sums, piece.shape.threads_x);
   GradSums<A> of_row[W];
 #pragma unroll
-  for (int w = 0; w < W; ++w) of_row[w] = {sums.d[w], sums.d_centered[w]};
+  for (int w = 0; w < W; ++w) of_row[w] = {sums[w], sums[W + w]};
   const int width = stack_rows(piece, of_row, merged), rows = merged_rows(piece.shape);
   for (int c = thread_index(); c < piece.channels; c += block_threads()) {
     GradSums<A> total = merged[c];
