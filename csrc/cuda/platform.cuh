@@ -141,6 +141,16 @@ FASTNORM_DEVICE float reciprocal_approx(float v) {
   return result;
 }
 
+// An error of 1 ulp.
+FASTNORM_DEVICE float rsqrt_approx(float v) {
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// a * b, rounded, whatever is added to it: the compiler makes no fused multiply-add of it.
+FASTNORM_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 // One access for all of V's bytes, a power of two up to 16.
 template <int kBytes>
 struct WordOf;
