@@ -102,7 +102,7 @@ inline std::vector<Case> row_cases() {
       {{kLayer, 70, 512, 1, 1, false}, kBF16, kNone, false, false, false, kBF16},
       {{kLayer, 29, 768, 1, 1, false}, kF16, kGelu, true},
       {{kLayer, 13, 1040, 1, 1, false}, kF32, kLeakyRelu, false, true},
-      {{kLayer, 11, 4096, 1, 1, false}, kBF16, kRelu, true, true},
+      {{kLayer, 11, 3072, 1, 1, false}, kBF16, kRelu, true, true},
   };
   std::vector<Forced> places(3);
   for (Forced& f : places) f.place = static_cast<int>(Place::kRegisters);
