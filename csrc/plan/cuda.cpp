@@ -136,16 +136,19 @@ struct Planner {
     bool in_registers = false;
     for (const FusedChoice& choice : fused_choices(g, dtype, staging, persistent, sync_device, forced)) {
       const DeviceInfo& where = grid_sync || choice.gang == Gang::kGrid ? sync_device : device;
-      // A block that can keep its sets in registers does not keep them in shared memory: it would move as many bytes
-      // with several times the instructions.
+      // Blocks that can keep their sets in registers do not keep them in shared memory, if enough of them are on the
+      // device: they would move as many bytes with several times the instructions.
       if (in_registers && choice.gang == Gang::kBlock && choice.place == Place::kShared) continue;
       Grid grid;
       if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
-      in_registers = in_registers || choice.place == Place::kRegisters;
       if (second_stage_idle(grid) && forced.stages != 2) continue;
       // Runs can lead to cluster sizes that are no powers of two, which might fill a device badly.
       if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
-      make(grid, co_resident_blocks(grid, staging.backward, where));
+      const int64_t resident = co_resident_blocks(grid, staging.backward, where);
+      if (choice.place == Place::kRegisters && resident * grid.threads() >= int64_t(where.num_sms) * kBlockThreads) {
+        in_registers = true;
+      }
+      make(grid, resident);
     }
   }
 };
