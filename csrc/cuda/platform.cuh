@@ -151,6 +151,9 @@ FASTNORM_DEVICE float rsqrt_approx(float v) {
 // a * b, rounded, whatever is added to it: the compiler makes no fused multiply-add of it.
 FASTNORM_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 
+// The compiler takes v as it is here, and does not compute it again where it is used.
+FASTNORM_DEVICE void keep_in_register(float& v) { asm("" : "+f"(v)); }
+
 // One access for all of V's bytes, a power of two up to 16.
 template <int kBytes>
 struct WordOf;

@@ -81,6 +81,7 @@ FASTNORM_DEVICE void backward_rows_in_registers(const BackwardTensors<T>& t, con
       weights.read(k, weight);
 #pragma unroll
       for (int w = 0; w < W; ++w) xhat.pack[k][w] = std::fma(xhat.pack[k][w] - stats.mean, stats.rstd, shift);
+      keep_in_registers(xhat.pack[k]);
       if constexpr (kAct != Activation::kNone) {
         if (is_two_sided(kAct) && t.mask != nullptr) {
           multiply_slope_bits<kAct>(t.epilogue.param, facts.bits >> k * W, d);

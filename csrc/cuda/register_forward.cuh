@@ -56,6 +56,7 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
     for (int k = 0; k < kPacks; ++k) {
       if (!team.has(k)) continue;
       widen<A>(ring.take(0, k), x.pack[k]);
+      keep_in_registers(x.pack[k]);
       total[0] += tree_sum(x.pack[k]);
     }
     load_row(i + shape.stages);
@@ -70,6 +71,7 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
       if (!team.has(k)) continue;
 #pragma unroll
       for (int w = 0; w < W; ++w) x.pack[k][w] -= mean;
+      keep_in_registers(x.pack[k]);
       sums[0] += product_sum(x.pack[k], x.pack[k]);
       if constexpr (kSumsRest) sums[1] += tree_sum(x.pack[k]);
     }

@@ -47,6 +47,13 @@ inline RegisterRowsShape register_rows_shape(const Geometry& g, const Grid& grid
   return s;
 }
 
+// The compiler does not widen or compute these again where they are used.
+template <int W, class A>
+FASTNORM_DEVICE void keep_in_registers(A (&values)[W]) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) keep_in_register(values[w]);
+}
+
 // A thread's numbers, pack by pack.
 template <class Team>
 struct RowNumbers {
