@@ -6,9 +6,8 @@
 //   teams of a block add theirs together, and the block stores them. With grid_sync the blocks wait for each other and
 //   then fold those, too.
 // Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once: the least there is. A block writes
-// 8
-//   bytes for each channel.
-// Needs: as register_forward.cuh.
+//   8 bytes for each channel.
+// Needs: as register_forward.cuh, with kBackwardElements.
 // Numerics: float32 sums: packs as trees, a row as a tree; of a channel, one row after the other.
 #pragma once
 

@@ -2,9 +2,9 @@
 //
 // What: as fused_forward_rows, for rows of one set with a weight for every element (LayerNorm).
 // Who: a team takes a row (register_rows.cuh); the blocks are all on the device and take rows in strides.
-// Traffic: reads x (and residual) once, writes y (and a bit per element) once: the least there is. A block reads the
-//   weights once.
-// Needs: rows of at most kRegisterThreads * kThreadElements elements, packs of 16 bytes.
+// Traffic: reads x (and residual) once, writes y (and a bit per element) once: the least there is. A block reads
+//   weights and biases once.
+// Needs: rows of at most kRegisterThreads * kForwardElements elements, packs of 16 bytes.
 // Numerics: the mean from a sum of all elements; then the deviations from it, whose sum of squares is taken of numbers
 //   as small as the spread. The sum is scaled by a power of two, so that it does not overflow where the mean does not.
 //   Rounding leaves the deviations a mean of their own, `rest`, which the statistics take in:
@@ -65,7 +65,8 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
     const A mean = rounded_product(total[0], shape.inverse_scaled);
 
     constexpr bool kSumsRest = sizeof(T) == 4;
-    A sums[kSumsRest ? 2 : 1] = {};
+    constexpr int kNumbers = kSumsRest ? 2 : 1;
+    A sums[kNumbers] = {};
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       if (!team.has(k)) continue;
@@ -76,7 +77,7 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
       if constexpr (kSumsRest) sums[1] += tree_sum(x.pack[k]);
     }
     team.sum(sums, 1);
-    A rest = kSumsRest ? sums[kSumsRest] * shape.inverse_length
+    A rest = kSumsRest ? sums[kNumbers - 1] * shape.inverse_length
                        : std::fma(-mean, shape.scaled_length, total[0]) * shape.inverse_scaled;
     if (!(rest - rest == A(0))) rest = 0;  // infinite means stay infinite
     const A var = std::fma(-rest, rest, divide(sums[0], static_cast<A>(shape.length), shape.inverse_length));

@@ -2,7 +2,7 @@
 //
 //   row       pack 0 1 2 ... width-1 | width ... 2 width - 1 | ...      a set, whose weight changes with every element
 //   thread    lane                   | lane + width          | ...      a few packs of 16 bytes
-//   block     team 0, team 1, ...                                       one row each at a time, blocks take them in strides
+//   block     team 0, team 1, ...                                       a row each at a time; blocks take them in strides
 //
 // A team is a part of a warp, a warp, or several warps. A thread has the same channels in every row, so that it keeps
 // their weights in shared memory, and in backward the sums of their gradients in registers.
@@ -20,8 +20,7 @@ struct RegisterRowsShape {
   int64_t rows;
   int length, packs;  // of a row: elements, packs
   int team, teams;    // threads; of a block
-  int stages;
-  int ring_bytes;  // of shared memory
+  int stages, ring_bytes;
   int64_t mask_row_bytes;
   // The largest power of two with which a sum of a row's elements is no larger than the largest of them, and that times
   // the length.

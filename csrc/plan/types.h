@@ -78,10 +78,11 @@ struct Grid {
   int64_t items;         // sets * pieces (rows), outer * pieces * tiles (columns)
   int64_t blocks;        // of the launch; where there are more items, a block takes them in strides
   int64_t shared_bytes;  // dynamic shared memory of a block
-  int64_t team_bytes;    // fused rows: the part of each team's staged pieces; else 0
+  int64_t team_bytes;    // fused rows: each team's own part of it (not its weights, which registers need); else 0
   Gang gang;             // fused; else kBlock
-  int stages;            // fused: 2 where the next wave is loaded during this one; else 1. From registers: waves ahead
-  int thread_packs;      // packs of a row that a thread keeps in registers; 0: sets are kept in shared memory
+  int stages;            // fused: 2 where the next wave is loaded during this one; else 1
+  int thread_packs;      // packs of a row that a thread keeps in registers, while its `stages` have the rows after it;
+                         // 0: sets are kept in shared memory
 
   int threads() const { return threads_x * threads_y; }
   // Packs that a staged run occupies in shared memory. Single elements are copied in aligned blocks of 16 bytes, so
