@@ -1,8 +1,8 @@
 // Rows in registers: the walk of the kernels whose teams keep whole rows, so many elements in each thread.
 //
-//   row       pack 0 1 2 ... width-1 | width ... 2 width - 1 | ...      a set, whose weight changes with every element
-//   thread    lane                   | lane + width          | ...      a few packs of 16 bytes
-//   block     team 0, team 1, ...                                       a row each at a time; blocks take them in strides
+//   row       pack 0 1 2 ... width-1 | width ... 2 width - 1 | ...    a set, whose weight changes with every element
+//   thread    lane                   | lane + width          | ...    a few packs of 16 bytes
+//   block     team 0, team 1, ...                                     a row each; blocks take rows in strides
 //
 // A team is a part of a warp, a warp, or several warps. A thread has the same channels in every row, so that it keeps
 // their weights in shared memory, and in backward the sums of their gradients in registers.
