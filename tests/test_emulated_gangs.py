@@ -1,5 +1,6 @@
-"""Fused kernels whose sets are shared by several blocks, clusters or the whole grid: the same values as torch.nn, the
-same bits under every schedule, every tensor moved once, one launch; and what happens where a device refuses them."""
+"""Fused kernels whose sets are shared by several blocks, clusters or the whole grid, and those that keep rows in
+registers: the same values as torch.nn, the same bits under every schedule, every tensor moved once, one launch; and
+what happens where a device refuses gangs."""
 
 from __future__ import annotations
 
@@ -45,6 +46,17 @@ GANGS = (
     {"gang": "grid", "stages": 2, "pieces": 3},
     {"gang": "block", "stages": 2},
 )
+# Teams of every kind: part of a warp, a warp, several of several warps, a block; rows that leave lanes idle.
+REGISTER_LAYERS = tuple(
+    Layer("", "LayerNorm", (rows, size), (size,))
+    for rows, size in ((300, 16), (70, 96), (33, 512), (29, 768), (11, 1040), (6, 2048), (7, 4096), (3, 8192), (1, 64))
+)
+PLACES = (
+    {"place": "registers", "stages": 1},
+    {"place": "registers", "stages": 2},
+    {"place": "registers"},
+    {"place": "shared", "gang": "block"},
+)
 PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
 EPILOGUES = ((None, False), ("silu", True), ("relu", True), ("leaky_relu", True), ("relu", False))
 
@@ -63,7 +75,7 @@ NUMBERS = itertools.count(1)
 def cases() -> Iterator[tuple[Case, dict[str, str | int]]]:
     """Every layer, layout and gang; precisions and epilogues in turn."""
     precisions, epilogues = itertools.cycle(PRECISIONS), itertools.cycle(EPILOGUES)
-    for layer, gang in itertools.product(LAYERS, GANGS):
+    for layer, gang in (*itertools.product(LAYERS, GANGS), *itertools.product(REGISTER_LAYERS, PLACES)):
         for layout in layer.layouts:
             activation, residual = next(epilogues)
             yield Case(layer, layout, next(precisions), activation, residual), {"strategy": "fused", **gang}
@@ -117,7 +129,9 @@ def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) 
     tensor, bits = call.x.numel() * DTYPES[case.precision[0]], saved["mask"].numel() > 0
     assert forward_counts.traffic.read_stream == (1 + case.residual) * tensor, forward
     recomputes = case.residual and case.activation is not None and not bits
-    times = {"relu": 1, "leaky_relu": 2}.get(case.activation or "", 0) * bits  # that the mask is read
+    # How often the mask is read.
+    again = 1 if backward.reduce.thread_packs > 0 else 2
+    times = {"relu": 1, "leaky_relu": again}.get(case.activation or "", 0) * bits
     reads = (2 + recomputes) * tensor + times * call.x.numel() // backward.reduce.pack
     if backward.param_sums == "own_launch":
         reads += (2 + recomputes) * tensor + bits * call.x.numel() // backward.params.pack
@@ -147,10 +161,23 @@ def test_every_gang_is_met() -> None:
                 (grid.gang, grid.pack),
                 (found[1].param_sums, grid.gang),
             }
+            if grid.thread_packs > 0:
+                team = "part" if grid.threads_x < 32 else "warp" if grid.threads_x == 32 else "warps"
+                seen |= {
+                    ("registers", case.precision[0], grid.stages),
+                    ("registers", case.activation, case.residual),
+                    ("registers", team, "several" if grid.threads_y > 1 else "one"),
+                    ("registers", "waves" if waves > 1 else "one wave"),
+                    ("registers", "full" if grid.threads_x * grid.thread_packs == grid.piece_length else "idle lanes"),
+                }
     walks = {(t, g, b) for t in ("rows", "columns") for g, b in (("cluster", 1), ("grid", 1), ("grid", 2))}
     gangs = ("cluster", "grid")
     wanted = walks | {(g, w) for g in gangs for w in ("one wave", "runs", "parts", 8, 4, 1)} | {("grid", "waves")}
     wanted |= {(p, g) for p in ("from_cells", "in_gang") for g in gangs}
+    wanted |= {("registers", dtype, stages) for dtype, _ in PRECISIONS for stages in (1, 2)}
+    wanted |= {("registers", *epilogue) for epilogue in EPILOGUES}
+    wanted |= {("registers", "part", "several"), ("registers", "warp", "several"), ("registers", "warps", "several")}
+    wanted |= {("registers", "warps", "one")} | {("registers", w) for w in ("waves", "one wave", "full", "idle lanes")}
     assert wanted <= seen, wanted - seen
 
 

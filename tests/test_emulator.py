@@ -248,6 +248,7 @@ def test_caught_by_address_sanitizer(built: Builder, mutant: Mutant) -> None:
 
 # Gangs of one stage or two.
 GANGS = tuple(f" {gang} {stages}" for gang in ("block", "cluster", "grid") for stages in (1, 2))
+REGISTERS = {f"{direction} fused rows registers {stages}" for direction in ("forward", "backward") for stages in (1, 2)}
 PLANS = {
     *(
         f"{direction} {strategy} {traversal}{gang}"
@@ -256,6 +257,7 @@ PLANS = {
         for strategy, gangs in (("fused", GANGS), ("split", ("",)), ("apply", ("",)))
         for gang in gangs
     ),
+    *REGISTERS,
     *("parameter sums none", "parameter sums from_cells", "parameter sums in_gang", "parameter sums own_launch"),
     *("parameter sums from_cells, grid sync", "parameter sums in_gang, grid sync"),
 }

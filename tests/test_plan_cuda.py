@@ -81,6 +81,11 @@ def choices_of(call: Call, forward: _C.ForwardPlan, backward: _C.BackwardPlan) -
         "pieces of runs": grid.piece_runs > 1 and grid.pieces > 1,
         "parts of runs": grid.pieces > call.shape.runs[0],
         "teams": grid.threads_y > 1,
+        "registers": grid.thread_packs > 0,
+        "registers in backward": backward.reduce.thread_packs > 0,
+        "registers of several teams of warps": any(
+            each.thread_packs > 0 and each.threads_y > 1 and each.threads_x > 32 for each in (grid, backward.reduce)
+        ),
         "segments": backward.units.segments > 1,
         "grid_sync": backward.grid_sync,
         "grid sync of clusters": backward.grid_sync and backward.reduce.gang == "cluster",
@@ -106,6 +111,7 @@ def test_the_sweep_reaches_every_choice() -> None:
         ("apply", "none"),
     }
     wanted |= {"pieces of runs", "parts of runs", "teams", "segments", "grid_sync", "grid sync of clusters", "huge"}
+    wanted |= {"registers", "registers of several teams of warps", "registers in backward"}
     assert wanted <= seen, wanted - seen
 
 

@@ -49,8 +49,8 @@ apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
       load_lane_stats(piece, t.stats, t.sets, stats);
     }
     const auto params = LaneParams<A, W>::template load<T>(piece, t.weight, t.bias);
-    forward_columns<kSmooth, kSmooth ? 2 : 4, true>(t, piece, lane_coefs(stats, params),
-                                                    [&](const Place& place) { return load<W>(t.x + place.element); });
+    forward_columns<kSmooth, kSmooth ? 2 : 4, true>(
+        t, piece, lane_coefs(stats, params), [&](const PackPlace& place) { return load<W>(t.x + place.element); });
   });
 }
 

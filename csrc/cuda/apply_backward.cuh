@@ -54,9 +54,9 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
       piece.for_lane_sets([&](int w) { lane_terms.lane[w] = load_terms(terms, piece.set(w), coefs.lane[w].rstd); },
                           [&](int w) { lane_terms.lane[w] = lane_terms.lane[w - 1]; });
     }
-    apply_gradient_columns<kSmooth, 2, true>(t, piece, coefs, lane_terms, [&](const auto& tensors, const Place& place) {
-      return load_gradient(tensors, piece, place);
-    });
+    apply_gradient_columns<kSmooth, 2, true>(
+        t, piece, coefs, lane_terms,
+        [&](const auto& tensors, const PackPlace& place) { return load_gradient(tensors, piece, place); });
   });
 }
 

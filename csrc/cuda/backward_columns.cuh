@@ -7,7 +7,7 @@
 namespace fastnorm::cuda {
 
 template <int W, class Tensors>
-FASTNORM_DEVICE auto load_gradient(const Tensors& t, const ColumnsPiece<W>& piece, const Place& place) {
+FASTNORM_DEVICE auto load_gradient(const Tensors& t, const ColumnsPiece<W>& piece, const PackPlace& place) {
   return load_gradient<W>(t, place.element, [&] { return piece.mask_bits(t.mask, place); });
 }
 
@@ -49,8 +49,8 @@ template <Activation kAct, int U, bool kFromEnd, int W, class Tensors, class Rea
 FASTNORM_DEVICE void apply_gradient_columns_of(const Tensors& t, const ColumnsPiece<W>& piece,
                                                const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
   piece.template walk_read<U, kFromEnd>(
-      piece.whole(), [&](const Place& place) { return read(t, place); },
-      [&](const Place& place, const auto& packs) {
+      piece.whole(), [&](const PackPlace& place) { return read(t, place); },
+      [&](const PackPlace& place, const auto& packs) {
         A x[W], d[W];
         gradient<kAct>(t, packs, coefs, x, d);
         store_gradients(t, x, d, coefs, terms, place.element);

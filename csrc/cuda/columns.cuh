@@ -78,7 +78,7 @@ struct Range {
 };
 
 // A position of this thread's pack: within its item, and the pack's first element.
-struct Place {
+struct PackPlace {
   int position;
   int64_t element;
 };
@@ -128,7 +128,7 @@ struct ColumnsPiece {
   FASTNORM_DEVICE uint8_t* mask_byte(uint8_t* mask, int position) const {
     return mask + row(position) * shape.mask_row_bytes + channel / 8;
   }
-  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const Place& place) const {
+  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const PackPlace& place) const {
     const int position = place.position;
     if (!shape.per_position) return load_mask<W>(mask + row(position) * shape.mask_row_bytes, channel);
     return load_mask<W>(mask + (row(position) * shape.groups + group(0)) * shape.mask_row_bytes,
@@ -175,7 +175,7 @@ struct ColumnsPiece {
 
   // The index, in a staged piece, of this thread's pack. The same for every tensor.
   template <class T>
-  FASTNORM_DEVICE int slot(const Place& place, const T* /*tensor*/) const {
+  FASTNORM_DEVICE int slot(const PackPlace& place, const T* /*tensor*/) const {
     return place.position * (shape.tile / W) + x;
   }
 
@@ -197,19 +197,19 @@ struct ColumnsPiece {
     return (rows + kRounds - 1) / kRounds * (kMomentsRows << shape.log_threads_y);
   }
   // This thread's place in the row of threads that begins at a position.
-  FASTNORM_DEVICE Place at(int position) const { return {position + y, element(position + y)}; }
-  FASTNORM_DEVICE Place next(const Place& place, int rows) const {
+  FASTNORM_DEVICE PackPlace at(int position) const { return {position + y, element(position + y)}; }
+  FASTNORM_DEVICE PackPlace next(const PackPlace& place, int rows) const {
     return {place.position + rows * shape.threads_y, place.element + rows * (shape.C << shape.log_threads_y)};
   }
   // Calls body(places) for U positions of this thread at a time, and for the rest one by one, `positions` of the block
   // in all, and leaves `place` behind the last whole round. A thread without channels makes no call, and threads make
   // different numbers of calls.
   template <int U, class Body>
-  FASTNORM_DEVICE void walk_on(Place& place, int positions, Body body) const {
+  FASTNORM_DEVICE void walk_on(PackPlace& place, int positions, Body body) const {
     if (!in) return;
     const int rounds = U == 1 ? count_of(positions) : positions >> (shape.log_threads_y + log2_of(U));
     for (int left = rounds; left > 0; --left) {
-      Place places[U];
+      PackPlace places[U];
       places[0] = place;
 #pragma unroll
       for (int u = 1; u < U; ++u) places[u] = next(places[u - 1], 1);
@@ -219,9 +219,9 @@ struct ColumnsPiece {
     if constexpr (U > 1) {
       const int rest = positions & ((U << shape.log_threads_y) - 1);
       if (rest == 0) return;
-      Place single = place;
+      PackPlace single = place;
       for (int left = count_of(rest); left > 0; --left) {
-        const Place places[1] = {single};
+        const PackPlace places[1] = {single};
         body(places);
         single = next(single, 1);
       }
@@ -231,19 +231,19 @@ struct ColumnsPiece {
   template <int U, bool kFromEnd = false, class Body>
   FASTNORM_DEVICE void walk(const Range& range, Body body) const {
     if constexpr (!kFromEnd) {
-      Place place = at(range.begin);
+      PackPlace place = at(range.begin);
       walk_on<U>(place, range.end - range.begin, body);
     } else if (in) {
       const int positions = range.end - range.begin;
       const int rows = count_of(positions), left = rows % U, rounds = rows / U;
-      Place place = next(at(range.begin), rounds * U + left - 1);
+      PackPlace place = next(at(range.begin), rounds * U + left - 1);
       for (int i = 0; i < left; ++i) {
-        const Place places[1] = {place};
+        const PackPlace places[1] = {place};
         body(places);
         place = next(place, -1);
       }
       for (int i = 0; i < rounds; ++i) {
-        Place places[U];
+        PackPlace places[U];
         places[U - 1] = place;
 #pragma unroll
         for (int u = U - 1; u > 0; --u) places[u - 1] = next(places[u], -1);
@@ -258,7 +258,7 @@ struct ColumnsPiece {
   FASTNORM_DEVICE void walk_together(const Range& range, Body body) const {
     const int step = shape.threads_y, round = U << shape.log_threads_y, rest = (range.end - range.begin) & (round - 1);
     const auto take = [&](int first, const auto& taken) {
-      Place places[U];
+      PackPlace places[U];
       places[0] = at(first);
 #pragma unroll
       for (int u = 1; u < U; ++u) places[u] = next(places[u - 1], 1);
@@ -302,7 +302,7 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const BlockRange& bl
 // Every thread copies what it reads itself.
 template <int W, class Copy>
 FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
-  Place place = piece.at(0);
+  PackPlace place = piece.at(0);
   int left = piece.positions;
   const int length = piece.group_length();
 #pragma unroll 1
@@ -310,7 +310,7 @@ FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
     if (left > 0) {
       piece.template walk_on<kMomentsRows / 2>(place, std::min(left, length), [&](const auto& places) {
 #pragma unroll
-        for (const Place& each : places) copy(each);
+        for (const PackPlace& each : places) copy(each);
       });
     }
     commit_copies();
@@ -321,7 +321,7 @@ FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
 // group) waits for that.
 template <int U, int W, class Ready, class Body>
 FASTNORM_DEVICE void walk_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
-  Place place = piece.at(0);
+  PackPlace place = piece.at(0);
   int left = piece.positions;
   const int length = piece.group_length();
 #pragma unroll 1

@@ -41,7 +41,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
     const auto copy = [&](auto with_residual) {
-      stage_columns(piece, [&](const Place& place) {
+      stage_columns(piece, [&](const PackPlace& place) {
         const int slot = piece.slot(place, t.x);
         fastnorm::cuda::stage<W>(staged.x + slot, t.x + place.element);
         fastnorm::cuda::stage<W>(staged.dy + slot, t.dy + place.element);
@@ -60,8 +60,8 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
       walk_landed<kPacks<kSmooth, 1, decltype(tensors)>>(piece, ready, [&](const auto& places) {
         add_sums<act.value>(
             tensors, places, coefs,
-            [&](const auto& from, const Place& place) { return staged_gradient(from, piece, staged, place); },
-            [&](const Place& place, const A(&d)[W]) {
+            [&](const auto& from, const PackPlace& place) { return staged_gradient(from, piece, staged, place); },
+            [&](const PackPlace& place, const A(&d)[W]) {
               if (act.value == Activation::kRelu) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
             },
             mine);
@@ -91,9 +91,9 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
                           [&](int w) { terms.lane[w] = terms.lane[w - 1]; });
     }
     const BackwardTensors<T> rest = second_half<kSmooth>(t);
-    apply_gradient_columns<kSmooth, 1, false>(rest, piece, coefs, terms, [&](const auto& tensors, const Place& place) {
-      return staged_gradient(tensors, piece, staged, place);
-    });
+    apply_gradient_columns<kSmooth, 1, false>(
+        rest, piece, coefs, terms,
+        [&](const auto& tensors, const PackPlace& place) { return staged_gradient(tensors, piece, staged, place); });
   };
   for_waves(f.shape, shape.items, grid_blocks(), block_index(), load, use_wave);
   finish_fused(f, gang);

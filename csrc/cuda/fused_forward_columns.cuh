@@ -46,7 +46,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   const auto load = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     Pack<T, W>* const staged = memory_of(stage);
-    stage_columns(piece, [&](const Place& place) {
+    stage_columns(piece, [&](const PackPlace& place) {
       fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
     });
     if (t.residual != nullptr) prefetch_columns(piece, t.residual);
@@ -55,7 +55,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = memory_of(stage);
-    const auto read = [&](const Place& place) { return staged[piece.slot(place, t.x)]; };
+    const auto read = [&](const PackPlace& place) { return staged[piece.slot(place, t.x)]; };
     A origin[W];
     load_origins(piece, t.x, origin);
     LaneMoments<A, W> moments;

@@ -163,6 +163,18 @@ FASTNORM_DEVICE float relu_of(float v) {
 #endif
 }
 FASTNORM_DEVICE double relu_of(double v) { return v <= 0.0 ? 0.0 : v; }
+// An error of 1 ulp.
+FASTNORM_DEVICE float rsqrt_approx(float v) {
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// a * b, rounded, whatever is added to it: the compiler makes no fused multiply-add of it.
+FASTNORM_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
+// The compiler takes v as it is here, and does not compute it again where it is used.
+FASTNORM_DEVICE void keep_in_register(float& v) { asm("" : "+f"(v)); }
 
 // One access for all of V's bytes, a power of two up to 16.
 template <int kBytes>

@@ -40,7 +40,7 @@ reduce_columns(const T* x, Welford<Accum<T>>* partials, ColumnsShape shape) {
     A origin[W];
     load_origins(piece, x, origin);
     LaneMoments<A, W> moments;
-    const auto read = [&](const Place& place) { return load<W>(x + place.element); };
+    const auto read = [&](const PackPlace& place) { return load<W>(x + place.element); };
     piece.template walk<kMomentsRows>(piece.whole(),
                                       [&](const auto& places) { read_moments<T>(places, origin, read, moments); });
     merge_rows(piece, moments, reinterpret_cast<Moments<A>*>(shared_memory()),

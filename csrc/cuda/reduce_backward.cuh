@@ -56,7 +56,7 @@ reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsS
       piece.template walk<2>(piece.whole(), [&](const auto& places) {
         add_sums<act.value>(
             tensors, places, coefs,
-            [&](const auto& from, const Place& place) { return load_gradient(from, piece, place); },
+            [&](const auto& from, const PackPlace& place) { return load_gradient(from, piece, place); },
             [](const auto&...) {}, mine);
       });
     });
@@ -74,8 +74,8 @@ FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, 
     LaneSums<A, W> mine;
     dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
       piece.template walk_read<1>(
-          piece.whole(), [&](const Place& place) { return load_gradient(t, piece, place); },
-          [&](const Place& place, const GradientPacks<T, W>& packs) {
+          piece.whole(), [&](const PackPlace& place) { return load_gradient(t, piece, place); },
+          [&](const PackPlace& place, const GradientPacks<T, W>& packs) {
             // A pack lies in one group: its statistics are those of its first lane.
             const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, place.position));
             RowCoefs<A, W> coefs{s.mean, s.rstd, {}, {}};

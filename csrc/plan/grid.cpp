@@ -49,6 +49,9 @@ constexpr int64_t kMaxMergedChannels = 256;
 
 constexpr int kMaxTilePacks = 32;
 
+// Rows in registers: the rows of a team fit 32 bits, however few blocks there are.
+constexpr int64_t kMaxRegisterRows = int64_t(1) << 30;
+
 int64_t align_up(int64_t bytes, int64_t unit = 16) { return div_up(bytes, unit) * unit; }
 int64_t power_of_two(int64_t at_least) {
   int64_t p = 1;
@@ -112,6 +115,34 @@ Grid split_rows(const Geometry& g, DType dtype, int pack, const DeviceInfo& devi
   choose_team(grid, grid.piece_runs * grid.piece_length, device, full_blocks);
   grid.shared_bytes = ladder_bytes(grid.threads(), static_cast<int>(accum_size(dtype)));
   return grid;
+}
+
+// A row that a team keeps in registers. A thread's first half of packs exists in every team (RowTeam::has in
+// csrc/cuda/register_rows.cuh).
+bool register_rows(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,
+                   const DeviceInfo& device, Grid& grid) {
+  if (!g.per_element() || g.G != 1 || grid.pack * size_of(dtype) != 16) return false;
+  const int64_t packs = g.set_size() / grid.pack;
+  const int elements = staging.backward ? kBackwardElements : kForwardElements;
+  grid.thread_packs = elements / grid.pack;
+  if (packs < grid.thread_packs / 2 * min_team(grid.pack) || packs > kResidentThreads * grid.thread_packs) return false;
+  grid.piece_length = packs;
+  grid.items = g.sets();
+  const int64_t threads = div_up(packs, grid.thread_packs);
+  grid.threads_x = static_cast<int>(threads > kWarp ? align_up(threads, kWarp)
+                                                    : std::max<int64_t>(min_team(grid.pack), power_of_two(threads)));
+  // Small blocks, because all teams of a block wait for each other. Backward has fewer partials with larger ones.
+  const int threads_of_block = staging.backward ? kBlockThreads : kBlockThreads / 2;
+  const int64_t step = std::max(1, kWarp / grid.threads_x), most = std::max(1, threads_of_block / grid.threads_x);
+  // The ring of every thread and its weights, as float32; in forward also its biases.
+  const int64_t thread_bytes = int64_t(choice.stages) * staging.streams * grid.thread_packs * 16;
+  const int64_t team_bytes = grid.threads_x * (thread_bytes + elements * 4 * (staging.backward ? 1 : 2));
+  const int64_t room = (shared_limit(choice.blocks_per_sm, device) - kRegisterLadderBytes) / team_bytes;
+  const int64_t teams = std::min({most, room, std::max(step, g.sets() / device.num_sms)}) / step * step;
+  grid.threads_y = static_cast<int>(teams);
+  grid.team_bytes = grid.threads_x * thread_bytes;
+  grid.shared_bytes = kRegisterLadderBytes + teams * team_bytes;
+  return teams > 0 && g.sets() <= kMaxRegisterRows;
 }
 
 int64_t columns_merge_bytes(const Grid& grid, DType dtype) {
@@ -184,7 +215,7 @@ int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device) {
 }
 
 Grid empty_grid(Traversal traversal, int pack) {
-  return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0, Gang::kBlock, 1};
+  return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0, Gang::kBlock, 1, 0};
 }
 
 Grid split_columns(int64_t outer, int64_t positions, int64_t C, DType dtype, int pack, const DeviceInfo& device) {
@@ -242,8 +273,10 @@ bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging
                 const DeviceInfo& device, Grid& grid) {
   grid = empty_grid(g.traversal(), pack);
   if (dtype == DType::kFloat64) return false;
-  const bool fits = g.traversal() == Traversal::kRows ? fused_rows(g, dtype, staging, choice, device, grid)
-                                                      : fused_columns(g, dtype, staging, choice, device, grid);
+  const auto make = choice.place == Place::kRegisters   ? register_rows
+                    : g.traversal() == Traversal::kRows ? fused_rows
+                                                        : fused_columns;
+  const bool fits = make(g, dtype, staging, choice, device, grid);
   // A gang of one block is Gang::kBlock, and no other gang has one.
   if (!fits || (grid.pieces == 1) != (choice.gang == Gang::kBlock)) return false;
   if (choice.gang == Gang::kCluster && grid.pieces > device.largest_cluster) return false;

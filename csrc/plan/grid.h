@@ -14,7 +14,8 @@ struct FusedChoice {
   int stages;          // waves in shared memory
   int blocks_per_sm;   // the shared memory of an SM is divided among so many
   int64_t tile_bytes;  // columns: neighbouring channels of a tile have at least so many bytes
-  bool persistent;     // all blocks are on the device at a time and take items in strides
+  Place place;
+  bool persistent;  // all blocks are on the device at a time and take items in strides
 
   int block_threads() const { return blocks_per_sm == 1 ? kResidentThreads : kBlockThreads; }
 };
@@ -23,7 +24,8 @@ struct FusedChoice {
 struct Staging {
   int streams;  // tensors
   bool backward;
-  bool gathers;  // rows: blocks also gather the gradients of the weights
+  bool gathers;    // rows: blocks also gather the gradients of the weights
+  bool registers;  // the kernels that keep rows in registers serve the call, too
 
   int partial_numbers() const { return backward ? 2 : 3; }  // of an accumulator
 };

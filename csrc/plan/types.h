@@ -34,6 +34,12 @@ constexpr int kBlockThreads = kResidentThreads / 2;
 constexpr int kWarp = 32;
 constexpr int kMaxCluster = 16;
 
+// Rows in registers: a thread keeps so many elements of a row; fewer in backward, which keeps several numbers for each.
+constexpr int kForwardElements = 32;
+constexpr int kBackwardElements = 16;
+// The shared memory of their reductions over a team: two numbers of every warp, for two reductions.
+constexpr int kRegisterLadderBytes = 2 * (kResidentThreads / kWarp) * 2 * 4;
+
 // A staged piece lands in so many cp.async groups: a block reduces the first while the last are under way.
 constexpr int kCopyGroups = 4;
 
@@ -48,6 +54,9 @@ FASTNORM_HOST_DEVICE constexpr int merged_packs(int threads, int threads_x) {
   return threads_x < kWarp ? threads / kWarp * threads_x : threads;
 }
 
+// Where a fused launch keeps its sets.
+enum class Place : int { kShared = 0, kRegisters = 1 };
+
 enum class Strategy : int { kFused = 0, kSplit = 1, kApply = 2 };
 
 // The blocks that share a set or a tile in a fused launch; each has a piece.
@@ -58,8 +67,8 @@ enum class Gang : int {
 };
 
 // One launch. Rows: a team of threads_x threads takes a piece of a set, and a block has threads_y teams (more than one
-// only where a team is a warp or less). Columns: a block takes threads_x packs of channels side by side and walks down
-// a piece of the positions, threads_y at a time.
+// only where a team is a warp or less, or keeps rows in registers). Columns: a block takes threads_x packs of channels
+// side by side and walks down a piece of the positions, threads_y at a time.
 //
 // Items are pieces. Fused: the pieces of a set or tile are neighbours, and so are the blocks of a gang. A wave is one
 // item for every team of the launch, and waves follow each other.
@@ -74,9 +83,11 @@ struct Grid {
   int64_t items;         // sets * pieces (rows), outer * pieces * tiles (columns)
   int64_t blocks;        // of the launch; where there are more items, a block takes them in strides
   int64_t shared_bytes;  // dynamic shared memory of a block
-  int64_t team_bytes;    // fused rows: each team's own part of it; else 0
+  int64_t team_bytes;    // fused rows: each team's own part of it (not its weights, which registers need); else 0
   Gang gang;             // fused; else kBlock
   int stages;            // fused: 2 where the next wave is loaded during this one; else 1
+  int thread_packs;      // packs of a row that a thread keeps in registers, while its `stages` have the rows after it;
+                         // 0: sets are kept in shared memory
 
   int threads() const { return threads_x * threads_y; }
   // Packs that a staged run occupies in shared memory. Single elements are copied in aligned blocks of 16 bytes, so
@@ -92,10 +103,11 @@ struct Grid {
   }
   // Items that a block takes at a time.
   int teams() const { return traversal == Traversal::kRows ? threads_y : 1; }
+  Place place() const { return thread_packs > 0 ? Place::kRegisters : Place::kShared; }
   bool operator==(const Grid&) const = default;
 };
 FASTNORM_FIELDS(Grid, traversal, pack, threads_x, threads_y, pieces, piece_runs, piece_length, tile, items, blocks,
-                shared_bytes, team_bytes, gang, stages)
+                shared_bytes, team_bytes, gang, stages, thread_packs)
 
 // The number of pieces that a run is cut into; 1 where pieces have whole runs.
 inline int64_t run_pieces(const Geometry& g, const Grid& grid) {
@@ -201,10 +213,11 @@ struct Forced {
   int stages = -1;         // 1 or 2
   int blocks_per_sm = -1;  // the shared memory of an SM is divided among so many
   int tile_bytes = -1;     // columns
+  int place = -1;          // Place
 
   bool operator==(const Forced&) const = default;
 };
-FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes)
+FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes, place)
 
 struct PlanOptions {
   int free_sms = 0;  // launches whose blocks wait for each other leave so many SMs to other kernels
@@ -216,6 +229,7 @@ FASTNORM_FIELDS(PlanOptions, free_sms, forced)
 
 const char* name_of(Strategy strategy);
 const char* name_of(Gang gang);
+const char* name_of(Place place);
 const char* name_of(Traversal traversal);
 const char* name_of(ParamSums sums);
 

@@ -87,9 +87,13 @@ void check_launches(int64_t planned) {
 // A plan in few words: for a fused one, also its gang and number of stages.
 std::string text_of(Strategy strategy, const Grid& grid) {
   const std::string text = std::string(name_of(strategy)) + " " + name_of(grid.traversal);
-  return strategy == Strategy::kFused ? text + " " + name_of(grid.gang) + " " + std::to_string(grid.stages) : text;
+  if (strategy != Strategy::kFused) return text;
+  const char* const kept = grid.place() == Place::kRegisters ? name_of(grid.place()) : name_of(grid.gang);
+  return text + " " + kept + " " + std::to_string(grid.stages);
 }
 std::string text_of(const Forced& f) {
+  if (f.place >= 0)
+    return std::string(", ") + name_of(static_cast<Place>(f.place)) + ", stages " + std::to_string(f.stages);
   if (f.gang < 0) return {};
   return std::string(", ") + name_of(static_cast<Gang>(f.gang)) + " of " + std::to_string(f.pieces) + ", stages " +
          std::to_string(f.stages);

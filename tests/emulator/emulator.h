@@ -97,6 +97,10 @@ A relu_of(A v) {
 inline float exp2_approx(float v) { return without_denormals(std::exp2(without_denormals(v))); }
 inline float reciprocal_approx(float v) { return without_denormals(1 / without_denormals(v)); }
 
+inline float rsqrt_approx(float v) { return 1 / std::sqrt(v); }
+inline float rounded_product(float a, float b) { return a * b; }
+inline void keep_in_register(float&) {}
+
 // One access for all of V's bytes. note_read and note_write check it.
 template <class V>
 V read_whole(const V* p) {
