@@ -42,6 +42,7 @@ PRIMITIVES = (
     *("indices", "shuffles", "barriers", "shared", "clusters", "orders", "counters", "devices", "refusals"),
     *("recovery", "arguments", "widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_float16"),
     *("copies", "when_copies_land", "clusters_of_a_grid", "grid_of_a_whole_device", "refused_gangs"),
+    *("limits_of_two_threads", "limits_of_a_failing_driver"),
 )
 
 

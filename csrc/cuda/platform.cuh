@@ -33,6 +33,8 @@ struct LaunchConfig {
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include "once_per_kernel.h"
+
 #define FASTNORM_DEVICE __device__ __forceinline__
 // A kernel for blocks of at most `threads` threads. It uses few enough registers for `blocks` blocks per SM.
 #define FASTNORM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -160,16 +162,26 @@ enum class Access { kStream, kParameter };
 FASTNORM_DEVICE void note_read(const void*, int, Access) {}
 FASTNORM_DEVICE void note_write(const void*, int, Access) {}
 
-// Raises the kernel's limits of dynamic shared memory and cluster size where the launch needs it.
+// Raises the kernel's limits on the current device where the launch needs it: see once_per_kernel.h.
 inline cudaError_t allow(const void* kernel, int64_t shared_bytes, int cluster) {
   constexpr int64_t kSharedWithoutAsking = 48 << 10;
   constexpr int kClusterWithoutAsking = 8;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  static OncePerKernel shared_limits, cluster_limits;
+  const bool large = shared_bytes > kSharedWithoutAsking, wide = cluster > kClusterWithoutAsking;
+  if (!large && !wide) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error && large) {
+    error = shared_limits.run(kernel, device, [&] {
+      int most = 0;
+      const cudaError_t unknown = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      return unknown ? unknown : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    });
   }
-  if (!error && cluster > kClusterWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (!error && wide) {
+    error = cluster_limits.run(kernel, device, [&] {
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    });
   }
   return error;
 }
