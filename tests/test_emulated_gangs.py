@@ -12,6 +12,7 @@ import torch
 
 from fastnorm import _C
 from tests.common.cases import Case, Layer
+from tests.common.gangs import GANG_EPILOGUES, GANG_LAYERS, GANG_PRECISIONS, GangCase
 from tests.common.numerics import build, make_inputs, measure, scale_of, truth
 from tests.common.plan_model import DTYPES
 from tests.common.raw_calls import RawCall, same_bits
@@ -22,20 +23,6 @@ pytestmark = pytest.mark.emulator
 CPU = torch.device("cpu")
 SCHEDULES = (("lifo", 0), ("random", 1), ("random", 2), ("priority", 1), ("priority", 2))
 
-# Runs that are whole and in parts, pieces of several runs, cells in parts, accesses of every width.
-LAYERS = (
-    Layer("", "BatchNorm2d", (6, 5, 8, 16), (5,)),
-    Layer("", "BatchNorm2d", (2, 3, 48, 64), (3,)),
-    Layer("", "BatchNorm2d", (9, 4, 7, 7), (4,)),
-    Layer("", "BatchNorm1d", (300, 40), (40,)),
-    Layer("", "GroupNorm", (2, 12, 16, 16), (4, 12)),
-    Layer("", "GroupNorm", (1, 4, 40, 52), (2, 4)),
-    Layer("", "GroupNorm", (2, 32, 9, 10), (4, 32)),
-    Layer("", "InstanceNorm3d", (1, 3, 8, 8, 16), (3,), (("affine", True),)),
-    Layer("", "LayerNorm", (7, 1024), (1024,)),
-    Layer("", "LayerNorm", (5, 777), (777,)),
-    Layer("", "LayerNorm", (3, 2, 4096), ((2, 4096),)),
-)
 GANGS = (
     {"gang": "cluster", "pieces": 2},
     {"gang": "cluster", "pieces": 5},
@@ -45,9 +32,6 @@ GANGS = (
     {"gang": "grid", "stages": 2, "pieces": 3},
     {"gang": "block", "stages": 2},
 )
-PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
-EPILOGUES = ((None, False), ("silu", True), ("relu", True), ("leaky_relu", True), ("relu", False))
-
 # SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
 FEW = dataclasses.replace(
     emulator.load().device("tiny"),
@@ -60,42 +44,27 @@ FACTS = _C.DeviceInfo(**dataclasses.asdict(FEW))
 NUMBERS = itertools.count(1)
 
 
-def cases() -> Iterator[tuple[Case, dict[str, str | int]]]:
+def cases() -> Iterator[GangCase]:
     """Every layer, layout and gang; precisions and epilogues in turn."""
-    precisions, epilogues = itertools.cycle(PRECISIONS), itertools.cycle(EPILOGUES)
-    for layer, gang in itertools.product(LAYERS, GANGS):
+    precisions, epilogues = itertools.cycle(GANG_PRECISIONS), itertools.cycle(GANG_EPILOGUES)
+    for layer, gang in itertools.product(GANG_LAYERS, GANGS):
         for layout in layer.layouts:
             activation, residual = next(epilogues)
-            yield Case(layer, layout, next(precisions), activation, residual), {"strategy": "fused", **gang}
+            case = Case(layer, layout, next(precisions), activation, residual)
+            yield GangCase(case, {"strategy": "fused", **gang}, 0)
 
 
-def plans(call: RawCall, forced: dict[str, str | int]) -> tuple[_C.ForwardPlan, _C.BackwardPlan] | None:
-    """None where there is no such plan in one direction."""
-    case = call.case
-    recomputes = case.residual and case.activation == "silu"
-    try:
-        return (
-            _C.plan_forward(call.shape.geometry, case.precision[0], FACTS, forced=forced),
-            _C.plan_backward(call.shape.geometry, case.precision[0], FACTS, residual=recomputes, forced=forced),
-        )
-    except ValueError:
-        return None
+SERVED = [found for found in cases() if found.plans(FACTS)]
 
 
-SERVED = [(case, forced) for case, forced in cases() if plans(RawCall(case, make_inputs(case, CPU)), forced)]
-
-
-def name(value: object) -> str:
-    if isinstance(value, Case):
-        return value.id
-    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
-
-
-@pytest.mark.parametrize(("case", "forced"), SERVED, ids=name)
-def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) -> None:
+@pytest.mark.parametrize("gang_case", SERVED, ids=lambda gang_case: gang_case.id)
+def test_values_schedules_and_traffic(gang_case: GangCase) -> None:
+    case, forced, _ = gang_case
     settings, inputs = emulator.load(), make_inputs(case, CPU)
     call = RawCall(case, inputs, torch.ops.fastnorm_emulated)
-    forward, backward = plans(call, forced)
+    found = gang_case.plans(FACTS)
+    assert found is not None
+    forward, backward = found
     with settings.configured(device=FEW, forced=forced):
         with settings.counting() as forward_counts:
             saved = call.forward()
@@ -135,8 +104,8 @@ def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) 
 
 def test_every_gang_is_met() -> None:
     seen = set()
-    for case, forced in SERVED:
-        found = plans(RawCall(case, make_inputs(case, CPU)), forced)
+    for gang_case in SERVED:
+        found = gang_case.plans(FACTS)
         assert found is not None
         for grid in (found[0].grid, found[1].reduce):
             waves = -(-grid.items // grid.blocks)
@@ -227,7 +196,7 @@ def test_the_first_refusal_of_a_kind_is_printed_where_fallbacks_are(
 
 def test_free_sms_are_left_alone() -> None:
     settings = emulator.load()
-    case = Case(LAYERS[1])
+    case = Case(GANG_LAYERS[1])
     call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
     forced = {"gang": "grid", "blocks_per_sm": 1}
     blocks = []
