@@ -147,15 +147,17 @@ def test_a_device_that_refuses_gangs_is_served_without(
     monkeypatch.delenv("FASTNORM_LOG", raising=False)
     settings = emulator.load()
     call = call_on_gangs()
+    # One in forward. In backward, clusters that sync as a grid are first tried as clusters alone.
+    refusals = 2 + (_C.plan_backward(call.shape.geometry, "float32", FACTS).reduce.gang == "cluster")
     without = dataclasses.replace(FEW, cooperative=False, largest_cluster=1)
     with settings.configured(device=without):
         expected = call.both()
     before = settings.refused_gangs()
-    with settings.configured(device=another_few(), refuse_gangs=True), settings.counting() as counts:
+    with settings.configured(device=another_few(), refuses="gangs"), settings.counting() as counts:
         results = call.both()
-        assert settings.refused_gangs() == before + 2  # forward and backward
+        assert settings.refused_gangs() == before + refusals
         call.both()
-        assert settings.refused_gangs() == before + 2
+        assert settings.refused_gangs() == before + refusals
     assert not same_bits(results, expected)
     assert not any(launch.cooperative or launch.cluster > 1 for launch in counts.launches)
     assert capfd.readouterr().err == ""
@@ -165,7 +167,7 @@ def test_a_refusal_is_an_error_where_fallbacks_are(monkeypatch: pytest.MonkeyPat
     """FASTNORM_STRICT=1; not of the kind that means "torch should serve the call"."""
     settings = emulator.load()
     call = call_on_gangs()
-    with settings.configured(device=another_few(), refuse_gangs=True):
+    with settings.configured(device=another_few(), refuses="gangs"):
         monkeypatch.setenv("FASTNORM_STRICT", "1")
         before = settings.refused_gangs()
         for attempt in (1, 2):
@@ -186,12 +188,54 @@ def test_the_first_refusal_of_a_kind_is_printed_where_fallbacks_are(
     monkeypatch.setenv("FASTNORM_STRICT", "0")
     monkeypatch.setenv("FASTNORM_LOG", "fallback")
     for _ in range(2):
-        with settings.configured(device=another_few(), refuse_gangs=True):
+        with settings.configured(device=another_few(), refuses="gangs"):
             call.both()
     lines = [line for line in capfd.readouterr().err.splitlines() if "refused" in line]
     assert len(lines) == 2, lines
     for line, direction in zip(lines, ("forward", "backward"), strict=True):
         assert f"a {direction} launch" in line and "planned fused: " in line and " blocks, a piece each of " in line
+
+
+def test_a_refusal_ends_a_capture_with_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that was to replace the refused one fails too, and its error alone would say nothing."""
+    monkeypatch.setenv("FASTNORM_STRICT", "0")
+    settings = emulator.load()
+    call, device = call_on_gangs(), another_few()
+    with settings.configured(device=device, refuses="gangs in a capture"):
+        with pytest.raises(RuntimeError, match=r"previous error during capture, after .* refused .* forward") as error:
+            call.forward()
+        assert "too many blocks" in str(error.value) and "once before it begins" in str(error.value)
+    with settings.configured(device=device, refuses="gangs"):
+        call.both()  # before the capture, as the error says
+    with settings.configured(device=device, refuses="gangs in a capture"):
+        assert call.forward()["y"].isfinite().all()
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["by its facts", "by a refusal"])
+def test_clusters_that_cannot_sync_as_a_grid(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver may not know clusters in cooperative launches. The gradients of the weights are then folded by a launch
+    of its own; gangs stay, and the values too."""
+    monkeypatch.setenv("FASTNORM_STRICT", "0")
+    settings = emulator.load()
+    case = Case(Layer("", "GroupNorm", (2, 12, 16, 16), (4, 12)), activation="silu")
+    call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+    forced: dict[str, str | int] = {"strategy": "fused", "gang": "cluster", "pieces": 2}
+    with settings.configured(device=FEW, forced=forced), settings.counting() as counts:
+        expected = call.both()
+    assert [(launch.cluster, launch.cooperative) for launch in counts.launches] == [(2, False), (2, True)]
+    facts = dataclasses.replace(another_few(), cooperative_clusters=refused)
+    refuses = "cooperative clusters" if refused else "nothing"
+    before = settings.refused_gangs()
+    with settings.configured(device=facts, forced=forced, refuses=refuses), settings.counting() as counts:
+        results = call.both()
+        call.both()
+    assert settings.refused_gangs() == before + refused
+    assert [(launch.cluster, launch.cooperative) for launch in counts.launches] == 2 * [
+        (2, False),
+        (2, False),
+        (1, False),
+    ]
+    assert not same_bits(results, expected)
 
 
 def test_free_sms_are_left_alone() -> None:

@@ -42,7 +42,7 @@ PRIMITIVES = (
     *("indices", "shuffles", "barriers", "shared", "clusters", "orders", "counters", "devices", "refusals"),
     *("recovery", "arguments", "widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_float16"),
     *("copies", "when_copies_land", "clusters_of_a_grid", "grid_of_a_whole_device", "refused_gangs"),
-    *("limits_of_two_threads", "limits_of_a_failing_driver"),
+    *("refused_combinations", "limits_of_two_threads", "limits_of_a_failing_driver", "plans_of_twins"),
 )
 
 
@@ -363,6 +363,8 @@ def test_library_refuses(library: backend.Emulator) -> None:
         library.configure(blocks_together=0)
     with pytest.raises(RuntimeError, match="at most 262144 bytes of shared memory"):
         library.configure(device=dataclasses.replace(library.device("tiny"), shared_per_block=1 << 20))
+    with pytest.raises(RuntimeError, match="does not refuse all; there are nothing, gangs"):
+        library.configure(refuses="all")
     with pytest.raises(ValueError, match="a plan has no teams to force; it has strategy, gang, pieces"):
         library.configure(forced={"gang": "grid", "teams": 3})
     with pytest.raises(ValueError, match="a plan's gang cannot be 'pair'; there are block, cluster, grid"):

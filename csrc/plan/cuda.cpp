@@ -124,18 +124,22 @@ struct Planner {
   const DeviceInfo sync_device =
       without_free_sms(device, options.free_sms);  // for launches whose blocks wait for each other
 
-  // Calls make(grid, co-resident blocks) for all fused launches that fit.
+  // Calls make(grid, co-resident blocks, whether it syncs) for all fused launches that fit. grid_sync: the grid syncs
+  // at the end, where the device has such a launch.
   template <class Make>
   void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, Make make) const {
     const Forced& forced = options.forced;
-    for (const FusedChoice& choice : fused_choices(g, dtype, staging.streams, persistent, sync_device, forced)) {
-      const DeviceInfo& where = grid_sync || choice.gang == Gang::kGrid ? sync_device : device;
+    for (FusedChoice choice : fused_choices(g, dtype, staging.streams, persistent, sync_device, forced)) {
+      const bool cooperates = choice.gang == Gang::kCluster ? device.cooperative_clusters : device.cooperative;
+      const bool syncs = grid_sync && cooperates;
+      choice.persistent = choice.persistent || syncs;
+      const DeviceInfo& where = syncs || choice.gang == Gang::kGrid ? sync_device : device;
       Grid grid;
       if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
       if (second_stage_idle(grid) && forced.stages != 2) continue;
       // Runs can lead to cluster sizes that are no powers of two, which might fill a device badly.
       if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
-      make(grid, co_resident_blocks(grid, staging.backward, where));
+      make(grid, co_resident_blocks(grid, staging.backward, where), syncs);
     }
   }
 };
@@ -161,7 +165,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     if (needs.frozen) return {separate(Strategy::kApply)};
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
-      for_each_fused({1, false, false}, false, false, [&](const Grid& grid, int64_t resident) {
+      for_each_fused({1, false, false}, false, false, [&](const Grid& grid, int64_t resident, bool) {
         const Estimate estimate =
             estimate_fused(grid, streams, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
         plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
@@ -202,9 +206,8 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
-    const bool grid_sync = folds && device.cooperative;
     const Staging staging{streams.read, true, in_gang};
-    for_each_fused(staging, grid_sync || in_gang, grid_sync, [&](const Grid& grid, int64_t resident) {
+    for_each_fused(staging, in_gang, folds, [&](const Grid& grid, int64_t resident, bool grid_sync) {
       BackwardPlan plan = empty(Strategy::kFused, sums);
       plan.reduce = grid;
       plan.grid_sync = grid_sync;

@@ -36,8 +36,9 @@ constexpr int64_t kMinPiecePacks = 1024;
 constexpr int64_t kMaxPiecePacks = int64_t(1) << 20;
 constexpr int64_t kMaxPiecePositions = int64_t(1) << 20;
 
-// The driver keeps 1 KB of every block's shared memory.
+// The driver keeps 1 KB of every block's shared memory. An SM gives it out in units.
 constexpr int64_t kReservedShared = 1024;
+int64_t shared_unit(const DeviceInfo& device) { return device.capability < 80 ? 256 : 128; }
 
 // In fused columns a warp merges the channels of a set. The tile of a wider set would have no room for positions.
 constexpr int64_t kMaxMergedChannels = 256;
@@ -221,7 +222,7 @@ int64_t co_resident_blocks(const Grid& grid, bool backward, const DeviceInfo& de
   const bool alone = backward && grid.traversal == Traversal::kColumns && grid.pack == 8;
   const int64_t by_registers = (alone ? kBlockThreads : kResidentThreads) / grid.threads();
   const int64_t by_threads = device.threads_per_sm / grid.threads();
-  const int64_t by_shared = device.shared_per_sm / (grid.shared_bytes + kReservedShared);
+  const int64_t by_shared = device.shared_per_sm / align_up(grid.shared_bytes + kReservedShared, shared_unit(device));
   const int64_t each = std::min({by_registers, by_threads, by_shared});
   if (grid.gang != Gang::kCluster) return each * device.num_sms;
   // Smaller clusters lie within the places of the largest.

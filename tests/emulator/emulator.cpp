@@ -390,7 +390,7 @@ int launch(const cuda::LaunchConfig& config, void (*body)(void*), void* context)
   const std::lock_guard<std::mutex> lock(m.one_launch);
   const Unseen unseen;
   check_launch(config, m.settings.device);
-  if (m.settings.refuse_gangs && (config.cooperative || config.cluster > 1)) return cuda::kGangRefused;
+  if (const int error = answer_of(m.settings.refusals, config)) return error;
   grid = {config.blocks, config.threads, config.cluster};
   m.body = body;
   m.context = context;

@@ -156,7 +156,8 @@ inline int query_device(int /*device*/, const void* /*kernel*/, DeviceInfo* info
 inline const char* platform_error_string(int error) {
   switch (error) {
     case 0: return "no error";
-    case kGangRefused: return "too many blocks in cooperative launch";
+    case emulator::kCooperativeTooLarge: return "too many blocks in cooperative launch";
+    case emulator::kCaptureEnded: return "operation failed due to a previous error during capture";
     default: return "invalid argument";
   }
 }

@@ -1,14 +1,16 @@
-// The host's half of a launch, which the emulator has no part in: limits that are raised once.
+// The host's half of a launch, which the emulator has no part in: limits that are raised once, plans that are kept.
 #include <atomic>
 #include <thread>
 
 #include "cuda/once_per_kernel.h"
 #include "self_test.h"
+#include "torch/plan_cache.h"
 
 namespace fastnorm::self_test {
 namespace {
 
 using cuda::OncePerKernel;
+using PlanKey = ops::PlanKey<ForwardNeeds>;
 
 constexpr int kKernels = 3, kDevices = 2, kHostThreads = 4, kLaunches = 1000;
 constexpr int kMost = 227 << 10, kAtFirst = 48 << 10;  // bytes of shared memory
@@ -63,10 +65,24 @@ void limits_of_a_failing_driver() {
   check_equal(calls, 2, "calls of the driver");
 }
 
+// Two GPUs with the same facts: the one that is shared goes by a lesser plan, its twin by the best one.
+void plans_of_twins() {
+  ops::PlanCache<int, ForwardNeeds> cache;
+  PlanKey shared{}, twin{};
+  twin.device_index = 1;
+  const auto best = [](const PlanKey&) { return 1; };
+  check_equal(cache.get(shared, best) + cache.get(twin, best), 2, "plans of both");
+  cache.put(shared, 2);
+  check_equal(cache.get(shared, best), 2, "the plan of the shared one");
+  check_equal(cache.get(twin, best), 1, "the plan of its twin");
+}
+
 }  // namespace
 
 std::vector<Primitive> host_primitives() {
-  return {{"limits_of_two_threads", limits_of_two_threads}, {"limits_of_a_failing_driver", limits_of_a_failing_driver}};
+  return {{"limits_of_two_threads", limits_of_two_threads},
+          {"limits_of_a_failing_driver", limits_of_a_failing_driver},
+          {"plans_of_twins", plans_of_twins}};
 }
 
 }  // namespace fastnorm::self_test
