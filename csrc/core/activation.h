@@ -1,6 +1,6 @@
 // Activations and their derivatives, written once for any value type V: a float in a CUDA thread, a pack of lanes on
 // the CPU. V needs + - * /, comparisons that give a mask, and, found by argument-dependent lookup, select(mask, a, b),
-// exp, erf, tanh and fma. At a kink the values are those of torch.nn.
+// exp, tanh, fma, and erf or normal_cdf and normal_density of its own. At a kink the values are those of torch.nn.
 #pragma once
 
 #include <cmath>
@@ -45,8 +45,8 @@ struct ActivationTag {
   static constexpr Activation value = kAct;
 };
 
-// Calls f with the tag of a smooth activation. CUDA kernels are compiled with and without smooth ones, so that kernels
-// for two-sided activations carry none of the polynomials.
+// Calls f with the tag of a smooth activation, or of any other. CUDA kernels are compiled with and without smooth ones,
+// so that kernels for two-sided activations carry none of the polynomials.
 template <class F>
 FASTNORM_HOST_DEVICE void dispatch_smooth(Activation a, F&& f) {
 #define FASTNORM_CASE(constant, name) \
@@ -58,14 +58,35 @@ FASTNORM_HOST_DEVICE void dispatch_smooth(Activation a, F&& f) {
     case Activation::kNone: break;
   }
   __builtin_unreachable();
+}
+template <class F>
+FASTNORM_HOST_DEVICE void dispatch_plain(Activation a, F&& f) {
+  switch (a) {
+    FASTNORM_ACTIVATIONS(FASTNORM_CASE, FASTNORM_SKIP)
+    FASTNORM_ACTIVATIONS(FASTNORM_SKIP, FASTNORM_OTHER)
+    case Activation::kNone: return f(ActivationTag<Activation::kNone>{});
+  }
+  __builtin_unreachable();
+}
 #undef FASTNORM_CASE
 #undef FASTNORM_OTHER
-}
 
 template <class V>
 FASTNORM_HOST_DEVICE V sigmoid(V z) {
   using std::exp;
   return V(1) / (V(1) + exp(V(0) - z));
+}
+
+// The standard normal distribution: P(Z <= z), and its density at z.
+template <class V>
+FASTNORM_HOST_DEVICE V normal_cdf(V z) {
+  using std::erf;
+  return V(0.5) * (V(1) + erf(z * V(0.70710678118654752440)));
+}
+template <class V>
+FASTNORM_HOST_DEVICE V normal_density(V z) {
+  using std::exp;
+  return V(0.39894228040143267794) * exp(V(-0.5) * z * z);
 }
 
 // The argument of tanh in the tanh form of GELU: sqrt(2/pi) (z + 0.044715 z^3).
@@ -75,16 +96,16 @@ constexpr double kGeluTanhCubic = 0.044715;
 // act(z). `param` is leaky_relu's slope.
 template <Activation kAct, class V>
 FASTNORM_HOST_DEVICE V activate(V z, V param) {
-  using std::erf, std::exp, std::fma, std::tanh;
+  using std::exp, std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu)
     return select(z <= V(0), V(0), z);  // NaN stays NaN
   else if constexpr (kAct == Activation::kLeakyRelu)
     return select(z > V(0), z, z * param);
   else if constexpr (kAct == Activation::kSilu)
     return z / (V(1) + exp(V(0) - z));
-  else if constexpr (kAct == Activation::kGelu) {
-    return V(0.5) * z * (V(1) + erf(z * V(0.70710678118654752440)));
-  } else if constexpr (kAct == Activation::kGeluTanh) {
+  else if constexpr (kAct == Activation::kGelu)
+    return z * normal_cdf(z);
+  else if constexpr (kAct == Activation::kGeluTanh) {
     const V inner = V(kGeluTanhScale) * fma(V(kGeluTanhCubic) * z * z, z, z);
     return V(0.5) * z * (V(1) + tanh(inner));
   } else if constexpr (kAct == Activation::kHardswish) {
@@ -103,7 +124,7 @@ FASTNORM_HOST_DEVICE V activate(V z, V param) {
 // d act(z) / dz.
 template <Activation kAct, class V>
 FASTNORM_HOST_DEVICE V activation_slope(V z, V param) {
-  using std::erf, std::exp, std::fma, std::tanh;
+  using std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu)
     return select(z <= V(0), V(0), V(1));
   else if constexpr (kAct == Activation::kLeakyRelu)
@@ -112,9 +133,7 @@ FASTNORM_HOST_DEVICE V activation_slope(V z, V param) {
     const V s = sigmoid(z);
     return s * (V(1) + z * (V(1) - s));
   } else if constexpr (kAct == Activation::kGelu) {
-    const V cdf = V(0.5) * (V(1) + erf(z * V(0.70710678118654752440)));
-    const V pdf = V(0.39894228040143267794) * exp(V(-0.5) * z * z);
-    return fma(z, pdf, cdf);
+    return fma(z, normal_density(z), normal_cdf(z));
   } else if constexpr (kAct == Activation::kGeluTanh) {
     const V t = tanh(V(kGeluTanhScale) * fma(V(kGeluTanhCubic) * z * z, z, z));
     const V inner_slope = V(kGeluTanhScale) * fma(V(3 * kGeluTanhCubic) * z, z, V(1));

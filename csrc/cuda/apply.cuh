@@ -10,7 +10,8 @@
 // Numerics: (x - mean) * scale + bias, not x * a + b: exact differences where the mean is large.
 #pragma once
 
-#include "forward.cuh"
+#include "forward_columns.cuh"
+#include "forward_rows.cuh"
 
 namespace fastnorm::cuda {
 

@@ -8,14 +8,15 @@
 // Traffic: reads dy, x (and residual or mask) once, writes dx (and dresidual) once.
 #pragma once
 
-#include "backward.cuh"
+#include "backward_columns.cuh"
+#include "backward_rows.cuh"
 #include "fold.cuh"
 
 namespace fastnorm::cuda {
 
 template <class A>
-FASTNORM_DEVICE SetTerms<A> load_terms(const SetTerms<A>* terms, int64_t set) {
-  return terms == nullptr ? SetTerms<A>{} : load_one(terms + set);
+FASTNORM_DEVICE InputTerms<A> load_terms(const SetTerms<A>* terms, int64_t set, A rstd) {
+  return terms == nullptr ? InputTerms<A>{} : InputTerms<A>(load_one(terms + set), rstd);
 }
 
 template <class T, int W, bool kSmooth>
@@ -26,9 +27,9 @@ apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsS
   if (all.index < fold_blocks) return fold_params(fold, {all.index, fold_blocks});
   for_rows<W>(shape, {all.index - fold_blocks, all.count - fold_blocks},
               [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
-                const int64_t set = piece.span.set;
+                const auto stats = load_stats(t.stats, t.sets, piece.span.set);
                 apply_gradient_rows<kSmooth, true, kBackwardUnroll<kSmooth, W>>(
-                    t, piece, piece.whole(team, valid), load_stats(t.stats, t.sets, set), load_terms(terms, set),
+                    t, piece, piece.whole(team, valid), stats, load_terms(terms, piece.span.set, stats.rstd),
                     [&](const Step& step) { return load_gradient(t, piece, step); });
               });
 }
@@ -46,7 +47,7 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
     LaneTerms<A, W> lane_terms{};
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      if (piece.in) lane_terms.lane[w] = load_terms(terms, piece.set(w));
+      if (piece.in) lane_terms.lane[w] = load_terms(terms, piece.set(w), coefs.lane[w].rstd);
     }
     apply_gradient_columns<kSmooth, true, kBackwardUnroll<kSmooth, W>>(
         t, piece, coefs, lane_terms, [&](int position) { return load_gradient(t, piece, position); });

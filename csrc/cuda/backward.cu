@@ -2,7 +2,8 @@
 #include <algorithm>
 
 #include "apply_backward.cuh"
-#include "fused_backward.cuh"
+#include "fused_backward_columns.cuh"
+#include "fused_backward_rows.cuh"
 #include "launch.cuh"
 #include "reduce_backward.cuh"
 

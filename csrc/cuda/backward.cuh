@@ -1,12 +1,88 @@
-// The two halves of backward over a piece: the sums over d and d (x - mean), and the gradients. Shared by the split
-// kernels, which read global memory twice, and the fused ones, which stage it.
+// The arguments of every backward kernel, typed; the gradient of one pack through the activation, its sums, and dx.
 #pragma once
 
-#include "backward_args.cuh"
-#include "columns.cuh"
-#include "rows.cuh"
+#include "element.cuh"
 
 namespace fastnorm::cuda {
+
+template <class T>
+struct BackwardTensors {
+  using A = Accum<T>;
+  const T* dy;
+  const T* x;
+  const T* residual;    // or null
+  const uint8_t* mask;  // or null
+  Params weight, bias;
+  const A* stats;  // [kStatsRows, sets]
+  int64_t sets;
+  bool frozen;
+  Epilogue<A> epilogue;
+  T* dx;         // or null
+  T* dresidual;  // or null
+
+  BackwardTensors() = default;
+  explicit BackwardTensors(const BackwardArgs& a)
+      : dy(static_cast<const T*>(a.dy)),
+        x(static_cast<const T*>(a.x)),
+        residual(static_cast<const T*>(a.residual)),
+        mask(a.mask),
+        weight(a.weight),
+        bias(a.bias),
+        stats(static_cast<const A*>(a.stats)),
+        sets(a.geometry.sets()),
+        frozen(a.frozen),
+        epilogue{a.activation, static_cast<A>(a.activation_param)},
+        dx(static_cast<T*>(a.dx)),
+        dresidual(static_cast<T*>(a.dresidual)) {}
+};
+
+// The packs that backward reads for one step or position.
+template <class T, int W>
+struct GradientPacks {
+  Pack<T, W> x, dy, residual;
+  unsigned bits;
+};
+
+// x and d = dy * act'(z) of a pack, widened: from the mask's bits where forward saved them, else from z, computed again
+// from x and residual.
+template <Activation kAct, int W, class T, class Coefs, class A>
+FASTNORM_DEVICE void gradient(const BackwardTensors<T>& t, const GradientPacks<T, W>& packs, const Coefs& coefs,
+                              A (&x)[W], A (&d)[W]) {
+  widen<A>(packs.x, x);
+  widen<A>(packs.dy, d);
+  if constexpr (kAct != Activation::kNone) {
+    if (is_two_sided(kAct) && t.mask != nullptr) return multiply_slope_bits<kAct>(t.epilogue.param, packs.bits, d);
+    A z[W];
+    normalize(x, coefs, z);
+    if (t.residual != nullptr) add_residual(packs.residual, z);
+    multiply_slope<kAct, T>(t.epilogue.param, z, d);
+  }
+}
+
+// The sums of d and of d (x - mean) over a pack.
+template <int W, class A, class Coefs>
+FASTNORM_DEVICE GradSums<A> pack_sums(const A (&x)[W], const A (&d)[W], const Coefs& coefs) {
+  A products[W];
+#pragma unroll
+  for (int w = 0; w < W; ++w) products[w] = d[w] * (x[w] - coefs[w].mean);
+  return {tree_sum(d), tree_sum(products)};
+}
+
+// dx and dresidual of a pack.
+template <int W, class T, class A, class Coefs, class Terms>
+FASTNORM_DEVICE void store_gradients(const BackwardTensors<T>& t, const A (&x)[W], const A (&d)[W], const Coefs& coefs,
+                                     const Terms& terms, int64_t element) {
+  if (t.dresidual != nullptr) store(t.dresidual + element, narrow<T>(d));
+  if (t.dx == nullptr) return;
+  A dx[W];
+  if (t.frozen) {  // dx does not depend on x, not even on an infinite one
+#pragma unroll
+    for (int w = 0; w < W; ++w) dx[w] = coefs[w].scale * d[w];
+  } else {
+    input_gradient(x, d, coefs, terms, dx);
+  }
+  store(t.dx + element, narrow<T>(dx));
+}
 
 // Reads all that backward needs of one pack from global memory; bits() gives the mask's bits.
 template <int W, class T, class Bits>
@@ -17,86 +93,6 @@ FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, i
   if (t.residual != nullptr) packs.residual = load<W>(t.residual + element);
   if (t.mask != nullptr) packs.bits = bits();
   return packs;
-}
-template <int W, class T>
-FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
-                                                  const Step& step) {
-  return load_gradient<W>(t, piece.element(step), [&] { return piece.mask_bits(t.mask, step); });
-}
-template <int W, class T>
-FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                                  int position) {
-  return load_gradient<W>(t, piece.element(position), [&] { return piece.mask_bits(t.mask, position); });
-}
-
-// ---- rows ----
-
-// Adds this thread's part of the sums over a range to `total`, U packs at a time. keep(step, x, d) sees every pack.
-template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
-FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
-                                     const SetStats<A>& stats, Read read, Keep keep, GradSums<A>& total) {
-  RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  piece.template walk_read<U>(range, read, [&](const Step& step, const GradientPacks<T, W>& packs) {
-    const RowCoefs<A, W>& c = coefs.at(piece, step);
-    A x[W], d[W];
-    gradient<kSmooth>(t, packs, c, x, d);
-    keep(step, x, d);
-    if (piece.shape.per_element) {  // cells of one element, so their weights go in here
-#pragma unroll
-      for (int w = 0; w < W; ++w) d[w] *= c.scale[w];
-    }
-    total.merge(pack_sums(x, d, c));
-  });
-}
-
-// dx and dresidual of a piece, U packs at a time.
-template <bool kSmooth, bool kFromEnd, int U, int W, class T, class Read, class A = Accum<T>>
-FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
-                                         const ThreadSteps& range, const SetStats<A>& stats, const SetTerms<A>& terms,
-                                         Read read) {
-  RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  piece.template walk_read<U, kFromEnd>(range, read, [&](const Step& step, const GradientPacks<T, W>& packs) {
-    const RowCoefs<A, W>& c = coefs.at(piece, step);
-    A x[W], d[W];
-    gradient<kSmooth>(t, packs, c, x, d);
-    store_gradients(t, x, d, c, SharedTerms<A>{terms}, piece.element(step));
-  });
-}
-
-// ---- columns ----
-
-template <int W, class T, class A>
-FASTNORM_DEVICE void load_lane_coefs(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                     LaneCoefs<A, W>& coefs) {
-  SetStats<A> stats[W] = {};
-  if (piece.in) {
-#pragma unroll
-    for (int w = 0; w < W; ++w) stats[w] = load_stats(t.stats, t.sets, piece.set(w));
-  }
-  load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
-}
-
-// Adds this thread's part of a range to its channels' sums. keep(position, d) sees every pack.
-template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
-FASTNORM_DEVICE void accumulate_lane_sums(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece, const Range& range,
-                                          const LaneCoefs<A, W>& coefs, Read read, Keep keep, GradSums<A> (&sums)[W]) {
-  piece.template walk_read<U>(range, read, [&](int position, const GradientPacks<T, W>& packs) {
-    A x[W], d[W];
-    gradient<kSmooth>(t, packs, coefs, x, d);
-    keep(position, d);
-#pragma unroll
-    for (int w = 0; w < W; ++w) sums[w].merge({d[w], d[w] * (x[w] - coefs.lane[w].mean)});
-  });
-}
-
-template <bool kSmooth, bool kFromEnd, int U, int W, class T, class Read, class A = Accum<T>>
-FASTNORM_DEVICE void apply_gradient_columns(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                            const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
-  piece.template walk_read<U, kFromEnd>(piece.whole(), read, [&](int position, const GradientPacks<T, W>& packs) {
-    A x[W], d[W];
-    gradient<kSmooth>(t, packs, coefs, x, d);
-    store_gradients(t, x, d, coefs, terms, piece.element(position));
-  });
 }
 
 }  // namespace fastnorm::cuda

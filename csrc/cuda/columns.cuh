@@ -220,12 +220,15 @@ FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], cons
   for (int u = 0; u < kLaneUnroll<W>; ++u) rows += in[u];
   if (rows == 0) return;
   const A batch = static_cast<A>(rows), inverse = A(1) / batch;
+  A values[kLaneUnroll<W>][W];
+#pragma unroll
+  for (int u = 0; u < kLaneUnroll<W>; ++u) widen<A>(packs[u], values[u]);
 #pragma unroll
   for (int w = 0; w < W; ++w) {
     A x[kLaneUnroll<W>], sum = 0, m2 = 0;
 #pragma unroll
     for (int u = 0; u < kLaneUnroll<W>; ++u) {
-      x[u] = in[u] ? widen<A>(packs[u].lane[w]) - origin[w] : A(0);
+      x[u] = in[u] ? values[u][w] - origin[w] : A(0);
       sum += x[u];
     }
     const A mean = sum * inverse;

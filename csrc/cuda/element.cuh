@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "approx.cuh"
 #include "core/accum.h"
 #include "core/activation.h"
 #include "core/formulas.h"
@@ -46,18 +47,44 @@ struct LaneCoefs {
   FASTNORM_DEVICE const Affine<A>& operator[](int w) const { return lane[w]; }
 };
 
+// dx = scale * d - (offset + (x - mean) * slope): the terms of core/formulas.h, whose slope is that of xhat, times
+// rstd.
+template <class A>
+struct InputTerms {
+  A offset, slope;
+
+  InputTerms() = default;
+  FASTNORM_DEVICE InputTerms(const SetTerms<A>& t, A rstd) : offset(t.offset), slope(t.slope * rstd) {}
+};
 template <class A>
 struct SharedTerms {
-  SetTerms<A> all;
-  FASTNORM_DEVICE const SetTerms<A>& operator[](int) const { return all; }
+  InputTerms<A> all;
+  FASTNORM_DEVICE const InputTerms<A>& operator[](int) const { return all; }
 };
 template <class A, int W>
 struct LaneTerms {
-  SetTerms<A> lane[W];
-  FASTNORM_DEVICE const SetTerms<A>& operator[](int w) const { return lane[w]; }
+  InputTerms<A> lane[W];
+  FASTNORM_DEVICE const InputTerms<A>& operator[](int w) const { return lane[w]; }
 };
 
-// ---- activation: the branch is taken once for a pack ----
+// z = (x - mean) * scale + bias.
+template <int W, class A, class Coefs>
+FASTNORM_DEVICE void normalize(const A (&x)[W], const Coefs& coefs, A (&z)[W]) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    const auto c = coefs[w];
+    z[w] = std::fma(x[w] - c.mean, c.scale, c.bias);
+  }
+}
+template <int W, class T, class A>
+FASTNORM_DEVICE void add_residual(const Pack<T, W>& pack, A (&z)[W]) {
+  A residual[W];
+  widen<A>(pack, residual);
+#pragma unroll
+  for (int w = 0; w < W; ++w) z[w] += residual[w];
+}
+
+// ---- activation ----
 
 template <class A>
 struct Epilogue {
@@ -65,80 +92,69 @@ struct Epilogue {
   A param;
 };
 
-// The residual of a pack, widened. It is always an array: a pointer that may be null would move it to local memory.
-template <int W, class T, class A>
-FASTNORM_DEVICE void widen_residual(bool present, const Pack<T, W>& pack, A (&residual)[W]) {
-  widen<A>(pack, residual);
-#pragma unroll
-  for (int w = 0; w < W; ++w) residual[w] = present ? residual[w] : A(-0.0);
-}
-
-// z = (x - mean) * scale + bias + residual. An absent residual is -0, which changes no sum.
-template <int W, class A, class Coefs>
-FASTNORM_DEVICE void normalize(const A (&x)[W], const Coefs& coefs, const A (&residual)[W], A (&z)[W]) {
-#pragma unroll
-  for (int w = 0; w < W; ++w) {
-    const auto c = coefs[w];
-    z[w] = std::fma(x[w] - c.mean, c.scale, c.bias) + residual[w];
+// Calls f with the tag of the activation. Call it around a loop over packs, not in it.
+template <bool kSmooth, class F>
+FASTNORM_DEVICE void dispatch_activation(Activation a, F f) {
+  if constexpr (kSmooth) {
+    dispatch_smooth(a, f);
+  } else {
+    dispatch_plain(a, f);
   }
 }
 
 // A bit per element: 1 where the derivative of a two-sided activation is 1.
-template <int W, class A>
-FASTNORM_DEVICE unsigned upper_side(Activation activation, const A (&z)[W]) {
+template <Activation kAct, class A>
+FASTNORM_DEVICE bool is_upper(A z) {
+  return kAct == Activation::kRelu ? !(z <= A(0)) : z > A(0);
+}
+template <Activation kAct, int W, class A>
+FASTNORM_DEVICE unsigned upper_side(const A (&z)[W]) {
   unsigned bits = 0;
 #pragma unroll
-  for (int w = 0; w < W; ++w) {
-    const bool upper = activation == Activation::kRelu ? !(z[w] <= A(0)) : z[w] > A(0);
-    bits |= static_cast<unsigned>(upper) << w;
-  }
+  for (int w = 0; w < W; ++w) bits |= static_cast<unsigned>(is_upper<kAct>(z[w])) << w;
   return bits;
 }
 
-template <bool kSmooth, int W, class A>
-FASTNORM_DEVICE void activate_pack(const Epilogue<A>& e, A (&z)[W]) {
-  if constexpr (kSmooth) {
-    dispatch_smooth(e.activation, [&](auto tag) {
+// act(z) of elements of T, in place.
+template <Activation kAct, class T, int W, class A>
+FASTNORM_DEVICE void activate_pack(A param, A (&z)[W]) {
 #pragma unroll
-      for (int w = 0; w < W; ++w) z[w] = activate<decltype(tag)::value>(z[w], e.param);
-    });
-  } else {
-    if (e.activation == Activation::kNone) return;
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      z[w] = e.activation == Activation::kRelu ? activate<Activation::kRelu>(z[w], e.param)
-                                               : activate<Activation::kLeakyRelu>(z[w], e.param);
+  for (int w = 0; w < W; ++w) {
+    if constexpr (is_two_sided(kAct)) {
+      z[w] = activate<kAct>(z[w], param);
+    } else if constexpr (kAct != Activation::kNone) {
+      using V = ActivationValue<T>;
+      z[w] = value_of(activate<kAct>(V(z[w]), V(param)));
     }
   }
 }
 
-// ---- backward ----
+// d *= the slope of a two-sided activation. Where relu's is 0, d is 0 even for an infinite dy.
+template <Activation kAct, class A>
+FASTNORM_DEVICE A times_slope(A d, bool upper, A param) {
+  return upper ? d : kAct == Activation::kRelu ? A(0) : d * param;
+}
+template <Activation kAct, int W, class A>
+FASTNORM_DEVICE void multiply_slope_bits(A param, unsigned bits, A (&d)[W]) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) d[w] = times_slope<kAct>(d[w], bits >> w & 1, param);
+}
 
-// d = dy * act'(z), in place: from the mask's bits where forward saved them, else from z, computed again from x and
-// residual.
-template <bool kSmooth, int W, class A, class Coefs>
-FASTNORM_DEVICE void multiply_slope(const Epilogue<A>& e, const A (&x)[W], const Coefs& coefs, const A (&residual)[W],
-                                    bool masked, unsigned bits, A (&d)[W]) {
-  if constexpr (kSmooth) {
-    A z[W];
-    normalize(x, coefs, residual, z);
-    dispatch_smooth(e.activation, [&](auto tag) {
+// d *= act'(z) of elements of T.
+template <Activation kAct, class T, int W, class A>
+FASTNORM_DEVICE void multiply_slope(A param, const A (&z)[W], A (&d)[W]) {
 #pragma unroll
-      for (int w = 0; w < W; ++w) d[w] *= activation_slope<decltype(tag)::value>(z[w], e.param);
-    });
-  } else {
-    if (e.activation == Activation::kNone) return;
-    if (!masked) {
-      A z[W];
-      normalize(x, coefs, residual, z);
-      bits = upper_side(e.activation, z);
+  for (int w = 0; w < W; ++w) {
+    if constexpr (is_two_sided(kAct)) {
+      d[w] = times_slope<kAct>(d[w], is_upper<kAct>(z[w]), param);
+    } else if constexpr (kAct != Activation::kNone) {
+      using V = ActivationValue<T>;
+      d[w] *= value_of(activation_slope<kAct>(V(z[w]), V(param)));
     }
-    // Where relu is 0, d is 0 even for an infinite dy.
-    const bool relu = e.activation == Activation::kRelu;
-#pragma unroll
-    for (int w = 0; w < W; ++w) d[w] = bits >> w & 1 ? d[w] : relu ? A(0) : d[w] * e.param;
   }
 }
+
+// ---- dx ----
 
 template <int W, class A, class Coefs, class Terms>
 FASTNORM_DEVICE void input_gradient(const A (&x)[W], const A (&d)[W], const Coefs& coefs, const Terms& terms,
@@ -146,8 +162,8 @@ FASTNORM_DEVICE void input_gradient(const A (&x)[W], const A (&d)[W], const Coef
 #pragma unroll
   for (int w = 0; w < W; ++w) {
     const auto c = coefs[w];
-    const SetTerms<A> t = terms[w];
-    dx[w] = c.scale * d[w] - std::fma((x[w] - c.mean) * c.rstd, t.slope, t.offset);
+    const InputTerms<A> t = terms[w];
+    dx[w] = std::fma(c.scale, d[w], -std::fma(x[w] - c.mean, t.slope, t.offset));
   }
 }
 

@@ -1,6 +1,7 @@
 // The forward kernels of one storage type. The build compiles this file once for each type, as FASTNORM_DTYPE.
 #include "apply.cuh"
-#include "fused_forward.cuh"
+#include "fused_forward_columns.cuh"
+#include "fused_forward_rows.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
 

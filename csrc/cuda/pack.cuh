@@ -7,10 +7,12 @@
 
 namespace fastnorm::cuda {
 
-// W neighbouring elements, read and written in one access.
+// W neighbouring elements, read and written in one access. It holds them as words: an array of halves would be taken
+// apart and put together again, half by half, wherever a pack is copied.
 template <class T, int W>
 struct alignas(sizeof(T) * W) Pack {
-  T lane[W];
+  using Word = std::conditional_t<(sizeof(T) * W < sizeof(unsigned)), uint16_t, unsigned>;
+  Word word[sizeof(T) * W / sizeof(Word)];
 };
 
 template <class A, class T>
@@ -58,14 +60,28 @@ FASTNORM_DEVICE void stage(Pack<T, W>* to, const T* p) {
 
 template <class A, class T, int W>
 FASTNORM_DEVICE void widen(const Pack<T, W>& pack, A (&out)[W]) {
+  if constexpr (sizeof(T) == 2 && W > 1) {
 #pragma unroll
-  for (int w = 0; w < W; ++w) out[w] = widen<A>(pack.lane[w]);
+    for (int w = 0; w < W; w += 2) to_floats<T>(pack.word[w / 2], out[w], out[w + 1]);
+  } else {
+    T lanes[W];
+    memcpy(lanes, &pack, sizeof pack);
+#pragma unroll
+    for (int w = 0; w < W; ++w) out[w] = widen<A>(lanes[w]);
+  }
 }
 template <class T, class A, int W>
 FASTNORM_DEVICE Pack<T, W> narrow(const A (&values)[W]) {
   Pack<T, W> pack;
+  if constexpr (sizeof(T) == 2 && W > 1) {
 #pragma unroll
-  for (int w = 0; w < W; ++w) pack.lane[w] = narrow<T>(values[w]);
+    for (int w = 0; w < W; w += 2) pack.word[w / 2] = from_floats<T>(values[w], values[w + 1]);
+  } else {
+    T lanes[W];
+#pragma unroll
+    for (int w = 0; w < W; ++w) lanes[w] = narrow<T>(values[w]);
+    memcpy(&pack, lanes, sizeof pack);
+  }
   return pack;
 }
 
@@ -125,9 +141,10 @@ FASTNORM_DEVICE void load_params(const Params& params, int64_t channel, A absent
     for (int part = 0; part < W; part += kPart) {
       const float* p = static_cast<const float*>(params.data) + channel + part;
       note_read(p, sizeof(Pack<float, kPart>), Access::kParameter);
-      const Pack<float, kPart> pack = read_whole(reinterpret_cast<const Pack<float, kPart>*>(p));
+      A values[kPart];
+      widen<A>(read_whole(reinterpret_cast<const Pack<float, kPart>*>(p)), values);
 #pragma unroll
-      for (int w = 0; w < kPart; ++w) out[part + w] = static_cast<A>(pack.lane[w]);
+      for (int w = 0; w < kPart; ++w) out[part + w] = values[w];
     }
   }
 }

@@ -107,9 +107,43 @@ FASTNORM_DEVICE float to_float(BFloat16 v) { return __bfloat162float(__ushort_as
 FASTNORM_DEVICE float to_float(Float16 v) { return __half2float(__ushort_as_half(v.bits)); }
 FASTNORM_DEVICE void from_float(float v, BFloat16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 FASTNORM_DEVICE void from_float(float v, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(v)); }
+// Two halves of a word; the first is in the low bits.
+template <class T>
+FASTNORM_DEVICE void to_floats(unsigned word, float& low, float& high) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    low = __uint_as_float(word << 16);
+    high = __uint_as_float(word & 0xffff0000u);
+  } else {
+    low = __half2float(__ushort_as_half(static_cast<unsigned short>(word)));
+    high = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+  }
+}
+template <class T>
+FASTNORM_DEVICE unsigned from_floats(float low, float high) {
+  std::conditional_t<std::is_same_v<T, BFloat16>, __nv_bfloat162, __half2> pair;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    pair = __floats2bfloat162_rn(low, high);
+  } else {
+    pair = __floats2half2_rn(low, high);
+  }
+  unsigned word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
 
-// One access for all of V's bytes, a power of two up to 16. Left to itself, the compiler stores a pack of halves two by
-// two.
+// One instruction each: errors of 2 ulp and 1 ulp, and denormal numbers count as 0.
+FASTNORM_DEVICE float exp2_approx(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+FASTNORM_DEVICE float reciprocal_approx(float v) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// One access for all of V's bytes, a power of two up to 16.
 template <int kBytes>
 struct WordOf;
 template <>
@@ -140,7 +174,7 @@ template <class V>
 FASTNORM_DEVICE void write_whole(V* p, const V& v) {
   typename WordOf<sizeof(V)>::type word;
   memcpy(&word, &v, sizeof(V));
-  __stwb(reinterpret_cast<decltype(word)*>(p), word);  // an ordinary store, which the compiler does not take apart
+  *reinterpret_cast<decltype(word)*>(p) = word;
 }
 
 // Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers. Below sm_80 it copies at once.

@@ -8,7 +8,8 @@
 //   d (x - mean) instead of d xhat saves one rounding per element.
 #pragma once
 
-#include "backward.cuh"
+#include "backward_columns.cuh"
+#include "backward_rows.cuh"
 
 namespace fastnorm::cuda {
 
@@ -67,18 +68,20 @@ FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, 
       load_params<T>(t.bias, piece.channel, A(0), bias);
     }
     GradSums<A> mine[W] = {};
-    piece.template walk_read<1>(
-        piece.whole(), [&](int position) { return load_gradient(t, piece, position); },
-        [&](int position, const GradientPacks<T, W>& packs) {
-          // A pack lies in one group: its statistics are those of its first lane.
-          const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, position));
-          RowCoefs<A, W> coefs{s.mean, s.rstd, {}, {}};
-          set_affine(s, weight, bias, coefs);
-          A x[W], d[W];
-          gradient<kSmooth>(t, packs, coefs, x, d);
+    dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
+      piece.template walk_read<1>(
+          piece.whole(), [&](int position) { return load_gradient(t, piece, position); },
+          [&](int position, const GradientPacks<T, W>& packs) {
+            // A pack lies in one group: its statistics are those of its first lane.
+            const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, position));
+            RowCoefs<A, W> coefs{s.mean, s.rstd, {}, {}};
+            set_affine(s, weight, bias, coefs);
+            A x[W], d[W];
+            gradient<act.value>(t, packs, coefs, x, d);
 #pragma unroll
-          for (int w = 0; w < W; ++w) mine[w].merge({d[w], d[w] * ((x[w] - s.mean) * s.rstd - s.low * s.rstd)});
-        });
+            for (int w = 0; w < W; ++w) mine[w].merge({d[w], d[w] * ((x[w] - s.mean) * s.rstd - s.low * s.rstd)});
+          });
+    });
     store_sums(piece, mine, sums);
   });
 }

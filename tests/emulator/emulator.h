@@ -9,7 +9,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <tuple>
 #include <utility>
 
@@ -72,6 +74,24 @@ inline float to_float(BFloat16 v) { return emulator::widen(v); }
 inline float to_float(Float16 v) { return emulator::widen(v); }
 inline void from_float(float v, BFloat16& out) { out = emulator::narrow_bfloat16(v); }
 inline void from_float(float v, Float16& out) { out = emulator::narrow_float16(v); }
+template <class T>
+void to_floats(unsigned word, float& low, float& high) {
+  low = to_float(T{static_cast<uint16_t>(word)});
+  high = to_float(T{static_cast<uint16_t>(word >> 16)});
+}
+template <class T>
+unsigned from_floats(float low, float high) {
+  T first, second;
+  from_float(low, first);
+  from_float(high, second);
+  return first.bits | static_cast<unsigned>(second.bits) << 16;
+}
+
+inline float without_denormals(float v) {
+  return std::abs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
+}
+inline float exp2_approx(float v) { return without_denormals(std::exp2(without_denormals(v))); }
+inline float reciprocal_approx(float v) { return without_denormals(1 / without_denormals(v)); }
 
 // One access for all of V's bytes. note_read and note_write check it.
 template <class V>

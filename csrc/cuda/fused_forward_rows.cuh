@@ -1,0 +1,60 @@
+// Fused forward: reduce and apply in one launch. Between the two, x stays in the shared memory of a gang.
+//
+// What: as apply.cuh, with the statistics of x itself.
+// Who: rows: a gang takes a set (a team of a block takes a small one). Columns: a gang takes a tile of whole sets.
+//
+//   block of a gang [ wave 0 ][ wave 1 ] ...   one piece per wave; with 2 stages wave 1 is loaded during wave 0
+//   in a wave       moments of each copy group as it lands | exchange partials in the gang | normalize, activate, store
+//
+//   A thread reads back what it copied itself, so that staging needs no barrier; except where runs are not whole packs.
+// Traffic: reads x (and residual) once, writes y (and a bit per element) once: the least there is. The gangs of a grid
+//   write 12 bytes per piece and channel, and each block reads all partials of its gang.
+// Needs: the pieces of a wave fit shared memory; the blocks of a gang are co-resident; float32 accumulation.
+// Numerics: moments as reduce.cuh takes them. Every block merges the partials of its gang in the same order.
+// Why not registers: their number would be a template parameter, and every size of a set a kernel of its own.
+// Why not loads through registers: they bound the bytes under way to 32 KB per SM, and asynchronous copies do not.
+#pragma once
+
+#include "forward_rows.cuh"
+#include "gang.cuh"
+
+namespace fastnorm::cuda {
+
+template <class T, int W, bool kSmooth>
+FASTNORM_KERNEL(kBlockThreads, 2)
+fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
+  using A = Accum<T>;
+  const Team team(shape.team);
+  const int teams = block_threads() / team.width;
+  unsigned char* const mine = shared_memory() + team.index * f.team_bytes;
+  unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
+  const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
+  const auto memory_of = [&](int stage) { return reinterpret_cast<Pack<T, W>*>(mine + stage * f.stream_bytes); };
+  const auto load_group = [&](int64_t item, int stage, int copy_group) {
+    const RowsPiece<W> piece(shape, item);
+    stage_rows(piece, team, copy_group, t.x, memory_of(stage));
+    if (t.residual != nullptr && copy_group == kCopyGroups - 1) prefetch_rows(piece, team, t.residual);
+  };
+  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_group,
+            [&](int64_t item, int stage, int parity, auto ready) {
+              const bool valid = item < shape.items;
+              const RowsPiece<W> piece(shape, valid ? item : 0);
+              const int64_t set = piece.span.set;
+              const Pack<T, W>* const staged = memory_of(stage);
+              const auto read = [&](const Step& step) { return staged[piece.slot(step, t.x)]; };
+              const A origin = origin_of<A>(t.x + set * shape.set_stride);
+              Welford<A> own{};
+              for_landed(piece, team, valid, ready, [&](const ThreadSteps& range) {
+                accumulate_moments<kLaneUnroll<W>, T>(piece, range, origin, read, own);
+              });
+              const Moments<A> moments = gang.exchange(parity, reduce_team(team, own, scratch)).moments;
+              const A var = moments.m2 / static_cast<A>(shape.set_size);
+              const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
+              if (valid && team.lane == 0 && piece.span.piece == 0) store_stats(t.stats, t.sets, set, stats, var);
+              if (t.y != nullptr) forward_rows<kSmooth, false>(t, piece, piece.whole(team, valid), stats, read);
+              release_staged<W>(team);
+            });
+  gang.exit();
+}
+
+}  // namespace fastnorm::cuda
