@@ -40,7 +40,20 @@ FEW = dataclasses.replace(
     shared_per_sm=40 << 10,
     shared_per_block=39 << 10,
 )
-FACTS = _C.DeviceInfo(**dataclasses.asdict(FEW))
+
+
+def facts_of(device: emulator.Device) -> _C.DeviceInfo:
+    return _C.DeviceInfo(**dataclasses.asdict(device))
+
+
+FACTS = facts_of(FEW)
+UNROLL = 4  # kUnroll in csrc/cuda/moments.cuh, where packs have several elements
+# Two SMs with room for long pieces.
+WIDE = emulator.load().device("wide")
+LONG_GANGS = (
+    *({"gang": "block", "stages": stages} for stages in (1, 2)),
+    *({"gang": gang, "pieces": 2, "stages": stages} for gang in ("cluster", "grid") for stages in (1, 2)),
+)
 NUMBERS = itertools.count(1)
 
 
@@ -54,25 +67,63 @@ def cases() -> Iterator[GangCase]:
             yield GangCase(case, {"strategy": "fused", **gang}, 0)
 
 
+def long_cases() -> Iterator[GangCase]:
+    """Pieces of three and a part of the rounds that a block copies at a time, in several waves."""
+    epilogues = itertools.cycle(((None, False), ("relu", True), ("silu", False), ("leaky_relu", False)))
+    for gang in LONG_GANGS:
+        pieces = int(gang.get("pieces", 1))
+        sets = 4 - pieces
+        layers = (
+            (Layer("long", "BatchNorm2d", (8 * pieces, sets, 32, 50), (sets,)), "planar", "float32"),
+            (Layer("long", "GroupNorm", (sets, 8 * pieces, 32, 100), (1, 8 * pieces)), "planar", "bfloat16"),
+            (Layer("long", "LayerNorm", (sets, 12800 * pieces), (12800 * pieces,)), "planar", "float32"),
+            (Layer("long", "BatchNorm2d", (pieces, 16 * sets, 20, 40), (16 * sets,)), "channels_last", "float32"),
+            (Layer("long", "GroupNorm", (1, 32 * sets, 20 * pieces, 40), (4 * sets, 32 * sets)), "channels_last",
+             "float16"),
+        )  # fmt: skip
+        for layer, layout, dtype in layers:
+            activation, residual = next(epilogues)
+            case = Case(layer, layout, (dtype, "float32"), activation, residual)
+            yield GangCase(case, {"strategy": "fused", "blocks_per_sm": 1, "tile_bytes": 64, **gang}, 0)
+
+
 SERVED = [found for found in cases() if found.plans(FACTS)]
 
 
 @pytest.mark.parametrize("gang_case", SERVED, ids=lambda gang_case: gang_case.id)
 def test_values_schedules_and_traffic(gang_case: GangCase) -> None:
+    check_on(gang_case, FEW)
+
+
+@pytest.mark.parametrize("gang_case", long_cases(), ids=lambda gang_case: gang_case.id)
+def test_long_pieces(gang_case: GangCase) -> None:
+    """All four copy groups have a round, forward and backward."""
+    plans = gang_case.plans(facts_of(WIDE))
+    assert plans is not None
+    for grid in (plans[0].grid, plans[1].reduce):
+        rows = grid.traversal == "rows"
+        together = UNROLL * (grid.threads_x if rows else grid.threads_y)
+        rounds = -(-grid.piece_runs * grid.piece_length // together)
+        assert grid.pack > 1 and rounds > 3 * -(-rounds // 4), "the last copy group is empty"
+        assert grid.stages == 1 or grid.items > grid.blocks
+    check_on(gang_case, WIDE)
+
+
+def check_on(gang_case: GangCase, device: emulator.Device) -> None:
     case, forced, _ = gang_case
     settings, inputs = emulator.load(), make_inputs(case, CPU)
     call = RawCall(case, inputs, torch.ops.fastnorm_emulated)
-    found = gang_case.plans(FACTS)
+    found = gang_case.plans(facts_of(device))
     assert found is not None
     forward, backward = found
-    with settings.configured(device=FEW, forced=forced):
+    with settings.configured(device=device, forced=forced):
         with settings.counting() as forward_counts:
             saved = call.forward()
         with settings.counting() as backward_counts:
             call.backward(saved["stats"], saved["mask"])
         results = call.both()
     for order, seed in SCHEDULES:
-        with settings.configured(order, seed, FEW, forced=forced):
+        with settings.configured(order, seed, device, forced=forced):
             assert not same_bits(call.both(), results), f"{order}, seed {seed}: {forward}, {backward}"
 
     exact = truth(case, build(case, torch.nn, CPU), inputs)

@@ -111,7 +111,7 @@ class Emulator:
             raise RuntimeError(text.decode())
 
     def device(self, name: str) -> Device:
-        """One of tests/emulator/device.h: tiny, few, alone, small, h200."""
+        """One of tests/emulator/device.h: tiny, few, alone, small, wide, h200."""
         text = ctypes.c_char_p()
         self._check(self._library.fastnorm_emulator_device(name.encode(), ctypes.byref(text)))
         facts: dict[str, Any] = {}

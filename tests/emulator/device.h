@@ -1,5 +1,6 @@
 // The devices that a launch can pretend to run on. On the small ones a plan splits work that a large one would take in
-// one piece. On `few` gangs share the whole device; on `alone` blocks cannot wait for each other.
+// one piece. On `few` gangs share the whole device; on `alone` blocks cannot wait for each other; on `wide` two SMs
+// have room for long pieces, in several waves.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +20,9 @@ inline DeviceInfo device_named(const std::string& name) {
   if (name == "few") return {90, 4, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 4, 4, true, true};
   if (name == "alone") return {80, 4, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 1, 0, false, false};
   if (name == "small") return {75, 8, 1024, 64 * kKiB, 48 * kKiB, kMiB, 320'000, 1, 0, true, false};
+  if (name == "wide") return {90, 2, 1024, 228 * kKiB, 227 * kKiB, 64 * kKiB, 100'000, 2, 2, true, true};
   if (name == "h200") return {90, 132, 2048, 228 * kKiB, 227 * kKiB, 60 * kMiB, 4'800'000, 16, 128, true, true};
-  throw std::runtime_error("emulator: no device named " + name + "; there are tiny, few, alone, small, h200");
+  throw std::runtime_error("emulator: no device named " + name + "; there are tiny, few, alone, small, wide, h200");
 }
 
 // The blocks, in clusters of so many, that are resident at the same time. Registers, which the emulator does not know,

@@ -140,7 +140,7 @@ void copy_async(void* place, const void* p) {
 }
 inline void commit_copies() { emulator::current->batches.push_back(emulator::current->copies.size()); }
 inline void wait_copies(int pending, Site site = Site::current()) {
-  if (!emulator::waits_here(site)) return;
+  if (!emulator::waits_here(site, pending)) return;
   std::vector<emulator::Copy>& copies = emulator::current->copies;
   std::vector<size_t>& batches = emulator::current->batches;
   const size_t ended = batches.size() - std::min(batches.size(), static_cast<size_t>(pending));

@@ -264,7 +264,7 @@ void counters() {
 }
 
 void devices() {
-  for (const char* name : {"tiny", "few", "alone", "small", "h200"}) {
+  for (const char* name : {"tiny", "few", "alone", "small", "wide", "h200"}) {
     emulator::Settings settings;
     settings.device = emulator::device_named(name);
     emulator::configure(settings);

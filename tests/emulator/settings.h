@@ -57,8 +57,14 @@ struct Settings {
   int blocks_together = 1;
   DeviceInfo device = device_named("h200");
   Refusals refusals;
-  // Leaves out a barrier or a wait for copies, such as "fold.cuh:57", to see whether that is noticed.
+  // Leaves out a barrier or a wait for copies, such as "fold.cuh:57", to see whether that is noticed. Of the waits on a
+  // line, "gang.cuh:57 pending 1" leaves out those after which one group may be under way.
   std::string without;
+  bool leaves_out(const std::string& file, unsigned line, int pending) const {
+    if (without.empty()) return false;
+    const std::string place = file + ":" + std::to_string(line), wait = place + " pending " + std::to_string(pending);
+    return place.ends_with("/" + without) || wait.ends_with("/" + without);
+  }
 };
 
 }  // namespace fastnorm::emulator
