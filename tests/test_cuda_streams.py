@@ -3,8 +3,11 @@ input gives the same bits on any; what the kernels read was written."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +70,14 @@ def test_two_streams_at_once(layer: Layer) -> None:
         torch.cuda.synchronize()
         for own, right in zip(found, expected, strict=True):
             assert not [same_bits(results, right) for results in own if same_bits(results, right)], layout
+
+
+def test_grids_that_want_the_whole_device_beside_a_hog() -> None:
+    """Cooperative grids of different shapes on two streams: see stress.py. A hang ends its process and fails."""
+    script = Path(__file__).parent / "gpu" / "stress.py"
+    command = [sys.executable, str(script), "--iterations", "500", "--seconds", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("layer", SIZES, ids=lambda layer: layer.id)

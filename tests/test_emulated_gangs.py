@@ -95,7 +95,7 @@ def test_values_schedules_and_traffic(gang_case: GangCase) -> None:
     check_on(gang_case, FEW)
 
 
-@pytest.mark.parametrize("gang_case", long_cases(), ids=lambda gang_case: gang_case.id)
+@pytest.mark.parametrize("gang_case", list(long_cases()), ids=lambda gang_case: gang_case.id)
 def test_long_pieces(gang_case: GangCase) -> None:
     """All four copy groups have a round, forward and backward."""
     plans = gang_case.plans(facts_of(WIDE))

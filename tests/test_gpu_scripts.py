@@ -15,7 +15,7 @@ import pytest
 
 from fastnorm import _C
 from tests.common.plan_model import DEVICES
-from tests.gpu import sanitize, stress
+from tests.gpu import first, sanitize, stress
 
 GPU = Path(__file__).parent / "gpu"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -135,7 +135,7 @@ def test_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-# ---- sanitize.py and stress.py ----
+# ---- first.py, sanitize.py and stress.py ----
 
 
 def kinds(grid: _C.Grid) -> tuple[str, str, int, str]:
@@ -172,3 +172,30 @@ def test_grids_of_the_stress_differ_and_want_the_whole_device(name: str) -> None
     found = [blocks for case in stress.CASES if (blocks := stress.blocks_of(case, facts))]
     assert len(set(found)) > 2
     assert all(2 * blocks > facts.num_sms for both in found for blocks in both)
+
+
+@pytest.mark.parametrize("printed", [b"grids: (1, 2)\niteration 300\n", b""])
+def test_a_hang_is_told(printed: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*_: object, **options: float) -> None:
+        raise subprocess.TimeoutExpired("stress.py", options["timeout"], printed)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    monkeypatch.setattr("sys.argv", ["stress.py", "--seconds", "7"])
+    expected = "HANG: 7 s are over, and nothing came after: " + ("iteration 300" if printed else "the start")
+    with pytest.raises(SystemExit, match=expected):
+        stress.main()
+
+
+def test_the_first_launches_are_of_every_kind() -> None:
+    """Clusters of the largest size too, and clusters that sync as a cooperative grid."""
+    found = {}
+    for name, pieces in first.GANGS.items():
+        plans = first.gang_case(name, pieces).plans(DEVICES["H200"])
+        assert plans is not None and plans[1].grid_sync
+        found[name] = {(grid.gang, grid.pieces) for grid in (plans[0].grid, plans[1].reduce)}
+    assert found == {
+        "block": {("block", 1)},
+        "cluster": {("cluster", 2)},
+        "large cluster": {("cluster", 16)},
+        "grid": {("grid", 2)},
+    }

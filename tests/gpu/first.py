@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fastnorm import _C
 from tests.common.cases import Case, Layer
-from tests.common.gangs import GangCase
+from tests.common.gangs import Forced, GangCase
 from tests.gpu.sanitize import check
 
 # The backward of a group norm folds its weights' gradients after a grid sync.
@@ -26,15 +26,20 @@ CASE = Case(Layer("", "GroupNorm", (2, 32, 24, 24), (4, 32)), "channels_last", (
 GANGS = {"block": 1, "cluster": 2, "large cluster": 16, "grid": 2}
 
 
-def outcome(gang_case: GangCase, facts: _C.DeviceInfo) -> tuple[bool, str]:
+def gang_case(name: str, pieces: int) -> GangCase:
+    forced: Forced = {"strategy": "fused", "gang": name.split()[-1]}
+    return GangCase(CASE, forced | ({"pieces": pieces} if pieces > 1 else {}), 0)
+
+
+def outcome(planned: GangCase, facts: _C.DeviceInfo) -> tuple[bool, str]:
     """Whether a call works as planned, forward and backward, and what there is to say of it."""
-    plans = gang_case.plans(facts)
+    plans = planned.plans(facts)
     if plans is None:
         return True, "no such plan for this device"
     kind = "cooperative, by one grid sync" if plans[1].grid_sync else "not cooperative"
-    _C.set_plan_options(forced=gang_case.forced)
+    _C.set_plan_options(forced=planned.forced)
     try:
-        wrong = check(gang_case.case)
+        wrong = check(planned.case)
         torch.cuda.synchronize()
     except RuntimeError as error:
         return False, f"backward {kind}: {error}"
@@ -48,8 +53,7 @@ def main() -> None:
     print(", ".join(f"{name} {number}" for name, number in numbers.items()))
     right = True
     for name, pieces in GANGS.items():
-        forced: dict[str, str | int] = {"strategy": "fused", "gang": name.split()[-1]}
-        works, text = outcome(GangCase(CASE, forced | ({"pieces": pieces} if pieces > 1 else {}), 0), facts)
+        works, text = outcome(gang_case(name, pieces), facts)
         print(f"{name}: {text}", flush=True)
         right = right and works
     sys.exit(not right)
