@@ -94,6 +94,7 @@ class DeviceInfo:
         largest_cluster: int,
         cluster_sms: int,
         cooperative: bool,
+        cooperative_clusters: bool,
     ) -> None: ...
     @property
     def capability(self) -> int: ...
@@ -115,6 +116,8 @@ class DeviceInfo:
     def cluster_sms(self) -> int: ...
     @property
     def cooperative(self) -> bool: ...
+    @property
+    def cooperative_clusters(self) -> bool: ...
 
 class Estimate:
     """The microseconds that the planner expects of a plan: csrc/plan/types.h."""

@@ -33,6 +33,8 @@ struct LaunchConfig {
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include "once_per_kernel.h"
+
 #define FASTNORM_DEVICE __device__ __forceinline__
 // A kernel for blocks of at most `threads` threads. It uses few enough registers for `blocks` blocks per SM.
 #define FASTNORM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -248,16 +250,26 @@ enum class Access { kStream, kParameter };
 FASTNORM_DEVICE void note_read(const void*, int, Access) {}
 FASTNORM_DEVICE void note_write(const void*, int, Access) {}
 
-// Raises the kernel's limits of dynamic shared memory and cluster size where the launch needs it.
+// Raises the kernel's limits on the current device where the launch needs it: see once_per_kernel.h.
 inline cudaError_t allow(const void* kernel, int64_t shared_bytes, int cluster) {
   constexpr int64_t kSharedWithoutAsking = 48 << 10;
   constexpr int kClusterWithoutAsking = 8;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  static OncePerKernel shared_limits, cluster_limits;
+  const bool large = shared_bytes > kSharedWithoutAsking, wide = cluster > kClusterWithoutAsking;
+  if (!large && !wide) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error && large) {
+    error = shared_limits.run(kernel, device, [&] {
+      int most = 0;
+      const cudaError_t unknown = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      return unknown ? unknown : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    });
   }
-  if (!error && cluster > kClusterWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (!error && wide) {
+    error = cluster_limits.run(kernel, device, [&] {
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    });
   }
   return error;
 }
@@ -288,13 +300,18 @@ struct LaunchWords {
   LaunchWords(const LaunchWords&) = delete;
 };
 
-// The errors of a launch whose blocks cannot be on the device together, because it is shared or partitioned.
-inline bool refuses_gangs(cudaError_t error) {
+// Whether the error of a launch means that its blocks cannot be on the device together, because it is shared or
+// partitioned. Of a cooperative launch with clusters also that the driver does not know the two together: no document
+// says that it does.
+inline bool refuses_gangs(cudaError_t error, const LaunchConfig& config) {
+  const bool cluster = config.cluster > 1;
+  if (!config.cooperative && !cluster) return false;
   return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorLaunchOutOfResources ||
-         error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
+         error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported ||
+         (config.cooperative && cluster && error == cudaErrorInvalidValue);
 }
 
-// 0, kGangRefused, or CUDA's error code.
+// 0, CUDA's error code, or kGangRefused and the code.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   cudaError_t error = allow(reinterpret_cast<const void*>(kernel), config.shared_bytes, config.cluster);
@@ -302,33 +319,41 @@ int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&
     const LaunchWords words(config);
     error = cudaLaunchKernelEx(&words.config, kernel, static_cast<Parameters>(arguments)...);
   }
-  if (!error || !(config.cooperative || config.cluster > 1) || !refuses_gangs(error)) return error;
+  if (!refuses_gangs(error, config)) return error;
   cudaGetLastError();  // clears the error, which is handled, so that the next query does not report it
-  return kGangRefused;
+  return kGangRefused + error;
 }
 
-// The number of clusters of so many blocks that the device holds at a time, with one block per SM.
-inline int max_active_clusters(const void* kernel, int cluster, int64_t shared_per_block) {
+// The number of clusters of such a launch that the device holds at a time; 0 where it has no such launch.
+inline int max_active_clusters(const void* kernel, const LaunchConfig& config) {
   int clusters = 0;
-  if (allow(kernel, shared_per_block, kMaxCluster)) return 0;
-  const LaunchWords words({cluster, kBlockThreads, shared_per_block, nullptr, cluster});
+  if (allow(kernel, config.shared_bytes, config.cluster)) return 0;
+  const LaunchWords words(config);
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &words.config)) clusters = 0;
   cudaGetLastError();  // a device without clusters reports an error
   return clusters;
 }
 
-// Finds the largest cluster size that covers at least nine tenths of the SMs that smaller clusters cover: a graphics
-// processing cluster may lack a few SMs.
+// Finds the largest cluster size that covers, with one block per SM, at least nine tenths of the SMs that smaller
+// clusters cover: a graphics processing cluster may lack a few SMs.
 inline void query_clusters(const void* kernel, DeviceInfo* info) {
   info->largest_cluster = 1;
   info->cluster_sms = 0;
   if (info->capability < 90) return;
   for (int cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
-    const int covered = cluster * max_active_clusters(kernel, cluster, info->shared_per_block);
+    const int covered =
+        cluster * max_active_clusters(kernel, {cluster, kBlockThreads, info->shared_per_block, nullptr, cluster});
     if (covered == 0 || covered * 10 < info->cluster_sms * 9) return;
     info->largest_cluster = cluster;
     info->cluster_sms = covered;
   }
+}
+
+// The occupancy of a cooperative launch with clusters says whether there is one. tests/gpu/first.py makes such a
+// launch.
+inline bool has_cooperative_clusters(const void* kernel, const DeviceInfo& info) {
+  if (!info.cooperative || info.largest_cluster == 1) return false;
+  return max_active_clusters(kernel, {2, kBlockThreads, 0, nullptr, 2, true}) > 0;
 }
 
 // kernel: any kernel without static shared memory.
@@ -356,6 +381,7 @@ inline int query_device(int device, const void* kernel, DeviceInfo* info) {
   info->bytes_per_us = int64_t(2) * kilohertz * (bus_bits / 8) / 1000;
   if (info->bytes_per_us <= 0) info->bytes_per_us = int64_t(36000) * info->num_sms;
   query_clusters(kernel, info);
+  info->cooperative_clusters = has_cooperative_clusters(kernel, *info);
   return 0;
 }
 

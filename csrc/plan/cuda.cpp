@@ -129,13 +129,17 @@ struct Planner {
   const DeviceInfo sync_device =
       without_free_sms(device, options.free_sms);  // for launches whose blocks wait for each other
 
-  // Calls make(grid, co-resident blocks) for all fused launches that fit.
+  // Calls make(grid, co-resident blocks, whether it syncs) for all fused launches that fit. grid_sync: the grid syncs
+  // at the end, where the device has such a launch.
   template <class Make>
   void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, Make make) const {
     const Forced& forced = options.forced;
     bool in_registers = false;
-    for (const FusedChoice& choice : fused_choices(g, dtype, staging, persistent, sync_device, forced)) {
-      const DeviceInfo& where = grid_sync || choice.gang == Gang::kGrid ? sync_device : device;
+    for (FusedChoice choice : fused_choices(g, dtype, staging, persistent, sync_device, forced)) {
+      const bool cooperates = choice.gang == Gang::kCluster ? device.cooperative_clusters : device.cooperative;
+      const bool syncs = grid_sync && cooperates;
+      choice.persistent = choice.persistent || syncs;
+      const DeviceInfo& where = syncs || choice.gang == Gang::kGrid ? sync_device : device;
       // Blocks that can keep their sets in registers do not keep them in shared memory, if enough of them are on the
       // device: they would move as many bytes with several times the instructions.
       if (in_registers && choice.gang == Gang::kBlock && choice.place == Place::kShared) continue;
@@ -148,7 +152,7 @@ struct Planner {
       if (choice.place == Place::kRegisters && resident * grid.threads() >= int64_t(where.num_sms) * kBlockThreads) {
         in_registers = true;
       }
-      make(grid, resident);
+      make(grid, resident, syncs);
     }
   }
 };
@@ -174,7 +178,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     if (needs.frozen) return {separate(Strategy::kApply)};
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
-      for_each_fused({1, false, false, true}, false, false, [&](const Grid& grid, int64_t resident) {
+      for_each_fused({1, false, false, true}, false, false, [&](const Grid& grid, int64_t resident, bool) {
         const Estimate estimate =
             estimate_fused(grid, streams, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
         plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
@@ -215,9 +219,8 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
-    const bool grid_sync = folds && device.cooperative;
     const Staging staging{streams.read, true, in_gang, !own_launch};
-    for_each_fused(staging, grid_sync || in_gang, grid_sync, [&](const Grid& grid, int64_t resident) {
+    for_each_fused(staging, in_gang, folds, [&](const Grid& grid, int64_t resident, bool grid_sync) {
       BackwardPlan plan = empty(Strategy::kFused, sums);
       plan.reduce = grid;
       plan.grid_sync = grid_sync;

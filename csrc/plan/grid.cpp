@@ -41,8 +41,9 @@ constexpr int64_t kMaxPiecePositions = int64_t(1) << 20;
 // Likewise the packs of memory between the first pack of a rows piece and its last.
 constexpr int64_t kMaxPieceOffset = int64_t(1) << 31;
 
-// The driver keeps 1 KB of every block's shared memory.
+// The driver keeps 1 KB of every block's shared memory. An SM gives it out in units.
 constexpr int64_t kReservedShared = 1024;
+int64_t shared_unit(const DeviceInfo& device) { return device.capability < 80 ? 256 : 128; }
 
 // In fused columns a warp merges the channels of a set. The tile of a wider set would have no room for positions.
 constexpr int64_t kMaxMergedChannels = 256;
@@ -261,7 +262,7 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes) {
 int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device) {
   const int64_t by_registers = kResidentThreads / grid.threads();
   const int64_t by_threads = device.threads_per_sm / grid.threads();
-  const int64_t by_shared = device.shared_per_sm / (grid.shared_bytes + kReservedShared);
+  const int64_t by_shared = device.shared_per_sm / align_up(grid.shared_bytes + kReservedShared, shared_unit(device));
   const int64_t each = std::min({by_registers, by_threads, by_shared});
   if (grid.gang != Gang::kCluster) return each * device.num_sms;
   // Smaller clusters lie within the places of the largest.

@@ -16,15 +16,16 @@ struct DeviceInfo {
   int threads_per_sm;
   int64_t shared_per_sm, shared_per_block;  // bytes; per block: what a kernel may opt in to
   int64_t l2_bytes;
-  int64_t bytes_per_us;  // peak bandwidth of global memory
-  int largest_cluster;   // blocks; 1: no clusters
-  int cluster_sms;       // SMs that clusters of the largest size cover at a time, with one block per SM
-  bool cooperative;      // the device has cooperative launches, whose blocks may wait for each other
+  int64_t bytes_per_us;       // peak bandwidth of global memory
+  int largest_cluster;        // blocks; 1: no clusters
+  int cluster_sms;            // SMs that clusters of the largest size cover at a time, with one block per SM
+  bool cooperative;           // the device has cooperative launches, whose blocks may wait for each other
+  bool cooperative_clusters;  // and these may have clusters
 
   bool operator==(const DeviceInfo&) const = default;
 };
 FASTNORM_FIELDS(DeviceInfo, capability, num_sms, threads_per_sm, shared_per_sm, shared_per_block, l2_bytes,
-                bytes_per_us, largest_cluster, cluster_sms, cooperative)
+                bytes_per_us, largest_cluster, cluster_sms, cooperative, cooperative_clusters)
 
 // The threads of an SM: the kernels are compiled for one block of so many (__launch_bounds__), which leaves each 128
 // registers. tests/check_sass.py holds the compiler's report to that.

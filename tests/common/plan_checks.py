@@ -36,8 +36,8 @@ MODELLED = 6000
 WALKED = 250
 
 
-def align(n: int) -> int:
-    return div_up(n, 16) * 16
+def align(n: int, unit: int = 16) -> int:
+    return div_up(n, unit) * unit
 
 
 def rounds(grid: _C.Grid) -> int:
@@ -117,7 +117,7 @@ def co_resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: i
         RESIDENT_THREADS // grid.threads,  # as many with rows in registers
         facts.threads_per_sm // grid.threads,
         RESIDENT_BLOCKS,
-        facts.shared_per_sm // (grid.shared_bytes + RESERVED),
+        facts.shared_per_sm // align(grid.shared_bytes + RESERVED, 128 if facts.capability >= 80 else 256),
     )
     if grid.gang != "cluster":
         return each * max(1, facts.num_sms - free)
@@ -139,7 +139,7 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
     assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
     assert grid.stages in (1, 2)
-    assert facts.cooperative or not kind.cooperative
+    assert (facts.cooperative_clusters if grid.gang == "cluster" else facts.cooperative) or not kind.cooperative
     # Blocks that wait for each other, and blocks that take their items one after the other.
     if kind.cooperative or kind.gathers or grid.stages == 2:
         assert grid.blocks <= co_resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
@@ -278,7 +278,8 @@ def check_launches(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan) -> N
     if plan.strategy == "fused":
         assert call.input and call.size < 8 and reduces and not applies
         assert plan.launches == 1 + own_launch + (folds and not plan.grid_sync)
-        assert plan.launches == 1 or own_launch or not facts.cooperative
+        syncs = facts.cooperative_clusters if plan.reduce.gang == "cluster" else facts.cooperative
+        assert plan.launches == 1 or own_launch or not syncs
         assert not plan.grid_sync or (folds and not own_launch)
     else:
         terms = call.input and not call.frozen

@@ -4,7 +4,7 @@
 //
 //   drive_kernels DEVICE LAST_SEED BLOCKS_TOGETHER [BARRIER]    exit status 1 where something differs or is reported
 //
-// LAST_SEED 0: under fifo alone. BARRIER, such as "fold.cuh:57", is left out.
+// LAST_SEED 0: under fifo alone. BARRIER, such as "fold.cuh:57" or "gang.cuh:57 pending 1", is left out.
 // It prints the plans that were taken, such as "forward fused rows cluster 1", one per line.
 #include <algorithm>
 #include <cmath>
@@ -306,7 +306,8 @@ int main(int count, char** words) {
       if (failure.empty()) continue;
       ++failures;
       std::printf("FAILED %s\n", failure.c_str());
-      if (!common.without.empty()) return 1;  // the missing barrier was noticed, and that was the question
+      // The missing barrier was noticed, and that was the question. Under fifo alone: which cases notice it?
+      if (!common.without.empty() && all.size() > 1) return 1;
     }
   }
   for (const std::string& plan : plans) std::printf("%s\n", plan.c_str());

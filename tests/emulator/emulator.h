@@ -148,7 +148,7 @@ void copy_async(void* place, const void* p) {
 }
 inline void commit_copies() { emulator::current->batches.push_back(emulator::current->copies.size()); }
 inline void wait_copies(int pending, Site site = Site::current()) {
-  if (!emulator::waits_here(site)) return;
+  if (!emulator::waits_here(site, pending)) return;
   std::vector<emulator::Copy>& copies = emulator::current->copies;
   std::vector<size_t>& batches = emulator::current->batches;
   const size_t ended = batches.size() - std::min(batches.size(), static_cast<size_t>(pending));
@@ -184,7 +184,8 @@ inline int query_device(int /*device*/, const void* /*kernel*/, DeviceInfo* info
 inline const char* platform_error_string(int error) {
   switch (error) {
     case 0: return "no error";
-    case kGangRefused: return "too many blocks in cooperative launch";
+    case emulator::kCooperativeTooLarge: return "too many blocks in cooperative launch";
+    case emulator::kCaptureEnded: return "operation failed due to a previous error during capture";
     default: return "invalid argument";
   }
 }
