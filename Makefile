@@ -1,5 +1,6 @@
 # make demo     train small networks with torch.nn and with fastnorm, then time the layers; QUICK=1: a shorter one
 # make test     the whole test suite; ARGS='-k groupnorm' is passed on to pytest
+# make test-ptx all tests of the CUDA kernels on nvcc's PTX, of which `make test` runs a part; needs nvcc, no GPU
 # make bench    the full benchmark table; ARGS='--filter GroupNorm' is passed on to benchmarks/bench.py
 # make lint     formatting, lint and types          make format   puts formatting right
 # make build    the extension alone                 make clean    removes what was built, keeps .venv
@@ -24,13 +25,16 @@ BUILT := build/.built-$(TORCH)-$(subst /,_,$(VENV))
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: demo test bench build check-cuda lint lint-cpp lint-python lint-types format clean
+.PHONY: demo test test-ptx bench build check-cuda lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
 
 test: $(BUILT)
 	$(PY) -m pytest tests benchmarks/test_bench_results.py benchmarks/test_bench_cuda.py -n $(JOBS) $(ARGS)
+
+test-ptx: $(BUILT)
+	$(PY) -m pytest tests --backend ptx -n $(JOBS) $(ARGS)
 
 bench: $(BUILT)
 	$(PY) benchmarks/bench.py $(ARGS)

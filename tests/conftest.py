@@ -1,17 +1,20 @@
 """Fixtures of every test: backends, strictness, seeds, thread count.
 
-pytest tests                        cpu; cuda where it is; emulated: the CUDA kernels without a GPU
+pytest tests                        cpu; cuda where it is; and the CUDA kernels without a GPU: emulated, which compiles
+                                    them for the CPU; ptx, which executes what nvcc makes of them, for a part of the
+                                    parity table
 pytest tests --backend cuda         the tests that take a backend, on that one alone; may be given more than once
 
 A test with the fixture `backend` or `device` runs on the CPU and on CUDA; with the mark `emulated` (MARKERS), on the
-emulated devices too. The suite is strict: where torch's operators answer in place of the kernels, the call raises,
-except in tests marked `fallback`.
+devices of `emulated` and `ptx` too. The suite is strict: where torch's operators answer in place of the kernels, the
+call raises, except in tests marked `fallback`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import warnings
@@ -27,6 +30,8 @@ os.environ["FASTNORM_STRICT"] = "1"
 from fastnorm import _C, dispatch
 from tests.common.cases import Case, parity_cases, thinned
 from tests.emulator import backend as emulator
+from tests.ptx import backend as ptx
+from tests.ptx import build as ptx_build
 
 # One, because the tensors are small: with two, waiting for the other core of a busy machine takes most of the time.
 # test_threads.py varies the number.
@@ -34,13 +39,18 @@ THREADS = 1
 
 OPS = ("norm_forward", "norm_backward", "update_running_stats_", "moments")
 
+# Of the thinned parity table, every so many run on ptx where no backend is named.
+PTX_STEP = 5
+NO_NVCC = "needs nvcc, which compiles the kernels to the PTX that it executes: install a CUDA toolkit, or set CUDA_HOME"
+
 # Names in tests/emulator/device.h. On an H200 plans fuse these small sets; on the tiny device they split them.
 EMULATED_DEVICES = ("h200", "tiny")
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Where the kernels of a test run. name: "cpu", "cuda" or "emulated"; plays: the device that an emulated one is."""
+    """Where the kernels of a test run. name: "cpu", "cuda", "emulated" or "ptx"; plays: the device that the last two
+    pretend to be."""
 
     name: str
     device: torch.device
@@ -53,21 +63,22 @@ class Backend:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside the context, calls on `device` run on this backend."""
-        if self.name != "emulated":
+        if not self.plays:
             yield
             return
-        with emulator.load().configured(device=self.plays), emulated_kernels():
+        settings = emulator.load() if self.name == "emulated" else ptx.load()
+        with settings.configured(device=self.plays), kernels_of(f"fastnorm_{self.name}"):
             yield
 
 
 @contextlib.contextmanager
-def emulated_kernels() -> Iterator[None]:
-    """torch.ops.fastnorm calls torch.ops.fastnorm_emulated for tensors on the CPU."""
+def kernels_of(namespace: str) -> Iterator[None]:
+    """torch.ops.fastnorm calls torch.ops.NAMESPACE for tensors on the CPU."""
     with torch.library._scoped_library("fastnorm", "IMPL") as library:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name in OPS:
-                kernel = getattr(torch.ops.fastnorm_emulated, name).default
+                kernel = getattr(getattr(torch.ops, namespace), name).default
                 library.impl(name, kernel, "CPU", allow_override=True)
         yield
 
@@ -75,6 +86,7 @@ def emulated_kernels() -> Iterator[None]:
 CPU = Backend("cpu", torch.device("cpu"))
 CUDA = Backend("cuda", torch.device("cuda"))
 EMULATED = tuple(Backend("emulated", torch.device("cpu"), plays) for plays in EMULATED_DEVICES)
+PTX = tuple(Backend("ptx", torch.device("cpu"), plays) for plays in EMULATED_DEVICES)
 
 
 def has_cuda() -> bool:
@@ -82,18 +94,25 @@ def has_cuda() -> bool:
     return _C.build_info().get("cuda", "none") != "none" and torch.cuda.is_available()
 
 
-def thinned_cases() -> dict[str, set[Case]]:
-    """The part of the parity table that each emulated device runs."""
-    return {plays: set(thinned(parity_cases(), start=3 * i)) for i, plays in enumerate(EMULATED_DEVICES)}
+def thinned_cases(step: int = 1) -> dict[str, set[Case]]:
+    """The part of the parity table that each emulated device runs: every so many of the thinned ones."""
+    return {
+        plays: set(itertools.islice(thinned(parity_cases(), start=3 * i), i % step, None, step))
+        for i, plays in enumerate(EMULATED_DEVICES)
+    }
 
 
 MARKERS = {
     "cuda": "runs on CUDA alone; skipped where there is no GPU",
-    "emulated": "runs on the emulated devices too",
-    "not_emulated(reason)": "does not, though its module is marked emulated",
+    "emulated": "runs on the devices of emulated and ptx too",
+    "not_emulated(reason)": "does not run emulated, though its module is marked so",
     "emulator": "drives the emulated kernels itself; --backend emulated runs it too",
+    "interpreter": "drives the interpreter of PTX itself; --backend ptx runs it too",
     "fallback": "expects torch's operators to answer: FASTNORM_STRICT is off",
 }
+
+
+DRIVERS = {"emulated": "emulator", "ptx": "interpreter"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -102,45 +121,55 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", action="append", choices=("cpu", "cuda", "emulated"), help="default: all there are")
+    parser.addoption(
+        "--backend", action="append", choices=("cpu", "cuda", "emulated", "ptx"), help="default: all there are"
+    )
 
 
 def chosen_backends(config: pytest.Config) -> list[Backend]:
     names = config.getoption("--backend")
     if names is None:
-        return [CPU, *([CUDA] if has_cuda() else []), *EMULATED]
+        return [CPU, *([CUDA] if has_cuda() else []), *EMULATED, *PTX]
     if "cuda" in names and not has_cuda():
         raise pytest.UsageError("--backend cuda: fastnorm was built without CUDA, or torch sees no GPU")
-    return [b for b in (CPU, CUDA, *EMULATED) if b.name in names]
+    if "ptx" in names and ptx_build.nvcc() is None:
+        raise pytest.UsageError(f"--backend ptx: {NO_NVCC}")
+    return [b for b in (CPU, CUDA, *EMULATED, *PTX) if b.name in names]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
     marks = {mark.name for mark in metafunc.definition.iter_markers()}
-    emulated = "emulated" in marks and "not_emulated" not in marks
-    backends = [b for b in chosen_backends(metafunc.config) if b.name != "emulated" or emulated]
+    kept = {"cpu", "cuda"} | ({"emulated", "ptx"} if "emulated" in marks else set())
+    kept -= {"emulated"} if "not_emulated" in marks else set()
+    backends = [b for b in chosen_backends(metafunc.config) if b.name in kept]
     metafunc.parametrize("backend", backends, ids=[b.id for b in backends], indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Drops the cases of the parity table that the emulated devices leave out; with --backend, also the tests that run
     on another backend. A test that names no backend counts as one of the cpu."""
+    named = config.getoption("--backend")
     chosen = {backend.name for backend in chosen_backends(config)}
-    kept = thinned_cases()
+    kept, few = thinned_cases(), thinned_cases(1 if named else PTX_STEP)
 
     def wanted(item: pytest.Item) -> bool:
         if item.get_closest_marker("cuda") is not None:
             if not has_cuda():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and fastnorm built for it"))
-            return "cuda" in chosen or config.getoption("--backend") is None
+            return "cuda" in chosen or named is None
         if not isinstance(item, pytest.Function) or "backend" not in item.fixturenames:
-            return "cpu" in chosen or ("emulated" in chosen and item.get_closest_marker("emulator") is not None)
+            return "cpu" in chosen or any(item.get_closest_marker(DRIVERS[name]) for name in chosen & set(DRIVERS))
         params = item.callspec.params
         backend = params["backend"]
         if not isinstance(backend, Backend):  # an empty set of them
             return False
         in_table = item.originalname == "test_values" and "case" in params
+        if backend.name == "ptx" and ptx_build.nvcc() is None:
+            item.add_marker(pytest.mark.skip(reason=NO_NVCC))
+        if backend.name == "ptx" and (in_table or named is None):
+            return in_table and params["case"] in few[backend.plays]
         return backend.name != "emulated" or not in_table or params["case"] in kept[backend.plays]
 
     items[:] = [item for item in items if wanted(item)]

@@ -95,7 +95,7 @@ def view(t: Tensor, steps: list[tuple[str, int]]) -> Tensor:
 
 
 # The emulator takes its time.
-EXAMPLES = {"cpu": 400, "cuda": 400, "emulated": 150}
+EXAMPLES = {"cpu": 400, "cuda": 400, "emulated": 150, "ptx": 150}
 
 
 def test_against_truth(backend: Backend) -> None:

@@ -3,10 +3,8 @@
 
 #include "ops.h"
 
-// The emulated kernels are a library of their own, of the same ops for tensors on the CPU.
-#if defined(FASTNORM_EMULATE)
-#define FASTNORM_NAMESPACE fastnorm_emulated
-#else
+// The CUDA kernels without a GPU are libraries of their own, of the same ops for tensors on the CPU; each has a namespace.
+#if !defined(FASTNORM_NAMESPACE)
 #define FASTNORM_NAMESPACE fastnorm
 #endif
 // One more step, so that the name is put in first.

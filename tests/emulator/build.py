@@ -112,9 +112,14 @@ def kernel_objects(variant: str) -> list[Object]:
         for dtype in DTYPES
     ]
     objects.append(plain_object(variant, CSRC / "cuda" / "fold.cu", "-x", "c++", optimize=optimize))
+    return objects + planner_objects(variant)
+
+
+def planner_objects(variant: str) -> list[Object]:
+    """What chooses a kernel and its launch."""
     planners = [path for path in sorted((CSRC / "plan").glob("*.cpp")) if path.name != "cpu.cpp"]
     plain = (CSRC / "cuda" / "dispatch.cpp", CSRC / "core" / "geometry.cpp", *planners)
-    return objects + [plain_object(variant, source) for source in plain]
+    return [plain_object(variant, source) for source in plain]
 
 
 def torch_root() -> Path:
@@ -123,13 +128,17 @@ def torch_root() -> Path:
     return Path(torch.__path__[0])
 
 
-def torch_objects() -> list[Object]:
+def torch_objects(namespace: str = "fastnorm_emulated") -> list[Object]:
+    """The binding, whose ops are those of torch.ops.NAMESPACE."""
     import torch
 
     flags = torch_include_flags(torch_root())
     flags += ["-O1", "-DNDEBUG", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    names = ("backend", "backend_cuda", "library", "ops")
-    return [plain_object("plain", CSRC / "torch" / f"{name}.cpp", *flags) for name in names]
+    objects = [
+        plain_object("plain", CSRC / "torch" / f"{name}.cpp", *flags) for name in ("backend", "backend_cuda", "ops")
+    ]
+    named = [*flags, f"-DFASTNORM_NAMESPACE={namespace}"]
+    return [*objects, plain_object("plain", CSRC / "torch" / "library.cpp", *named, suffix=f".{namespace}")]
 
 
 def make_target(path: str) -> Target:
@@ -154,18 +163,23 @@ def all_targets() -> list[str]:
 def build(path: str, quiet: bool = True) -> Path:
     """Brings a target up to date and returns its file. Raises BuildError with what the compiler says."""
     target = make_target(path)
+    run_ninja(path, ninja_file(target.path, target.objects, compiler(), target.flags), quiet)
+    return PLACE / path
+
+
+def run_ninja(name: str, text: str, quiet: bool = True) -> None:
+    """Brings all that ninja's file makes up to date."""
     PLACE.mkdir(parents=True, exist_ok=True)
-    rules = PLACE / (path.replace("/", "_") + ".ninja")
+    rules = PLACE / (name.replace("/", "_") + ".ninja")
     with open(PLACE / "lock", "w") as lock:  # pytest-xdist: one process builds, the others find it built
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rules.write_text(ninja_file(target.path, target.objects, compiler(), target.flags))
-        command = [sys.executable, "-m", "ninja", "-C", str(PLACE), "-f", rules.name, path]
+        rules.write_text(text)
+        command = [sys.executable, "-m", "ninja", "-C", str(PLACE), "-f", rules.name]
         if os.environ.get("MAX_JOBS", "").strip():
             command += ["-j", os.environ["MAX_JOBS"]]
         run = subprocess.run(command, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT, text=True)
     if run.returncode != 0:
-        raise BuildError(f"{path} cannot be built:\n{run.stdout or ''}")
-    return PLACE / path
+        raise BuildError(f"{name} cannot be built:\n{run.stdout or ''}")
 
 
 # Running a program under its sanitizer.

@@ -1,0 +1,145 @@
+#include "door.h"
+
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "compile.h"
+#include "cuda/platform.cuh"
+#include "launch_check.h"
+#include "runtime.h"
+
+namespace fastnorm::emulator {
+
+Traffic traffic;
+std::unique_ptr<L2Model> l2;  // not modelled
+
+}  // namespace fastnorm::emulator
+
+namespace fastnorm::ptx {
+
+namespace {
+
+struct Door {
+  std::mutex one_launch;
+  std::map<std::string, std::shared_ptr<const Module>> modules;  // by kernel
+  std::map<std::string, Kernel> kernels;                         // that have been launched
+  Machine machine;
+  emulator::Settings settings;
+  bool races = true, transactions = false;
+  uint64_t launches = 0;
+  std::vector<emulator::LaunchRecord> log;
+  std::vector<std::string> launched;
+  std::string defect;
+
+  const Kernel& kernel(const std::string& name) {
+    const auto known = kernels.find(name);
+    if (known != kernels.end()) return known->second;
+    const auto module = modules.find(name);
+    if (module == modules.end()) throw Defect("no kernel " + name);
+    return kernels[name] = compile(*module->second, name);
+  }
+};
+
+Door& door() {
+  static Door& door = *new Door;  // never destroyed: kernels may run while a process ends
+  return door;
+}
+
+emulator::Traffic traffic_of(const Counters& counters) {
+  return {{counters.global_read.bytes, 0}, {counters.global_written.bytes, 0}};
+}
+
+// Parameters as the kernel addresses them.
+std::vector<unsigned char> packed(const Kernel& kernel, void** arguments) {
+  std::vector<unsigned char> bytes(static_cast<size_t>(kernel.parameter_bytes));
+  for (size_t p = 0; p < kernel.parameters.size(); ++p) {
+    const Parameter& parameter = kernel.parameters[p];
+    std::memcpy(bytes.data() + parameter.offset, arguments[p], static_cast<size_t>(parameter.bytes));
+  }
+  return bytes;
+}
+
+}  // namespace
+
+void load(const std::string& text) {
+  Door& d = door();
+  const std::lock_guard<std::mutex> lock(d.one_launch);
+  const auto module = std::make_shared<const Module>(parse_module(text));
+  for (const auto& [name, entry] : module->entries) {
+    d.modules[name] = module;
+    d.kernels.erase(name);
+  }
+}
+
+int launch(const std::string& name, const LaunchShape& shape, void** arguments) {
+  Door& d = door();
+  const std::lock_guard<std::mutex> lock(d.one_launch);
+  try {
+    emulator::check_launch({shape.blocks, shape.threads, shape.shared_bytes, nullptr, shape.cluster, shape.cooperative},
+                           d.settings.device);
+    if (d.settings.refuse_gangs && (shape.cooperative || shape.cluster > 1)) return kGangTooLarge;
+    d.launched.push_back(name);
+    const Kernel& kernel = d.kernel(name);
+    const std::vector<unsigned char> parameters = packed(kernel, arguments);
+    const emulator::Traffic before = traffic_of(d.machine.counters());
+    const uint64_t seed = d.settings.seed * 0x9e3779b97f4a7c15u + d.launches++;
+    d.machine.run(kernel, shape, parameters.data(), {d.settings.order, seed, d.races, d.transactions});
+    emulator::traffic = traffic_of(d.machine.counters());
+    d.log.push_back({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, shape.cooperative,
+                     emulator::traffic - before, 0});
+    return 0;
+  } catch (const std::runtime_error& error) {
+    d.defect = std::string("ptx: ") + error.what();
+    return kLaunchFailure;
+  }
+}
+
+const char* last_defect() { return door().defect.c_str(); }
+std::vector<std::string> launched() { return door().launched; }
+
+void run(const std::string& name, const LaunchShape& shape, const std::string& parameters, const Options& options) {
+  Door& d = door();
+  const std::lock_guard<std::mutex> lock(d.one_launch);
+  const Kernel& kernel = d.kernel(name);
+  if (static_cast<int64_t>(parameters.size()) != kernel.parameter_bytes) {
+    throw Defect(name + " has parameters of " + std::to_string(kernel.parameter_bytes) + " bytes");
+  }
+  alignas(16) std::vector<unsigned char> bytes(parameters.begin(), parameters.end());
+  d.machine.run(kernel, shape, bytes.data(), options);
+}
+
+void with_machine(const std::function<void(Machine&)>& use) {
+  const std::lock_guard<std::mutex> lock(door().one_launch);
+  use(door().machine);
+}
+void look_for_races(bool on) { door().races = on; }
+void count_transactions(bool on) { door().transactions = on; }
+
+}  // namespace fastnorm::ptx
+
+// What tests/emulator/bindings.cpp controls: the same settings and records as the emulator's.
+namespace fastnorm::emulator {
+
+void configure(const Settings& settings) {
+  ptx::Door& d = ptx::door();
+  const std::lock_guard<std::mutex> lock(d.one_launch);
+  d.settings = settings;
+  d.launches = 0;
+}
+const Settings& settings() { return ptx::door().settings; }
+
+int64_t launch_count() { return static_cast<int64_t>(ptx::door().log.size()); }
+const LaunchRecord& launch_record(int64_t number) { return ptx::door().log.at(static_cast<size_t>(number)); }
+void reset_counters() {
+  ptx::Door& d = ptx::door();
+  const std::lock_guard<std::mutex> lock(d.one_launch);
+  d.log.clear();
+  d.launched.clear();
+  d.machine.counters() = {};
+  traffic = {};
+}
+
+}  // namespace fastnorm::emulator

@@ -1,0 +1,34 @@
+// The door through which launches come: kernels by name, and the record of what was launched. A process has one
+// machine, and launches wait for each other.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+
+namespace fastnorm::ptx {
+
+// A module's kernels take the place of those of the same names.
+void load(const std::string& text);
+
+// What a launch returns beside 0: the numbers of CUDA's errors.
+constexpr int kInvalidValue = 1, kLaunchFailure = 719, kGangTooLarge = 720;
+
+// Launches a kernel for the device that a test has configured. arguments: the address of every parameter. What goes
+// wrong is in last_defect().
+int launch(const std::string& kernel, const LaunchShape& shape, void** arguments);
+const char* last_defect();
+// The kernels that were launched since the counters were reset, in their order.
+std::vector<std::string> launched();
+
+// Runs a kernel as it is, for tests of the interpreter. Throws Defect.
+void run(const std::string& kernel, const LaunchShape& shape, const std::string& parameters, const Options& options);
+
+// With the machine, while no launch runs.
+void with_machine(const std::function<void(Machine&)>& use);
+void look_for_races(bool on);
+void count_transactions(bool on);
+
+}  // namespace fastnorm::ptx
