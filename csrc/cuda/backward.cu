@@ -6,6 +6,7 @@
 #include "fused_backward_rows.cuh"
 #include "launch.cuh"
 #include "reduce_backward.cuh"
+#include "register_backward.cuh"
 
 namespace fastnorm::cuda {
 
@@ -135,7 +136,7 @@ struct Backward {
   FusedBackward<A> fused_args() const {
     FusedBackward<A> f{};
     f.shape = fused_shape(plan.reduce, dtype, gang_partials());
-    f.unit_threads = plan.units.threads;
+    while (1 << f.unit_shift < plan.units.threads) ++f.unit_shift;
     f.segments = static_cast<int>(plan.units.segments);
     f.unit_length = static_cast<int>(plan.units.length);
     f.batch = g.kind == Kind::kBatch;
@@ -151,6 +152,12 @@ struct Backward {
   int fused() const {
     if constexpr (!std::is_same<T, double>::value) {  // float64 is not fused
       const LaunchConfig config = fused_config(plan.reduce, plan.grid_sync, stream);
+      if constexpr (W * sizeof(T) == 16) {
+        if (plan.reduce.place() == Place::kRegisters) {
+          return launch(register_backward<T, kSmooth>, config, tensors, fused_args(),
+                        register_rows_shape(g, plan.reduce, dtype));
+        }
+      }
       if (rows) {
         return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_args(), rows_of(g, plan.reduce));
       }

@@ -4,6 +4,7 @@
 #include "fused_forward_rows.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
+#include "register_forward.cuh"
 
 namespace fastnorm::cuda {
 
@@ -73,6 +74,11 @@ struct Forward {
   int fused() const {
     if constexpr (kFuses) {
       const LaunchConfig config = fused_config(plan.grid, false, stream);
+      if constexpr (W * sizeof(T) == 16) {
+        if (plan.grid.place() == Place::kRegisters) {
+          return launch(register_forward<T, kSmooth>, config, tensors, register_rows_shape(g, plan.grid, dtype));
+        }
+      }
       const FusedShape shape = fused_shape(plan.grid, dtype, workspace);
       if (is_rows()) return launch(fused_forward_rows<T, W, kSmooth>, config, tensors, rows(), shape);
       if constexpr (kColumnsPack<T, W>) {
