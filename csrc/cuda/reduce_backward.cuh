@@ -52,7 +52,7 @@ reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsS
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     LaneSums<A, W> mine;
-    dispatch_backward<kSmooth>(t, [&](const auto& tensors, auto act) {
+    dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
       piece.template walk<2>(piece.whole(), [&](const auto& places) {
         add_sums<act.value>(
             tensors, places, coefs,
