@@ -48,7 +48,14 @@ def mask_written(shape: Shape) -> int:
 
 def check_forward(settings: emulator.Emulator, call: RawCall, facts: _C.DeviceInfo) -> dict[str, torch.Tensor]:
     case, shape = call.case, call.shape
-    plan = _C.plan_forward(shape.geometry, case.precision[0], facts, frozen=call.frozen)
+    plan = _C.plan_forward(
+        shape.geometry,
+        case.precision[0],
+        facts,
+        frozen=call.frozen,
+        residual=case.residual,
+        activation=case.activation or "none",
+    )
     with settings.counting() as counts:
         outputs = call.forward()
     tensor = call.x.numel() * DTYPES[case.precision[0]]
@@ -87,7 +94,9 @@ def check_backward(
         residual=recomputes,
         frozen=call.frozen,
         input=writes > 0,
+        dresidual=writes > 1,
         params=params,
+        activation=case.activation or "none",
     )
     with settings.counting() as counts:
         call.backward(saved["stats"], saved["mask"], needs)
@@ -135,7 +144,9 @@ def test_both_devices_are_of_use() -> None:
             for case in cases_of(layer, frozen=False):
                 call = RawCall(case, make_inputs(case, CPU))
                 geometry, dtype = call.shape.geometry, case.precision[0]
-                forward, backward = _C.plan_forward(geometry, dtype, facts), _C.plan_backward(geometry, dtype, facts)
+                activation = case.activation or "none"
+                forward = _C.plan_forward(geometry, dtype, facts, residual=case.residual, activation=activation)
+                backward = _C.plan_backward(geometry, dtype, facts, dresidual=case.residual, activation=activation)
                 for plan, grid in ((forward, forward.grid), (backward, backward.reduce)):
                     seen.add((type(plan).__name__, plan.strategy, grid.traversal, case.activation, case.residual))
     plans, strategies = ("ForwardPlan", "BackwardPlan"), ("fused", "split")
@@ -156,11 +167,12 @@ def test_a_fused_forward_reads_x_once(layer: Layer) -> None:
         nbytes = call.x.numel() * call.x.element_size()
         with settings.configured(device="h200"), settings.counting() as counts:
             saved = call.forward()
-        plan = _C.plan_forward(call.shape.geometry, precision[0], facts_of(settings, EMULATED[0]))
+        facts = facts_of(settings, EMULATED[0])
+        plan = _C.plan_forward(call.shape.geometry, precision[0], facts, activation="silu")
         fused.append(plan.strategy == "fused")
         assert (counts.traffic.read_stream == nbytes) == fused[-1]
         assert counts.traffic.written_stream == nbytes
-        plan = _C.plan_backward(call.shape.geometry, precision[0], facts_of(settings, EMULATED[0]), params=False)
+        plan = _C.plan_backward(call.shape.geometry, precision[0], facts, params=False, activation="silu")
         with settings.configured(device="h200"), settings.counting() as counts:
             call.backward(saved["stats"], saved["mask"], (True, False, False))
         assert (counts.traffic.read_stream == 2 * nbytes) == (plan.strategy == "fused")

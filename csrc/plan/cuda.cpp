@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "cost.h"
 #include "grid.h"
@@ -160,17 +161,21 @@ struct Planner {
 // ---- forward ----
 
 struct ForwardPlanner : Planner<ForwardNeeds> {
-  const Streams streams{1, needs.output, dtype, g.numel(), g.C};
+  const Streams streams{1, needs.output + needs.residual, dtype, g.numel(), g.C};
+  const ElementWork work = element_work(false, g, pack, dtype, needs.activation, needs.residual);
 
   ForwardPlan separate(Strategy strategy) const {
     ForwardPlan plan{strategy, split_grid(g, dtype, pack, device), 0, 1, {}};
     int passes = 1;
+    double instructions = work.apply;
     if (strategy == Strategy::kSplit) {
       plan.workspace_bytes = partials(g, plan.grid) * 3 * accum_size(dtype);
       plan.launches = needs.output ? 3 : 2;
       passes = needs.output ? 2 : 1;
+      instructions = work.reduce + (needs.output ? work.apply : 0);
     }
-    plan.estimate = estimate_passes(plan.grid, streams, passes, device) + estimate_launches(plan.launches, false);
+    plan.estimate =
+        estimate_passes(plan.grid, streams, passes, instructions, device) + estimate_launches(plan.launches, false);
     return plan;
   }
 
@@ -180,7 +185,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     if (allows_fused(options.forced)) {
       for_each_fused({1, false, false, true}, false, false, [&](const Grid& grid, int64_t resident, bool) {
         const Estimate estimate =
-            estimate_fused(grid, streams, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
+            estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
         plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
       });
     }
@@ -200,7 +205,8 @@ Geometry cells_of(const Geometry& g) {
 
 struct BackwardPlanner : Planner<BackwardNeeds> {
   const int64_t pair = 2 * accum_size(dtype);
-  const Streams streams{needs.residual ? 3 : 2, needs.input, dtype, g.numel(), g.C};
+  const Streams streams{needs.residual ? 3 : 2, needs.input + needs.dresidual, dtype, g.numel(), g.C};
+  const ElementWork work = element_work(true, g, pack, dtype, needs.activation, needs.dresidual);
 
   BackwardPlan empty(Strategy strategy, ParamSums sums) const {
     const Grid none = empty_grid(g.traversal(), pack);
@@ -230,13 +236,13 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
       add_params(plan);
       plan.gang_bytes = gang_bytes(grid, 2, dtype);
       plan.launches = 1 + (own_launch ? 2 : 0) + (folds && !grid_sync);
-      plan.estimate = estimate_fused(grid, streams, resident, device) +
+      plan.estimate = estimate_fused(grid, streams, work, resident, device) +
                       estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
                       estimate_launches(plan.launches, grid_sync || grid.gang == Gang::kGrid);
       if (grid_sync) plan.estimate = plan.estimate + estimate_grid_sync();
       if (own_launch) {
-        plan.estimate =
-            plan.estimate + estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, device);
+        plan.estimate = plan.estimate +
+                        estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, work.reduce, device);
       }
       plans.push_back(plan);
     });
@@ -258,8 +264,10 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     ++plan.launches;  // apply, or the fold of the parameters
     const int passes = (plan.reduce.items > 0) + own_launch + needs.input;
     const Grid& main = needs.input ? plan.apply : own_launch ? plan.params : plan.reduce;
-    plan.estimate = estimate_passes(main, streams, passes, device) + estimate_launches(plan.launches, false) +
-                    estimate_partials(plan.workspace_bytes(), device);
+    const double instructions =
+        (plan.reduce.items > 0 || own_launch ? work.reduce : 0) + (needs.input ? work.apply : 0);
+    plan.estimate = estimate_passes(main, streams, passes, instructions, device) +
+                    estimate_launches(plan.launches, false) + estimate_partials(plan.workspace_bytes(), device);
     return plan;
   }
 
@@ -267,7 +275,7 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     BackwardPlan plan = empty(Strategy::kApply, ParamSums::kNone);
     plan.apply = split_grid(g, dtype, pack, device);
     plan.launches = 1;
-    plan.estimate = estimate_passes(plan.apply, streams, 1, device) + estimate_launches(1, false);
+    plan.estimate = estimate_passes(plan.apply, streams, 1, work.apply, device) + estimate_launches(1, false);
     return plan;
   }
 
@@ -287,9 +295,11 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
   }
 };
 
+// Of plans that take the same time, the one that uses less of the memory and the SMs is cheaper.
 template <class Plan>
 bool is_cheaper(const Plan& a, const Plan& b) {
-  return a.estimate.total() < b.estimate.total();
+  const auto key = [](const Estimate& e) { return std::pair(e.total(), e.memory + e.issue); };
+  return key(a.estimate) < key(b.estimate);
 }
 
 // Of plans that cost the same, the first: plans with one block per set come first.

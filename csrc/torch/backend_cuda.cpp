@@ -218,7 +218,8 @@ void forward(const ForwardArgs& args, at::Device device) {
     alignment = std::min(
         alignment, common_alignment(args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data));
   }
-  const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr};
+  const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr, args.residual != nullptr,
+                           args.activation};
   run_planned<ForwardPlan, ForwardNeeds>(
       {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},
       [&](const ForwardPlan& plan) {
@@ -233,9 +234,11 @@ void backward(const BackwardArgs& args, at::Device device) {
   if (packs_params(args.geometry)) {
     alignment = std::min(alignment, common_alignment(args.weight.data, args.bias.data));
   }
-  const BackwardNeeds needs{alignment, args.residual != nullptr, args.frozen,
-                            args.dx != nullptr || args.dresidual != nullptr,
-                            args.dweight.data != nullptr || args.dbias.data != nullptr};
+  const bool dx = args.dx != nullptr, dresidual = args.dresidual != nullptr;
+  const BackwardNeeds needs{alignment,       args.residual != nullptr,
+                            args.frozen,     dx || dresidual,
+                            dx && dresidual, args.dweight.data != nullptr || args.dbias.data != nullptr,
+                            args.activation};
   if (!needs.input && !needs.params) return;
   run_planned<BackwardPlan, BackwardNeeds>(
       {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},

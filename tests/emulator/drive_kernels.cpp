@@ -156,7 +156,8 @@ class Call {
     args.eps = 1e-5;
     args.activation = case_.activation;
     args.activation_param = 0.01;
-    ForwardPlan plan = plan_forward(g_, case_.dtype, {alignment(), true, case_.frozen}, device_, options_);
+    ForwardPlan plan = plan_forward(
+        g_, case_.dtype, {alignment(), true, case_.frozen, case_.residual, case_.activation}, device_, options_);
     limit(plan.grid);
     plans_.insert("forward " + text_of(plan.strategy, plan.grid));
     const Buffer workspace(plan.workspace_bytes, 0);
@@ -190,7 +191,8 @@ class Call {
     const Buffer dweight(g_.C * size_of(case_.params), 0), dbias(g_.C * size_of(case_.params), 0);
     args.dweight = {case_.affine ? dweight.data() : nullptr, case_.params};
     args.dbias = {case_.affine ? dbias.data() : nullptr, case_.params};
-    const BackwardNeeds needs{alignment(), reads_residual, case_.frozen, true, case_.affine};
+    const BackwardNeeds needs{alignment(),      reads_residual, case_.frozen,    true,
+                              writes_dresidual, case_.affine,   case_.activation};
     BackwardPlan plan = plan_backward(g_, case_.dtype, needs, device_, options_);
     for (Grid* grid : {&plan.reduce, &plan.apply, &plan.params}) limit(*grid);
     const Grid& grid = plan.strategy == Strategy::kApply ? plan.apply : plan.reduce;
