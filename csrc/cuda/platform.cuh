@@ -154,6 +154,10 @@ FASTNORM_DEVICE float reciprocal_approx(float v) {
   return result;
 }
 
+// The compiler does not compute v a second time where it is used again.
+FASTNORM_DEVICE void keep_in_register(float& v) { asm volatile("" : "+f"(v)); }
+FASTNORM_DEVICE void keep_in_register(double& v) { asm volatile("" : "+d"(v)); }
+
 // max(v, 0); NaN stays NaN.
 FASTNORM_DEVICE float relu_of(float v) {
 #if __CUDA_ARCH__ >= 800

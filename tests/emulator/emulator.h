@@ -91,6 +91,8 @@ inline float without_denormals(float v) {
   return std::abs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
 }
 template <class A>
+void keep_in_register(A&) {}
+template <class A>
 A relu_of(A v) {
   return v <= A(0) ? A(0) : v;
 }
