@@ -124,8 +124,6 @@ FASTNORM_DEVICE void activate_pack(A param, A (&z)[W]) {
       z[w] = relu_of(z[w]);
     } else if constexpr (is_two_sided(kAct)) {
       z[w] = activate<kAct>(z[w], param);
-    } else if constexpr (kAct == Activation::kSilu && sizeof(T) == 2) {
-      z[w] *= sigmoid(Approx(z[w])).value;
     } else if constexpr (kAct != Activation::kNone) {
       using V = ActivationValue<T>;
       z[w] = value_of(activate<kAct>(V(z[w]), V(param)));

@@ -101,7 +101,6 @@ inline float reciprocal_approx(float v) { return without_denormals(1 / without_d
 
 inline float rsqrt_approx(float v) { return 1 / std::sqrt(v); }
 inline float rounded_product(float a, float b) { return a * b; }
-inline void keep_in_register(float&) {}
 
 // One access for all of V's bytes. note_read and note_write check it.
 template <class V>
