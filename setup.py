@@ -12,6 +12,7 @@ Environment variables:
                         as errors, and links nothing: python setup.py build_ext
     TORCH_CUDA_ARCH_LIST  GPUs to compile for, as "9.0;12.0+PTX"; default those at hand, else all
     CUDA_HOME           the CUDA toolkit; default the newest in /usr/local, else nvcc's on PATH
+    FASTNORM_LINEINFO   1: the CUDA kernels tell profilers and compute-sanitizer their lines
     FASTNORM_WERROR     1: warnings are errors
 
 One `find_*` function finds each fact about this machine; where something is missing, it ends the build
@@ -50,7 +51,7 @@ except ImportError:
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip removes it when it builds
-from setup_cuda import Cuda, cuda_mode, find_cuda, stop  # noqa: E402
+from setup_cuda import Cuda, cuda_mode, find_cuda, nvcc_flags, stop  # noqa: E402
 from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
 MIN_PYTHON = (3, 10)
@@ -71,8 +72,6 @@ X86_CAPABILITIES = {  # least first
 
 STORAGE_TYPES = ["float", "double", "BFloat16", "Float16"]
 KERNEL_BUDGET = 300  # instantiations: the limit keeps the build short
-NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda", "-lineinfo"]
-NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 # The tools, and what to do where one is missing.
@@ -259,7 +258,7 @@ def plan_cuda_objects(csrc: Path, flags: Sequence[str]) -> list[Object]:
         for dtype in STORAGE_TYPES if "FASTNORM_DTYPE" in source.read_text() else [""]:
             name = f"cuda_{source.stem}" + f".{dtype}" * bool(dtype)
             own = [f"-I{csrc}", *([f"-DFASTNORM_DTYPE={dtype}"] if dtype else [])]
-            objects.append(Object(f"{name}.o", source, [*NVCC_FLAGS, *flags, *own], "nvcc"))
+            objects.append(Object(f"{name}.o", source, [*nvcc_flags(), *flags, *own], "nvcc"))
     return objects
 
 

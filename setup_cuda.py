@@ -1,4 +1,8 @@
-"""The part of setup.py that knows CUDA: finds the toolkit, and the GPUs to compile for."""
+"""The part of setup.py that knows CUDA: finds the toolkit, the GPUs to compile for, and nvcc's flags.
+
+FASTNORM_LINEINFO=1 adds the kernels' lines, for profilers and compute-sanitizer. It is for development: with them an
+object of the bfloat16 kernels takes 3.5 MB instead of 1.4, and a library for six architectures 160 MB instead of 65.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,14 @@ from typing import NamedTuple, NoReturn
 
 CUDA_ARCHS = ["75", "80", "86", "90", "100", "120"]
 MIN_CUDA = (12, 0)
+
+
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda"]
+NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def nvcc_flags(env: Mapping[str, str] = os.environ) -> list[str]:
+    return [*NVCC_FLAGS, *["-lineinfo"] * (env.get("FASTNORM_LINEINFO") == "1")]
 
 
 def stop(sentence: str) -> NoReturn:

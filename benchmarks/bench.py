@@ -28,10 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contestants import DTYPES, MODES, Arena, Row, copies_for, quick_table, table
-from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe
+from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe, refusals
 from benchmarks.results import Result, json_text
 from benchmarks.tables import make_console, make_markdown, print_results, print_summary
 from benchmarks.timing import keep_memory, race
+from fastnorm import _C
 from tests.common import cases
 
 SHARE = {"forward": 1, "step": 2, "eval": 1}  # of a row's time, by mode
@@ -119,7 +120,8 @@ def warn_when_busy(console: Console, device: str) -> None:
 
 def as_json(results: list[Result], options: dict[str, object], device: str) -> dict[str, object]:
     """The whole run: machine, versions, commit, date, options and all rows."""
-    return describe(device) | {"options": options, "rows": [r.to_json() for r in results]}
+    counts = {"refused_launches": _C.refused_gangs()} if device == "cuda" else {}
+    return describe(device) | counts | {"options": options, "rows": [r.to_json() for r in results]}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -200,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure_with_bar(rows, budget, args.device, modes, args.compile, args.compile_budget)
     print_results(console, results, modes)
     print_summary(console, results, modes)
+    if args.device == "cuda":
+        console.print(refusals())
     if args.json:
         options = {"budget_s": budget, "quick": args.quick, "modes": modes, "memory_kept": kept}
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,8 @@ class Candidate:
         pieces = f" of {f['pieces']}" if "pieces" in f else ""
         tile = f", tiles of {f['tile_bytes']} B" if "tile_bytes" in f else ""
         stages = ", 2 stages" if f["stages"] == 2 else ""
-        return f"{f['gang']}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}"
+        place = ", registers" if "place" in f else ""
+        return f"{f['gang']}{place}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}"
 
 
 def grid_of(plan: Plan) -> _C.Grid:
@@ -152,7 +153,7 @@ def grid_of(plan: Plan) -> _C.Grid:
 
 def kind_of(plan: Plan) -> Kind:
     grid = grid_of(plan)
-    return plan.strategy, grid.gang, grid.stages
+    return plan.strategy, "registers" if grid.thread_packs > 0 else grid.gang, grid.stages
 
 
 def predict(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Parts:
@@ -179,6 +180,8 @@ def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
     forced: Forced = {"strategy": "fused", "gang": grid.gang, "stages": grid.stages}
     if grid.gang != "block":
         forced["pieces"] = grid.pieces
+    if grid.thread_packs > 0:
+        forced["place"] = "registers"
     if grid.traversal == "columns":
         forced["tile_bytes"] = grid.tile * job.call.size
     choices = ({**forced, "blocks_per_sm": blocks_per_sm} for blocks_per_sm in BLOCKS_PER_SM)

@@ -99,3 +99,10 @@ def describe(device: str) -> dict[str, object]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def refusals() -> str:
+    """How many launches the GPU has refused in this process. Slower plans replaced them: the times are of those."""
+    refused = _C.refused_gangs()
+    warning = ": the GPU is shared or partitioned, and slower plans were timed in their place" if refused else ""
+    return f"refused launches: {refused}{warning}"

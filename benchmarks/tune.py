@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.candidates import Candidate, Forced, Job, candidates, jobs
 from benchmarks.contestants import Row, copies_for, in_turn
-from benchmarks.machine import cache_bytes, describe
+from benchmarks.machine import cache_bytes, describe, refusals
 from benchmarks.results import CLONE_PASSES, json_text
 from benchmarks.tables import make_console
 from benchmarks.timing import race
@@ -180,11 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ceilings = measure_ceilings("cuda")
         outcomes, skipped = measure_all(todo, facts, args.candidates, args.budget, "cuda")
     print_report(console, outcomes, facts, skipped, ceilings)
+    if not args.facts:
+        console.print(refusals())
     if args.json:
         fitted = fit_parts(outcomes)
         saved = about | {
             "facts": facts_json(facts),
             "options": {"facts": args.facts, "budget_s": args.budget, "candidates": args.candidates},
+            "refused_launches": None if args.facts else _C.refused_gangs(),
             "ceilings": asdict(ceilings) if ceilings else None,
             "fit": asdict(fitted) if fitted else None,
             "jobs": [outcome.to_json() for outcome in outcomes],

@@ -94,6 +94,7 @@ class DeviceInfo:
         largest_cluster: int,
         cluster_sms: int,
         cooperative: bool,
+        cooperative_clusters: bool,
     ) -> None: ...
     @property
     def capability(self) -> int: ...
@@ -115,6 +116,8 @@ class DeviceInfo:
     def cluster_sms(self) -> int: ...
     @property
     def cooperative(self) -> bool: ...
+    @property
+    def cooperative_clusters(self) -> bool: ...
 
 class Estimate:
     """The microseconds that the planner expects of a plan: csrc/plan/types.h."""
@@ -161,6 +164,8 @@ class Grid:
     def gang(self) -> str: ...
     @property
     def stages(self) -> int: ...
+    @property
+    def thread_packs(self) -> int: ...
 
 class Units:
     """The units with which fused rows add up the cells of a set: csrc/plan/types.h."""
@@ -232,7 +237,7 @@ def plan_forward(
     free_sms: int = 0,
 ) -> ForwardPlan:
     """The cheapest plan of a forward call. dtype: "float32", "bfloat16", ...; forced: requirements on strategy, gang,
-    pieces, stages, blocks_per_sm and tile_bytes, as csrc/plan/types.h has them.
+    pieces, stages, blocks_per_sm, tile_bytes and place ("registers" or "shared"), as csrc/plan/types.h has them.
     ValueError for a geometry of no elements, and where no plan is as forced."""
 
 def plan_backward(

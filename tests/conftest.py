@@ -27,8 +27,7 @@ import torch
 # fastnorm reads this on import; so do the programs that tests start.
 os.environ["FASTNORM_STRICT"] = "1"
 
-import fastnorm._C
-from fastnorm import dispatch
+from fastnorm import _C, dispatch
 from tests.common.cases import Case, parity_cases, thinned
 from tests.emulator import backend as emulator
 from tests.ptx import backend as ptx
@@ -92,7 +91,7 @@ PTX = tuple(Backend("ptx", torch.device("cpu"), plays) for plays in EMULATED_DEV
 
 def has_cuda() -> bool:
     """Whether fastnorm was built with CUDA and there is a device."""
-    return fastnorm._C.build_info().get("cuda", "none") != "none" and torch.cuda.is_available()
+    return _C.build_info().get("cuda", "none") != "none" and torch.cuda.is_available()
 
 
 def thinned_cases(step: int = 1) -> dict[str, set[Case]]:
@@ -209,6 +208,14 @@ def strictness(request: pytest.FixtureRequest) -> None:
 
         for module in ("dispatch", "functional"):
             monkeypatch.setattr(f"fastnorm.{module}.fall_back", fall_back)
+
+
+@pytest.fixture(autouse=True)
+def no_launch_refused() -> Iterator[None]:
+    """On a GPU, the plans that tests were written for are those that ran. (The emulator counts its own refusals.)"""
+    before = _C.refused_gangs()
+    yield
+    assert _C.refused_gangs() == before, "the GPU refused launches, and slower plans ran in their place"
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,17 @@ input gives the same bits on any; what the kernels read was written."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastnorm
+from fastnorm import _C
 from tests.common.cases import LAYERS, TYPICAL, Case, Layer
 from tests.common.numerics import build, make_inputs, run
 from tests.common.raw_calls import RawCall, same_bits
@@ -67,6 +72,14 @@ def test_two_streams_at_once(layer: Layer) -> None:
             assert not [same_bits(results, right) for results in own if same_bits(results, right)], layout
 
 
+def test_grids_that_want_the_whole_device_beside_a_hog() -> None:
+    """Cooperative grids of different shapes on two streams: see stress.py. A hang ends its process and fails."""
+    script = Path(__file__).parent / "gpu" / "stress.py"
+    command = [sys.executable, str(script), "--iterations", "500", "--seconds", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("layer", SIZES, ids=lambda layer: layer.id)
 def test_same_bits_every_time(layer: Layer) -> None:
     """Alone, beside other work, and after memory has moved."""
@@ -80,6 +93,41 @@ def test_same_bits_every_time(layer: Layer) -> None:
             held = torch.empty(1 + 4096 * i, device=CUDA)
             assert not same_bits(raw(case).both(), expected), layout
             del held
+
+
+@pytest.fixture
+def one_block_a_row() -> Iterator[None]:
+    """A row is in the shared memory of one block."""
+    _C.set_plan_options(forced={"strategy": "fused", "gang": "block"})
+    yield
+    _C.set_plan_options()
+
+
+def test_two_host_threads(one_block_a_row: None) -> None:
+    """One kernel, launched with much shared memory by one thread and with little by the other, 1000 times each: neither
+    takes away what the other has asked for."""
+    most = _C.cuda_device_info(torch.cuda.current_device()).shared_per_block
+    errors: list[BaseException] = []
+    start = threading.Barrier(2)
+
+    def call_often(row_bytes: int) -> None:
+        try:
+            call = raw(Case(Layer("rows", "LayerNorm", (4, row_bytes // 32 * 8), (row_bytes // 32 * 8,))))
+            start.wait()
+            results = [call.forward() for _ in range(1000)]
+            torch.cuda.synchronize()
+            assert not any(same_bits(found, results[0]) for found in results)
+        except BaseException as error:
+            start.abort()
+            errors.append(error)
+
+    # More than the 48 KB that a kernel has without asking: one just so, one nearly all that there is.
+    threads = [threading.Thread(target=call_often, args=(size,)) for size in (most - (6 << 10), 50 << 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Fused kernels whose sets are shared by several blocks, clusters or the whole grid: the same values as torch.nn, the
-same bits under every schedule, every tensor moved once, one launch; and what happens where a device refuses them."""
+"""Fused kernels whose sets are shared by several blocks, clusters or the whole grid, and those that keep rows in
+registers: the same values as torch.nn, the same bits under every schedule, every tensor moved once, one launch; and
+what happens where a device refuses gangs."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 
 from fastnorm import _C
 from tests.common.cases import Case, Layer
+from tests.common.gangs import GANG_EPILOGUES, GANG_LAYERS, GANG_PRECISIONS, GangCase
 from tests.common.numerics import build, make_inputs, measure, scale_of, truth
 from tests.common.plan_model import DTYPES
 from tests.common.raw_calls import RawCall, same_bits
@@ -22,20 +24,6 @@ pytestmark = pytest.mark.emulator
 CPU = torch.device("cpu")
 SCHEDULES = (("lifo", 0), ("random", 1), ("random", 2), ("priority", 1), ("priority", 2))
 
-# Runs that are whole and in parts, pieces of several runs, cells in parts, accesses of every width.
-LAYERS = (
-    Layer("", "BatchNorm2d", (6, 5, 8, 16), (5,)),
-    Layer("", "BatchNorm2d", (2, 3, 48, 64), (3,)),
-    Layer("", "BatchNorm2d", (9, 4, 7, 7), (4,)),
-    Layer("", "BatchNorm1d", (300, 40), (40,)),
-    Layer("", "GroupNorm", (2, 12, 16, 16), (4, 12)),
-    Layer("", "GroupNorm", (1, 4, 40, 52), (2, 4)),
-    Layer("", "GroupNorm", (2, 32, 9, 10), (4, 32)),
-    Layer("", "InstanceNorm3d", (1, 3, 8, 8, 16), (3,), (("affine", True),)),
-    Layer("", "LayerNorm", (7, 1024), (1024,)),
-    Layer("", "LayerNorm", (5, 777), (777,)),
-    Layer("", "LayerNorm", (3, 2, 4096), ((2, 4096),)),
-)
 GANGS = (
     {"gang": "cluster", "pieces": 2},
     {"gang": "cluster", "pieces": 5},
@@ -45,8 +33,17 @@ GANGS = (
     {"gang": "grid", "stages": 2, "pieces": 3},
     {"gang": "block", "stages": 2},
 )
-PRECISIONS = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
-EPILOGUES = ((None, False), ("silu", True), ("relu", True), ("leaky_relu", True), ("relu", False))
+# Teams of every kind: part of a warp, a warp, several of several warps, a block; rows that leave lanes idle.
+REGISTER_LAYERS = tuple(
+    Layer("", "LayerNorm", (rows, size), (size,))
+    for rows, size in ((300, 16), (70, 96), (33, 512), (29, 768), (11, 1040), (6, 2048), (7, 4096), (3, 8192), (1, 64))
+)
+PLACES = (
+    {"place": "registers", "stages": 1},
+    {"place": "registers", "stages": 2},
+    {"place": "registers"},
+    {"place": "shared", "gang": "block"},
+)
 
 # SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
 FEW = dataclasses.replace(
@@ -56,54 +53,90 @@ FEW = dataclasses.replace(
     shared_per_sm=40 << 10,
     shared_per_block=39 << 10,
 )
-FACTS = _C.DeviceInfo(**dataclasses.asdict(FEW))
+
+
+def facts_of(device: emulator.Device) -> _C.DeviceInfo:
+    return _C.DeviceInfo(**dataclasses.asdict(device))
+
+
+FACTS = facts_of(FEW)
+UNROLL = 4  # kUnroll in csrc/cuda/moments.cuh, where packs have several elements
+# Two SMs with room for long pieces.
+WIDE = emulator.load().device("wide")
+LONG_GANGS = (
+    *({"gang": "block", "stages": stages} for stages in (1, 2)),
+    *({"gang": gang, "pieces": 2, "stages": stages} for gang in ("cluster", "grid") for stages in (1, 2)),
+)
 NUMBERS = itertools.count(1)
 
 
-def cases() -> Iterator[tuple[Case, dict[str, str | int]]]:
+def cases() -> Iterator[GangCase]:
     """Every layer, layout and gang; precisions and epilogues in turn."""
-    precisions, epilogues = itertools.cycle(PRECISIONS), itertools.cycle(EPILOGUES)
-    for layer, gang in itertools.product(LAYERS, GANGS):
+    precisions, epilogues = itertools.cycle(GANG_PRECISIONS), itertools.cycle(GANG_EPILOGUES)
+    for layer, gang in (*itertools.product(GANG_LAYERS, GANGS), *itertools.product(REGISTER_LAYERS, PLACES)):
         for layout in layer.layouts:
             activation, residual = next(epilogues)
-            yield Case(layer, layout, next(precisions), activation, residual), {"strategy": "fused", **gang}
+            case = Case(layer, layout, next(precisions), activation, residual)
+            yield GangCase(case, {"strategy": "fused", **gang}, 0)
 
 
-def plans(call: RawCall, forced: dict[str, str | int]) -> tuple[_C.ForwardPlan, _C.BackwardPlan] | None:
-    """None where there is no such plan in one direction."""
-    case = call.case
-    recomputes = case.residual and case.activation == "silu"
-    try:
-        return (
-            _C.plan_forward(call.shape.geometry, case.precision[0], FACTS, forced=forced),
-            _C.plan_backward(call.shape.geometry, case.precision[0], FACTS, residual=recomputes, forced=forced),
-        )
-    except ValueError:
-        return None
+def long_cases() -> Iterator[GangCase]:
+    """Pieces of three and a part of the rounds that a block copies at a time, in several waves."""
+    epilogues = itertools.cycle(((None, False), ("relu", True), ("silu", False), ("leaky_relu", False)))
+    for gang in LONG_GANGS:
+        pieces = int(gang.get("pieces", 1))
+        sets = 4 - pieces
+        layers = (
+            (Layer("long", "BatchNorm2d", (8 * pieces, sets, 32, 50), (sets,)), "planar", "float32"),
+            (Layer("long", "GroupNorm", (sets, 8 * pieces, 32, 100), (1, 8 * pieces)), "planar", "bfloat16"),
+            (Layer("long", "LayerNorm", (sets, 12800 * pieces), (12800 * pieces,)), "planar", "float32"),
+            (Layer("long", "BatchNorm2d", (pieces, 16 * sets, 20, 40), (16 * sets,)), "channels_last", "float32"),
+            (Layer("long", "GroupNorm", (1, 32 * sets, 20 * pieces, 40), (4 * sets, 32 * sets)), "channels_last",
+             "float16"),
+        )  # fmt: skip
+        for layer, layout, dtype in layers:
+            activation, residual = next(epilogues)
+            case = Case(layer, layout, (dtype, "float32"), activation, residual)
+            yield GangCase(case, {"strategy": "fused", "blocks_per_sm": 1, "tile_bytes": 64, **gang}, 0)
 
 
-SERVED = [(case, forced) for case, forced in cases() if plans(RawCall(case, make_inputs(case, CPU)), forced)]
+SERVED = [found for found in cases() if found.plans(FACTS)]
 
 
-def name(value: object) -> str:
-    if isinstance(value, Case):
-        return value.id
-    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+@pytest.mark.parametrize("gang_case", SERVED, ids=lambda gang_case: gang_case.id)
+def test_values_schedules_and_traffic(gang_case: GangCase) -> None:
+    check_on(gang_case, FEW)
 
 
-@pytest.mark.parametrize(("case", "forced"), SERVED, ids=name)
-def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) -> None:
+@pytest.mark.parametrize("gang_case", list(long_cases()), ids=lambda gang_case: gang_case.id)
+def test_long_pieces(gang_case: GangCase) -> None:
+    """All four copy groups have a round, forward and backward."""
+    plans = gang_case.plans(facts_of(WIDE))
+    assert plans is not None
+    for grid in (plans[0].grid, plans[1].reduce):
+        rows = grid.traversal == "rows"
+        together = UNROLL * (grid.threads_x if rows else grid.threads_y)
+        rounds = -(-grid.piece_runs * grid.piece_length // together)
+        assert grid.pack > 1 and rounds > 3 * -(-rounds // 4), "the last copy group is empty"
+        assert grid.stages == 1 or grid.items > grid.blocks
+    check_on(gang_case, WIDE)
+
+
+def check_on(gang_case: GangCase, device: emulator.Device) -> None:
+    case, forced, _ = gang_case
     settings, inputs = emulator.load(), make_inputs(case, CPU)
     call = RawCall(case, inputs, torch.ops.fastnorm_emulated)
-    forward, backward = plans(call, forced)
-    with settings.configured(device=FEW, forced=forced):
+    found = gang_case.plans(facts_of(device))
+    assert found is not None
+    forward, backward = found
+    with settings.configured(device=device, forced=forced):
         with settings.counting() as forward_counts:
             saved = call.forward()
         with settings.counting() as backward_counts:
             call.backward(saved["stats"], saved["mask"])
         results = call.both()
     for order, seed in SCHEDULES:
-        with settings.configured(order, seed, FEW, forced=forced):
+        with settings.configured(order, seed, device, forced=forced):
             assert not same_bits(call.both(), results), f"{order}, seed {seed}: {forward}, {backward}"
 
     exact = truth(case, build(case, torch.nn, CPU), inputs)
@@ -117,7 +150,9 @@ def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) 
     tensor, bits = call.x.numel() * DTYPES[case.precision[0]], saved["mask"].numel() > 0
     assert forward_counts.traffic.read_stream == (1 + case.residual) * tensor, forward
     recomputes = case.residual and case.activation is not None and not bits
-    times = {"relu": 1, "leaky_relu": 2}.get(case.activation or "", 0) * bits  # that the mask is read
+    # How often the mask is read.
+    again = 1 if backward.reduce.thread_packs > 0 else 2
+    times = {"relu": 1, "leaky_relu": again}.get(case.activation or "", 0) * bits
     reads = (2 + recomputes) * tensor + times * call.x.numel() // backward.reduce.pack
     if backward.param_sums == "own_launch":
         reads += (2 + recomputes) * tensor + bits * call.x.numel() // backward.params.pack
@@ -135,8 +170,8 @@ def test_values_schedules_and_traffic(case: Case, forced: dict[str, str | int]) 
 
 def test_every_gang_is_met() -> None:
     seen = set()
-    for case, forced in SERVED:
-        found = plans(RawCall(case, make_inputs(case, CPU)), forced)
+    for gang_case in SERVED:
+        found = gang_case.plans(FACTS)
         assert found is not None
         for grid in (found[0].grid, found[1].reduce):
             waves = -(-grid.items // grid.blocks)
@@ -147,10 +182,23 @@ def test_every_gang_is_met() -> None:
                 (grid.gang, grid.pack),
                 (found[1].param_sums, grid.gang),
             }
+            if grid.thread_packs > 0:
+                team = "part" if grid.threads_x < 32 else "warp" if grid.threads_x == 32 else "warps"
+                seen |= {
+                    ("registers", case.precision[0], grid.stages),
+                    ("registers", case.activation, case.residual),
+                    ("registers", team, "several" if grid.threads_y > 1 else "one"),
+                    ("registers", "waves" if waves > 1 else "one wave"),
+                    ("registers", "full" if grid.threads_x * grid.thread_packs == grid.piece_length else "idle lanes"),
+                }
     walks = {(t, g, b) for t in ("rows", "columns") for g, b in (("cluster", 1), ("grid", 1), ("grid", 2))}
     gangs = ("cluster", "grid")
     wanted = walks | {(g, w) for g in gangs for w in ("one wave", "runs", "parts", 8, 4, 1)} | {("grid", "waves")}
     wanted |= {(p, g) for p in ("from_cells", "in_gang") for g in gangs}
+    wanted |= {("registers", dtype, stages) for dtype, _ in PRECISIONS for stages in (1, 2)}
+    wanted |= {("registers", *epilogue) for epilogue in EPILOGUES}
+    wanted |= {("registers", "part", "several"), ("registers", "warp", "several"), ("registers", "warps", "several")}
+    wanted |= {("registers", "warps", "one")} | {("registers", w) for w in ("waves", "one wave", "full", "idle lanes")}
     assert wanted <= seen, wanted - seen
 
 
@@ -178,15 +226,17 @@ def test_a_device_that_refuses_gangs_is_served_without(
     monkeypatch.delenv("FASTNORM_LOG", raising=False)
     settings = emulator.load()
     call = call_on_gangs()
+    # One in forward. In backward, clusters that sync as a grid are first tried as clusters alone.
+    refusals = 2 + (_C.plan_backward(call.shape.geometry, "float32", FACTS).reduce.gang == "cluster")
     without = dataclasses.replace(FEW, cooperative=False, largest_cluster=1)
     with settings.configured(device=without):
         expected = call.both()
     before = settings.refused_gangs()
-    with settings.configured(device=another_few(), refuse_gangs=True), settings.counting() as counts:
+    with settings.configured(device=another_few(), refuses="gangs"), settings.counting() as counts:
         results = call.both()
-        assert settings.refused_gangs() == before + 2  # forward and backward
+        assert settings.refused_gangs() == before + refusals
         call.both()
-        assert settings.refused_gangs() == before + 2
+        assert settings.refused_gangs() == before + refusals
     assert not same_bits(results, expected)
     assert not any(launch.cooperative or launch.cluster > 1 for launch in counts.launches)
     assert capfd.readouterr().err == ""
@@ -196,7 +246,7 @@ def test_a_refusal_is_an_error_where_fallbacks_are(monkeypatch: pytest.MonkeyPat
     """FASTNORM_STRICT=1; not of the kind that means "torch should serve the call"."""
     settings = emulator.load()
     call = call_on_gangs()
-    with settings.configured(device=another_few(), refuse_gangs=True):
+    with settings.configured(device=another_few(), refuses="gangs"):
         monkeypatch.setenv("FASTNORM_STRICT", "1")
         before = settings.refused_gangs()
         for attempt in (1, 2):
@@ -217,7 +267,7 @@ def test_the_first_refusal_of_a_kind_is_printed_where_fallbacks_are(
     monkeypatch.setenv("FASTNORM_STRICT", "0")
     monkeypatch.setenv("FASTNORM_LOG", "fallback")
     for _ in range(2):
-        with settings.configured(device=another_few(), refuse_gangs=True):
+        with settings.configured(device=another_few(), refuses="gangs"):
             call.both()
     lines = [line for line in capfd.readouterr().err.splitlines() if "refused" in line]
     assert len(lines) == 2, lines
@@ -225,9 +275,51 @@ def test_the_first_refusal_of_a_kind_is_printed_where_fallbacks_are(
         assert f"a {direction} launch" in line and "planned fused: " in line and " blocks, a piece each of " in line
 
 
+def test_a_refusal_ends_a_capture_with_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that was to replace the refused one fails too, and its error alone would say nothing."""
+    monkeypatch.setenv("FASTNORM_STRICT", "0")
+    settings = emulator.load()
+    call, device = call_on_gangs(), another_few()
+    with settings.configured(device=device, refuses="gangs in a capture"):
+        with pytest.raises(RuntimeError, match=r"previous error during capture, after .* refused .* forward") as error:
+            call.forward()
+        assert "too many blocks" in str(error.value) and "once before it begins" in str(error.value)
+    with settings.configured(device=device, refuses="gangs"):
+        call.both()  # before the capture, as the error says
+    with settings.configured(device=device, refuses="gangs in a capture"):
+        assert call.forward()["y"].isfinite().all()
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["by its facts", "by a refusal"])
+def test_clusters_that_cannot_sync_as_a_grid(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver may not know clusters in cooperative launches. The gradients of the weights are then folded by a launch
+    of its own; gangs stay, and the values too."""
+    monkeypatch.setenv("FASTNORM_STRICT", "0")
+    settings = emulator.load()
+    case = Case(Layer("", "GroupNorm", (2, 12, 16, 16), (4, 12)), activation="silu")
+    call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+    forced: dict[str, str | int] = {"strategy": "fused", "gang": "cluster", "pieces": 2}
+    with settings.configured(device=FEW, forced=forced), settings.counting() as counts:
+        expected = call.both()
+    assert [(launch.cluster, launch.cooperative) for launch in counts.launches] == [(2, False), (2, True)]
+    facts = dataclasses.replace(another_few(), cooperative_clusters=refused)
+    refuses = "cooperative clusters" if refused else "nothing"
+    before = settings.refused_gangs()
+    with settings.configured(device=facts, forced=forced, refuses=refuses), settings.counting() as counts:
+        results = call.both()
+        call.both()
+    assert settings.refused_gangs() == before + refused
+    assert [(launch.cluster, launch.cooperative) for launch in counts.launches] == 2 * [
+        (2, False),
+        (2, False),
+        (1, False),
+    ]
+    assert not same_bits(results, expected)
+
+
 def test_free_sms_are_left_alone() -> None:
     settings = emulator.load()
-    case = Case(LAYERS[1])
+    case = Case(GANG_LAYERS[1])
     call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
     forced = {"gang": "grid", "blocks_per_sm": 1}
     blocks = []

@@ -42,6 +42,7 @@ PRIMITIVES = (
     *("indices", "shuffles", "barriers", "shared", "clusters", "orders", "counters", "devices", "refusals"),
     *("recovery", "arguments", "widen_bfloat16", "widen_float16", "narrow_bfloat16", "narrow_float16"),
     *("copies", "when_copies_land", "clusters_of_a_grid", "grid_of_a_whole_device", "refused_gangs"),
+    *("refused_combinations", "limits_of_two_threads", "limits_of_a_failing_driver", "plans_of_twins"),
 )
 
 
@@ -248,6 +249,7 @@ def test_caught_by_address_sanitizer(built: Builder, mutant: Mutant) -> None:
 
 # Gangs of one stage or two.
 GANGS = tuple(f" {gang} {stages}" for gang in ("block", "cluster", "grid") for stages in (1, 2))
+REGISTERS = {f"{direction} fused rows registers {stages}" for direction in ("forward", "backward") for stages in (1, 2)}
 PLANS = {
     *(
         f"{direction} {strategy} {traversal}{gang}"
@@ -256,6 +258,7 @@ PLANS = {
         for strategy, gangs in (("fused", GANGS), ("split", ("",)), ("apply", ("",)))
         for gang in gangs
     ),
+    *REGISTERS,
     *("parameter sums none", "parameter sums from_cells", "parameter sums in_gang", "parameter sums own_launch"),
     *("parameter sums from_cells, grid sync", "parameter sums in_gang, grid sync"),
 }
@@ -269,7 +272,7 @@ def drive(built: Builder, variant: str, device: str, last_seed: int, blocks_toge
     return set(run.stdout.splitlines())
 
 
-DEVICES = ("tiny", "few", "alone", "small", "h200")
+DEVICES = ("tiny", "few", "alone", "small", "wide", "h200")
 
 
 def test_kernels_take_every_plan(built: Builder) -> None:
@@ -282,12 +285,12 @@ def test_kernels_give_the_same_bits_under_every_schedule(built: Builder, device:
     drive(built, "plain", device, last_seed=1, blocks_together=5)
 
 
-@pytest.mark.parametrize("device", ["tiny", "few", "h200"])
+@pytest.mark.parametrize("device", ["tiny", "few", "wide", "h200"])
 def test_kernels_under_address_sanitizer(built: Builder, device: str) -> None:
     drive(built, "address", device, last_seed=0, blocks_together=1)
 
 
-@pytest.mark.parametrize("device", ["tiny", "few", "h200"])
+@pytest.mark.parametrize("device", ["tiny", "few", "wide", "h200"])
 def test_kernels_under_thread_sanitizer(built: Builder, device: str) -> None:
     """One schedule suffices, because the sanitizer knows the order of events."""
     drive(built, "thread", device, last_seed=0, blocks_together=2)
@@ -304,6 +307,11 @@ def barriers() -> list[str]:
     ]
 
 
+def line_at(place: str) -> str:
+    name, number = place.split(":")
+    return (build.CSRC / "cuda" / name).read_text().splitlines()[int(number) - 1]
+
+
 @pytest.mark.parametrize("barrier", barriers())
 def test_every_barrier_is_needed(built: Builder, barrier: str) -> None:
     """Without it the drive finds other bits or a defect: the cases reach it, and it is needed."""
@@ -311,6 +319,17 @@ def test_every_barrier_is_needed(built: Builder, barrier: str) -> None:
     runs = (build.run(path, device, "2", "1", barrier) for device in ("few", "tiny", "h200"))
     missed = any(run.returncode == 1 and "FAILED" in run.stdout for run in runs)
     assert missed, f"nothing misses {barrier}"
+
+
+@pytest.mark.parametrize("pending", [2, 1, 0, 6, 5, 4])
+def test_every_copy_group_is_waited_for(built: Builder, pending: int) -> None:
+    """Long pieces fill all four groups, so that leaving out the wait for the second, third or fourth is noticed by all
+    cases of the same number of stages. With two stages the four groups of the next wave are under way meanwhile."""
+    (wait,) = (barrier for barrier in barriers() if barrier.startswith("gang.cuh") and "wait" in line_at(barrier))
+    run = build.run(built("plain/drive_kernels"), "wide", "0", "1", f"{wait} pending {pending}")
+    noticed = {line for line in run.stdout.splitlines() if line.startswith("FAILED")}
+    assert run.returncode == 1 and len(noticed) == 18, run.stdout
+    assert all(f"stages {1 + pending // 4}," in line for line in noticed), noticed
 
 
 # ---- the library that Python loads ----
@@ -356,12 +375,14 @@ def test_library_takes_orders_and_seeds(library: backend.Emulator) -> None:
 def test_library_refuses(library: backend.Emulator) -> None:
     with pytest.raises(RuntimeError, match="no order named best; there are fifo, lifo, random, priority"):
         library.configure(order="best")
-    with pytest.raises(RuntimeError, match="no device named huge; there are tiny, few, alone, small, h200"):
+    with pytest.raises(RuntimeError, match="no device named huge; there are tiny, few, alone, small, wide, h200"):
         library.configure(device="huge")
     with pytest.raises(RuntimeError, match="at least one block runs"):
         library.configure(blocks_together=0)
     with pytest.raises(RuntimeError, match="at most 262144 bytes of shared memory"):
         library.configure(device=dataclasses.replace(library.device("tiny"), shared_per_block=1 << 20))
+    with pytest.raises(RuntimeError, match="does not refuse all; there are nothing, gangs"):
+        library.configure(refuses="all")
     with pytest.raises(ValueError, match="a plan has no teams to force; it has strategy, gang, pieces"):
         library.configure(forced={"gang": "grid", "teams": 3})
     with pytest.raises(ValueError, match="a plan's gang cannot be 'pair'; there are block, cluster, grid"):

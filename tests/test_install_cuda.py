@@ -153,6 +153,14 @@ def test_objects_with_cuda(cuda_toy: Path, toolkit: Path) -> None:
     assert '-DFASTNORM_CUDA_BUILD="13.0 sm_80 sm_90 compute_90"' in flags["torch_module.o"]
 
 
+def test_lines_are_for_development(cuda_toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed has no line numbers, which more than double it."""
+    monkeypatch.delenv("FASTNORM_LINEINFO", raising=False)
+    assert not any("-lineinfo" in o.flags for o in setup.plan_cuda_objects(cuda_toy, []))
+    monkeypatch.setenv("FASTNORM_LINEINFO", "1")
+    assert all("-lineinfo" in o.flags for o in setup.plan_cuda_objects(cuda_toy, []))
+
+
 @pytest.fixture
 def checked(cuda_toy: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that check mode writes to, for the toy and the toolkit."""

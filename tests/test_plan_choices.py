@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fastnorm import _C
-from tests.common.plan_checks import RESERVED, check_backward, check_chosen, check_forward, rounds
+from tests.common.plan_checks import MAX_THREADS, RESERVED, check_backward, check_chosen, check_forward, rounds
 from tests.common.plan_model import BATCH, DEVICES, GROUP, LAYER, Call, Shape, large_call, random_call, words
 
 Plan = _C.ForwardPlan | _C.BackwardPlan
@@ -31,6 +31,7 @@ CALLS = (
     Call(Shape(GROUP, 1, 128, 20 * 256 * 256, 32, False), "float32", 16, False, False, True, True),
     Call(Shape(GROUP, 2, 320, 4096, 32, True), "float16", 16, False, False, True, True),
     Call(Shape(LAYER, 1024, 12288, 1, 1, False), "bfloat16", 16, False, False, True, True),
+    Call(Shape(LAYER, 16384, 4096, 1, 1, False), "bfloat16", 16, True, False, True, True),
     Call(Shape(BATCH, 256, 2048, 49, 2048, False), "bfloat16", 16, True, False, True, True),
 )
 
@@ -137,7 +138,8 @@ def test_devices_without_gangs_get_none() -> None:
 def obeys(plan: Plan, forced: Forced, call: Call, facts: _C.DeviceInfo) -> bool:
     """blocks_per_sm: so many blocks have room on an SM."""
     grid = grid_of(plan)
-    is_so = {"strategy": plan.strategy, "gang": grid.gang, "stages": grid.stages}
+    place = "registers" if grid.thread_packs > 0 else "shared"
+    is_so = {"strategy": plan.strategy, "gang": grid.gang, "stages": grid.stages, "place": place}
     if plan.strategy == "split" and len(forced) > ("strategy" in forced):
         return False
     if any(is_so[key] != forced[key] for key in forced.keys() & is_so.keys()):
@@ -159,6 +161,7 @@ def random_forced(r: random.Random) -> Forced:
         "stages": (1, 2),
         "blocks_per_sm": (1, 2, 3),
         "tile_bytes": (8, 64, 200, 1024),
+        "place": ("shared", "registers"),
     }
     return {key: r.choice(choices[key]) for key in r.sample(sorted(choices), r.randint(1, 3))}
 
@@ -190,6 +193,7 @@ def test_what_is_compared_can_be_forced() -> None:
         found = plans(call, facts, backward)
         kinds = [SPLIT]
         kinds += [{"gang": gang, "stages": stages} for gang in GANGS for stages in (1, 2)]
+        kinds.append({"place": "registers"})
         for forced in kinds:
             best = next((plan for plan in found if obeys(plan, {"strategy": "fused", **forced}, call, facts)), None)
             again = next(iter(plans(call, facts, backward, forced=forced)), None)
@@ -201,6 +205,27 @@ def test_what_is_compared_can_be_forced() -> None:
                 assert again == best or forced.get("stages") == 2
 
 
+def test_a_block_that_can_keep_rows_in_registers_does() -> None:
+    """It moves as many bytes as one that keeps them in shared memory, with fewer instructions. That can be forced."""
+    r = random.Random(6)
+    places = set()
+    for call, name, facts, backward in everywhere(*CALLS, *(random_call(r) for _ in range(100))):
+        found = [grid_of(plan) for plan in plans(call, facts, backward) if plan.strategy == "fused"]
+        of_blocks = {grid.thread_packs > 0 for grid in found if grid.gang == "block"}
+        # Each keeps enough of them on an SM. Backward has no such kernel where the weights' sums take another launch.
+        enough = any(
+            grid.threads * (facts.shared_per_sm // (grid.shared_bytes + RESERVED)) >= MAX_THREADS
+            for grid in found
+            if grid.thread_packs > 0
+        )
+        if enough and not (backward and call.params):
+            assert of_blocks == {True}, f"{call} on {name}"
+        places |= of_blocks
+        for plan in plans(call, facts, backward, forced={"place": "shared"}):
+            assert grid_of(plan).thread_packs == 0
+    assert places == {False, True}
+
+
 @pytest.mark.parametrize(
     ("forced", "text"),
     [
@@ -208,6 +233,9 @@ def test_what_is_compared_can_be_forced() -> None:
         ({"gang": "warp"}, "forced gang is 'warp'"),
         ({"strategy": "best"}, "forced strategy is 'best'"),
         ({"gang": 1}, "forced has 'gang'"),
+        ({"place": "cache"}, "forced place is 'cache'"),
+        ({"place": "registers"}, "no plan"),
+        ({"place": "registers", "gang": "cluster"}, "no plan"),
         ({"pieces": "many"}, "forced has 'pieces'"),
         *(({key: number}, f"forced {key} is {number}")
           for key in ("pieces", "stages", "blocks_per_sm", "tile_bytes") for number in (0, -3)),

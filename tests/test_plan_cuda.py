@@ -81,6 +81,11 @@ def choices_of(call: Call, forward: _C.ForwardPlan, backward: _C.BackwardPlan) -
         "pieces of runs": grid.piece_runs > 1 and grid.pieces > 1,
         "parts of runs": grid.pieces > call.shape.runs[0],
         "teams": grid.threads_y > 1,
+        "registers": grid.thread_packs > 0,
+        "registers in backward": backward.reduce.thread_packs > 0,
+        "registers of several teams of warps": any(
+            each.thread_packs > 0 and each.threads_y > 1 and each.threads_x > 32 for each in (grid, backward.reduce)
+        ),
         "segments": backward.units.segments > 1,
         "grid_sync": backward.grid_sync,
         "grid sync of clusters": backward.grid_sync and backward.reduce.gang == "cluster",
@@ -106,6 +111,7 @@ def test_the_sweep_reaches_every_choice() -> None:
         ("apply", "none"),
     }
     wanted |= {"pieces of runs", "parts of runs", "teams", "segments", "grid_sync", "grid sync of clusters", "huge"}
+    wanted |= {"registers", "registers of several teams of warps", "registers in backward"}
     assert wanted <= seen, wanted - seen
 
 
@@ -205,11 +211,11 @@ def test_geometries_and_devices_give_back_what_they_were_made_of() -> None:
     assert geometry == Shape(GROUP, 2, 8, 4, 2, True).geometry != Shape(GROUP, 2, 8, 4, 4, True).geometry
     facts = DEVICES["H200"]
     names = [name for name in dir(facts) if not name.startswith("_")]
-    assert len(names) == 10 and (facts.num_sms, facts.cluster_sms, facts.cooperative) == (132, 128, True)
+    assert len(names) == 11 and (facts.num_sms, facts.cluster_sms, facts.cooperative) == (132, 128, True)
     numbers = {name: getattr(facts, name) for name in names}
     assert _C.DeviceInfo(**numbers) == facts
     for name in names:
-        other = not numbers[name] if name == "cooperative" else numbers[name] + 1
+        other = not numbers[name] if isinstance(numbers[name], bool) else numbers[name] + 1
         assert _C.DeviceInfo(**numbers | {name: other}) != facts, name
 
 

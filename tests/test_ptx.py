@@ -47,7 +47,13 @@ def test_gangs(call: GangCall) -> None:
 # ---- other architectures ----
 
 # The kernels of one storage type for each direction; and the device of tests/emulator/device.h for each architecture.
-OTHERS = (("forward", "float"), ("backward", "BFloat16"), ("fold", ""))
+OTHERS = (
+    ("forward_rows", "float"),
+    ("forward_columns", "float"),
+    ("backward_rows", "BFloat16"),
+    ("backward_columns", "BFloat16"),
+    ("fold", ""),
+)
 ARCHES = {"sm_75": "small", "sm_80": "alone"}
 
 

@@ -1,6 +1,6 @@
 // Activations and their derivatives, written once for any value type V: a float in a CUDA thread, a pack of lanes on
 // the CPU. V needs + - * /, comparisons that give a mask, and, found by argument-dependent lookup, select(mask, a, b),
-// exp, tanh, fma, and erf or normal_cdf and normal_density of its own. At a kink the values are those of torch.nn.
+// exp or exp_of_minus, tanh, fma, and erf or normal_cdf and normal_density. At a kink the values are those of torch.nn.
 #pragma once
 
 #include <cmath>
@@ -72,9 +72,13 @@ FASTNORM_HOST_DEVICE void dispatch_plain(Activation a, F&& f) {
 #undef FASTNORM_OTHER
 
 template <class V>
-FASTNORM_HOST_DEVICE V sigmoid(V z) {
+FASTNORM_HOST_DEVICE V exp_of_minus(V z) {
   using std::exp;
-  return V(1) / (V(1) + exp(V(0) - z));
+  return exp(V(0) - z);
+}
+template <class V>
+FASTNORM_HOST_DEVICE V sigmoid(V z) {
+  return V(1) / (V(1) + exp_of_minus(z));
 }
 
 // The standard normal distribution: P(Z <= z), and its density at z.
@@ -96,13 +100,13 @@ constexpr double kGeluTanhCubic = 0.044715;
 // act(z). `param` is leaky_relu's slope.
 template <Activation kAct, class V>
 FASTNORM_HOST_DEVICE V activate(V z, V param) {
-  using std::exp, std::fma, std::tanh;
+  using std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu)
     return select(z <= V(0), V(0), z);  // NaN stays NaN
   else if constexpr (kAct == Activation::kLeakyRelu)
     return select(z > V(0), z, z * param);
   else if constexpr (kAct == Activation::kSilu)
-    return z / (V(1) + exp(V(0) - z));
+    return z / (V(1) + exp_of_minus(z));
   else if constexpr (kAct == Activation::kGelu)
     return z * normal_cdf(z);
   else if constexpr (kAct == Activation::kGeluTanh) {

@@ -6,12 +6,13 @@
 
 namespace fastnorm::cuda {
 
-// A launch returns this where the device is shared or partitioned and cannot hold the launch's gangs at the same time
-// (cudaErrorCooperativeLaunchTooLarge). Nothing has been enqueued then, and a plan without clusters and cooperation
-// works.
-constexpr int kGangRefused = 720;
+// A launch returns this plus CUDA's error code where the device does not take the launch's gangs: it is shared or
+// partitioned and cannot hold them at the same time, or its driver has no clusters in cooperative launches. Nothing has
+// been enqueued then, and a plan without clusters and cooperation works.
+constexpr int kGangRefused = 1 << 20;
+inline bool is_gang_refused(int error) { return error >= kGangRefused; }
 
-// These enqueue on `stream` of the current device and return 0 or CUDA's error code; error_string gives its text.
+// These enqueue on `stream` of the current device and return 0 or an error, whose text error_string gives.
 // `workspace` has as many bytes as the plan says, is 16-byte aligned, and is free for other use once the stream has
 // passed the call.
 int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream);

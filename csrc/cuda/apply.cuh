@@ -10,13 +10,14 @@
 // Numerics: (x - mean) * scale + bias, not x * a + b: exact differences where the mean is large.
 #pragma once
 
+#include "columns_reduce.cuh"
 #include "forward_columns.cuh"
 #include "forward_rows.cuh"
 
 namespace fastnorm::cuda {
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 apply_rows(ForwardTensors<T> t, RowsShape shape) {
   using A = Accum<T>;
   for_rows<W>(shape, all_blocks(), [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
@@ -25,13 +26,14 @@ apply_rows(ForwardTensors<T> t, RowsShape shape) {
     const auto stats = t.frozen() ? given_stats(t, set, load_param_of<T>(t.running_mean, set, A(0)),
                                                 load_param_of<T>(t.running_var, set, A(1)), writes)
                                   : load_stats(t.stats, t.sets, set);
-    forward_rows<kSmooth, true>(t, piece, piece.whole(team, valid), stats,
-                                [&](const Step& step) { return load<W>(t.x + piece.element(step)); });
+    forward_rows<kSmooth, true, kSmooth ? 1 : kRowsUnroll<W>>(
+        t, piece, piece.whole(team, valid), stats, channel_params<T>(piece, t.weight, t.bias),
+        [&](const Step& step) { return load<W>(t.x + piece.element(step)); });
   });
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
   using A = Accum<T>;
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
@@ -43,14 +45,12 @@ apply_columns(ForwardTensors<T> t, ColumnsShape shape) {
       load_params<T>(t.running_var, piece.channel, A(1), var);
 #pragma unroll
       for (int w = 0; w < W; ++w) stats[w] = given_stats(t, piece.channel + w, mean[w], var[w], writes);
-    } else if (piece.in) {
-#pragma unroll
-      for (int w = 0; w < W; ++w) stats[w] = load_stats(t.stats, t.sets, piece.set(w));
+    } else {
+      load_lane_stats(piece, t.stats, t.sets, stats);
     }
-    LaneCoefs<A, W> coefs;
-    load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
-    forward_columns<kSmooth, true>(t, piece, coefs,
-                                   [&](int position) { return load<W>(t.x + piece.element(position)); });
+    const auto params = LaneParams<A, W>::template load<T>(piece, t.weight, t.bias);
+    forward_columns<kSmooth, kSmooth ? 2 : 4, true>(
+        t, piece, lane_coefs(stats, params), [&](const PackPlace& place) { return load<W>(t.x + place.element); });
   });
 }
 

@@ -20,7 +20,7 @@ FASTNORM_DEVICE InputTerms<A> load_terms(const SetTerms<A>* terms, int64_t set, 
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsShape shape,
                     FoldParamsArgs<Accum<T>> fold, int64_t fold_blocks) {
   const BlockRange all = all_blocks();
@@ -28,29 +28,35 @@ apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsS
   for_rows<W>(shape, {all.index - fold_blocks, all.count - fold_blocks},
               [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
                 const auto stats = load_stats(t.stats, t.sets, piece.span.set);
-                apply_gradient_rows<kSmooth, true, kBackwardUnroll<kSmooth, W>>(
-                    t, piece, piece.whole(team, valid), stats, load_terms(terms, piece.span.set, stats.rstd),
-                    [&](const Step& step) { return load_gradient(t, piece, step); });
+                with_gradients<kSmooth>(t, piece, stats, channel_params<T>(piece, t.weight, t.bias),
+                                        load_terms(terms, piece.span.set, stats.rstd), [&](auto use) {
+                                          piece.template walk_read<kBackwardUnroll<kSmooth, W>, true>(
+                                              piece.whole(team, valid),
+                                              [&](const Step& step) { return load_gradient(t, piece, step); },
+                                              [&](const Step& step, const GradientPacks<T, W>& packs) {
+                                                if (step.in) use(step, packs);
+                                              });
+                                        });
               });
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, ColumnsShape shape,
                        FoldParamsArgs<Accum<T>> fold, int64_t fold_blocks) {
   using A = Accum<T>;
   const BlockRange all = all_blocks();
   if (all.index < fold_blocks) return fold_params(fold, {all.index, fold_blocks});
   for_columns<W>(shape, {all.index - fold_blocks, all.count - fold_blocks}, [&](const ColumnsPiece<W>& piece) {
-    LaneCoefs<A, W> coefs;
-    load_lane_coefs(t, piece, coefs);
+    const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     LaneTerms<A, W> lane_terms{};
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      if (piece.in) lane_terms.lane[w] = load_terms(terms, piece.set(w), coefs.lane[w].rstd);
+    if (piece.in) {
+      piece.for_lane_sets([&](int w) { lane_terms.lane[w] = load_terms(terms, piece.set(w), coefs.lane[w].rstd); },
+                          [&](int w) { lane_terms.lane[w] = lane_terms.lane[w - 1]; });
     }
-    apply_gradient_columns<kSmooth, true, kBackwardUnroll<kSmooth, W>>(
-        t, piece, coefs, lane_terms, [&](int position) { return load_gradient(t, piece, position); });
+    apply_gradient_columns<kSmooth, 2, true>(
+        t, piece, coefs, lane_terms,
+        [&](const auto& tensors, const PackPlace& place) { return load_gradient(tensors, piece, place); });
   });
 }
 

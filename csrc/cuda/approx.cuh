@@ -27,7 +27,9 @@ struct Approx {
     return Approx(std::fma(a.value, b.value, c.value));
   }
 
-  friend FASTNORM_DEVICE Approx exp(Approx v) { return Approx(exp2_approx(v.value * 1.44269504088896340736f)); }
+  friend FASTNORM_DEVICE Approx exp_of_minus(Approx z) {
+    return Approx(exp2_approx(z.value * -1.44269504088896340736f));
+  }
 
   // tanh z = 1 - 2 / (1 + exp 2z), which loses the digits of a small z.
   friend FASTNORM_DEVICE Approx tanh(Approx z) {

@@ -1,6 +1,8 @@
 // The arguments of every backward kernel, typed; the gradient of one pack through the activation, its sums, and dx.
 #pragma once
 
+#include <type_traits>
+
 #include "element.cuh"
 
 namespace fastnorm::cuda {
@@ -34,7 +36,44 @@ struct BackwardTensors {
         epilogue{a.activation, static_cast<A>(a.activation_param)},
         dx(static_cast<T*>(a.dx)),
         dresidual(static_cast<T*>(a.dresidual)) {}
+
+  FASTNORM_DEVICE bool is_plain() const {
+    return residual == nullptr && mask == nullptr && dresidual == nullptr && dx != nullptr && !frozen;
+  }
 };
+
+// The tensors of a call that only wants dx, without residual, mask and given statistics: most calls. The functions
+// below take either, and the compiler drops the branches.
+template <class T>
+struct PlainBackward {
+  const T *dy, *x;
+  Epilogue<Accum<T>> epilogue;
+  T* dx;
+  static constexpr const T* residual = nullptr;
+  static constexpr const uint8_t* mask = nullptr;
+  static constexpr T* dresidual = nullptr;
+  static constexpr bool frozen = false;
+
+  FASTNORM_DEVICE explicit PlainBackward(const BackwardTensors<T>& t)
+      : dy(t.dy), x(t.x), epilogue(t.epilogue), dx(t.dx) {}
+};
+
+template <class Tensors>
+constexpr bool is_plain_call = false;
+template <class T>
+constexpr bool is_plain_call<PlainBackward<T>> = true;
+
+// Calls f(tensors, tag of the activation), with plain tensors where the call is and packs are wide. Call it around a
+// loop over packs.
+template <bool kSmooth, int W, class T, class F>
+FASTNORM_DEVICE void dispatch_backward(const BackwardTensors<T>& t, F f) {
+  dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
+    if constexpr (W > 1) {
+      if (t.is_plain()) return f(PlainBackward<T>(t), act);
+    }
+    f(t, act);
+  });
+}
 
 // The packs that backward reads for one step or position.
 template <class T, int W>
@@ -45,9 +84,9 @@ struct GradientPacks {
 
 // x and d = dy * act'(z) of a pack, widened: from the mask's bits where forward saved them, else from z, computed again
 // from x and residual.
-template <Activation kAct, int W, class T, class Coefs, class A>
-FASTNORM_DEVICE void gradient(const BackwardTensors<T>& t, const GradientPacks<T, W>& packs, const Coefs& coefs,
-                              A (&x)[W], A (&d)[W]) {
+template <Activation kAct, int W, class Tensors, class T, class Coefs, class A>
+FASTNORM_DEVICE void gradient(const Tensors& t, const GradientPacks<T, W>& packs, const Coefs& coefs, A (&x)[W],
+                              A (&d)[W]) {
   widen<A>(packs.x, x);
   widen<A>(packs.dy, d);
   if constexpr (kAct != Activation::kNone) {
@@ -59,19 +98,11 @@ FASTNORM_DEVICE void gradient(const BackwardTensors<T>& t, const GradientPacks<T
   }
 }
 
-// The sums of d and of d (x - mean) over a pack.
-template <int W, class A, class Coefs>
-FASTNORM_DEVICE GradSums<A> pack_sums(const A (&x)[W], const A (&d)[W], const Coefs& coefs) {
-  A products[W];
-#pragma unroll
-  for (int w = 0; w < W; ++w) products[w] = d[w] * (x[w] - coefs[w].mean);
-  return {tree_sum(d), tree_sum(products)};
-}
-
 // dx and dresidual of a pack.
-template <int W, class T, class A, class Coefs, class Terms>
-FASTNORM_DEVICE void store_gradients(const BackwardTensors<T>& t, const A (&x)[W], const A (&d)[W], const Coefs& coefs,
+template <int W, class Tensors, class A, class Coefs, class Terms>
+FASTNORM_DEVICE void store_gradients(const Tensors& t, const A (&x)[W], const A (&d)[W], const Coefs& coefs,
                                      const Terms& terms, int64_t element) {
+  using T = std::remove_pointer_t<decltype(t.dx)>;
   if (t.dresidual != nullptr) store(t.dresidual + element, narrow<T>(d));
   if (t.dx == nullptr) return;
   A dx[W];
@@ -85,9 +116,9 @@ FASTNORM_DEVICE void store_gradients(const BackwardTensors<T>& t, const A (&x)[W
 }
 
 // Reads all that backward needs of one pack from global memory; bits() gives the mask's bits.
-template <int W, class T, class Bits>
-FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, int64_t element, Bits bits) {
-  GradientPacks<T, W> packs{};
+template <int W, class Tensors, class Bits>
+FASTNORM_DEVICE auto load_gradient(const Tensors& t, int64_t element, Bits bits) {
+  GradientPacks<std::remove_pointer_t<decltype(t.dx)>, W> packs;
   packs.x = load<W>(t.x + element);
   packs.dy = load<W>(t.dy + element);
   if (t.residual != nullptr) packs.residual = load<W>(t.residual + element);

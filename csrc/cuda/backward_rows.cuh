@@ -1,5 +1,6 @@
 // The two halves of backward over a piece of rows: the sums over d and d (x - mean), and the gradients. Shared by the
 // split kernels, which read global memory twice, and the fused ones, which stage it.
+// `first` are the parameters of the piece's first channel.
 #pragma once
 
 #include "backward.cuh"
@@ -13,38 +14,109 @@ FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, c
   return load_gradient<W>(t, piece.element(step), [&] { return piece.mask_bits(t.mask, step); });
 }
 
-// Adds this thread's part of the sums over a range to `total`, U packs at a time. keep(step, x, d) sees every pack.
-template <bool kSmooth, int U, int W, class T, class Read, class Keep, class A = Accum<T>>
-FASTNORM_DEVICE void accumulate_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
-                                     const SetStats<A>& stats, Read read, Keep keep, GradSums<A>& total) {
-  RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-    piece.template walk_read<U>(range, read, [&](const Step& step, const GradientPacks<T, W>& packs) {
-      const RowCoefs<A, W>& c = coefs.at(piece, step);
-      A x[W], d[W];
-      gradient<act.value>(t, packs, c, x, d);
-      keep(step, x, d);
-      if (piece.shape.per_element) {  // cells of one element, so their weights go in here
+// x - mean and d = dy * act'(z) of a pack: from the mask's bits where forward saved them, else from z, computed again
+// from x and residual.
+template <Activation kAct, int W, class T, class Coefs, class A>
+FASTNORM_DEVICE void centered_gradient(const BackwardTensors<T>& t, const GradientPacks<T, W>& packs, A mean,
+                                       const Coefs& coefs, A (&centered)[W], A (&d)[W]) {
+  widen<A>(packs.x, centered);
 #pragma unroll
-        for (int w = 0; w < W; ++w) d[w] *= c.scale[w];
-      }
-      total.merge(pack_sums(x, d, c));
+  for (int w = 0; w < W; ++w) centered[w] -= mean;
+  widen<A>(packs.dy, d);
+  if constexpr (kAct != Activation::kNone) {
+    if (is_two_sided(kAct) && t.mask != nullptr) return multiply_slope_bits<kAct>(t.epilogue.param, packs.bits, d);
+    A z[W];
+#pragma unroll
+    for (int w = 0; w < W; ++w) z[w] = std::fma(centered[w], coefs[w].scale, coefs[w].bias);
+    if (t.residual != nullptr) add_residual(packs.residual, z);
+    multiply_slope<kAct, T>(t.epilogue.param, z, d);
+  }
+}
+
+// Adds the sums of d and of d (x - mean) over a pack to `total`.
+template <int W, class A>
+FASTNORM_DEVICE void add_sums(const A (&centered)[W], const A (&d)[W], GradSums<A>& total) {
+  constexpr int kSums = W < 2 ? 1 : 2;  // independent sums of products
+  A products[kSums];
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    products[w % kSums] = w < kSums ? d[w] * centered[w] : std::fma(d[w], centered[w], products[w % kSums]);
+  }
+  total.d += tree_sum(d);
+  total.d_centered += kSums == 1 ? products[0] : products[0] + products[kSums - 1];
+}
+
+// Stores dx and dresidual of a pack.
+template <int W, class T, class A, class Coefs>
+FASTNORM_DEVICE void store_row_gradients(const BackwardTensors<T>& t, const A (&centered)[W], const A (&d)[W],
+                                         const Coefs& coefs, const InputTerms<A>& terms, int64_t element) {
+  if (t.dresidual != nullptr) store(t.dresidual + element, narrow<T>(d));
+  if (t.dx == nullptr) return;
+  A dx[W];
+  if (t.frozen) {  // dx does not depend on x, not even on an infinite one
+#pragma unroll
+    for (int w = 0; w < W; ++w) dx[w] = coefs[w].scale * d[w];
+  } else {
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      dx[w] = std::fma(coefs[w].scale, d[w], -std::fma(centered[w], terms.slope, terms.offset));
+    }
+  }
+  store(t.dx + element, narrow<T>(dx));
+}
+
+// Adds the sums over one pack after the other to `total`.
+template <Activation kAct, int W, class T, class Coefs, class A = Accum<T>>
+struct StepSums {
+  // Whether a thread's coefficients may be those of one element. Such cells have no sums of their own.
+  static constexpr bool kByElement = W == 1 || std::is_same_v<Coefs, ElementCoefsReader<T, W>>;
+
+  const BackwardTensors<T>& t;
+  const RowsPiece<W>& piece;
+  Coefs& coefs;
+  A mean;
+
+  // keep(step, x - mean, d) sees them.
+  template <class Keep>
+  FASTNORM_DEVICE void add(const Step& step, const GradientPacks<T, W>& packs, Keep keep, GradSums<A>& total) const {
+    constexpr bool kRecomputes = kAct != Activation::kNone && !is_two_sided(kAct);
+    if (kRecomputes || (kAct != Activation::kNone && t.mask == nullptr) || piece.shape.per_element) {
+      coefs.move_to(step);
+    }
+    A centered[W], d[W];
+    centered_gradient<kAct>(t, packs, mean, coefs.now(), centered, d);
+    keep(step, centered, d);
+    if (kByElement && piece.shape.per_element) {  // cells of one element, so their weights go in here
+#pragma unroll
+      for (int w = 0; w < W; ++w) d[w] *= coefs.now()[w].scale;
+    }
+    add_sums(centered, d, total);
+  }
+};
+
+// Calls body(sums) with the StepSums of the call's activation and coefficients.
+template <bool kSmooth, int W, class T, class Body, class A = Accum<T>>
+FASTNORM_DEVICE void with_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const SetStats<A>& stats,
+                               const ChannelParams<A>& first, Body body) {
+  with_coefs<T>(piece, stats, t.weight, t.bias, first, [&](auto&& coefs) {
+    dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
+      body(StepSums<act.value, W, T, std::remove_reference_t<decltype(coefs)>>{t, piece, coefs, stats.mean});
     });
   });
 }
 
-// dx and dresidual of a piece, U packs at a time.
-template <bool kSmooth, bool kFromEnd, int U, int W, class T, class Read, class A = Accum<T>>
-FASTNORM_DEVICE void apply_gradient_rows(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
-                                         const ThreadSteps& range, const SetStats<A>& stats, const InputTerms<A>& terms,
-                                         Read read) {
-  RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
-  dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-    piece.template walk_read<U, kFromEnd>(range, read, [&](const Step& step, const GradientPacks<T, W>& packs) {
-      const RowCoefs<A, W>& c = coefs.at(piece, step);
-      A x[W], d[W];
-      gradient<act.value>(t, packs, c, x, d);
-      store_gradients(t, x, d, c, SharedTerms<A>{terms}, piece.element(step));
+// Calls body(use) for a piece whose set's terms are known: use(step, packs) stores dx and dresidual of a step.
+template <bool kSmooth, int W, class T, class Body, class A = Accum<T>>
+FASTNORM_DEVICE void with_gradients(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const SetStats<A>& stats,
+                                    const ChannelParams<A>& first, const InputTerms<A>& terms, Body body) {
+  with_coefs<T>(piece, stats, t.weight, t.bias, first, [&](auto&& coefs) {
+    dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
+      body([&](const Step& step, const GradientPacks<T, W>& packs) {
+        coefs.move_to(step);
+        A centered[W], d[W];
+        centered_gradient<act.value>(t, packs, stats.mean, coefs.now(), centered, d);
+        store_row_gradients(t, centered, d, coefs.now(), terms, piece.element(step));
+      });
     });
   });
 }

@@ -10,11 +10,16 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 
+#include "element.cuh"
+#include "fast_div.h"
 #include "group_reduce.cuh"
 #include "moments.cuh"
 
 namespace fastnorm::cuda {
+
+constexpr int log2_of(int power) { return std::countr_zero(static_cast<unsigned>(power)); }
 
 // A geometry and its grid as columns kernels need them.
 struct ColumnsShape {
@@ -22,6 +27,9 @@ struct ColumnsShape {
   int64_t groups, set_channels;  // sets per outer, channels per set
   int64_t items, pieces, piece_length, tiles;
   int tile, threads_x, threads_y;
+  int log_threads_x, log_threads_y;  // both are powers of two
+  WideDiv by_fast, by_slow;          // of items: see ColumnsPiece
+  FastDiv by_set_channels;
   int64_t mask_row_bytes;
   bool per_position;   // every position has statistics of its own: the weights' gradients of a LayerNorm
   bool pieces_adjoin;  // neighbouring items: the pieces of a tile (gangs); else the tiles of a piece, which adjoin in
@@ -48,22 +56,50 @@ inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dty
   s.tiles = (g.C + grid.tile - 1) / grid.tile;
   s.threads_x = grid.threads_x;
   s.threads_y = grid.threads_y;
+  s.log_threads_x = log2_of(s.threads_x);
+  s.log_threads_y = log2_of(s.threads_y);
   s.pieces_adjoin = grid.gang != Gang::kBlock;
+  s.by_fast = WideDiv(s.pieces_adjoin ? s.pieces : s.tiles);
+  s.by_slow = WideDiv(s.pieces_adjoin ? s.tiles : s.pieces);
+  // The binding refuses calls of 2^31 channels in several groups; with one group there is nothing to divide.
+  s.by_set_channels = FastDiv(s.groups == 1 ? 1 : s.set_channels);
   // Where positions have statistics of their own, forward wrote the mask along the sets' runs.
   s.mask_row_bytes = mask_row_bytes(g.mask_run(), dtype);
   return s;
 }
+
+// Positions that a thread takes at a time for moments, and copies at a time: 8 packs of 16 bytes of 512 threads are 64
+// KB, and an H200 needs 25 KB under way to each SM (4.8 TB/s for 0.7 us over 132 SMs).
+constexpr int kMomentsRows = 8;
 
 // Some positions of an item.
 struct Range {
   int begin, end;
 };
 
+// A position of this thread's pack: within its item, and the pack's first element.
+struct PackPlace {
+  int position;
+  int64_t element;
+};
+
+// The positions of a round that a thread has: all of them, or those before the end of the last round.
+struct FullRound {
+  bool in;
+  FASTNORM_DEVICE bool operator[](int) const { return in; }
+};
+struct LastRound {
+  bool in;
+  int left, step;  // positions from the thread's first to the end
+  FASTNORM_DEVICE bool operator[](int u) const { return in && u * step < left; }
+};
+
 // This thread's part of one item.
 template <int W>
 struct ColumnsPiece {
   const ColumnsShape& shape;
-  int64_t outer, piece, first_position, first_channel;
+  int64_t outer, first_row, first_channel;
+  int piece;
   int positions, channels;  // of the item
   int x, y;                 // this thread's column of packs and its first position
   int64_t channel;          // of this thread's first lane
@@ -71,98 +107,185 @@ struct ColumnsPiece {
 
   // Has no positions and no channels where the item is not `valid`.
   FASTNORM_DEVICE explicit ColumnsPiece(const ColumnsShape& s, int64_t item, bool valid = true) : shape(s) {
-    const int64_t fast = s.pieces_adjoin ? s.pieces : s.tiles, slow = s.pieces_adjoin ? s.tiles : s.pieces;
-    const int64_t row = item / fast, in_row = item - row * fast;
-    outer = row / slow;
+    const int64_t fast = s.by_fast.divisor, slow = s.by_slow.divisor;
+    const int64_t row = s.by_fast.divide(item), in_row = item - row * fast;
+    outer = s.by_slow.divide(row);
     const int64_t in_outer = row - outer * slow, tile = s.pieces_adjoin ? in_outer : in_row;
-    piece = s.pieces_adjoin ? in_row : in_outer;
-    first_position = piece * s.piece_length;
+    piece = static_cast<int>(s.pieces_adjoin ? in_row : in_outer);
+    const int64_t first_position = piece * s.piece_length;
+    first_row = outer * s.positions + first_position;
     first_channel = tile * s.tile;
     positions = valid ? static_cast<int>(std::min(s.piece_length, s.positions - first_position)) : 0;
     channels = valid ? static_cast<int>(std::min(static_cast<int64_t>(s.tile), s.C - first_channel)) : 0;
-    x = thread_index() % s.threads_x;
-    y = thread_index() / s.threads_x;
+    x = thread_index() & (s.threads_x - 1);
+    y = thread_index() >> s.log_threads_x;
     channel = first_channel + x * W;
     in = x * W < channels;
   }
 
-  FASTNORM_DEVICE int64_t row(int position) const { return outer * shape.positions + first_position + position; }
+  FASTNORM_DEVICE int64_t row(int position) const { return first_row + position; }
   FASTNORM_DEVICE int64_t element(int position) const { return row(position) * shape.C + channel; }
   FASTNORM_DEVICE uint8_t* mask_byte(uint8_t* mask, int position) const {
     return mask + row(position) * shape.mask_row_bytes + channel / 8;
   }
-  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, int position) const {
+  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const PackPlace& place) const {
+    const int position = place.position;
     if (!shape.per_position) return load_mask<W>(mask + row(position) * shape.mask_row_bytes, channel);
-    const int64_t group = channel / shape.set_channels;
-    return load_mask<W>(mask + (row(position) * shape.groups + group) * shape.mask_row_bytes,
-                        channel - group * shape.set_channels);
+    return load_mask<W>(mask + (row(position) * shape.groups + group(0)) * shape.mask_row_bytes,
+                        channel - group(0) * shape.set_channels);
   }
+  // The set, among those of an outer, of a channel; of lane w.
+  FASTNORM_DEVICE int64_t group_of(int64_t of_channel) const {
+    return shape.groups == 1 ? 0 : shape.by_set_channels.divide(static_cast<uint32_t>(of_channel));
+  }
+  FASTNORM_DEVICE int64_t group(int w) const { return group_of(channel + w); }
   // The set of lane w; it depends on the position only where per_position is set.
   FASTNORM_DEVICE int64_t set(int w, int position = 0) const {
-    const int64_t group = shape.set_channels == 1 ? channel + w : (channel + w) / shape.set_channels;
-    return (shape.per_position ? row(position) : outer) * shape.groups + group;
+    return (shape.per_position ? row(position) : outer) * shape.groups + group(w);
   }
   // The first element of lane w's set.
   FASTNORM_DEVICE int64_t set_base(int w) const {
-    const int64_t group = shape.set_channels == 1 ? channel + w : (channel + w) / shape.set_channels;
-    return outer * shape.positions * shape.C + group * shape.set_channels;
+    return outer * shape.positions * shape.C + group(w) * shape.set_channels;
   }
+  // Where a tile has whole sets: the number, within the tile, of lane w's set.
+  FASTNORM_DEVICE int set_in_tile(int w) const {
+    return shape.groups == 1 ? 0 : static_cast<int>(shape.by_set_channels.divide(static_cast<unsigned>(x * W + w)));
+  }
+  // Calls body(w) for every lane whose set differs from that of the lane before, and same(w) for the others. Where sets
+  // are wider than packs, a pack lies in one.
+  template <class Body, class Same>
+  FASTNORM_DEVICE void for_lane_sets(Body body, Same same) const {
+    const bool one = shape.set_channels % W == 0;
+    body(0);
+#pragma unroll
+    for (int w = 1; w < W; ++w) {
+      if (one) {
+        same(w);
+      } else {
+        body(w);
+      }
+    }
+  }
+
   // The index among [outer, pieces, C] of the partial of this item's channel first_channel + c.
   FASTNORM_DEVICE int64_t partial(int c) const { return (outer * shape.pieces + piece) * shape.C + first_channel + c; }
 
   // The tile's first set.
-  FASTNORM_DEVICE int64_t first_set() const { return outer * shape.groups + first_channel / shape.set_channels; }
+  FASTNORM_DEVICE int64_t first_set() const { return outer * shape.groups + group_of(first_channel); }
 
-  // The index, in a staged piece, of this thread's pack at a position. The same for every tensor.
+  // The index, in a staged piece, of this thread's pack. The same for every tensor.
   template <class T>
-  FASTNORM_DEVICE int slot(int position, const T* /*tensor*/) const {
-    return position * (shape.tile / W) + x;
+  FASTNORM_DEVICE int slot(const PackPlace& place, const T* /*tensor*/) const {
+    return place.position * (shape.tile / W) + x;
   }
 
-  // The number of positions that each thread of row row_y takes.
-  FASTNORM_DEVICE int count(int row_y) const {
-    return positions / shape.threads_y + (row_y < positions % shape.threads_y);
+  // How many of the first `positions` of a walk are this thread's.
+  FASTNORM_DEVICE int count_of(int positions) const {
+    return (positions + shape.threads_y - 1 - y) >> shape.log_threads_y;
+  }
+  // The number of positions of the rows of threads [row_y, row_y + rows).
+  FASTNORM_DEVICE int count(int row_y, int rows = 1) const {
+    const int each = positions >> shape.log_threads_y, left = positions - (each << shape.log_threads_y);
+    return rows * each + std::clamp(left - row_y, 0, rows);
   }
 
   FASTNORM_DEVICE Range whole() const { return {0, positions}; }
-  // The positions of one copy group. A group has whole rounds, so that a thread takes the same positions group by group
-  // as it takes on a walk over the whole.
-  FASTNORM_DEVICE Range copy_group(int index) const {
-    const int round = kUnroll<W> * shape.threads_y;
-    const int length = (positions + kCopyGroups * round - 1) / (kCopyGroups * round) * round;
-    return {index * length, std::min(positions, (index + 1) * length)};
+  // The positions of a copy group: whole rounds, so that only the last group that is not empty has an incomplete one.
+  FASTNORM_DEVICE int group_length() const {
+    constexpr int kRounds = kCopyGroups * kMomentsRows;
+    const int rows = (positions + shape.threads_y - 1) >> shape.log_threads_y;
+    return (rows + kRounds - 1) / kRounds * (kMomentsRows << shape.log_threads_y);
   }
-
-  // Calls body(position[U], in[U]), from the last positions to the first where kFromEnd. All threads of the block make
-  // the same number of calls.
-  template <int U, bool kFromEnd = false, class Body>
-  FASTNORM_DEVICE void walk(const Range& range, Body body) const {
-    const int length = U * shape.threads_y, first = kFromEnd ? (range.end - 1 - range.begin) / length * length : 0;
-    for (int base = range.begin + first; kFromEnd ? base >= range.begin : base < range.end;
-         base += kFromEnd ? -length : length) {
-      int position[U];
-      bool inside[U];
+  // This thread's place in the row of threads that begins at a position.
+  FASTNORM_DEVICE PackPlace at(int position) const { return {position + y, element(position + y)}; }
+  FASTNORM_DEVICE PackPlace next(const PackPlace& place, int rows) const {
+    return {place.position + rows * shape.threads_y, place.element + rows * (shape.C << shape.log_threads_y)};
+  }
+  // Calls body(places) for U positions of this thread at a time, and for the rest one by one, `positions` of the block
+  // in all, and leaves `place` behind the last whole round. A thread without channels makes no call, and threads make
+  // different numbers of calls.
+  template <int U, class Body>
+  FASTNORM_DEVICE void walk_on(PackPlace& place, int positions, Body body) const {
+    if (!in) return;
+    const int rounds = U == 1 ? count_of(positions) : positions >> (shape.log_threads_y + log2_of(U));
+    for (int left = rounds; left > 0; --left) {
+      PackPlace places[U];
+      places[0] = place;
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        position[u] = base + u * shape.threads_y + y;
-        inside[u] = in && position[u] < range.end;
+      for (int u = 1; u < U; ++u) places[u] = next(places[u - 1], 1);
+      body(places);
+      place = next(places[U - 1], 1);
+    }
+    if constexpr (U > 1) {
+      const int rest = positions & ((U << shape.log_threads_y) - 1);
+      if (rest == 0) return;
+      PackPlace single = place;
+      for (int left = count_of(rest); left > 0; --left) {
+        const PackPlace places[1] = {single};
+        body(places);
+        single = next(single, 1);
       }
-      body(position, inside);
     }
   }
-  // Calls use(position, read(position)) for every position of this thread, with U reads before the first use.
+  // The same for a range, from the last position to the first where kFromEnd.
+  template <int U, bool kFromEnd = false, class Body>
+  FASTNORM_DEVICE void walk(const Range& range, Body body) const {
+    if constexpr (!kFromEnd) {
+      PackPlace place = at(range.begin);
+      walk_on<U>(place, range.end - range.begin, body);
+    } else if (in) {
+      const int positions = range.end - range.begin;
+      const int rows = count_of(positions), left = rows % U, rounds = rows / U;
+      PackPlace place = next(at(range.begin), rounds * U + left - 1);
+      for (int i = 0; i < left; ++i) {
+        const PackPlace places[1] = {place};
+        body(places);
+        place = next(place, -1);
+      }
+      for (int i = 0; i < rounds; ++i) {
+        PackPlace places[U];
+        places[U - 1] = place;
+#pragma unroll
+        for (int u = U - 1; u > 0; --u) places[u - 1] = next(places[u], -1);
+        body(places);
+        place = next(places[0], -1);
+      }
+    }
+  }
+  // Calls body(places, taken) for U positions at a time, in whole rounds and an incomplete last one, which comes first
+  // where kFromEnd. All threads of the block make the same number of calls; places[u] is this thread's where taken[u].
+  template <int U, bool kFromEnd = false, class Body>
+  FASTNORM_DEVICE void walk_together(const Range& range, Body body) const {
+    const int step = shape.threads_y, round = U << shape.log_threads_y, rest = (range.end - range.begin) & (round - 1);
+    const auto take = [&](int first, const auto& taken) {
+      PackPlace places[U];
+      places[0] = at(first);
+#pragma unroll
+      for (int u = 1; u < U; ++u) places[u] = next(places[u - 1], 1);
+      body(places, taken);
+    };
+    const int last = range.end - rest;
+    const auto take_last = [&] {
+      if (rest > 0) take(last, LastRound{in, rest - y, step});
+    };
+    if constexpr (kFromEnd) {
+      take_last();
+      for (int begin = last - round; begin >= range.begin; begin -= round) take(begin, FullRound{in});
+    } else {
+      for (int begin = range.begin; begin < last; begin += round) take(begin, FullRound{in});
+      take_last();
+    }
+  }
+  // Calls use(place, read(place)) for every position of this thread, with U reads before the first use.
   template <int U, bool kFromEnd = false, class Read, class Use>
   FASTNORM_DEVICE void walk_read(const Range& range, Read read, Use use) const {
-    walk<U, kFromEnd>(range, [&](const int (&position)[U], const bool (&inside)[U]) {
-      decltype(read(0)) what[U];
+    walk<U, kFromEnd>(range, [&](const auto& places) {
+      constexpr int kPlaces = std::extent_v<std::remove_cvref_t<decltype(places)>>;
+      decltype(read(places[0])) what[kPlaces];
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (inside[u]) what[u] = read(position[u]);
-      }
+      for (int u = 0; u < kPlaces; ++u) what[u] = read(places[u]);
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (inside[u]) use(position[u], what[u]);
-      }
+      for (int u = 0; u < kPlaces; ++u) use(places[u], what[u]);
     });
   }
 };
@@ -175,161 +298,67 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const BlockRange& bl
   }
 }
 
-// Begins to copy one copy group of a piece of `tensor` to shared memory. Every thread copies what it reads itself.
-template <int W, class T>
-FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, int copy_group, const T* tensor, Pack<T, W>* staged) {
-  piece.template walk<kUnroll<W>>(
-      piece.copy_group(copy_group), [&](const int (&position)[kUnroll<W>], const bool (&in)[kUnroll<W>]) {
+// Begins to copy a piece to shared memory, copy group by copy group; copy(place) begins with a pack of every tensor.
+// Every thread copies what it reads itself.
+template <int W, class Copy>
+FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
+  PackPlace place = piece.at(0);
+  int left = piece.positions;
+  const int length = piece.group_length();
+#pragma unroll 1
+  for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group, left -= length) {
+    if (left > 0) {
+      piece.template walk_on<kMomentsRows / 2>(place, std::min(left, length), [&](const auto& places) {
 #pragma unroll
-        for (int u = 0; u < kUnroll<W>; ++u) {
-          if (in[u]) stage<W>(staged + piece.slot(position[u], tensor), tensor + piece.element(position[u]));
-        }
+        for (const PackPlace& each : places) copy(each);
       });
+    }
+    commit_copies();
+  }
 }
 
-// Calls body(range) for one copy group of a piece after the other; ready(copy_group) waits until the group has landed.
-template <int W, class Ready, class Body>
-FASTNORM_DEVICE void for_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
-  for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
+// Calls body(places) for the places of a staged piece, U at a time, each when its copy group has landed; ready(copy
+// group) waits for that.
+template <int U, int W, class Ready, class Body>
+FASTNORM_DEVICE void walk_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
+  PackPlace place = piece.at(0);
+  int left = piece.positions;
+  const int length = piece.group_length();
+#pragma unroll 1
+  for (int copy_group = 0; left > 0; ++copy_group, left -= length) {
     ready(copy_group);
-    body(piece.copy_group(copy_group));
+    piece.template walk_on<U>(place, std::min(left, length), body);
   }
 }
 // Begins to bring a piece of `tensor` into L2, where later reads find it.
 template <int W, class T>
 FASTNORM_DEVICE void prefetch_columns(const ColumnsPiece<W>& piece, const T* tensor) {
-  piece.template walk<1>(piece.whole(), [&](const int (&position)[1], const bool (&in)[1]) {
-    if (in[0]) prefetch_l2(tensor + piece.element(position[0]));
-  });
+  piece.template walk<1>(piece.whole(), [&](const auto& places) { prefetch_l2(tensor + places[0].element); });
 }
 
-// The moments of a thread's channels, each relative to its set's origin.
+// The weights and biases of this thread's channels. Load them before a barrier whose results they are used with.
 template <class A, int W>
-struct LaneMoments {
-  A count = 0;
-  Moments<A> lane[W] = {};
+struct LaneParams {
+  A weight[W], bias[W];
+
+  template <class T>
+  FASTNORM_DEVICE static LaneParams load(const ColumnsPiece<W>& piece, const Params& weight, const Params& bias) {
+    LaneParams p{};
+    if (piece.in) {
+      load_params<T>(weight, piece.channel, A(1), p.weight);
+      load_params<T>(bias, piece.channel, A(0), p.bias);
+    }
+    return p;
+  }
 };
 
-// Takes packs below one another as moments relative to `origin`, lane by lane and over their own mean, and merges them
-// into the lanes' moments.
-template <int W, class T, class A>
-FASTNORM_DEVICE void merge_lanes(const Pack<T, W> (&packs)[kLaneUnroll<W>], const bool (&in)[kLaneUnroll<W>],
-                                 const A (&origin)[W], LaneMoments<A, W>& total) {
-  int rows = 0;
-#pragma unroll
-  for (int u = 0; u < kLaneUnroll<W>; ++u) rows += in[u];
-  if (rows == 0) return;
-  const A batch = static_cast<A>(rows), inverse = A(1) / batch;
-  A values[kLaneUnroll<W>][W];
-#pragma unroll
-  for (int u = 0; u < kLaneUnroll<W>; ++u) widen<A>(packs[u], values[u]);
-#pragma unroll
-  for (int w = 0; w < W; ++w) {
-    A x[kLaneUnroll<W>], sum = 0, m2 = 0;
-#pragma unroll
-    for (int u = 0; u < kLaneUnroll<W>; ++u) {
-      x[u] = in[u] ? values[u][w] - origin[w] : A(0);
-      sum += x[u];
-    }
-    const A mean = sum * inverse;
-#pragma unroll
-    for (int u = 0; u < kLaneUnroll<W>; ++u) m2 += in[u] ? (x[u] - mean) * (x[u] - mean) : A(0);
-    if (total.count == A(0)) {
-      total.lane[w] = {mean, m2};
-    } else {
-      total.lane[w].merge({mean, m2}, total.count, batch);
-    }
-  }
-  total.count += batch;
-}
-
-// Merges this thread's part of a range into `total`; read(position) gives the pack of x there.
-template <class T, int W, class A, class Read>
-FASTNORM_DEVICE void accumulate_lanes(const ColumnsPiece<W>& piece, const Range& range, const A (&origin)[W], Read read,
-                                      LaneMoments<A, W>& total) {
-  constexpr int U = kLaneUnroll<W>;
-  piece.template walk<U>(range, [&](const int (&position)[U], const bool (&in)[U]) {
-    Pack<T, W> packs[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (in[u]) packs[u] = read(position[u]);
-    }
-    merge_lanes(packs, in, origin, total);
-  });
-}
-
-template <int W, class T, class A>
-FASTNORM_DEVICE void load_origins(const ColumnsPiece<W>& piece, const T* x, A (&origin)[W]) {
-#pragma unroll
-  for (int w = 0; w < W; ++w) origin[w] = piece.in ? origin_of<A>(x + piece.set_base(w)) : A(0);
-}
-
 // The coefficients of this thread's channels.
-template <class T, int W, class A>
-FASTNORM_DEVICE void load_lane_coefs(const ColumnsPiece<W>& piece, const SetStats<A> (&stats)[W], const Params& weight,
-                                     const Params& bias, LaneCoefs<A, W>& coefs) {
-  A weights[W] = {}, biases[W] = {};
-  if (piece.in) {
-    load_params<T>(weight, piece.channel, A(1), weights);
-    load_params<T>(bias, piece.channel, A(0), biases);
-  }
+template <int W, class A>
+FASTNORM_DEVICE LaneCoefs<A, W> lane_coefs(const SetStats<A> (&stats)[W], const LaneParams<A, W>& params) {
+  LaneCoefs<A, W> coefs;
 #pragma unroll
-  for (int w = 0; w < W; ++w) coefs.lane[w] = make_affine(stats[w], weights[w], biases[w]);
-}
-
-// Writes the accumulators of all threads to `merged`, which holds W for each thread, a row for each row of threads: the
-// accumulators of the item's channel c are at c, c + width, ... Returns the width.
-template <int W, class Acc>
-FASTNORM_DEVICE int stack_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged) {
-  const int width = piece.shape.threads_x * W;
-#pragma unroll
-  for (int w = 0; w < W; ++w) merged[piece.y * width + piece.x * W + w] = mine[w];
-  sync_block();
-  return width;
-}
-
-// Merges the accumulators of a channel over the rows of threads. Some thread calls use(c, total) once for each channel
-// c of the item.
-template <int W, class Acc, class Use>
-FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged, Use use) {
-  const int width = stack_rows(piece, mine, merged);
-  for (int c = thread_index(); c < piece.channels; c += block_threads()) {
-    Acc total = merged[c];
-    for (int y = 1; y < piece.shape.threads_y; ++y) total.merge(merged[y * width + c]);
-    use(c, total);
-  }
-}
-
-// The same for moments, whose counts follow from the positions. The common mean is taken first: that needs one
-// division.
-template <int W, class A, class Use>
-FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const Moments<A> (&mine)[W], Moments<A>* merged,
-                                Use use) {
-  const int width = stack_rows(piece, mine, merged);
-  for (int c = thread_index(); c < piece.channels; c += block_threads()) {
-    const int rows = std::min(piece.shape.threads_y, piece.positions);
-    A sum = 0;
-    for (int y = 0; y < rows; ++y) sum += static_cast<A>(piece.count(y)) * merged[y * width + c].mean;
-    const A mean = sum / static_cast<A>(piece.positions);
-    A m2 = 0, deviations = 0;
-    for (int y = 0; y < rows; ++y) {
-      const Moments<A>& row = merged[y * width + c];
-      m2 += row.m2;
-      deviations += static_cast<A>(piece.count(y)) * (row.mean - mean) * (row.mean - mean);
-    }
-    use(c, Welford<A>{static_cast<A>(piece.positions), {mean, m2 + deviations}});
-  }
-}
-
-// Calls body(set, lane, lanes) for the sets of a tile. As many neighbouring lanes as a set has channels, at most a
-// warp, take a set together. All lanes of a warp make the same number of calls; set is -1 where no set is left.
-template <int W, class Body>
-FASTNORM_DEVICE void for_each_set(const ColumnsPiece<W>& piece, Body body) {
-  const int channels = static_cast<int>(piece.shape.set_channels), sets = piece.channels / channels;
-  int lanes = 1;
-  while (lanes < channels && lanes < kWarp) lanes *= 2;
-  const int lane = thread_index() % lanes, group = thread_index() / lanes, groups = block_threads() / lanes;
-  for (int first = 0; first < sets; first += groups) body(first + group < sets ? first + group : -1, lane, lanes);
+  for (int w = 0; w < W; ++w) coefs.lane[w] = make_affine(stats[w], params.weight[w], params.bias[w]);
+  return coefs;
 }
 
 }  // namespace fastnorm::cuda

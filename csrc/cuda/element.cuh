@@ -120,7 +120,9 @@ template <Activation kAct, class T, int W, class A>
 FASTNORM_DEVICE void activate_pack(A param, A (&z)[W]) {
 #pragma unroll
   for (int w = 0; w < W; ++w) {
-    if constexpr (is_two_sided(kAct)) {
+    if constexpr (kAct == Activation::kRelu) {
+      z[w] = relu_of(z[w]);
+    } else if constexpr (is_two_sided(kAct)) {
       z[w] = activate<kAct>(z[w], param);
     } else if constexpr (kAct != Activation::kNone) {
       using V = ActivationValue<T>;

@@ -48,7 +48,7 @@ int launch_update_running_stats(const RunningArgs& r, void* stream) {
                                     : launch(update_running<float>, config, r);
 }
 
-const char* error_string(int error) { return platform_error_string(error); }
+const char* error_string(int error) { return platform_error_string(error % kGangRefused); }
 int device_info(int device, DeviceInfo* info) {
   return query_device(device, reinterpret_cast<const void*>(&update_running<float>), info);
 }

@@ -35,7 +35,35 @@ struct ForwardTensors {
         epilogue{a.activation, static_cast<A>(a.activation_param)} {}
 
   FASTNORM_DEVICE bool frozen() const { return running_mean.data != nullptr; }
+  FASTNORM_DEVICE bool is_plain() const { return residual == nullptr && mask == nullptr; }
 };
+
+// The tensors of a call without residual and mask. forward_pack takes either, and the compiler drops the branches.
+template <class T>
+struct PlainForward {
+  T* y;
+  Epilogue<Accum<T>> epilogue;
+  static constexpr const T* residual = nullptr;
+  static constexpr uint8_t* mask = nullptr;
+
+  FASTNORM_DEVICE explicit PlainForward(const ForwardTensors<T>& t) : y(t.y), epilogue(t.epilogue) {}
+};
+template <class Tensors>
+constexpr bool is_plain_forward = false;
+template <class T>
+constexpr bool is_plain_forward<PlainForward<T>> = true;
+
+// Calls f(tensors, tag of the activation), with plain tensors where the call is and packs are wide. Call it around a
+// loop over packs.
+template <bool kSmooth, int W, class T, class F>
+FASTNORM_DEVICE void dispatch_forward(const ForwardTensors<T>& t, F f) {
+  dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
+    if constexpr (W > 1) {
+      if (t.is_plain()) return f(PlainForward<T>(t), act);
+    }
+    f(t, act);
+  });
+}
 
 // Statistics that are given. The thread for which `writes` holds copies them to `stats`.
 template <class T, class A = Accum<T>>
@@ -45,16 +73,16 @@ FASTNORM_DEVICE SetStats<A> given_stats(const ForwardTensors<T>& t, int64_t set,
   return s;
 }
 
-// One pack: from x (and residual) to y (and mask). All lanes of the warp take part, `in` or not.
-template <Activation kAct, int W, class T, class Coefs, class A = Accum<T>>
-FASTNORM_DEVICE void forward_pack(const ForwardTensors<T>& t, const Pack<T, W>& x, const Pack<T, W>& residual, bool in,
-                                  const Coefs& coefs, int64_t element, uint8_t* mask_byte) {
+// One pack: from x (and residual) to y (and mask, at mask_byte()). All lanes of the warp take part, `in` or not.
+template <Activation kAct, int W, class Tensors, class T, class Coefs, class MaskByte, class A = Accum<T>>
+FASTNORM_DEVICE void forward_pack(const Tensors& t, const Pack<T, W>& x, const Pack<T, W>& residual, bool in,
+                                  const Coefs& coefs, int64_t element, MaskByte mask_byte) {
   A values[W], z[W];
   widen<A>(x, values);
   normalize(values, coefs, z);
   if (t.residual != nullptr) add_residual(residual, z);
   if constexpr (is_two_sided(kAct)) {
-    if (t.mask != nullptr) store_mask<W>(mask_byte, upper_side<kAct>(z), in);
+    if (t.mask != nullptr) store_mask<W>(mask_byte(), upper_side<kAct>(z), in);
   }
   activate_pack<kAct, T>(t.epilogue.param, z);
   if (in) store(t.y + element, narrow<T>(z));

@@ -6,26 +6,38 @@
 
 namespace fastnorm::cuda {
 
-// read(position) gives this thread's pack of x there.
-template <bool kSmooth, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
+// One pack at a place. All lanes of the warp take part where the mask is written, `in` or not.
+template <Activation kAct, int W, class Tensors, class T, class A>
+FASTNORM_DEVICE void forward_place(const Tensors& t, const ColumnsPiece<W>& piece, const LaneCoefs<A, W>& coefs,
+                                   const PackPlace& place, bool in, const Pack<T, W>& x) {
+  Pack<T, W> residual;
+  if (t.residual != nullptr && in) residual = load<W>(t.residual + place.element);
+  forward_pack<kAct>(t, x, residual, in, coefs, place.element, [&] { return piece.mask_byte(t.mask, place.position); });
+}
+
+template <Activation kAct, int U, bool kFromEnd, int W, class Tensors, class Read, class A>
+FASTNORM_DEVICE void forward_columns_of(const Tensors& t, const ColumnsPiece<W>& piece, const LaneCoefs<A, W>& coefs,
+                                        Read read) {
+  constexpr bool kSharesBytes = is_two_sided(kAct) && kLanesPerByte<W> > 1 && !is_plain_forward<Tensors>;
+  if constexpr (kSharesBytes) {  // the lanes whose bits share a byte write it together
+    piece.template walk_together<1, kFromEnd>(piece.whole(), [&](const PackPlace(&places)[1], const auto& taken) {
+      decltype(read(places[0])) x;
+      if (taken[0]) x = read(places[0]);
+      forward_place<kAct>(t, piece, coefs, places[0], taken[0], x);
+    });
+  } else {
+    piece.template walk_read<U, kFromEnd>(piece.whole(), read, [&](const PackPlace& place, const auto& x) {
+      forward_place<kAct>(t, piece, coefs, place, true, x);
+    });
+  }
+}
+
+// read(place) gives this thread's pack of x there. A thread takes U packs at a time.
+template <bool kSmooth, int U, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_columns(const ForwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                      const LaneCoefs<A, W>& coefs, Read read) {
-  constexpr int U = kApplyUnroll<kSmooth, W>;
-  dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-    piece.template walk<U, kFromEnd>(piece.whole(), [&](const int (&position)[U], const bool (&in)[U]) {
-      Pack<T, W> x[U] = {}, residual[U] = {};
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (!in[u]) continue;
-        x[u] = read(position[u]);
-        if (t.residual != nullptr) residual[u] = load<W>(t.residual + piece.element(position[u]));
-      }
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        forward_pack<act.value>(t, x[u], residual[u], in[u], coefs, piece.element(position[u]),
-                                piece.mask_byte(t.mask, position[u]));
-      }
-    });
+  dispatch_forward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
+    forward_columns_of<act.value, U, kFromEnd>(tensors, piece, coefs, read);
   });
 }
 

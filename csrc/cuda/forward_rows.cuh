@@ -7,29 +7,65 @@
 
 namespace fastnorm::cuda {
 
-// read(step) gives the pack of x there.
-template <bool kSmooth, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
-FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
-                                  const SetStats<A>& stats, Read read) {
-  constexpr int U = kApplyUnroll<kSmooth, W>;
-  RowCoefsReader<T, W> coefs(stats, t.weight, t.bias);
+// From x (and residual) to y (and mask) for N packs, which are read before the first is used. Lanes that share a byte
+// of the mask all take part, `in` or not.
+template <Activation kAct, int N, int W, class T, class Coefs, class Read, class A = Accum<T>>
+FASTNORM_DEVICE void forward_steps(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const Step (&steps)[N],
+                                   Coefs& coefs, Read read) {
+  Pack<T, W> x[N], residual[N];
+  const auto load_residual = [&](int u) {
+    if (steps[u].in) residual[u] = load<W>(t.residual + piece.element(steps[u]));
+  };
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    if (steps[u].in) x[u] = read(steps[u]);
+  }
+  if (N > 1 && t.residual != nullptr) {
+#pragma unroll
+    for (int u = 0; u < N; ++u) load_residual(u);
+  }
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    coefs.move_to(steps[u]);
+    A values[W], z[W];
+    widen<A>(x[u], values);
+    normalize(values, coefs.now(), z);
+    if (t.residual != nullptr) {
+      if (N == 1) load_residual(u);  // in one branch with its use
+      add_residual(residual[u], z);
+    }
+    if constexpr (is_two_sided(kAct)) {
+      if (t.mask != nullptr) store_mask<W>(t.mask + piece.mask_byte(steps[u]), upper_side<kAct>(z), steps[u].in);
+    }
+    activate_pack<kAct, T>(t.epilogue.param, z);
+    if (steps[u].in) store(t.y + piece.element(steps[u]), narrow<T>(z));
+  }
+}
+
+// kUnroll: packs under way, 1 where `read` reads shared memory. Threads that write a byte of the mask together make the
+// same rounds.
+template <bool kSmooth, bool kFromEnd, int kUnroll, int W, class T, class Coefs, class Read>
+FASTNORM_DEVICE void forward_rows_with(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
+                                       Coefs& coefs, Read read) {
   dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-    piece.template walk<U, kFromEnd>(range, [&](const Step(&steps)[U]) {
-      Pack<T, W> x[U] = {}, residual[U] = {};
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (!steps[u].in) continue;
-        x[u] = read(steps[u]);
-        if (t.residual != nullptr) residual[u] = load<W>(t.residual + piece.element(steps[u]));
-      }
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const Step& step = steps[u];
-        const RowCoefs<A, W>& c = step.in ? coefs.at(piece, step) : coefs.last();
-        forward_pack<act.value>(t, x[u], residual[u], step.in, c, piece.element(step), t.mask + piece.mask_byte(step));
-      }
-    });
+    if constexpr (kUnroll == 1 && !kFromEnd && (W == 8 || kSmooth)) {
+      piece.for_steps(range, [&](const Step& step) {
+        const Step steps[1] = {step};
+        forward_steps<act.value>(t, piece, steps, coefs, read);
+      });
+    } else {
+      piece.template walk<kUnroll, kFromEnd>(
+          range, [&](const auto& steps) { forward_steps<act.value>(t, piece, steps, coefs, read); });
+    }
   });
+}
+
+// read(step) gives the pack of x there; `first` are the parameters of the piece's first channel.
+template <bool kSmooth, bool kFromEnd, int kUnroll, int W, class T, class Read, class A = Accum<T>>
+FASTNORM_DEVICE void forward_rows(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
+                                  const SetStats<A>& stats, const ChannelParams<A>& first, Read read) {
+  with_coefs<T>(piece, stats, t.weight, t.bias, first,
+                [&](auto&& coefs) { forward_rows_with<kSmooth, kFromEnd, kUnroll>(t, piece, range, coefs, read); });
 }
 
 }  // namespace fastnorm::cuda

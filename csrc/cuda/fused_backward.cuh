@@ -21,11 +21,11 @@ namespace fastnorm::cuda {
 template <class A>
 struct FusedBackward {
   FusedShape shape;
-  int unit_threads, segments, unit_length;
-  bool batch;                 // sets are cells, so the sums are final, and this kernel writes the gradients
-  GradSums<A>* sums;          // of cells, for fold: [outer, parts of a cell, C], or null
-  GradSums<A>* gathered;      // [gangs, C] of d xhat and d, or null
-  ParamGrads dweight, dbias;  // batch
+  int unit_shift, segments, unit_length;  // units of 1 << unit_shift threads; no units: 0
+  bool batch;                             // sets are cells, so the sums are final, and this kernel writes the gradients
+  GradSums<A>* sums;                      // of cells, for fold: [outer, parts of a cell, C], or null
+  GradSums<A>* gathered;                  // [gangs, C] of d xhat and d, or null
+  ParamGrads dweight, dbias;              // batch
   bool grid_sync;
   FoldParamsArgs<A> fold;  // done after the grid sync
 };
@@ -41,25 +41,28 @@ struct Staged {
         residual(reinterpret_cast<Pack<T, W>*>(memory + 2 * stream_bytes)) {}
 };
 
-// Reads a step (rows) or a position (columns) of a staged piece, and the mask's bits from global memory.
-template <bool kSmooth, int W, class T, class Piece, class At>
-FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const BackwardTensors<T>& t, const Piece& piece,
-                                                    const Staged<T, W>& staged, const At& at) {
-  GradientPacks<T, W> packs{staged.x[piece.slot(at, t.x)], staged.dy[piece.slot(at, t.dy)], {}, 0};
-  if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(at, t.residual)];
-  if (!kSmooth && t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, at);
+// Reads a step (rows) or a place (columns) of a staged piece, and the mask's bits from global memory.
+template <int W, class Tensors, class T, class Piece, class At>
+FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const Tensors& t, const Piece& piece, const Staged<T, W>& staged,
+                                                    const At& at) {
+  GradientPacks<T, W> packs;
+  packs.x = staged.x[piece.slot(at, t.x)];
+  packs.dy = staged.dy[piece.slot(at, t.dy)];
+  if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(at, static_cast<const T*>(t.residual))];
+  if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, at);
   return packs;
 }
 
-// A relu's mask is read once: the masked dy replaces the staged dy and is not masked again.
+// The gradient through a relu is dy or 0: it replaces the staged dy exactly, and the second half takes it as it is.
 template <bool kSmooth, class T>
-FASTNORM_DEVICE bool masks_once(const BackwardTensors<T>& t) {
-  return !kSmooth && t.mask != nullptr && t.epilogue.activation == Activation::kRelu;
+FASTNORM_DEVICE bool replaces_dy(const BackwardTensors<T>& t) {
+  return !kSmooth && t.epilogue.activation == Activation::kRelu;
 }
 template <bool kSmooth, class T>
-FASTNORM_DEVICE BackwardTensors<T> without_mask(BackwardTensors<T> t) {
-  if (masks_once<kSmooth>(t)) {
+FASTNORM_DEVICE BackwardTensors<T> second_half(BackwardTensors<T> t) {
+  if (replaces_dy<kSmooth>(t)) {
     t.mask = nullptr;
+    t.residual = nullptr;
     t.epilogue.activation = Activation::kNone;
   }
   return t;

@@ -26,40 +26,46 @@ FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPi
   });
 }
 
-// With the widest packs a thread needs more registers than two blocks per SM leave it.
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, W == 8 ? 1 : 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {
   using A = Accum<T>;
   const int stage_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
   auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes);
-  auto* const terms_of = reinterpret_cast<InputTerms<A>*>(merged + block_threads() * W);
+  auto* const terms_of = reinterpret_cast<InputTerms<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
   const GangPartials<GradSums<A>> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
-  const auto load_group = [&](int64_t item, int stage, int copy_group) {
+  const auto load = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
-    stage_columns(piece, copy_group, t.x, staged.x);
-    stage_columns(piece, copy_group, t.dy, staged.dy);
-    if (t.residual != nullptr) stage_columns(piece, copy_group, t.residual, staged.residual);
+    const auto copy = [&](auto with_residual) {
+      stage_columns(piece, [&](const PackPlace& place) {
+        const int slot = piece.slot(place, t.x);
+        fastnorm::cuda::stage<W>(staged.x + slot, t.x + place.element);
+        fastnorm::cuda::stage<W>(staged.dy + slot, t.dy + place.element);
+        if (with_residual) fastnorm::cuda::stage<W>(staged.residual + slot, t.residual + place.element);
+      });
+    };
+    t.residual != nullptr ? copy(std::true_type{}) : copy(std::false_type{});
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
-    LaneCoefs<A, W> coefs;
-    load_lane_coefs(t, piece, coefs);
-    const bool masks = masks_once<kSmooth>(t);
-    GradSums<A> mine[W] = {};
-    for_landed(piece, ready, [&](const Range& range) {
-      accumulate_lane_sums<kSmooth, 1>(
-          t, piece, range, coefs, [&](int position) { return staged_gradient<kSmooth>(t, piece, staged, position); },
-          [&](int position, const A(&d)[W]) {
-            if (masks) staged.dy[piece.slot(position, t.dy)] = narrow<T>(d);
-          },
-          mine);
+    const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
+    LaneSums<A, W> mine;
+    dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
+      walk_landed<kPacks<kSmooth, 1, decltype(tensors)>>(piece, ready, [&](const auto& places) {
+        add_sums<act.value>(
+            tensors, places, coefs,
+            [&](const auto& from, const PackPlace& place) { return staged_gradient(from, piece, staged, place); },
+            [&](const PackPlace& place, const A(&d)[W]) {
+              if (act.value == Activation::kRelu) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
+            },
+            mine);
+      });
     });
     const auto take = [&](int c, const GradSums<A>& total) {  // `total` is over all positions
       merged[c] = total;
@@ -80,16 +86,16 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     merge_channels(t, piece, merged, terms_of);
     sync_block();
     LaneTerms<A, W> terms{};
-#pragma unroll
-    for (int w = 0; w < W; ++w) {
-      if (piece.in) terms.lane[w] = terms_of[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
+    if (piece.in) {
+      piece.for_lane_sets([&](int w) { terms.lane[w] = terms_of[piece.set_in_tile(w)]; },
+                          [&](int w) { terms.lane[w] = terms.lane[w - 1]; });
     }
-    const BackwardTensors<T> rest = without_mask<kSmooth>(t);
-    apply_gradient_columns<kSmooth, false, 1>(rest, piece, coefs, terms, [&](int position) {
-      return staged_gradient<kSmooth>(rest, piece, staged, position);
-    });
+    const BackwardTensors<T> rest = second_half<kSmooth>(t);
+    apply_gradient_columns<kSmooth, 1, false>(
+        rest, piece, coefs, terms,
+        [&](const auto& tensors, const PackPlace& place) { return staged_gradient(tensors, piece, staged, place); });
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_group, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load, use_wave);
   finish_fused(f, gang);
 }
 

@@ -3,6 +3,7 @@
 
 #include "backward_rows.cuh"
 #include "fused_backward.cuh"
+#include "rows_staging.cuh"
 
 namespace fastnorm::cuda {
 
@@ -14,36 +15,56 @@ FASTNORM_DEVICE int64_t cell_sums_of(const RowsPiece<W>& piece) {
   return (piece.span.set / shape.groups * shape.run_pieces + part) * shape.groups * shape.set_channels + piece.channel;
 }
 
-// The sums of a piece of several cells, each cell's times its weight. Units reduce the cells.
-template <bool kSmooth, int W, class T, class A>
-FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const FusedBackward<A>& f,
-                                          const RowsPiece<W>& piece, const Team& team, bool valid,
-                                          const SetStats<A>& stats, const Staged<T, W>& staged,
-                                          GradSums<A>* unit_sums) {
-  const int cells = piece.span.runs, cell_packs = piece.span.packs, units = cells * f.segments;
-  const int slots = team.width / f.unit_threads, slot = team.lane / f.unit_threads;
-  const bool masks = masks_once<kSmooth>(t);
-  for (int first = 0; first < units; first += slots) {
-    const int unit = first + slot, cell = unit / f.segments, begin = (unit - cell * f.segments) * f.unit_length;
-    const int steps = valid && unit < units ? std::min(f.unit_length, cell_packs - begin) : 0;
-    const ThreadSteps range{cell * cell_packs + begin, steps, f.unit_length, team.lane % f.unit_threads,
-                            f.unit_threads};
-    GradSums<A> mine{};
-    accumulate_sums<kSmooth, 1>(
-        t, piece, range, stats, [&](const Step& step) { return staged_gradient<kSmooth>(t, piece, staged, step); },
-        [&](const Step& step, const A(&)[W], const A(&d)[W]) {
-          if (masks) staged.dy[piece.slot(step, t.dy)] = narrow<T>(d);
-        },
-        mine);
-    mine = reduce_lanes(mine, f.unit_threads);
-    if (unit < units && team.lane % f.unit_threads == 0) unit_sums[unit] = mine;
+// A wave's tensors in shared memory, as the steps of a walk see them.
+template <class T, int W>
+class StagedRows {
+ public:
+  FASTNORM_DEVICE StagedRows(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Staged<T, W>& staged)
+      : piece_(piece),
+        staged_(staged),
+        x_(piece, t.x),
+        dy_(piece, W > 1 ? t.x : t.dy),
+        residual_(piece, W > 1 ? t.x : t.residual) {}
+
+  // Reads a step, and the mask's bits from global memory.
+  template <bool kSmooth>
+  FASTNORM_DEVICE GradientPacks<T, W> read(const BackwardTensors<T>& t, const Step& step) const {
+    GradientPacks<T, W> packs{staged_.x[x_(step)], staged_.dy[dy_(step)], {}, 0};
+    if (t.residual != nullptr) packs.residual = staged_.residual[residual_(step)];
+    if (!kSmooth && t.mask != nullptr) packs.bits = piece_.mask_bits(t.mask, step);
+    return packs;
   }
-  team.sync();
+  template <class A>
+  FASTNORM_DEVICE void replace_dy(const Step& step, const A (&d)[W]) const {
+    staged_.dy[dy_(step)] = narrow<T>(d);
+  }
+
+ private:
+  const RowsPiece<W>& piece_;
+  Staged<T, W> staged_;
+  Slots<W> x_, dy_, residual_;
+};
+
+// The steps of unit `unit` of a team, of which this thread is lane `lane`.
+template <int W, class A>
+FASTNORM_DEVICE ThreadSteps steps_of_unit(const FusedBackward<A>& f, const RowsPiece<W>& piece, bool valid, int unit,
+                                          int lane) {
+  const int cell = f.segments == 1 ? unit : unit / f.segments, begin = (unit - cell * f.segments) * f.unit_length;
+  const int threads = 1 << f.unit_shift, packs = piece.span.packs;
+  return {
+      cell * packs + begin, std::min(f.unit_length, packs - begin),      valid && cell < piece.span.runs, lane, threads,
+      f.unit_shift,         {0, threads, static_cast<uint32_t>(threads)}};
+}
+
+// The sums of a piece of several cells, each cell's times its weight, from those of its units.
+template <int W, class T, class A>
+FASTNORM_DEVICE GradSums<A> sum_of_cells(const BackwardTensors<T>& t, const FusedBackward<A>& f,
+                                         const RowsPiece<W>& piece, const Team& team, bool valid,
+                                         const GradSums<A>* unit_sums) {
   GradSums<A> weighted{};
-  for (int cell = team.lane; cell < cells; cell += team.width) {
+  for (int cell = team.lane; valid && cell < piece.span.runs; cell += team.width) {
     GradSums<A> sums = unit_sums[cell * f.segments];
     for (int s = 1; s < f.segments; ++s) sums.merge(unit_sums[cell * f.segments + s]);
-    if (!valid) continue;
     if (f.sums != nullptr) store_one(f.sums + cell_sums_of(piece) + cell, sums);
     const A weight = load_param_of<T>(t.weight, piece.channel + cell, A(1));
     weighted.merge({weight * sums.d, weight * sums.d_centered});
@@ -51,30 +72,58 @@ FASTNORM_DEVICE GradSums<A> sums_by_cells(const BackwardTensors<T>& t, const Fus
   return weighted;
 }
 
-// This thread's part of the sums of a piece of one cell, or of a piece whose weights change with every element. In the
-// second case the sums are times rstd, and the thread's part of the weights' gradients is added up in `gathered`, in
-// shared memory, where no two threads have the same place.
+// This thread's part of the sums of a staged piece: of one cell; of several cells, by units, whose sums go to `extra`;
+// or of a piece whose weights change with every element. In the last case the sums are times rstd, and the thread's
+// part of the weights' gradients may be gathered in `extra`, where no two threads have the same place.
 template <bool kSmooth, int W, class T, class A, class Ready>
-FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const Team& team,
-                                          bool valid, const SetStats<A>& stats, const Staged<T, W>& staged,
-                                          GradSums<A>* gathered, Ready ready) {
-  const bool masks = masks_once<kSmooth>(t);
+FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const FusedBackward<A>& f,
+                                          const RowsPiece<W>& piece, const Team& team, bool valid,
+                                          const SetStats<A>& stats, const ChannelParams<A>& first,
+                                          const StagedRows<T, W>& staged, GradSums<A>* extra, Ready ready) {
+  const bool by_units = f.unit_length > 0, gathers = f.gathered != nullptr, replaces = replaces_dy<kSmooth>(t);
+  const int slots = team.width >> f.unit_shift, units = piece.span.runs * f.segments;
+  const int slot = team.lane >> f.unit_shift, lane = team.lane & ((1 << f.unit_shift) - 1);
+  const int group_length = piece.group_length();
+  if (by_units || W == 1) {
+    ready(kCopyGroups - 1);
+    team.sync();  // other threads staged it
+  }
   GradSums<A> total{};
-  for_landed(piece, team, valid, ready, [&](const ThreadSteps& range) {
-    accumulate_sums<kSmooth, 1>(
-        t, piece, range, stats, [&](const Step& step) { return staged_gradient<kSmooth>(t, piece, staged, step); },
-        [&](const Step& step, const A(&x)[W], const A(&d)[W]) {
-          if (masks) staged.dy[piece.slot(step, t.dy)] = narrow<T>(d);
-          if (gathered == nullptr) return;
+  with_sums<kSmooth>(t, piece, stats, first, [&](const auto& sums) {
+#pragma unroll 1
+    for (int i = 0;; ++i) {
+      const int unit = i * slots + slot;
+      if (by_units && unit - slot >= units) break;
+      const ThreadSteps range =
+          by_units ? steps_of_unit(f, piece, valid, unit, lane) : piece.copy_group(team, valid, i, group_length);
+      if (!by_units) {
+        if (range.count <= 0) break;
+        if (W > 1) ready(i);
+      }
+      piece.for_steps(range, [&](const Step& step) {
+        const auto packs = staged.template read<kSmooth>(t, step);
+        const auto keep = [&](const Step&, const A(&centered)[W], const A(&d)[W]) {
+          if (replaces) staged.replace_dy(step, d);
+          if (!sums.kByElement || !gathers) return;
 #pragma unroll
           for (int w = 0; w < W; ++w) {
-            const A xhat = (x[w] - stats.mean) * stats.rstd - stats.low * stats.rstd;
-            gathered[w * piece.span.packs + step.pack].merge({d[w], d[w] * xhat});
+            const A xhat = centered[w] * stats.rstd - stats.low * stats.rstd;
+            extra[w * piece.span.packs + step.pack].merge({d[w], d[w] * xhat});
           }
-        },
-        total);
+        };
+        sums.add(step, packs, keep, total);
+      });
+      if (by_units) {
+        A unit_sums[2] = {total.d, total.d_centered};
+        total = {};
+        sum_lanes(unit_sums, 1 << f.unit_shift);
+        if (lane == 0 && unit < units) extra[unit] = {unit_sums[0], unit_sums[1]};
+      }
+    }
   });
-  return total;
+  if (!by_units) return total;
+  team.sync();
+  return sum_of_cells(t, f, piece, team, valid, extra);
 }
 
 // Stores what the teams of a block have gathered over their rows, or a block of a gang over its piece of them. Lane w
@@ -95,11 +144,11 @@ FASTNORM_DEVICE void store_gathered(const FusedBackward<A>& f, const RowsShape& 
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape shape) {
   using A = Accum<T>;
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width, streams = t.residual != nullptr ? 3 : 2;
+  const Team team(shape.team_shift);
+  const int teams = block_threads() >> shape.team_shift, streams = t.residual != nullptr ? 3 : 2;
   const int stage_bytes = streams * f.shape.stream_bytes;
   unsigned char* const mine = shared_memory() + team.index * f.shape.team_bytes;
   auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.stages * stage_bytes);  // of units, or gathered
@@ -110,48 +159,40 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     team.sync();
   }
   const auto memory_of = [&](int stage) { return Staged<T, W>(mine + stage * stage_bytes, f.shape.stream_bytes); };
-  const auto load_group = [&](int64_t item, int stage, int copy_group) {
-    const RowsPiece<W> piece(shape, item);
-    const Staged<T, W> staged = memory_of(stage);
-    stage_rows(piece, team, copy_group, t.x, staged.x);
-    stage_rows(piece, team, copy_group, t.dy, staged.dy);
-    if (t.residual != nullptr) stage_rows(piece, team, copy_group, t.residual, staged.residual);
-  };
-  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
-    const bool valid = item < shape.items, by_units = f.unit_threads > 0;
+  const auto load_piece = [&](int64_t item, int stage) {
+    const bool valid = item < shape.items;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     const Staged<T, W> staged = memory_of(stage);
+    stage_rows<T, W>(piece, team, valid, {{t.x, staged.x}, {t.dy, staged.dy}, {t.residual, staged.residual}});
+  };
+  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
+    const bool valid = item < shape.items, by_units = f.unit_length > 0;
+    const RowsPiece<W> piece(shape, valid ? item : 0);
+    const StagedRows<T, W> staged(t, piece, memory_of(stage));
     const SetStats<A> stats = load_stats(t.stats, t.sets, piece.span.set);
-    GradSums<A> sums;
-    if (by_units) {
-      ready(kCopyGroups - 1);
-      team.sync();  // other threads staged it
-      sums = sums_by_cells<kSmooth>(t, f, piece, team, valid, stats, staged, extra);
-    } else {
-      sums =
-          sums_of_piece<kSmooth>(t, piece, team, valid, stats, staged, f.gathered != nullptr ? extra : nullptr, ready);
-    }
-    sums = reduce_team(team, sums, scratch);
+    const ChannelParams<A> first = channel_params<T>(piece, t.weight, t.bias);
+    GradSums<A> sums = sums_of_piece<kSmooth>(t, f, piece, team, valid, stats, first, staged, extra, ready);
+    sums = sum_team(team, sums, scratch);
     if (!by_units && !f.batch && !shape.per_element) {  // a piece of one cell
       if (f.sums != nullptr && valid && team.lane == 0) store_one(f.sums + cell_sums_of(piece), sums);
-      const A weight = load_param_of<T>(t.weight, piece.channel, A(1));
-      sums = {weight * sums.d, weight * sums.d_centered};
+      sums = {first.weight * sums.d, first.weight * sums.d_centered};
     }
     sums = gang.exchange(parity, sums);
     A scale = (shape.per_element ? A(1) : stats.rstd) / static_cast<A>(shape.set_size);
     if (f.batch) {
       if (valid && team.lane == 0 && piece.span.piece == 0) store_param_gradients(f, piece.span.set, sums, stats);
-      scale *= load_param_of<T>(t.weight, piece.span.set, A(1));
+      scale *= first.weight;
     }
     const InputTerms<A> terms =
         t.frozen ? InputTerms<A>{} : InputTerms<A>(set_terms<A>(sums, stats.rstd, stats.low, scale), stats.rstd);
-    const BackwardTensors<T> rest = without_mask<kSmooth>(t);
-    apply_gradient_rows<kSmooth, false, 1>(rest, piece, piece.whole(team, valid), stats, terms, [&](const Step& step) {
-      return staged_gradient<kSmooth>(rest, piece, staged, step);
+    const BackwardTensors<T> rest = second_half<kSmooth>(t);
+    with_gradients<kSmooth>(rest, piece, stats, first, terms, [&](auto use) {
+      piece.for_steps(piece.whole(team, valid),
+                      [&](const Step& step) { use(step, staged.template read<kSmooth>(rest, step)); });
     });
     release_staged<W>(team);
   };
-  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_group, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece, use_wave);
   if (f.gathered != nullptr) {
     store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes),
                       teams);

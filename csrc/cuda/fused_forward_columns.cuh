@@ -1,6 +1,7 @@
 // Fused forward over columns; see fused_forward_rows.cuh.
 #pragma once
 
+#include "columns_reduce.cuh"
 #include "forward_columns.cuh"
 #include "gang.cuh"
 
@@ -32,32 +33,37 @@ FASTNORM_DEVICE void merge_channels(const ForwardTensors<T>& t, const ColumnsPie
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   using A = Accum<T>;
   unsigned char* const extra = shared_memory() + f.stages * f.stream_bytes;
   auto* const merged = reinterpret_cast<Moments<A>*>(extra);
-  auto* const set_stats = reinterpret_cast<SetStats<A>*>(merged + block_threads() * W);
+  auto* const set_stats = reinterpret_cast<SetStats<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
   const GangPartials<Welford<A>> gang(f, reinterpret_cast<A*>(set_stats) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return reinterpret_cast<Pack<T, W>*>(shared_memory() + stage * f.stream_bytes);
   };
-  const auto load_group = [&](int64_t item, int stage, int copy_group) {
+  const auto load = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
-    stage_columns(piece, copy_group, t.x, memory_of(stage));
-    if (t.residual != nullptr && copy_group == kCopyGroups - 1) prefetch_columns(piece, t.residual);
+    Pack<T, W>* const staged = memory_of(stage);
+    stage_columns(piece, [&](const PackPlace& place) {
+      fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
+    });
+    if (t.residual != nullptr) prefetch_columns(piece, t.residual);
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = memory_of(stage);
-    const auto read = [&](int position) { return staged[piece.slot(position, t.x)]; };
+    const auto read = [&](const PackPlace& place) { return staged[piece.slot(place, t.x)]; };
     A origin[W];
     load_origins(piece, t.x, origin);
     LaneMoments<A, W> moments;
-    for_landed(piece, ready, [&](const Range& range) { accumulate_lanes<T>(piece, range, origin, read, moments); });
+    walk_landed<kMomentsRows>(piece, ready,
+                              [&](const auto& places) { read_moments<T>(places, origin, read, moments); });
+    const auto params = LaneParams<A, W>::template load<T>(piece, t.weight, t.bias);  // before the barriers
     // Rows of `merged` below the first are read by no one else after their channel is done.
-    merge_rows(piece, moments.lane, merged, [&](int c, const Welford<A>& total) {
+    merge_rows(piece, moments, merged, [&](int c, const Welford<A>& total) {
       if (gang.is_block()) {
         merged[c] = total.moments;
       } else {
@@ -73,16 +79,14 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     sync_block();
     if (t.y != nullptr) {
       SetStats<A> stats[W] = {};
-#pragma unroll
-      for (int w = 0; w < W; ++w) {
-        if (piece.in) stats[w] = set_stats[(piece.x * W + w) / static_cast<int>(shape.set_channels)];
+      if (piece.in) {
+        piece.for_lane_sets([&](int w) { stats[w] = set_stats[piece.set_in_tile(w)]; },
+                            [&](int w) { stats[w] = stats[w - 1]; });
       }
-      LaneCoefs<A, W> coefs;
-      load_lane_coefs<T>(piece, stats, t.weight, t.bias, coefs);
-      forward_columns<kSmooth, false>(t, piece, coefs, read);
+      forward_columns<kSmooth, kSmooth ? 1 : 2, false>(t, piece, lane_coefs(stats, params), read);
     }
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), load_group, use_wave);
+  for_waves(f, shape.items, grid_blocks(), block_index(), load, use_wave);
   gang.exit();
 }
 

@@ -17,43 +17,47 @@
 
 #include "forward_rows.cuh"
 #include "gang.cuh"
+#include "rows_moments.cuh"
+#include "rows_staging.cuh"
 
 namespace fastnorm::cuda {
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   using A = Accum<T>;
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width;
+  const Team team(shape.team_shift);
+  const int teams = block_threads() >> shape.team_shift;
   unsigned char* const mine = shared_memory() + team.index * f.team_bytes;
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
   const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   const auto memory_of = [&](int stage) { return reinterpret_cast<Pack<T, W>*>(mine + stage * f.stream_bytes); };
-  const auto load_group = [&](int64_t item, int stage, int copy_group) {
-    const RowsPiece<W> piece(shape, item);
-    stage_rows(piece, team, copy_group, t.x, memory_of(stage));
-    if (t.residual != nullptr && copy_group == kCopyGroups - 1) prefetch_rows(piece, team, t.residual);
+  const auto load_piece = [&](int64_t item, int stage) {
+    const bool valid = item < shape.items;
+    const RowsPiece<W> piece(shape, valid ? item : 0);
+    stage_rows<T, W>(piece, team, valid, {{t.x, memory_of(stage)}});
+    if (t.residual != nullptr && valid) prefetch_rows(piece, team, t.residual);
   };
-  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_group,
-            [&](int64_t item, int stage, int parity, auto ready) {
-              const bool valid = item < shape.items;
-              const RowsPiece<W> piece(shape, valid ? item : 0);
-              const int64_t set = piece.span.set;
-              const Pack<T, W>* const staged = memory_of(stage);
-              const auto read = [&](const Step& step) { return staged[piece.slot(step, t.x)]; };
-              const A origin = origin_of<A>(t.x + set * shape.set_stride);
-              Welford<A> own{};
-              for_landed(piece, team, valid, ready, [&](const ThreadSteps& range) {
-                accumulate_moments<kLaneUnroll<W>, T>(piece, range, origin, read, own);
-              });
-              const Moments<A> moments = gang.exchange(parity, reduce_team(team, own, scratch)).moments;
-              const A var = moments.m2 / static_cast<A>(shape.set_size);
-              const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
-              if (valid && team.lane == 0 && piece.span.piece == 0) store_stats(t.stats, t.sets, set, stats, var);
-              if (t.y != nullptr) forward_rows<kSmooth, false>(t, piece, piece.whole(team, valid), stats, read);
-              release_staged<W>(team);
-            });
+  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
+    const bool valid = item < shape.items;
+    const RowsPiece<W> piece(shape, valid ? item : 0);
+    const int64_t set = piece.span.set;
+    const Pack<T, W>* const staged = memory_of(stage);
+    const Slots<W> slots(piece, t.x);
+    const auto read = [&](const Step& step) { return staged[slots(step)]; };
+    const A origin = origin_of<A>(t.x + set * shape.set_stride);
+    const ChannelParams<A> first = channel_params<T>(piece, t.weight, t.bias);
+    ThreadMoments<A> own;
+    for_landed(piece, team, valid, ready,
+               [&](const ThreadSteps& range) { accumulate_moments<T>(piece, range, origin, read, own); });
+    const Moments<A> moments = gang.exchange(parity, merge_team(piece, team, own, scratch)).moments;
+    const A var = moments.m2 / static_cast<A>(shape.set_size);
+    const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
+    if (valid && team.lane == 0 && piece.span.piece == 0) store_stats(t.stats, t.sets, set, stats, var);
+    if (t.y != nullptr) forward_rows<kSmooth, false, 1>(t, piece, piece.whole(team, valid), stats, first, read);
+    release_staged<W>(team);
+  };
+  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece, use_wave);
   gang.exit();
 }
 

@@ -69,9 +69,10 @@ class GangPartials {
   template <class Use>
   FASTNORM_DEVICE void exchange_channels(int parity, int channels, Use use) const {
     sync();
-    int lanes = 1;
-    while (lanes < kWarp && 2 * lanes * channels <= block_threads()) lanes *= 2;
-    const int lane = thread_index() % lanes, group = thread_index() / lanes, groups = block_threads() / lanes;
+    int log_lanes = 0;
+    while (1 << log_lanes < kWarp && 2 * channels << log_lanes <= block_threads()) ++log_lanes;
+    const int lanes = 1 << log_lanes, lane = thread_index() & (lanes - 1), group = thread_index() >> log_lanes;
+    const int groups = block_threads() >> log_lanes;
     for (int first = 0; first < channels; first += groups) {
       const int channel = first + group;
       const Acc sum = total(parity, channel, channel < channels, lane, lanes);
@@ -99,17 +100,16 @@ class GangPartials {
   int channels_;
 };
 
-// The waves of a fused launch, for a team that takes item `mine` of each. load(item, stage, copy_group) begins to copy
-// a part of an item to a stage of shared memory. use(item, stage, parity, ready) finds a group and those before it
-// there after ready(copy_group). All teams make the same number of calls; an item may lie beyond the last.
+// The waves of a fused launch, for a team that takes item `mine` of each. load(item, stage) begins to copy an item to a
+// stage of shared memory, in kCopyGroups groups, and commits each. use(item, stage, parity, ready) finds a group and
+// those before it there after ready(copy_group). All teams make the same number of calls; an item may lie beyond the
+// last.
 template <class Load, class Use>
 FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Load load,
                                Use use) {
   const auto begin = [&](int64_t item, int stage) {
-    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
-      if (item < items) load(item, stage, copy_group);
-      commit_copies();
-    }
+    if (item < items) return load(item, stage);
+    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) commit_copies();
   };
   const bool ahead = f.stages == 2;  // the next wave is loaded during this one
   if (ahead) begin(mine, 0);

@@ -3,6 +3,8 @@
 // every thread of the team gets the same bits.
 #pragma once
 
+#include <cmath>
+
 #include "core/accum.h"
 #include "platform.cuh"
 
@@ -12,8 +14,9 @@ namespace fastnorm::cuda {
 struct Team {
   int width, lane, index;  // index: which team of the block
 
-  FASTNORM_DEVICE explicit Team(int threads)
-      : width(threads), lane(thread_index() % threads), index(thread_index() / threads) {}
+  // 1 << shift threads
+  FASTNORM_DEVICE explicit Team(int shift)
+      : width(1 << shift), lane(thread_index() & ((1 << shift) - 1)), index(thread_index() >> shift) {}
   FASTNORM_DEVICE bool is_block() const { return width > kWarp; }
   FASTNORM_DEVICE void sync() const {
     if (is_block()) {
@@ -49,25 +52,68 @@ FASTNORM_DEVICE Acc reduce_lanes(Acc mine, int width) {
   return mine;
 }
 
-// The sum over the team. All threads of the block take part. `scratch` has ladder_bytes(...) of plan/types.h.
-//
-// Two barriers per call suffice: a warp's place is read before the second barrier and written again after it, and the
-// next result is written after the next call's first barrier, which every reader of this result has passed.
-template <class Acc>
-FASTNORM_DEVICE Acc reduce_team(const Team& team, Acc mine, void* scratch) {
-  if (!team.is_block()) return reduce_lanes(mine, team.width);
-  Acc* partials = static_cast<Acc*>(scratch);
-  const int warps = team.width / kWarp, warp = team.lane / kWarp, lane = team.lane % kWarp;
-  mine = reduce_lanes(mine, kWarp);
-  if (lane == 0) partials[warp] = mine;
-  sync_block();
-  if (warp == 0) {
-    mine = lane < warps ? partials[lane] : Acc{};
-    mine = reduce_lanes(mine, warps);
-    if (lane == 0) partials[warps] = mine;
+// The sums over `width` neighbouring lanes of plain numbers. All lanes of the warp take part.
+template <int K, class A>
+FASTNORM_DEVICE void sum_lanes(A (&mine)[K], int width) {
+  const auto add = [&](int lanes) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) mine[k] += shuffle_xor(mine[k], lanes);
+  };
+  if (width >= kWarp) {
+#pragma unroll
+    for (int lanes = 1; lanes < kWarp; lanes *= 2) add(lanes);
+  } else {
+    for (int lanes = 1; lanes < width; lanes *= 2) add(lanes);
+  }
+}
+
+// The same as reduce_lanes of plain sums, and of moments: the common mean first, then the deviations from it, which are
+// plain sums both, so that no step has a division.
+template <class A>
+FASTNORM_DEVICE GradSums<A> reduce_lanes(const GradSums<A>& mine, int width) {
+  A sums[2] = {mine.d, mine.d_centered};
+  sum_lanes(sums, width);
+  return {sums[0], sums[1]};
+}
+template <class A>
+FASTNORM_DEVICE Welford<A> reduce_lanes(const Welford<A>& mine, int width) {
+  A sums[2] = {mine.count, mine.count * mine.moments.mean};
+  sum_lanes(sums, width);
+  const A mean = sums[0] > A(0) ? sums[1] / sums[0] : A(0), deviation = mine.moments.mean - mean;
+  A m2[1] = {std::fma(mine.count * deviation, deviation, mine.moments.m2)};
+  sum_lanes(m2, width);
+  return {sums[0], {mean, m2[0]}};
+}
+
+// The sums over the team. All threads of the block take part. `scratch` has ladder_bytes(...) of plan/types.h, which is
+// room for two places of one number each, or for one place of two. A place is written again after a barrier that
+// follows its last read: call this with the other place in between, or sync the block.
+template <int K, class A>
+FASTNORM_DEVICE void sum_team(const Team& team, A (&mine)[K], void* scratch, int place = 0) {
+  sum_lanes(mine, team.width);
+  if (!team.is_block()) return;
+  const int warps = team.width / kWarp, lane = thread_index() % kWarp;
+  A* const partials = static_cast<A*>(scratch) + place * K * warps;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (lane == 0) partials[k * warps + team.lane / kWarp] = mine[k];
   }
   sync_block();
-  return partials[warps];
+#pragma unroll
+  for (int k = 0; k < K; ++k) mine[k] = partials[k * warps + (lane & (warps - 1))];
+  for (int lanes = 1; lanes < warps; lanes *= 2) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) mine[k] += shuffle_xor(mine[k], lanes);
+  }
+}
+
+// The same of a team's sums of gradients; the next call may follow at once.
+template <class A>
+FASTNORM_DEVICE GradSums<A> sum_team(const Team& team, const GradSums<A>& mine, void* scratch) {
+  A sums[2] = {mine.d, mine.d_centered};
+  sum_team(team, sums, scratch);
+  if (team.is_block()) sync_block();
+  return {sums[0], sums[1]};
 }
 
 }  // namespace fastnorm::cuda

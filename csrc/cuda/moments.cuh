@@ -1,5 +1,4 @@
-// How both traversals take moments: the number of packs that a thread has under way, the origin of a set, and the
-// moments of a batch of packs.
+// How both traversals take moments: the number of packs that a thread has under way, and the origin of a set.
 #pragma once
 
 #include "element.cuh"
@@ -25,43 +24,15 @@ constexpr int kBackwardUnroll = kSmooth || W == 8 ? 1
                                 : W == 4          ? 2
                                                   : 4;
 
-// The moments of several packs relative to `origin`, taken over the packs' own mean: one division per batch, and no
-// difference of large squares.
-template <class A, int U, int W, class T>
-FASTNORM_DEVICE Welford<A> batch_moments(const Pack<T, W> (&packs)[U], const bool (&in)[U], A origin) {
-  int count = 0;
-  A sum = 0;
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if (!in[u]) continue;
-    count += W;
-    A x[W];
-    widen<A>(packs[u], x);
-#pragma unroll
-    for (int w = 0; w < W; ++w) x[w] -= origin;
-    sum += tree_sum(x);
-  }
-  if (count == 0) return {};
-  const A mean = sum / static_cast<A>(count);
-  A m2 = 0;
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if (!in[u]) continue;
-    A x[W];
-    widen<A>(packs[u], x);
-#pragma unroll
-    for (int w = 0; w < W; ++w) x[w] = (x[w] - origin - mean) * (x[w] - origin - mean);
-    m2 += tree_sum(x);
-  }
-  return {static_cast<A>(count), {mean, m2}};
-}
-
 // The kernels take a set's numbers relative to its first element. The differences are of the size of the spread, so
 // that where the mean is large the error of its last digit does not enter the variance.
+template <class A>
+FASTNORM_DEVICE A as_origin(A value) {
+  return value - value == A(0) ? value : A(0);  // not finite: 0
+}
 template <class A, class T>
 FASTNORM_DEVICE A origin_of(const T* first) {
-  const A value = widen<A>(load_one(first));
-  return value - value == A(0) ? value : A(0);  // not finite: 0
+  return as_origin(widen<A>(load_one(first)));
 }
 
 }  // namespace fastnorm::cuda

@@ -2,6 +2,8 @@
 // and checks every access made here.
 #pragma once
 
+#include <algorithm>
+
 #include "core/args.h"
 #include "platform.cuh"
 
@@ -70,6 +72,19 @@ FASTNORM_DEVICE void widen(const Pack<T, W>& pack, A (&out)[W]) {
     for (int w = 0; w < W; ++w) out[w] = widen<A>(lanes[w]);
   }
 }
+// One lane alone: packs that wait to be used take half the registers of their numbers.
+template <class A, class T, int W>
+FASTNORM_DEVICE A widen_lane(const Pack<T, W>& pack, int lane) {
+  if constexpr (sizeof(T) == 2 && W > 1) {
+    A low, high;
+    to_floats<T>(pack.word[lane / 2], low, high);
+    return lane % 2 == 0 ? low : high;
+  } else {
+    A values[W];
+    widen<A>(pack, values);
+    return values[lane];
+  }
+}
 template <class T, class A, int W>
 FASTNORM_DEVICE Pack<T, W> narrow(const A (&values)[W]) {
   Pack<T, W> pack;
@@ -87,6 +102,12 @@ FASTNORM_DEVICE Pack<T, W> narrow(const A (&values)[W]) {
 
 // ---- parameters, statistics and partials: few and small, so the caches hold them ----
 
+template <int W, class T>
+FASTNORM_DEVICE Pack<T, W> load_cached(const T* p) {
+  note_read(p, sizeof(Pack<T, W>), Access::kParameter);
+  return read_whole(reinterpret_cast<const Pack<T, W>*>(p));
+}
+
 template <class V>
 FASTNORM_DEVICE V load_one(const V* p) {
   note_read(p, alignof(V), Access::kParameter);
@@ -96,6 +117,19 @@ template <class V>
 FASTNORM_DEVICE void store_one(V* p, const V& v) {
   note_write(p, alignof(V), Access::kParameter);
   *p = v;
+}
+
+// W neighbouring numbers, of which the first is as aligned as a pack of them, at most 16 bytes.
+template <int W, class A>
+FASTNORM_DEVICE void load_adjoining(const A* p, A (&out)[W]) {
+  constexpr int kPart = std::min(W, static_cast<int>(16 / sizeof(A)));
+#pragma unroll
+  for (int part = 0; part < W; part += kPart) {
+    A values[kPart];
+    widen<A>(load_cached<kPart>(p + part), values);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) out[part + i] = values[i];
+  }
 }
 
 // One number whose type is known at run time.
@@ -130,19 +164,15 @@ FASTNORM_DEVICE void load_params(const Params& params, int64_t channel, A absent
 #pragma unroll
     for (int w = 0; w < W; ++w) out[w] = absent;
   } else if (params.dtype != DType::kFloat32 || std::is_same<T, float>::value) {
-    const T* p = static_cast<const T*>(params.data) + channel;
-    note_read(p, sizeof(Pack<T, W>), Access::kParameter);
-    widen<A>(read_whole(reinterpret_cast<const Pack<T, W>*>(p)), out);
+    widen<A>(load_cached<W>(static_cast<const T*>(params.data) + channel), out);
   } else {
     constexpr int kWhole = static_cast<int>(W * sizeof(T) / sizeof(float)), kPart = kWhole < 1   ? 1
                                                                                     : kWhole < W ? kWhole
                                                                                                  : W;
 #pragma unroll
     for (int part = 0; part < W; part += kPart) {
-      const float* p = static_cast<const float*>(params.data) + channel + part;
-      note_read(p, sizeof(Pack<float, kPart>), Access::kParameter);
       A values[kPart];
-      widen<A>(read_whole(reinterpret_cast<const Pack<float, kPart>*>(p)), values);
+      widen<A>(load_cached<kPart>(static_cast<const float*>(params.data) + channel + part), values);
 #pragma unroll
       for (int w = 0; w < kPart; ++w) out[part + w] = values[w];
     }

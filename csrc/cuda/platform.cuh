@@ -33,6 +33,8 @@ struct LaunchConfig {
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include "once_per_kernel.h"
+
 #define FASTNORM_DEVICE __device__ __forceinline__
 // A kernel for blocks of at most `threads` threads. It uses few enough registers for `blocks` blocks per SM.
 #define FASTNORM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -129,6 +131,17 @@ FASTNORM_DEVICE unsigned from_floats(float low, float high) {
   return word;
 }
 
+// The larger; NaN where one of them is.
+FASTNORM_DEVICE float max_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a <= b ? b : a;
+#endif
+}
+
 // One instruction each: errors of 2 ulp and 1 ulp, and denormal numbers count as 0.
 FASTNORM_DEVICE float exp2_approx(float v) {
   float result;
@@ -140,6 +153,30 @@ FASTNORM_DEVICE float reciprocal_approx(float v) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
   return result;
 }
+
+// max(v, 0); NaN stays NaN.
+FASTNORM_DEVICE float relu_of(float v) {
+#if __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(v));
+  return result;
+#else
+  return v <= 0.0f ? 0.0f : v;
+#endif
+}
+FASTNORM_DEVICE double relu_of(double v) { return v <= 0.0 ? 0.0 : v; }
+// An error of 1 ulp.
+FASTNORM_DEVICE float rsqrt_approx(float v) {
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// a * b, rounded, whatever is added to it: the compiler makes no fused multiply-add of it.
+FASTNORM_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
+// The compiler takes v as it is here, and does not compute it again where it is used.
+FASTNORM_DEVICE void keep_in_register(float& v) { asm("" : "+f"(v)); }
 
 // One access for all of V's bytes, a power of two up to 16.
 template <int kBytes>
@@ -168,11 +205,21 @@ FASTNORM_DEVICE V read_whole(const V* p) {
   memcpy(&v, &word, sizeof(V));
   return v;
 }
+// The instructions are written out, because the compiler takes some stores of 16 bytes apart.
+FASTNORM_DEVICE void write_word(unsigned short* p, unsigned short word) { *p = word; }
+FASTNORM_DEVICE void write_word(unsigned* p, unsigned word) { *p = word; }
+FASTNORM_DEVICE void write_word(uint2* p, uint2 word) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x), "r"(word.y));
+}
+FASTNORM_DEVICE void write_word(uint4* p, uint4 word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x), "r"(word.y),
+               "r"(word.z), "r"(word.w));
+}
 template <class V>
 FASTNORM_DEVICE void write_whole(V* p, const V& v) {
   typename WordOf<sizeof(V)>::type word;
   memcpy(&word, &v, sizeof(V));
-  *reinterpret_cast<decltype(word)*>(p) = word;
+  write_word(reinterpret_cast<decltype(word)*>(p), word);
 }
 
 // Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers. Below sm_80 it copies at once.
@@ -182,9 +229,18 @@ FASTNORM_DEVICE void copy_async(void* place, const void* p) {
 }
 // Ends a group of this thread's copies (cp.async.commit_group).
 FASTNORM_DEVICE void commit_copies() { __pipeline_commit(); }
-// Waits for all of this thread's groups except the last `pending` (at most 8). Other threads see the copies after a
-// barrier.
-FASTNORM_DEVICE void wait_copies(int pending) { __pipeline_wait_prior(static_cast<size_t>(pending)); }
+// Waits for all of this thread's groups except the last `pending` (at most 7). Other threads see the copies after a
+// barrier. The instruction wants a constant, which is found in three steps.
+template <int kLow = 0, int kCount = 8>
+FASTNORM_DEVICE void wait_copies(int pending) {
+  if constexpr (kCount == 1) {
+    __pipeline_wait_prior(kLow);
+  } else if (pending < kLow + kCount / 2) {
+    wait_copies<kLow, kCount / 2>(pending);
+  } else {
+    wait_copies<kLow + kCount / 2, kCount / 2>(pending);
+  }
+}
 
 // Begins to bring the memory at p into L2.
 FASTNORM_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
@@ -194,16 +250,26 @@ enum class Access { kStream, kParameter };
 FASTNORM_DEVICE void note_read(const void*, int, Access) {}
 FASTNORM_DEVICE void note_write(const void*, int, Access) {}
 
-// Raises the kernel's limits of dynamic shared memory and cluster size where the launch needs it.
+// Raises the kernel's limits on the current device where the launch needs it: see once_per_kernel.h.
 inline cudaError_t allow(const void* kernel, int64_t shared_bytes, int cluster) {
   constexpr int64_t kSharedWithoutAsking = 48 << 10;
   constexpr int kClusterWithoutAsking = 8;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kSharedWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  static OncePerKernel shared_limits, cluster_limits;
+  const bool large = shared_bytes > kSharedWithoutAsking, wide = cluster > kClusterWithoutAsking;
+  if (!large && !wide) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error && large) {
+    error = shared_limits.run(kernel, device, [&] {
+      int most = 0;
+      const cudaError_t unknown = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      return unknown ? unknown : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    });
   }
-  if (!error && cluster > kClusterWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (!error && wide) {
+    error = cluster_limits.run(kernel, device, [&] {
+      return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    });
   }
   return error;
 }
@@ -234,13 +300,18 @@ struct LaunchWords {
   LaunchWords(const LaunchWords&) = delete;
 };
 
-// The errors of a launch whose blocks cannot be on the device together, because it is shared or partitioned.
-inline bool refuses_gangs(cudaError_t error) {
+// Whether the error of a launch means that its blocks cannot be on the device together, because it is shared or
+// partitioned. Of a cooperative launch with clusters also that the driver does not know the two together: no document
+// says that it does.
+inline bool refuses_gangs(cudaError_t error, const LaunchConfig& config) {
+  const bool cluster = config.cluster > 1;
+  if (!config.cooperative && !cluster) return false;
   return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorLaunchOutOfResources ||
-         error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
+         error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported ||
+         (config.cooperative && cluster && error == cudaErrorInvalidValue);
 }
 
-// 0, kGangRefused, or CUDA's error code.
+// 0, CUDA's error code, or kGangRefused and the code.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... arguments) {
   cudaError_t error = allow(reinterpret_cast<const void*>(kernel), config.shared_bytes, config.cluster);
@@ -248,33 +319,41 @@ int launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&
     const LaunchWords words(config);
     error = cudaLaunchKernelEx(&words.config, kernel, static_cast<Parameters>(arguments)...);
   }
-  if (!error || !(config.cooperative || config.cluster > 1) || !refuses_gangs(error)) return error;
+  if (!refuses_gangs(error, config)) return error;
   cudaGetLastError();  // clears the error, which is handled, so that the next query does not report it
-  return kGangRefused;
+  return kGangRefused + error;
 }
 
-// The number of clusters of so many blocks that the device holds at a time, with one block per SM.
-inline int max_active_clusters(const void* kernel, int cluster, int64_t shared_per_block) {
+// The number of clusters of such a launch that the device holds at a time; 0 where it has no such launch.
+inline int max_active_clusters(const void* kernel, const LaunchConfig& config) {
   int clusters = 0;
-  if (allow(kernel, shared_per_block, kMaxCluster)) return 0;
-  const LaunchWords words({cluster, kBlockThreads, shared_per_block, nullptr, cluster});
+  if (allow(kernel, config.shared_bytes, config.cluster)) return 0;
+  const LaunchWords words(config);
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &words.config)) clusters = 0;
   cudaGetLastError();  // a device without clusters reports an error
   return clusters;
 }
 
-// Finds the largest cluster size that covers at least nine tenths of the SMs that smaller clusters cover: a graphics
-// processing cluster may lack a few SMs.
+// Finds the largest cluster size that covers, with one block per SM, at least nine tenths of the SMs that smaller
+// clusters cover: a graphics processing cluster may lack a few SMs.
 inline void query_clusters(const void* kernel, DeviceInfo* info) {
   info->largest_cluster = 1;
   info->cluster_sms = 0;
   if (info->capability < 90) return;
   for (int cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
-    const int covered = cluster * max_active_clusters(kernel, cluster, info->shared_per_block);
+    const int covered =
+        cluster * max_active_clusters(kernel, {cluster, kBlockThreads, info->shared_per_block, nullptr, cluster});
     if (covered == 0 || covered * 10 < info->cluster_sms * 9) return;
     info->largest_cluster = cluster;
     info->cluster_sms = covered;
   }
+}
+
+// The occupancy of a cooperative launch with clusters says whether there is one. tests/gpu/first.py makes such a
+// launch.
+inline bool has_cooperative_clusters(const void* kernel, const DeviceInfo& info) {
+  if (!info.cooperative || info.largest_cluster == 1) return false;
+  return max_active_clusters(kernel, {2, kBlockThreads, 0, nullptr, 2, true}) > 0;
 }
 
 // kernel: any kernel without static shared memory.
@@ -302,6 +381,7 @@ inline int query_device(int device, const void* kernel, DeviceInfo* info) {
   info->bytes_per_us = int64_t(2) * kilohertz * (bus_bits / 8) / 1000;
   if (info->bytes_per_us <= 0) info->bytes_per_us = int64_t(36000) * info->num_sms;
   query_clusters(kernel, info);
+  info->cooperative_clusters = has_cooperative_clusters(kernel, *info);
   return 0;
 }
 

@@ -12,37 +12,38 @@
 // Why not one pass of sums and sums of squares: they cancel where the mean is large (mean 1e6, std 1: no digit left).
 #pragma once
 
-#include "columns.cuh"
-#include "rows.cuh"
+#include "columns_reduce.cuh"
+#include "rows_moments.cuh"
 
 namespace fastnorm::cuda {
 
 template <class T, int W>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_rows(const T* x, Welford<Accum<T>>* partials, RowsShape shape) {
   using A = Accum<T>;
   for_rows<W>(shape, all_blocks(), [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const A origin = origin_of<A>(x + piece.span.set * shape.set_stride);
-    Welford<A> mine{};
-    accumulate_moments<kUnroll<W>, T>(
+    ThreadMoments<A> mine;
+    accumulate_moments<T>(
         piece, piece.whole(team, valid), origin, [&](const Step& step) { return load<W>(x + piece.element(step)); },
         mine);
-    const Welford<A> total = reduce_team(team, mine, shared_memory());
+    const Welford<A> total = merge_team(piece, team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(partials + partial_of(shape, piece.span), total);
   });
 }
 
 template <class T, int W>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_columns(const T* x, Welford<Accum<T>>* partials, ColumnsShape shape) {
   using A = Accum<T>;
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
     A origin[W];
     load_origins(piece, x, origin);
     LaneMoments<A, W> moments;
-    accumulate_lanes<T>(
-        piece, piece.whole(), origin, [&](int position) { return load<W>(x + piece.element(position)); }, moments);
-    merge_rows(piece, moments.lane, reinterpret_cast<Moments<A>*>(shared_memory()),
+    const auto read = [&](const PackPlace& place) { return load<W>(x + place.element); };
+    piece.template walk<kMomentsRows>(piece.whole(),
+                                      [&](const auto& places) { read_moments<T>(places, origin, read, moments); });
+    merge_rows(piece, moments, reinterpret_cast<Moments<A>*>(shared_memory()),
                [&](int c, const Welford<A>& total) { store_one(partials + piece.partial(c), total); });
     sync_block();  // before the next item's moments overwrite these
   });

@@ -19,39 +19,47 @@ FASTNORM_DEVICE void sum_rows(const BackwardTensors<T>& t, GradSums<A>* sums, co
   for_rows<W>(shape, blocks, [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const auto stats = load_stats(t.stats, t.sets, piece.span.stats(shape));
     GradSums<A> mine{};
-    accumulate_sums<kSmooth, kBackwardUnroll<kSmooth, W>>(
-        t, piece, piece.whole(team, valid), stats, [&](const Step& step) { return load_gradient(t, piece, step); },
-        [](const auto&...) {}, mine);
-    const auto total = reduce_team(team, mine, shared_memory());
+    with_sums<kSmooth>(t, piece, stats, channel_params<T>(piece, t.weight, t.bias), [&](const auto& sums) {
+      piece.template walk_read<kBackwardUnroll<kSmooth, W>>(
+          piece.whole(team, valid), [&](const Step& step) { return load_gradient(t, piece, step); },
+          [&](const Step& step, const GradientPacks<T, W>& packs) {
+            if (step.in) sums.add(step, packs, [](const auto&...) {}, mine);
+          });
+    });
+    const auto total = sum_team(team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(sums + partial_of(shape, piece.span), total);
   });
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_backward_rows(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape shape) {
   sum_rows<kSmooth, W>(t, sums, shape, all_blocks());
 }
 
 // Merges the threads' sums to those of an item's channels, and stores them.
 template <int W, class A>
-FASTNORM_DEVICE void store_sums(const ColumnsPiece<W>& piece, const GradSums<A> (&mine)[W], GradSums<A>* sums) {
+FASTNORM_DEVICE void store_sums(const ColumnsPiece<W>& piece, const LaneSums<A, W>& mine, GradSums<A>* sums) {
   merge_rows(piece, mine, reinterpret_cast<GradSums<A>*>(shared_memory()),
              [&](int c, const GradSums<A>& total) { store_one(sums + piece.partial(c), total); });
   sync_block();  // before the next item's sums overwrite these
 }
 
 template <class T, int W, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsShape shape) {
   using A = Accum<T>;
   for_columns<W>(shape, all_blocks(), [&](const ColumnsPiece<W>& piece) {
-    LaneCoefs<A, W> coefs;
-    load_lane_coefs(t, piece, coefs);
-    GradSums<A> mine[W] = {};
-    accumulate_lane_sums<kSmooth, kBackwardUnroll<kSmooth, W>>(
-        t, piece, piece.whole(), coefs, [&](int position) { return load_gradient(t, piece, position); },
-        [](const auto&...) {}, mine);
+    const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
+    LaneSums<A, W> mine;
+    dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
+      piece.template walk<2>(piece.whole(), [&](const auto& places) {
+        add_sums<act.value>(
+            tensors, places, coefs,
+            [&](const auto& from, const PackPlace& place) { return load_gradient(from, piece, place); },
+            [](const auto&...) {}, mine);
+      });
+    });
     store_sums(piece, mine, sums);
   });
 }
@@ -62,24 +70,23 @@ template <bool kSmooth, int W, class T, class A = Accum<T>>
 FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, const ColumnsShape& shape,
                                 const BlockRange& blocks) {
   for_columns<W>(shape, blocks, [&](const ColumnsPiece<W>& piece) {
-    A weight[W] = {}, bias[W] = {};
-    if (piece.in) {
-      load_params<T>(t.weight, piece.channel, A(1), weight);
-      load_params<T>(t.bias, piece.channel, A(0), bias);
-    }
-    GradSums<A> mine[W] = {};
+    const auto params = LaneParams<A, W>::template load<T>(piece, t.weight, t.bias);
+    LaneSums<A, W> mine;
     dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
       piece.template walk_read<1>(
-          piece.whole(), [&](int position) { return load_gradient(t, piece, position); },
-          [&](int position, const GradientPacks<T, W>& packs) {
+          piece.whole(), [&](const PackPlace& place) { return load_gradient(t, piece, place); },
+          [&](const PackPlace& place, const GradientPacks<T, W>& packs) {
             // A pack lies in one group: its statistics are those of its first lane.
-            const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, position));
+            const SetStats<A> s = load_stats(t.stats, t.sets, piece.set(0, place.position));
             RowCoefs<A, W> coefs{s.mean, s.rstd, {}, {}};
-            set_affine(s, weight, bias, coefs);
+            set_affine(s, params.weight, params.bias, coefs);
             A x[W], d[W];
             gradient<act.value>(t, packs, coefs, x, d);
 #pragma unroll
-            for (int w = 0; w < W; ++w) mine[w].merge({d[w], d[w] * ((x[w] - s.mean) * s.rstd - s.low * s.rstd)});
+            for (int w = 0; w < W; ++w) {
+              mine.d[w] += d[w];
+              mine.d_centered[w] = std::fma(d[w], (x[w] - s.mean) * s.rstd - s.low * s.rstd, mine.d_centered[w]);
+            }
           });
     });
     store_sums(piece, mine, sums);
@@ -88,7 +95,7 @@ FASTNORM_DEVICE void sum_params(const BackwardTensors<T>& t, GradSums<A>* sums, 
 
 // The first blocks, as many as the rows' grid has (none where dx is not wanted), go along the rows. The others go down.
 template <class T, int W, int kColumnsW, bool kSmooth>
-FASTNORM_KERNEL(kBlockThreads, 2)
+FASTNORM_KERNEL(kResidentThreads, 1)
 reduce_elements(BackwardTensors<T> t, GradSums<Accum<T>>* sums, RowsShape rows, int64_t rows_blocks,
                 GradSums<Accum<T>>* params, ColumnsShape columns) {
   const BlockRange all = all_blocks();

@@ -7,34 +7,53 @@
 
 #include <algorithm>
 
-#include "core/accum.h"
 #include "element.cuh"
 #include "fast_div.h"
 #include "group_reduce.cuh"
-#include "moments.cuh"
 
 namespace fastnorm::cuda {
+
+// Packs of a tensor that a thread copies or loads before it uses the first. With two blocks per SM they are 32 KB,
+// which keeps an H200's memory busy (4.8 TB/s for 0.7 us over 132 SMs is 25 KB).
+template <int W>
+constexpr int kRowsUnroll = W == 1 ? 8 : 4;
+
+template <int kPower>
+constexpr int kLog2 = 1 + kLog2<kPower / 2>;
+template <>
+constexpr int kLog2<1> = 0;
+
+// From a step to the same thread's step of the next round.
+struct Stride {
+  int runs, packs;
+  uint32_t offset;  // in packs of memory
+};
 
 // A geometry and its grid as rows kernels need them. The elements of set s, run r begin at s * set_stride + r *
 // run_stride; channels and rows of the mask likewise.
 struct RowsShape {
   int64_t sets, groups;  // groups: sets per sample; batch norm: all sets
   int64_t set_stride, run_stride;
-  int64_t set_channels, run_channels;
+  int64_t set_channels;
   int64_t set_masks, run_masks;
   int64_t mask_row_bytes;
   int64_t runs, run_packs;  // of a set
   int64_t set_size;         // elements
   int64_t items, pieces, run_pieces;
-  int64_t sets_per_stats;  // so many of these sets share statistics: 1, or the cells of a set
+  WideDiv by_groups, by_pieces, by_run_pieces;
+  WideDiv by_sets_per_stats;  // so many of these sets share statistics: 1, or the cells of a set
   int piece_runs, piece_length;
   int length;  // steps from a run of a piece to the next: piece_length, rounded up to whole bytes of a mask
   FastDiv by_length;
-  int team;
-  bool per_element;   // the channel changes with every element of a run
-  bool backwards;     // items are taken from the last to the first
-  int run_slots;      // of a staged run
-  FastDiv by_blocks;  // single elements: blocks of 16 bytes of a staged run
+  int run_channels;         // 1 where every run has a channel of its own, else 0
+  uint32_t run_offset;      // from a run of a piece to the next, in packs
+  uint32_t run_mask_bytes;  // likewise in the mask
+  int team_shift;           // a team has 1 << team_shift threads
+  Stride round;             // of a team
+  bool per_element;         // the channel changes with every element of a run
+  bool backwards;           // items are taken from the last to the first
+  int run_slots;            // of a staged run of single elements
+  FastDiv by_blocks;        // single elements: blocks of 16 bytes of a staged run
 };
 
 // whole_bytes: the kernel may write a mask, whose rows begin with a whole byte. It does not say whether the kernel
@@ -45,10 +64,11 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   RowsShape s{};
   s.sets = g.sets();
   s.groups = batch ? g.C : g.G;
+  s.by_groups = WideDiv(s.groups);
   s.set_stride = batch ? g.S : g.D() * g.S;
   s.run_stride = runs.stride;
   s.set_channels = g.set_channels();
-  s.run_channels = batch || g.per_element() ? 0 : 1;
+  s.run_channels = batch ? 0 : 1;
   s.set_masks = batch || g.per_element() ? 1 : g.D();
   s.run_masks = batch ? g.C : 1;
   s.mask_row_bytes = mask_row_bytes(g.mask_run(), dtype);
@@ -57,14 +77,20 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   s.set_size = g.set_size();
   s.items = grid.items;
   s.pieces = grid.pieces;
+  s.by_pieces = WideDiv(s.pieces);
   s.run_pieces = run_pieces(g, grid);
-  s.sets_per_stats = g.sets() / stats.sets();
+  s.by_run_pieces = WideDiv(s.run_pieces);
+  s.by_sets_per_stats = WideDiv(g.sets() / stats.sets());
   s.piece_runs = static_cast<int>(grid.piece_runs);
   s.piece_length = static_cast<int>(grid.piece_length);
   const int per_byte = whole_bytes && grid.pack < 8 && s.piece_runs > 1 ? 8 / grid.pack : 1;
   s.length = (s.piece_length + per_byte - 1) / per_byte * per_byte;
   s.by_length = FastDiv(s.length);
-  s.team = grid.threads_x;
+  s.run_offset = static_cast<uint32_t>(runs.stride / grid.pack);
+  s.run_mask_bytes = static_cast<uint32_t>(s.run_masks * s.mask_row_bytes);
+  while (1 << s.team_shift < grid.threads_x) ++s.team_shift;
+  s.round = {grid.threads_x / s.length, grid.threads_x % s.length, 0};
+  s.round.offset = static_cast<uint32_t>(s.round.runs) * s.run_offset + static_cast<uint32_t>(s.round.packs);
   s.per_element = g.per_element();
   s.run_slots = static_cast<int>(grid.run_slots(dtype));
   s.by_blocks = FastDiv(std::max<int64_t>(1, s.run_slots * size_of(dtype) / 16));
@@ -77,11 +103,18 @@ struct Span {
   int runs, packs;  // whole runs, and packs of each in this piece
 
   FASTNORM_DEVICE Span(const RowsShape& s, int64_t item) {
-    set = s.pieces == 1 ? item : item / s.pieces;
-    piece = s.pieces == 1 ? 0 : item - set * s.pieces;
-    const int64_t part = s.run_pieces == 1 ? piece : piece / s.run_pieces;
+    if (s.pieces == 1) {
+      set = item;
+      piece = first_run = first_pack = 0;
+      runs = s.piece_runs;
+      packs = s.piece_length;
+      return;
+    }
+    set = s.by_pieces.divide(item);
+    piece = item - set * s.pieces;
+    const int64_t part = s.by_run_pieces.divide(piece);
     first_run = part * s.piece_runs;
-    first_pack = s.run_pieces == 1 ? 0 : (piece - part * s.run_pieces) * s.piece_length;
+    first_pack = (piece - part * s.run_pieces) * s.piece_length;
     runs = static_cast<int>(std::min(static_cast<int64_t>(s.piece_runs), s.runs - first_run));
     packs = static_cast<int>(std::min(static_cast<int64_t>(s.piece_length), s.run_packs - first_pack));
   }
@@ -89,39 +122,38 @@ struct Span {
   FASTNORM_DEVICE int steps(const RowsShape& s) const { return runs == 1 ? packs : runs * s.length; }
   FASTNORM_DEVICE int64_t base(const RowsShape& s) const { return set * s.set_stride + first_run * s.run_stride; }
   FASTNORM_DEVICE int64_t channel(const RowsShape& s) const {
-    return (s.groups == 1 ? 0 : set % s.groups) * s.set_channels + first_run * s.run_channels;
+    return (set - s.by_groups.divide(set) * s.groups) * s.set_channels + first_run * s.run_channels;
   }
   FASTNORM_DEVICE int64_t mask_row(const RowsShape& s) const { return set * s.set_masks + first_run * s.run_masks; }
-  FASTNORM_DEVICE int64_t stats(const RowsShape& s) const {
-    return s.sets_per_stats == 1 ? set : set / s.sets_per_stats;
-  }
+  FASTNORM_DEVICE int64_t stats(const RowsShape& s) const { return s.by_sets_per_stats.divide(set); }
 };
 
 // The index of a piece's partial among [outer, pieces, sets of an outer].
 FASTNORM_DEVICE int64_t partial_of(const RowsShape& s, const Span& span) {
-  const int64_t outer = span.set / s.groups;
+  const int64_t outer = s.by_groups.divide(span.set);
   return (outer * s.pieces + span.piece) * s.groups + span.set - outer * s.groups;
 }
 
 // One step of the walk: one pack, or nothing where it is not `in`.
 struct Step {
   int index, run, pack;  // pack: within the piece's part of the run
+  uint32_t offset;       // from the first pack of the piece, in packs
   bool in;
-};
-FASTNORM_DEVICE Step step_of(const RowsShape& s, const Span& span, int index, bool in) {
-  Step step{index, 0, index, in};
-  if (span.runs > 1) {
-    step.run = static_cast<int>(s.by_length.divide(static_cast<uint32_t>(index)));
-    step.pack = index - step.run * s.length;
-  }
-  step.in = in && step.run < span.runs && step.pack < span.packs;
-  return step;
-}
 
-// `count` steps of a piece, from `begin` on, that `width` neighbouring threads walk together. `longest` is the largest
-// count among the ranges that are walked at the same time: all threads make as many rounds as that one needs.
+  // From the first element of the piece.
+  template <int W>
+  FASTNORM_DEVICE int64_t element() const {
+    return static_cast<int64_t>(offset) * W;
+  }
+};
+
+// `count` steps of a piece, from `begin` on, that neighbouring threads walk together. A thread takes one step a round.
+// Where the walk is not `valid`, the threads make the same rounds, but are never `in`.
 struct ThreadSteps {
-  int begin, count, longest, lane, width;
+  int begin, count;
+  bool valid;
+  int lane, width, shift;  // width: of a round, 1 << shift threads
+  Stride stride;
 };
 
 // A piece in memory: the addresses of its packs, channels and bytes of the mask.
@@ -139,73 +171,120 @@ struct RowsPiece {
     mask_base = span.mask_row(s) * s.mask_row_bytes + first / 8;
   }
 
-  FASTNORM_DEVICE int64_t element(const Step& p) const { return base + p.run * shape.run_stride + p.pack * W; }
-  FASTNORM_DEVICE int64_t channel_of(const Step& p) const {
-    return channel + p.run * shape.run_channels + (shape.per_element ? p.pack * W : 0);
-  }
+  // Whether some steps between runs have no pack. Runs of packs of 8 end with a whole byte of the mask.
+  FASTNORM_DEVICE bool has_gaps() const { return W < 8 && shape.length != shape.piece_length; }
+  FASTNORM_DEVICE int64_t elements() const { return static_cast<int64_t>(span.runs) * span.packs * W; }
+
+  FASTNORM_DEVICE int64_t element(const Step& p) const { return base + static_cast<int64_t>(p.offset) * W; }
   FASTNORM_DEVICE int64_t mask_byte(const Step& p) const {
-    return mask_base + p.run * shape.run_masks * shape.mask_row_bytes + p.pack * W / 8;
+    return mask_base + (static_cast<uint32_t>(p.run) * shape.run_mask_bytes + static_cast<uint32_t>(p.pack * W / 8));
   }
   FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const Step& p) const {
-    return load_mask<W>(mask + mask_base + p.run * shape.run_masks * shape.mask_row_bytes, p.pack * W);
+    return load_mask<W>(mask + mask_byte(p), W >= 8 ? 0 : p.pack * W % 8);
   }
 
-  // The index, in a staged piece of `tensor`, of a step's pack. Single elements lie as far past a multiple of 16 bytes
-  // as in global memory.
-  template <class T>
-  FASTNORM_DEVICE int slot(const Step& p, const T* tensor) const {
-    if constexpr (W > 1) return p.run * shape.run_slots + p.pack;
-    return p.run * shape.run_slots + shift(tensor, p.run) + p.pack;
-  }
-  template <class T>
-  FASTNORM_DEVICE int shift(const T* tensor, int run) const {
-    const uint32_t first = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(tensor) / sizeof(T)) +
-                           static_cast<uint32_t>(base) +
-                           static_cast<uint32_t>(run) * static_cast<uint32_t>(shape.run_stride);
-    return static_cast<int>(first % (16 / sizeof(T)));
-  }
-
-  // The whole piece, walked by a team. No steps where the item is not `valid`.
+  // The whole piece, walked by a team.
   FASTNORM_DEVICE ThreadSteps whole(const Team& team, bool valid) const {
-    const int steps = span.steps(shape);
-    return {0, valid ? steps : 0, steps, team.lane, team.width};
+    return {0, span.steps(shape), valid, team.lane, team.width, shape.team_shift, shape.round};
   }
-  // The steps of one copy group. A group has whole rounds, so that a thread takes the same steps group by group as it
-  // takes on a walk over the whole.
-  FASTNORM_DEVICE ThreadSteps copy_group(const Team& team, bool valid, int index) const {
-    const int steps = span.steps(shape), round = kUnroll<W> * team.width;
-    const int length = (steps + kCopyGroups * round - 1) / (kCopyGroups * round) * round, begin = index * length;
-    const int here = std::max(0, std::min(length, steps - begin));
-    return {begin, valid ? here : 0, here, team.lane, team.width};
+  // The steps of a copy group: whole batches of kRowsUnroll rounds, so that a thread takes the same steps group by
+  // group as it takes on a walk over the whole. Single elements are all in the first group.
+  FASTNORM_DEVICE int group_length() const {
+    const int shift = shape.team_shift + kLog2<kRowsUnroll<W> * kCopyGroups>, steps = span.steps(shape);
+    return W == 1 ? steps : ((steps + (1 << shift) - 1) >> shift) << (shift - kLog2<kCopyGroups>);
+  }
+  FASTNORM_DEVICE ThreadSteps copy_group(const Team& team, bool valid, int index, int length) const {
+    ThreadSteps range = whole(team, valid);
+    range.begin = index * length;
+    range.count = std::min(length, range.count - range.begin);
+    return range;
+  }
+  // Calls body(range, copy group) for the copy groups that are not empty.
+  template <class Body>
+  FASTNORM_DEVICE void for_copy_groups(const Team& team, bool valid, Body body) const {
+    const int length = group_length(), steps = span.steps(shape);
+#pragma unroll 1
+    for (int group = 0; group * length < steps; ++group) body(copy_group(team, valid, group, length), group);
   }
 
-  // Calls body(steps) for U steps at a time, from the last to the first where kFromEnd.
-  template <int U, bool kFromEnd = false, class Body>
-  FASTNORM_DEVICE void walk(const ThreadSteps& range, Body body) const {
-    const int length = U * range.width, first = kFromEnd ? (range.longest - 1) / length * length : 0;
-    for (int begin = first; kFromEnd ? begin >= 0 : begin < range.longest; begin += kFromEnd ? -length : length) {
-      Step steps[U];
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        const int index = begin + u * range.width + range.lane;
-        steps[u] = step_of(shape, span, range.begin + index, index < range.count);
-      }
-      body(steps);
+  FASTNORM_DEVICE Step step_at(const ThreadSteps& range, int round) const {
+    Step step{};
+    step.index = range.begin + (round << range.shift) + range.lane;
+    step.run = static_cast<int>(shape.by_length.divide(static_cast<uint32_t>(step.index)));
+    step.pack = step.index - step.run * shape.length;
+    step.offset = static_cast<uint32_t>(step.run) * shape.run_offset + static_cast<uint32_t>(step.pack);
+    return step;
+  }
+  // To the same lane's step of the next round, or of the one before.
+  template <bool kBack>
+  FASTNORM_DEVICE void move(const ThreadSteps& range, Step& step) const {
+    constexpr int kSign = kBack ? -1 : 1;
+    step.index += kSign * range.width;
+    step.run += kSign * range.stride.runs;
+    step.pack += kSign * range.stride.packs;
+    step.offset += static_cast<uint32_t>(kSign) * range.stride.offset;
+    const uint32_t wrap = static_cast<uint32_t>(kSign) * (shape.run_offset - static_cast<uint32_t>(shape.length));
+    if (kBack ? step.pack < 0 : step.pack >= shape.length) {
+      step.run += kSign;
+      step.pack -= kSign * shape.length;
+      step.offset += wrap;
     }
   }
-  // Calls use(step, read(step)) for every step, with U reads before the first use.
+
+  // Calls body(steps) for N rounds: U at a time as long as they are full, then one at a time; from the last to the
+  // first where kFromEnd. In full rounds `in` needs no comparison with the range's end.
+  template <int U, bool kFromEnd = false, class Body>
+  FASTNORM_DEVICE void walk(const ThreadSteps& range, Body body) const {
+    const int rounds = (range.count + range.width - 1) >> range.shift;
+    const int batches = U == 1 ? 0 : (range.count >> range.shift) / U;
+    if (rounds == 0) return;
+    Step at = step_at(range, kFromEnd ? rounds - 1 : 0);
+    const auto full_rounds = [&] {
+      for (int batch = 0; batch < batches; ++batch) {
+        Step steps[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          steps[u] = at;
+          steps[u].in = range.valid && (W == 8 || at.pack < span.packs);
+          move<kFromEnd>(range, at);
+        }
+        body(steps);
+      }
+    };
+    const auto other_rounds = [&] {
+      for (int round = batches * U; round < rounds; ++round) {
+        Step steps[1] = {at};
+        steps[0].in = range.valid && at.index < range.begin + range.count && (W == 8 || at.pack < span.packs);
+        move<kFromEnd>(range, at);
+        body(steps);
+      }
+    };
+    if (!kFromEnd && U > 1) full_rounds();
+    other_rounds();
+    if (kFromEnd && U > 1) full_rounds();
+  }
+  // Calls body(step) for this thread's steps. Other threads may make fewer calls or more: no shuffles in it.
+  template <class Body>
+  FASTNORM_DEVICE void for_steps(const ThreadSteps& range, Body body) const {
+    const int end = range.valid ? range.begin + range.count : 0;
+    Step at = step_at(range, 0);
+    at.in = true;
+    while (at.index < end) {
+      if (W == 8 || at.pack < span.packs) body(at);
+      move<false>(range, at);
+    }
+  }
+  // Calls use(step, read(step)) for every step, with N reads before the first use.
   template <int U, bool kFromEnd = false, class Read, class Use>
   FASTNORM_DEVICE void walk_read(const ThreadSteps& range, Read read, Use use) const {
-    walk<U, kFromEnd>(range, [&](const Step(&steps)[U]) {
-      decltype(read(steps[0])) what[U];
+    walk<U, kFromEnd>(range, [&]<int N>(const Step(&steps)[N]) {
+      decltype(read(steps[0])) what[N];
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < N; ++u) {
         if (steps[u].in) what[u] = read(steps[u]);
       }
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        if (steps[u].in) use(steps[u], what[u]);
-      }
+      for (int u = 0; u < N; ++u) use(steps[u], what[u]);
     });
   }
 };
@@ -214,8 +293,8 @@ struct RowsPiece {
 // a team has no item left, `valid` is false and the piece is another team's.
 template <int W, class Body>
 FASTNORM_DEVICE void for_rows(const RowsShape& shape, const BlockRange& blocks, Body body) {
-  const Team team(shape.team);
-  const int teams = block_threads() / team.width;
+  const Team team(shape.team_shift);
+  const int teams = block_threads() >> shape.team_shift;
   for (int64_t first = blocks.index * teams; first < shape.items; first += blocks.count * teams) {
     const bool valid = first + team.index < shape.items;
     const int64_t item = valid ? first + team.index : first;
@@ -223,124 +302,88 @@ FASTNORM_DEVICE void for_rows(const RowsShape& shape, const BlockRange& blocks, 
   }
 }
 
-// Begins to copy runs of single elements to shared memory, in aligned blocks of 16 bytes except at the ends of a run.
-// The threads that read the elements are not those that copy them.
-template <class T>
-FASTNORM_DEVICE void stage_runs(const RowsPiece<1>& piece, const Team& team, const T* tensor, Pack<T, 1>* staged) {
-  constexpr int kLanes = 16 / sizeof(T);
-  const RowsShape& shape = piece.shape;
-  const int blocks = shape.run_slots / kLanes, packs = piece.span.packs;
-  for (int step = team.lane; step < piece.span.runs * blocks; step += team.width) {
-    const int run = static_cast<int>(shape.by_blocks.divide(static_cast<uint32_t>(step)));
-    const int begin = (step - run * blocks) * kLanes - piece.shift(tensor, run);
-    const T* from = tensor + piece.base + run * shape.run_stride + begin;
-    Pack<T, 1>* to = staged + step * kLanes;
-    if (begin >= 0 && begin + kLanes <= packs) {
-      stage<kLanes>(reinterpret_cast<Pack<T, kLanes>*>(to), from);
-    } else {
-#pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane) {
-        if (begin + lane >= 0 && begin + lane < packs) stage<1>(to + lane, from + lane);
-      }
-    }
-  }
-}
+// ---- coefficients ----
 
-// Begins to copy one copy group of a team's piece to shared memory. Every thread copies what it reads itself on a walk
-// over the same group. Runs of single elements are all in the first group.
-template <int W, class T>
-FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, int copy_group, const T* tensor,
-                                Pack<T, W>* staged) {
-  if constexpr (W == 1) {
-    if (copy_group == 0) stage_runs(piece, team, tensor, staged);
-  } else {
-    piece.template walk<kUnroll<W>>(piece.copy_group(team, true, copy_group), [&](const Step(&steps)[kUnroll<W>]) {
-#pragma unroll
-      for (int u = 0; u < kUnroll<W>; ++u) {
-        if (steps[u].in) stage<W>(staged + piece.slot(steps[u], tensor), tensor + piece.element(steps[u]));
-      }
-    });
-  }
-}
-// Calls body(range) for one copy group of a team's piece after the other; ready(copy_group) waits until the group has
-// landed.
-template <int W, class Ready, class Body>
-FASTNORM_DEVICE void for_landed(const RowsPiece<W>& piece, const Team& team, bool valid, Ready ready, Body body) {
-  if constexpr (W == 1) {
-    ready(kCopyGroups - 1);
-    team.sync();  // other threads copied it
-    body(piece.whole(team, valid));
-  } else {
-    for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) {
-      ready(copy_group);
-      body(piece.copy_group(team, valid, copy_group));
-    }
-  }
-}
-// Call before another piece is copied over this one.
-template <int W>
-FASTNORM_DEVICE void release_staged(const Team& team) {
-  if constexpr (W == 1) team.sync();  // other threads copy over what this one has read
-}
-// Begins to bring a team's piece of `tensor` into L2, where later reads find it.
-template <int W, class T>
-FASTNORM_DEVICE void prefetch_rows(const RowsPiece<W>& piece, const Team& team, const T* tensor) {
-  piece.template walk<1>(piece.whole(team, true), [&](const Step(&steps)[1]) {
-    // One element of every 16 bytes brings the others with it.
-    const bool brings = W > 1 || steps[0].pack % (16 / static_cast<int>(sizeof(T))) == 0;
-    if (steps[0].in && brings) prefetch_l2(tensor + piece.element(steps[0]));
-  });
-}
+// One channel along a run.
+template <class A>
+struct RunCoefs {
+  Affine<A> all;
+  FASTNORM_DEVICE const Affine<A>& operator[](int) const { return all; }
+};
 
-// Merges the moments of this thread's part of a range, relative to `origin`, into `total`; read(step) gives the pack of
-// x there.
-template <int U, class T, int W, class A, class Read>
-FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const ThreadSteps& range, A origin, Read read,
-                                        Welford<A>& total) {
-  piece.template walk<U>(range, [&](const Step(&steps)[U]) {
-    Pack<T, W> packs[U];
-    bool in[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      in[u] = steps[u].in;
-      if (in[u]) packs[u] = read(steps[u]);
-    }
-    total.merge(batch_moments(packs, in, origin));
-  });
-}
-
-// The coefficients at one step after another. It loads them when the channel changes.
+// The weight and bias of a piece's first channel. Load them before a barrier that the statistics wait for.
+template <class A>
+struct ChannelParams {
+  A weight, bias;
+};
 template <class T, int W, class A = Accum<T>>
-class RowCoefsReader {
+FASTNORM_DEVICE ChannelParams<A> channel_params(const RowsPiece<W>& piece, const Params& weight, const Params& bias,
+                                                int channel = 0) {
+  return {load_param_of<T>(weight, piece.channel + channel, A(1)),
+          load_param_of<T>(bias, piece.channel + channel, A(0))};
+}
+
+// The coefficients at one step after another, of runs of one channel. It loads them when the channel changes.
+template <class T, int W, class A = Accum<T>>
+class RunCoefsReader {
  public:
-  FASTNORM_DEVICE RowCoefsReader(const SetStats<A>& stats, const Params& weight, const Params& bias)
-      : weight_(weight), bias_(bias), low_(stats.low) {
-    coefs_ = {stats.mean, stats.rstd, {}, {}};
-  }
-  FASTNORM_DEVICE const RowCoefs<A, W>& at(const RowsPiece<W>& piece, const Step& step) {
-    const int64_t channel = piece.channel_of(step);
-    if (channel == channel_) return coefs_;
+  FASTNORM_DEVICE RunCoefsReader(const RowsPiece<W>& piece, const SetStats<A>& stats, const Params& weight,
+                                 const Params& bias, const ChannelParams<A>& first)
+      : piece_(piece),
+        stats_(stats),
+        weight_(weight),
+        bias_(bias),
+        coefs_{make_affine(stats, first.weight, first.bias)} {}
+  FASTNORM_DEVICE void move_to(const Step& step) {
+    if (piece_.shape.run_channels == 0) return;  // all runs are of one channel
+    const int channel = W == 1 && piece_.shape.per_element ? step.pack : step.run;
+    if (channel == channel_ || !step.in) return;
     channel_ = channel;
-    A weight[W], bias[W];
-    if (W == 1 || piece.shape.per_element) {
-      load_params<T>(weight_, channel, A(1), weight);
-      load_params<T>(bias_, channel, A(0), bias);
-    } else {
-      weight[0] = load_param_of<T>(weight_, channel, A(1));
-      bias[0] = load_param_of<T>(bias_, channel, A(0));
-#pragma unroll
-      for (int w = 1; w < W; ++w) weight[w] = weight[0], bias[w] = bias[0];
-    }
-    set_affine({coefs_.mean, coefs_.rstd, low_}, weight, bias, coefs_);
-    return coefs_;
+    const ChannelParams<A> params = channel_params<T>(piece_, weight_, bias_, channel);
+    coefs_.all = make_affine(stats_, params.weight, params.bias);
   }
-  FASTNORM_DEVICE const RowCoefs<A, W>& last() const { return coefs_; }
+  FASTNORM_DEVICE const RunCoefs<A>& now() const { return coefs_; }
 
  private:
+  const RowsPiece<W>& piece_;
+  const SetStats<A>& stats_;
   const Params &weight_, &bias_;
-  A low_;
-  int64_t channel_ = -1;
+  int channel_ = 0;
+  RunCoefs<A> coefs_;
+};
+
+// The same where weights change with every element.
+template <class T, int W, class A = Accum<T>>
+class ElementCoefsReader {
+ public:
+  FASTNORM_DEVICE ElementCoefsReader(const RowsPiece<W>& piece, const SetStats<A>& stats, const Params& weight,
+                                     const Params& bias)
+      : piece_(piece), stats_(stats), weight_(weight), bias_(bias), coefs_{stats.mean, stats.rstd, {}, {}} {}
+  FASTNORM_DEVICE void move_to(const Step& step) {
+    if (!step.in) return;
+    A weight[W], bias[W];
+    load_params<T>(weight_, piece_.channel + step.pack * W, A(1), weight);
+    load_params<T>(bias_, piece_.channel + step.pack * W, A(0), bias);
+    set_affine(stats_, weight, bias, coefs_);
+  }
+  FASTNORM_DEVICE const RowCoefs<A, W>& now() const { return coefs_; }
+
+ private:
+  const RowsPiece<W>& piece_;
+  const SetStats<A>& stats_;
+  const Params &weight_, &bias_;
   RowCoefs<A, W> coefs_;
 };
+
+// Calls f(reader of the coefficients).
+template <class T, int W, class A, class F>
+FASTNORM_DEVICE void with_coefs(const RowsPiece<W>& piece, const SetStats<A>& stats, const Params& weight,
+                                const Params& bias, const ChannelParams<A>& first, F f) {
+  if (W > 1 && piece.shape.per_element) {
+    f(ElementCoefsReader<T, W>(piece, stats, weight, bias));
+  } else {
+    f(RunCoefsReader<T, W>(piece, stats, weight, bias, first));
+  }
+}
 
 }  // namespace fastnorm::cuda

@@ -37,7 +37,13 @@ FASTNORM_DEVICE A lost_in_sum(A a, A b, A sum) {
 // An error here would be an error of all elements.
 template <class A>
 FASTNORM_DEVICE A rstd_of(A var, A eps) {
-  const A sum = var + eps, rstd = A(1) / std::sqrt(sum);
+  const A sum = var + eps;
+  A rstd;
+  if constexpr (std::is_same_v<A, float>) {
+    rstd = rsqrt_approx(sum);
+  } else {
+    rstd = A(1) / std::sqrt(sum);
+  }
   const A product = sum * rstd, low = std::fma(sum, rstd, -product) + lost_in_sum(var, eps, sum) * rstd;
   const A better = std::fma(A(0.5) * rstd, std::fma(-product, rstd, A(1)) - low * rstd, rstd);
   return better - better == A(0) ? better : rstd;  // 0, infinity and NaN stay as they are

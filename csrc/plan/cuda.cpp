@@ -48,8 +48,8 @@ std::vector<int64_t> grid_pieces(const StagedSets& sets, const FusedChoice& choi
   return pieces;
 }
 
-// All choices for a fused launch.
-std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int streams, bool persistent,
+// All choices for a fused launch, registers first.
+std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, const Staging& staging, bool persistent,
                                        const DeviceInfo& device, const Forced& forced) {
   std::vector<FusedChoice> choices;
   const auto tiles = g.traversal() == Traversal::kRows ? std::vector<int64_t>{1}  // none
@@ -58,23 +58,28 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, int strea
   for (int64_t size = 2; size <= device.largest_cluster; size *= 2) clusters.push_back(size);
   const auto add = [&](FusedChoice choice, Gang gang, const std::vector<int64_t>& pieces) {
     if (!allows(forced.gang, static_cast<int>(gang))) return;
+    if (!allows(forced.place, static_cast<int>(choice.place))) return;
     choice.gang = gang;
-    choice.persistent = persistent || choice.stages == 2 || gang == Gang::kGrid;
+    choice.persistent = persistent || choice.stages == 2 || gang == Gang::kGrid || choice.place == Place::kRegisters;
     const bool free = forced.pieces < 0 || gang == Gang::kBlock;
     for (const int64_t each : free ? pieces : std::vector<int64_t>{forced.pieces}) {
       choice.pieces = each;
       choices.push_back(choice);
     }
   };
-  for (const int64_t tile : tiles) {
-    for (const int64_t blocks_per_sm : options_of(forced.blocks_per_sm, kBlocksPerSm)) {
-      for (const int stages : {1, 2}) {
-        if (!allows(forced.stages, stages)) continue;
-        const FusedChoice choice{Gang::kBlock, 1, stages, static_cast<int>(blocks_per_sm), tile, false};
-        add(choice, Gang::kBlock, {1});
-        add(choice, Gang::kCluster, clusters);
-        if (device.cooperative) {
-          add(choice, Gang::kGrid, grid_pieces(staged_sets(g, dtype, tile), choice, streams, device));
+  for (const Place place : {Place::kRegisters, Place::kShared}) {
+    if (place == Place::kRegisters && !staging.registers) continue;
+    for (const int64_t tile : tiles) {
+      for (const int64_t blocks_per_sm : options_of(forced.blocks_per_sm, kBlocksPerSm)) {
+        for (const int stages : {1, 2}) {
+          if (!allows(forced.stages, stages)) continue;
+          const FusedChoice choice{Gang::kBlock, 1, stages, static_cast<int>(blocks_per_sm), tile, place, false};
+          add(choice, Gang::kBlock, {1});
+          if (place == Place::kRegisters) continue;
+          add(choice, Gang::kCluster, clusters);
+          if (device.cooperative) {
+            add(choice, Gang::kGrid, grid_pieces(staged_sets(g, dtype, tile), choice, staging.streams, device));
+          }
         }
       }
     }
@@ -94,7 +99,7 @@ DeviceInfo without_free_sms(DeviceInfo device, int free_sms) {
 
 // Whether only fused plans will do, and whether others will.
 bool only_fused(const Forced& f) {
-  return f.gang >= 0 || f.pieces >= 0 || f.stages >= 0 || f.blocks_per_sm >= 0 || f.tile_bytes >= 0;
+  return f.gang >= 0 || f.pieces >= 0 || f.stages >= 0 || f.blocks_per_sm >= 0 || f.tile_bytes >= 0 || f.place >= 0;
 }
 bool allows_fused(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kFused)); }
 bool allows_split(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kSplit)) && !only_fused(f); }
@@ -124,18 +129,30 @@ struct Planner {
   const DeviceInfo sync_device =
       without_free_sms(device, options.free_sms);  // for launches whose blocks wait for each other
 
-  // Calls make(grid, co-resident blocks) for all fused launches that fit.
+  // Calls make(grid, co-resident blocks, whether it syncs) for all fused launches that fit. grid_sync: the grid syncs
+  // at the end, where the device has such a launch.
   template <class Make>
   void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, Make make) const {
     const Forced& forced = options.forced;
-    for (const FusedChoice& choice : fused_choices(g, dtype, staging.streams, persistent, sync_device, forced)) {
-      const DeviceInfo& where = grid_sync || choice.gang == Gang::kGrid ? sync_device : device;
+    bool in_registers = false;
+    for (FusedChoice choice : fused_choices(g, dtype, staging, persistent, sync_device, forced)) {
+      const bool cooperates = choice.gang == Gang::kCluster ? device.cooperative_clusters : device.cooperative;
+      const bool syncs = grid_sync && cooperates;
+      choice.persistent = choice.persistent || syncs;
+      const DeviceInfo& where = syncs || choice.gang == Gang::kGrid ? sync_device : device;
+      // Blocks that can keep their sets in registers do not keep them in shared memory, if enough of them are on the
+      // device: they would move as many bytes with several times the instructions.
+      if (in_registers && choice.gang == Gang::kBlock && choice.place == Place::kShared) continue;
       Grid grid;
       if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
       if (second_stage_idle(grid) && forced.stages != 2) continue;
       // Runs can lead to cluster sizes that are no powers of two, which might fill a device badly.
       if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
-      make(grid, co_resident_blocks(grid, staging.backward, where));
+      const int64_t resident = co_resident_blocks(grid, where);
+      if (choice.place == Place::kRegisters && resident * grid.threads() >= int64_t(where.num_sms) * kBlockThreads) {
+        in_registers = true;
+      }
+      make(grid, resident, syncs);
     }
   }
 };
@@ -161,7 +178,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     if (needs.frozen) return {separate(Strategy::kApply)};
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
-      for_each_fused({1, false, false}, false, false, [&](const Grid& grid, int64_t resident) {
+      for_each_fused({1, false, false, true}, false, false, [&](const Grid& grid, int64_t resident, bool) {
         const Estimate estimate =
             estimate_fused(grid, streams, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
         plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
@@ -202,9 +219,8 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
-    const bool grid_sync = folds && device.cooperative;
-    const Staging staging{streams.read, true, in_gang};
-    for_each_fused(staging, grid_sync || in_gang, grid_sync, [&](const Grid& grid, int64_t resident) {
+    const Staging staging{streams.read, true, in_gang, !own_launch};
+    for_each_fused(staging, in_gang, folds, [&](const Grid& grid, int64_t resident, bool grid_sync) {
       BackwardPlan plan = empty(Strategy::kFused, sums);
       plan.reduce = grid;
       plan.grid_sync = grid_sync;

@@ -5,7 +5,8 @@
 // Three strategies:
 //
 //   fused   one launch; a gang of blocks keeps a set (rows) or a tile of whole sets (columns) in its shared memory, so
-//           that x is read once. A gang is a block, a cluster, or a share of the whole grid.
+//           that x is read once. A gang is a block, a cluster, or a share of the whole grid. Teams may keep rows with a
+//           weight for every element in registers instead.
 //   split   reduce, fold, apply: sets are cut into pieces until every SM has work; apply walks backwards, over what
 //           reduce has just left in L2
 //   apply   one launch; statistics are given

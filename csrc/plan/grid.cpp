@@ -12,9 +12,12 @@ namespace {
 // Half of a launch's limit, because some launches contain the blocks of two grids.
 constexpr int64_t kMaxBlocks = int64_t(1) << 30;
 
-// Packs that a thread of a team has under way at a time (kUnroll in csrc/cuda/moments.cuh). A team has as many threads
+// Packs that a thread of a team has under way at a time (kRowsUnroll in csrc/cuda/rows.cuh). A team has as many threads
 // as that needs.
 constexpr int64_t kPacksPerThread = 4;
+// A thread's instructions of one item are worth as many as those of five packs. Where the device has threads enough, a
+// team has fewer of them, and each takes so many packs.
+constexpr int64_t kMostPacksPerThread = 16;
 
 // The least number of lanes that take neighbouring packs: the lanes that share a byte of the mask; in rows also those
 // that share a sector of 32 bytes.
@@ -35,14 +38,20 @@ constexpr int64_t kMinPiecePacks = 1024;
 // Up to these, offsets in a piece fit 32 bits, and float32 counts its elements exactly.
 constexpr int64_t kMaxPiecePacks = int64_t(1) << 20;
 constexpr int64_t kMaxPiecePositions = int64_t(1) << 20;
+// Likewise the packs of memory between the first pack of a rows piece and its last.
+constexpr int64_t kMaxPieceOffset = int64_t(1) << 31;
 
-// The driver keeps 1 KB of every block's shared memory.
+// The driver keeps 1 KB of every block's shared memory. An SM gives it out in units.
 constexpr int64_t kReservedShared = 1024;
+int64_t shared_unit(const DeviceInfo& device) { return device.capability < 80 ? 256 : 128; }
 
 // In fused columns a warp merges the channels of a set. The tile of a wider set would have no room for positions.
 constexpr int64_t kMaxMergedChannels = 256;
 
 constexpr int kMaxTilePacks = 32;
+
+// Rows in registers: the rows of a team fit 32 bits, however few blocks there are.
+constexpr int64_t kMaxRegisterRows = int64_t(1) << 30;
 
 int64_t align_up(int64_t bytes, int64_t unit = 16) { return div_up(bytes, unit) * unit; }
 int64_t power_of_two(int64_t at_least) {
@@ -55,32 +64,38 @@ int64_t wanted_blocks(const DeviceInfo& device) { return kSplitBlocksPerSm * dev
 
 // Chooses the threads of a team for so many packs, and the teams of a block: fewer where few items have to spread over
 // the device.
-void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_blocks) {
-  const int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
-  grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), kBlockThreads));
-  if (full_blocks && grid.threads_x > kWarp) grid.threads_x = kBlockThreads;
+void choose_team(Grid& grid, int64_t packs, const DeviceInfo& device, bool full_blocks,
+                 int block_threads = kBlockThreads) {
+  int64_t threads = power_of_two(div_up(packs, kPacksPerThread));
+  while (threads > kWarp && threads / 2 * kMostPacksPerThread >= packs &&
+         grid.items * threads / 2 >= kResidentThreads * device.num_sms) {
+    threads /= 2;
+  }
+  grid.threads_x = static_cast<int>(std::clamp<int64_t>(threads, min_team(grid.pack), block_threads));
+  if (full_blocks && grid.threads_x > kWarp) grid.threads_x = block_threads;
   const int64_t spread = full_blocks ? grid.items : grid.items / device.num_sms;
   if (grid.threads_x >= kWarp) {
-    const int64_t most = grid.threads_x > kWarp ? 1 : kBlockThreads / kWarp;
+    const int64_t most = grid.threads_x > kWarp ? 1 : block_threads / kWarp;
     grid.threads_y = static_cast<int>(full_blocks ? most : std::clamp<int64_t>(spread, 1, most));
   } else {
-    const int per_warp = kWarp / grid.threads_x, most = kBlockThreads / kWarp;
+    const int per_warp = kWarp / grid.threads_x, most = block_threads / kWarp;
     grid.threads_y =
         per_warp * (full_blocks ? most : static_cast<int>(std::clamp<int64_t>(spread / per_warp, 1, most)));
   }
   grid.blocks = std::min(kMaxBlocks, div_up(grid.items, grid.threads_y));
 }
 
-// Cuts a set into at most so many pieces. A piece is several whole runs or a part of one.
+// Cuts a set into pieces, about as many as that. A piece is several whole runs or a part of one.
 void cut_runs(const Runs& runs, int64_t pieces, Grid& grid) {
   const int64_t run_packs = runs.length / grid.pack;
+  const int64_t most_runs = std::max<int64_t>(1, kMaxPieceOffset / std::max<int64_t>(1, runs.stride / grid.pack));
   if (pieces > runs.count) {
     const int64_t parts = std::min(pieces / runs.count, run_packs);
     grid.piece_length = parts == 1 ? run_packs : align_up(div_up(run_packs, parts), kMaskPacks);
     grid.pieces = runs.count * div_up(run_packs, grid.piece_length);
   } else {
     grid.piece_length = run_packs;
-    grid.piece_runs = div_up(runs.count, pieces);
+    grid.piece_runs = std::min(most_runs, div_up(runs.count, pieces));
     grid.pieces = div_up(runs.count, grid.piece_runs);
   }
 }
@@ -103,8 +118,36 @@ Grid split_rows(const Geometry& g, DType dtype, int pack, const DeviceInfo& devi
   return grid;
 }
 
+// A row that a team keeps in registers. A thread's first half of packs exists in every team (RowTeam::has in
+// csrc/cuda/register_rows.cuh).
+bool register_rows(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,
+                   const DeviceInfo& device, Grid& grid) {
+  if (!g.per_element() || g.G != 1 || grid.pack * size_of(dtype) != 16) return false;
+  const int64_t packs = g.set_size() / grid.pack;
+  const int elements = staging.backward ? kBackwardElements : kForwardElements;
+  grid.thread_packs = elements / grid.pack;
+  if (packs < grid.thread_packs / 2 * min_team(grid.pack) || packs > kResidentThreads * grid.thread_packs) return false;
+  grid.piece_length = packs;
+  grid.items = g.sets();
+  const int64_t threads = div_up(packs, grid.thread_packs);
+  grid.threads_x = static_cast<int>(threads > kWarp ? align_up(threads, kWarp)
+                                                    : std::max<int64_t>(min_team(grid.pack), power_of_two(threads)));
+  // Small blocks, because all teams of a block wait for each other. Backward has fewer partials with larger ones.
+  const int threads_of_block = staging.backward ? kBlockThreads : kBlockThreads / 2;
+  const int64_t step = std::max(1, kWarp / grid.threads_x), most = std::max(1, threads_of_block / grid.threads_x);
+  // The ring of every thread and its weights, as float32; in forward also its biases.
+  const int64_t thread_bytes = int64_t(choice.stages) * staging.streams * grid.thread_packs * 16;
+  const int64_t team_bytes = grid.threads_x * (thread_bytes + elements * 4 * (staging.backward ? 1 : 2));
+  const int64_t room = (shared_limit(choice.blocks_per_sm, device) - kRegisterLadderBytes) / team_bytes;
+  const int64_t teams = std::min({most, room, std::max(step, g.sets() / device.num_sms)}) / step * step;
+  grid.threads_y = static_cast<int>(teams);
+  grid.team_bytes = grid.threads_x * thread_bytes;
+  grid.shared_bytes = kRegisterLadderBytes + teams * team_bytes;
+  return teams > 0 && g.sets() <= kMaxRegisterRows;
+}
+
 int64_t columns_merge_bytes(const Grid& grid, DType dtype) {
-  return grid.threads() * grid.pack * 2 * accum_size(dtype);
+  return merged_packs(grid.threads(), grid.threads_x) * grid.pack * 2 * accum_size(dtype);
 }
 
 // The channels of a tile, which has whole sets and whole bytes of the mask.
@@ -124,9 +167,9 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
   const int64_t packs = grid.piece_runs * grid.piece_length;
   if (packs > kMaxPiecePacks) return false;
   grid.items = g.sets() * grid.pieces;
-  choose_team(grid, packs, device, false);
+  choose_team(grid, packs, device, false, choice.block_threads());
   if (choice.gang != Gang::kBlock) {  // few blocks of many threads have less to exchange
-    grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(packs), kWarp, kBlockThreads));
+    grid.threads_x = static_cast<int>(std::clamp<int64_t>(power_of_two(packs), kWarp, choice.block_threads()));
     grid.threads_y = 1;
   }
   const int64_t pair = 2 * accum_size(dtype);
@@ -135,8 +178,8 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
   if (staging.backward && has_units(g, grid)) {
     grid.team_bytes += align_up(grid.piece_runs * choose_units(grid).segments * pair);
   }
-  const int64_t others =
-      ladder_bytes(kBlockThreads, static_cast<int>(accum_size(dtype))) + partial_bytes(staging, choice.gang, 1, dtype);
+  const int64_t others = ladder_bytes(choice.block_threads(), static_cast<int>(accum_size(dtype))) +
+                         partial_bytes(staging, choice.gang, 1, dtype);
   const int64_t limit = shared_limit(choice.blocks_per_sm, device) - others;
   const int step = std::max(1, kWarp / grid.threads_x);
   while (grid.threads_y > step && grid.threads_y * grid.team_bytes > limit) {
@@ -155,8 +198,8 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
   grid.piece_length = div_up(g.positions(), std::min(choice.pieces, g.positions()));
   grid.pieces = div_up(g.positions(), grid.piece_length);
   grid.items = g.outer() * div_up(g.C, grid.tile) * grid.pieces;
-  if (grid.threads_x > kBlockThreads || grid.piece_length > kMaxPiecePositions) return false;
-  grid.threads_y = kBlockThreads / grid.threads_x;
+  if (grid.threads_x > choice.block_threads() || grid.piece_length > kMaxPiecePositions) return false;
+  grid.threads_y = choice.block_threads() / grid.threads_x;
   // The stages, the merge of the threads' sums, four numbers per set, and the cluster's partials.
   grid.shared_bytes = choice.stages * staging.streams * grid.stream_bytes(dtype) + columns_merge_bytes(grid, dtype) +
                       align_up(grid.tile * 4 * accum_size(dtype)) +
@@ -173,7 +216,7 @@ int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device) {
 }
 
 Grid empty_grid(Traversal traversal, int pack) {
-  return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0, Gang::kBlock, 1};
+  return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0, Gang::kBlock, 1, 0};
 }
 
 Grid split_columns(int64_t outer, int64_t positions, int64_t C, DType dtype, int pack, const DeviceInfo& device) {
@@ -216,12 +259,10 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes) {
   return {tile * g.positions() * size_of(dtype), g.outer() * div_up(g.C, tile)};
 }
 
-int64_t co_resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device) {
-  // The kernels are compiled for two blocks per SM, except those whose registers leave room for one.
-  const bool alone = backward && grid.traversal == Traversal::kColumns && grid.pack == 8;
-  const int64_t by_registers = (alone ? kBlockThreads : kResidentThreads) / grid.threads();
+int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device) {
+  const int64_t by_registers = kResidentThreads / grid.threads();
   const int64_t by_threads = device.threads_per_sm / grid.threads();
-  const int64_t by_shared = device.shared_per_sm / (grid.shared_bytes + kReservedShared);
+  const int64_t by_shared = device.shared_per_sm / align_up(grid.shared_bytes + kReservedShared, shared_unit(device));
   const int64_t each = std::min({by_registers, by_threads, by_shared});
   if (grid.gang != Gang::kCluster) return each * device.num_sms;
   // Smaller clusters lie within the places of the largest.
@@ -233,16 +274,17 @@ bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging
                 const DeviceInfo& device, Grid& grid) {
   grid = empty_grid(g.traversal(), pack);
   if (dtype == DType::kFloat64) return false;
-  const bool fits = g.traversal() == Traversal::kRows ? fused_rows(g, dtype, staging, choice, device, grid)
-                                                      : fused_columns(g, dtype, staging, choice, device, grid);
+  const auto make = choice.place == Place::kRegisters   ? register_rows
+                    : g.traversal() == Traversal::kRows ? fused_rows
+                                                        : fused_columns;
+  const bool fits = make(g, dtype, staging, choice, device, grid);
   // A gang of one block is Gang::kBlock, and no other gang has one.
   if (!fits || (grid.pieces == 1) != (choice.gang == Gang::kBlock)) return false;
   if (choice.gang == Gang::kCluster && grid.pieces > device.largest_cluster) return false;
   grid.gang = choice.gang;
   grid.stages = choice.stages;
   const int64_t blocks = div_up(grid.items, grid.teams());
-  int64_t resident = co_resident_blocks(grid, staging.backward, device);
-  resident = std::min(resident, int64_t(choice.blocks_per_sm) * kBlockThreads / grid.threads() * device.num_sms);
+  int64_t resident = co_resident_blocks(grid, device);
   resident = resident / grid.pieces * grid.pieces;
   grid.blocks = std::min(choice.persistent ? resident : kMaxBlocks / grid.pieces * grid.pieces, blocks);
   return resident > 0;

@@ -14,14 +14,18 @@ struct FusedChoice {
   int stages;          // waves in shared memory
   int blocks_per_sm;   // the shared memory of an SM is divided among so many
   int64_t tile_bytes;  // columns: neighbouring channels of a tile have at least so many bytes
-  bool persistent;     // all blocks are on the device at a time and take items in strides
+  Place place;
+  bool persistent;  // all blocks are on the device at a time and take items in strides
+
+  int block_threads() const { return blocks_per_sm == 1 ? kResidentThreads : kBlockThreads; }
 };
 
 // The contents of a fused launch's shared memory.
 struct Staging {
   int streams;  // tensors
   bool backward;
-  bool gathers;  // rows: blocks also gather the gradients of the weights
+  bool gathers;    // rows: blocks also gather the gradients of the weights
+  bool registers;  // the kernels that keep rows in registers serve the call, too
 
   int partial_numbers() const { return backward ? 2 : 3; }  // of an accumulator
 };
@@ -49,7 +53,7 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes);
 
 // The least number of blocks of a launch that are on the device at a time: its occupancy times the SMs, as far as gangs
 // fill them.
-int64_t co_resident_blocks(const Grid& grid, bool backward, const DeviceInfo& device);
+int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device);
 
 int64_t accum_size(DType dtype);
 

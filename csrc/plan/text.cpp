@@ -7,6 +7,7 @@ namespace fastnorm {
 
 const char* name_of(Strategy s) { return s == Strategy::kFused ? "fused" : s == Strategy::kSplit ? "split" : "apply"; }
 const char* name_of(Gang g) { return g == Gang::kBlock ? "block" : g == Gang::kCluster ? "cluster" : "grid"; }
+const char* name_of(Place p) { return p == Place::kShared ? "shared" : "registers"; }
 const char* name_of(Traversal t) { return t == Traversal::kRows ? "rows" : "columns"; }
 const char* name_of(ParamSums s) {
   return s == ParamSums::kNone        ? "none"
@@ -31,6 +32,7 @@ std::string to_string(const Grid& grid) {
                : number(grid.piece_length) + " positions, tile " + number(grid.tile);
   text += ", " + number(grid.threads_x) + "x" + number(grid.threads_y) + " threads, " + number(grid.blocks) +
           " blocks for " + number(grid.items) + " items, " + number(grid.shared_bytes) + " B shared";
+  if (grid.thread_packs > 0) text += ", " + number(grid.thread_packs) + " packs of a thread in registers";
   return grid.stages == 2 ? text + ", 2 stages" : text;
 }
 

@@ -16,22 +16,30 @@ struct DeviceInfo {
   int threads_per_sm;
   int64_t shared_per_sm, shared_per_block;  // bytes; per block: what a kernel may opt in to
   int64_t l2_bytes;
-  int64_t bytes_per_us;  // peak bandwidth of global memory
-  int largest_cluster;   // blocks; 1: no clusters
-  int cluster_sms;       // SMs that clusters of the largest size cover at a time, with one block per SM
-  bool cooperative;      // the device has cooperative launches, whose blocks may wait for each other
+  int64_t bytes_per_us;       // peak bandwidth of global memory
+  int largest_cluster;        // blocks; 1: no clusters
+  int cluster_sms;            // SMs that clusters of the largest size cover at a time, with one block per SM
+  bool cooperative;           // the device has cooperative launches, whose blocks may wait for each other
+  bool cooperative_clusters;  // and these may have clusters
 
   bool operator==(const DeviceInfo&) const = default;
 };
 FASTNORM_FIELDS(DeviceInfo, capability, num_sms, threads_per_sm, shared_per_sm, shared_per_block, l2_bytes,
-                bytes_per_us, largest_cluster, cluster_sms, cooperative)
+                bytes_per_us, largest_cluster, cluster_sms, cooperative, cooperative_clusters)
 
-// The most threads of a block. The kernels are compiled for so many (__launch_bounds__) and for two blocks per SM: 128
-// registers per thread. tests/check_sass.py holds the compiler's report to that.
-constexpr int kBlockThreads = 256;
-constexpr int kResidentThreads = 2 * kBlockThreads;
+// The threads of an SM: the kernels are compiled for one block of so many (__launch_bounds__), which leaves each 128
+// registers. tests/check_sass.py holds the compiler's report to that.
+constexpr int kResidentThreads = 512;
+// The most threads of a block, two of which then share an SM; a block that has an SM to itself takes all of them.
+constexpr int kBlockThreads = kResidentThreads / 2;
 constexpr int kWarp = 32;
 constexpr int kMaxCluster = 16;
+
+// Rows in registers: a thread keeps so many elements of a row; fewer in backward, which keeps several numbers for each.
+constexpr int kForwardElements = 32;
+constexpr int kBackwardElements = 16;
+// The shared memory of their reductions over a team: two numbers of every warp, for two reductions.
+constexpr int kRegisterLadderBytes = 2 * (kResidentThreads / kWarp) * 2 * 4;
 
 // A staged piece lands in so many cp.async groups: a block reduces the first while the last are under way.
 constexpr int kCopyGroups = 4;
@@ -40,6 +48,15 @@ constexpr int kCopyGroups = 4;
 FASTNORM_HOST_DEVICE constexpr int ladder_bytes(int threads, int number_bytes) {
   return ((threads / kWarp + 1) * 3 * number_bytes + 15) / 16 * 16;
 }
+
+// Columns: the packs of accumulators that a block merges in shared memory. The lanes of a warp that have the same
+// channels merge theirs by shuffles first.
+FASTNORM_HOST_DEVICE constexpr int merged_packs(int threads, int threads_x) {
+  return threads_x < kWarp ? threads / kWarp * threads_x : threads;
+}
+
+// Where a fused launch keeps its sets.
+enum class Place : int { kShared = 0, kRegisters = 1 };
 
 enum class Strategy : int { kFused = 0, kSplit = 1, kApply = 2 };
 
@@ -51,8 +68,8 @@ enum class Gang : int {
 };
 
 // One launch. Rows: a team of threads_x threads takes a piece of a set, and a block has threads_y teams (more than one
-// only where a team is a warp or less). Columns: a block takes threads_x packs of channels side by side and walks down
-// a piece of the positions, threads_y at a time.
+// only where a team is a warp or less, or keeps rows in registers). Columns: a block takes threads_x packs of channels
+// side by side and walks down a piece of the positions, threads_y at a time.
 //
 // Items are pieces. Fused: the pieces of a set or tile are neighbours, and so are the blocks of a gang. A wave is one
 // item for every team of the launch, and waves follow each other.
@@ -67,9 +84,11 @@ struct Grid {
   int64_t items;         // sets * pieces (rows), outer * pieces * tiles (columns)
   int64_t blocks;        // of the launch; where there are more items, a block takes them in strides
   int64_t shared_bytes;  // dynamic shared memory of a block
-  int64_t team_bytes;    // fused rows: each team's own part of it; else 0
+  int64_t team_bytes;    // fused rows: each team's own part of it (not its weights, which registers need); else 0
   Gang gang;             // fused; else kBlock
   int stages;            // fused: 2 where the next wave is loaded during this one; else 1
+  int thread_packs;      // packs of a row that a thread keeps in registers, while its `stages` have the rows after it;
+                         // 0: sets are kept in shared memory
 
   int threads() const { return threads_x * threads_y; }
   // Packs that a staged run occupies in shared memory. Single elements are copied in aligned blocks of 16 bytes, so
@@ -85,10 +104,11 @@ struct Grid {
   }
   // Items that a block takes at a time.
   int teams() const { return traversal == Traversal::kRows ? threads_y : 1; }
+  Place place() const { return thread_packs > 0 ? Place::kRegisters : Place::kShared; }
   bool operator==(const Grid&) const = default;
 };
 FASTNORM_FIELDS(Grid, traversal, pack, threads_x, threads_y, pieces, piece_runs, piece_length, tile, items, blocks,
-                shared_bytes, team_bytes, gang, stages)
+                shared_bytes, team_bytes, gang, stages, thread_packs)
 
 // The number of pieces that a run is cut into; 1 where pieces have whole runs.
 inline int64_t run_pieces(const Geometry& g, const Grid& grid) {
@@ -194,10 +214,11 @@ struct Forced {
   int stages = -1;         // 1 or 2
   int blocks_per_sm = -1;  // the shared memory of an SM is divided among so many
   int tile_bytes = -1;     // columns
+  int place = -1;          // Place
 
   bool operator==(const Forced&) const = default;
 };
-FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes)
+FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes, place)
 
 struct PlanOptions {
   int free_sms = 0;  // launches whose blocks wait for each other leave so many SMs to other kernels
@@ -209,6 +230,7 @@ FASTNORM_FIELDS(PlanOptions, free_sms, forced)
 
 const char* name_of(Strategy strategy);
 const char* name_of(Gang gang);
+const char* name_of(Place place);
 const char* name_of(Traversal traversal);
 const char* name_of(ParamSums sums);
 

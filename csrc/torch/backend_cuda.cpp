@@ -129,18 +129,27 @@ class Workspace {
   at::Tensor memory_;
 };
 
-DeviceInfo without_gangs(DeviceInfo device) {
-  device.largest_cluster = 1;
-  device.cluster_sms = 0;
-  device.cooperative = false;
-  return device;
-}
-
 ForwardPlan make_plan(const PlanKey<ForwardNeeds>& key) {
   return plan_forward(key.geometry, key.dtype, key.needs, key.device, key.options);
 }
 BackwardPlan make_plan(const PlanKey<BackwardNeeds>& key) {
   return plan_backward(key.geometry, key.dtype, key.needs, key.device, key.options);
+}
+
+// Whether clusters meet in a cooperative launch.
+bool joins_clusters(const ForwardPlan&) { return false; }
+bool joins_clusters(const BackwardPlan& plan) { return plan.grid_sync && plan.reduce.gang == Gang::kCluster; }
+
+// Takes away from the device what the refused plan made use of: first cooperative launches with clusters, then gangs.
+template <class Plan, class Needs>
+void take_away(const Plan& refused, PlanKey<Needs>& key) {
+  const bool joins = joins_clusters(refused) && key.device.cooperative_clusters;
+  key.device.cooperative_clusters = false;
+  if (joins) return;
+  key.device.largest_cluster = 1;
+  key.device.cluster_sms = 0;
+  key.device.cooperative = false;
+  key.options = {};
 }
 
 const Grid& main_grid(const ForwardPlan& plan) { return plan.grid; }
@@ -153,38 +162,53 @@ std::string environment(const char* name) {
   return value == nullptr ? "" : value;
 }
 
+template <class Plan>
+std::string text_of_refusal(const Plan& plan, int error) {
+  return "the device refused to run the blocks of a " + direction_of(plan) +
+         " launch together, as one that is shared or partitioned does (" + cuda::error_string(error) + "); planned " +
+         to_string(plan);
+}
+
 // A refusal is counted; FASTNORM_STRICT=1 makes it an error; FASTNORM_LOG=fallback prints the first of its kind.
 template <class Plan>
-void note_refusal(const Plan& plan) {
+void note_refusal(const Plan& plan, int error) {
   ++refused_gangs();
-  const std::string direction = direction_of(plan);
-  const std::string text = "fastnorm: the device refused to run the blocks of a " + direction +
-                           " launch together, as one that is shared or partitioned does; planned " + to_string(plan);
+  const std::string text = "fastnorm: " + text_of_refusal(plan, error);
   TORCH_CHECK(environment("FASTNORM_STRICT") != "1", text, " (FASTNORM_STRICT=1)");
   static std::mutex mutex;
   static std::set<std::string> printed;
   const std::lock_guard<std::mutex> lock(mutex);
   if (environment("FASTNORM_LOG").find("fallback") == std::string::npos) return;
-  if (printed.insert(direction + name_of(main_grid(plan).gang)).second) std::fprintf(stderr, "%s\n", text.c_str());
+  if (printed.insert(direction_of(plan) + name_of(main_grid(plan).gang)).second) {
+    std::fprintf(stderr, "%s\n", text.c_str());
+  }
 }
 
-// Launches a call as planned. A device that is shared or partitioned may refuse blocks that wait for each other. Then
-// this call and later ones like it go by a plan that has none.
+// Launches a call as planned. A device may refuse blocks that wait for each other. Then this call and later ones like
+// it go by a plan that has none.
 template <class Plan, class Needs, class Launch>
 void run_planned(const PlanKey<Needs>& key, Launch launch_plan) {
   static PlanCache<Plan, Needs> cache;
   const Plan planned = cache.get(key, [](const auto& k) { return make_plan(k); });
   int error = launch([&] { return launch_plan(planned); });
-  if (error == cuda::kGangRefused) {
-    note_refusal(planned);
-    PlanKey<Needs> alone = key;
-    alone.device = without_gangs(key.device);
-    alone.options = {};
-    const Plan plan = make_plan(alone);
+  if (!cuda::is_gang_refused(error)) return check_cuda(error);
+
+  const int first_error = error;
+  PlanKey<Needs> lesser = key;
+  Plan plan = planned;
+  while (cuda::is_gang_refused(error)) {
+    note_refusal(plan, error);
+    take_away(plan, lesser);
+    plan = make_plan(lesser);
     error = launch([&] { return launch_plan(plan); });
-    if (error == 0) cache.put(key, plan);
   }
-  check_cuda(error);
+  if (error != 0) {
+    fail(error, std::string("CUDA error: ") + cuda::error_string(error) + ", after " +
+                    text_of_refusal(planned, first_error) +
+                    ". In a stream capture the refusal itself ends the capture: make such a call once before it "
+                    "begins, and later ones go by a plan that the device takes");
+  }
+  cache.put(key, plan);
 }
 
 void forward(const ForwardArgs& args, at::Device device) {
@@ -196,7 +220,8 @@ void forward(const ForwardArgs& args, at::Device device) {
   }
   const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr};
   run_planned<ForwardPlan, ForwardNeeds>(
-      {args.geometry, args.dtype, needs, device_info(device), shared_options().get()}, [&](const ForwardPlan& plan) {
+      {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},
+      [&](const ForwardPlan& plan) {
         const Workspace workspace(plan.workspace_bytes, device);
         return cuda::launch_forward(args, plan, workspace.data(), current_stream(device));
       });
@@ -213,7 +238,8 @@ void backward(const BackwardArgs& args, at::Device device) {
                             args.dweight.data != nullptr || args.dbias.data != nullptr};
   if (!needs.input && !needs.params) return;
   run_planned<BackwardPlan, BackwardNeeds>(
-      {args.geometry, args.dtype, needs, device_info(device), shared_options().get()}, [&](const BackwardPlan& plan) {
+      {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},
+      [&](const BackwardPlan& plan) {
         const Workspace workspace(plan.workspace_bytes(), device);
         return cuda::launch_backward(args, plan, workspace.data(), current_stream(device));
       });

@@ -90,14 +90,16 @@ PlanOptions make_options(const ForcedByName& forced, int free_sms) {
           value_named("forced strategy", *name, {Strategy::kFused, Strategy::kSplit, Strategy::kApply}));
     } else if (key == "gang" && name) {
       f.gang = static_cast<int>(value_named("forced gang", *name, {Gang::kBlock, Gang::kCluster, Gang::kGrid}));
+    } else if (key == "place" && name) {
+      f.place = static_cast<int>(value_named("forced place", *name, {Place::kShared, Place::kRegisters}));
     } else {
       int* number = nullptr;
       for_each_field(f, [&, &key = key](std::string_view field, int& slot) {
-        if (field == key && field != "strategy" && field != "gang") number = &slot;
+        if (field == key && field != "strategy" && field != "gang" && field != "place") number = &slot;
       });
       require(number && !name, "forced has '" + key +
-                                   "', expected names of strategy and gang, numbers of pieces, stages, blocks_per_sm "
-                                   "and tile_bytes");
+                                   "', expected names of strategy, gang and place, numbers of pieces, stages, "
+                                   "blocks_per_sm and tile_bytes");
       *number = std::get<int>(value);
       require(*number >= 1, "forced " + key + " is " + std::to_string(*number) + ", expected 1 or more");
     }

@@ -38,6 +38,7 @@ struct PlanKey {
   Geometry geometry;
   DType dtype;
   Needs needs;
+  int device_index;  // one that is shared goes by plans without gangs, and its twin does not
   DeviceInfo device;
   PlanOptions options;
 
@@ -45,8 +46,8 @@ struct PlanKey {
 };
 template <class Needs>
 auto fields(const PlanKey<Needs>& key) {
-  const auto& [geometry, dtype, needs, device, options] = key;
-  return std::tie(geometry, dtype, needs, device, options);
+  const auto& [geometry, dtype, needs, device_index, device, options] = key;
+  return std::tie(geometry, dtype, needs, device_index, device, options);
 }
 
 // Over every field, and the fields of fields.

@@ -13,16 +13,21 @@ from tests.common.plan_model import BATCH, DEVICES, KIB, Call, Shape, div_up
 from tests.common.plan_walk import MASK_BITS, WARP, Cut, check_columns, check_every_element_once, check_rows
 
 MAX_BLOCKS = 2**31 - 1
-MAX_THREADS = 256
+MAX_THREADS = 512
 MAX_FOLD_BLOCKS = 4096
+# Rows in registers: the most threads of a block, the elements of a row that a thread keeps (forward, backward), the
+# shared memory in which the warps of a block exchange their sums.
+REGISTER_THREADS = 512
+THREAD_ELEMENTS = (32, 16)
+REGISTER_LADDER = 2 * (REGISTER_THREADS // WARP) * 8
 SMALL_PIECE = 1024  # packs: a split stops there
 SMALL_COLUMN = 8  # positions of a thread, likewise
 LARGE_US = 4  # reading a tensor that takes so long is worth more than a grid's barriers
 MOST_SHARES = 4  # one SM may draw so many times its share of the memory's bandwidth: 64 bytes per clock
 
-# Per SM: the threads that kernels' registers allow, unless they allow one block; the blocks that every architecture has
-# room for. Per block: the bytes of shared memory that it costs besides its own.
-RESIDENT_THREADS = 2 * MAX_THREADS
+# Per SM: the threads that kernels' registers allow; the blocks that every architecture has room for. Per block: the
+# bytes of shared memory that it costs besides its own.
+RESIDENT_THREADS = MAX_THREADS
 RESIDENT_BLOCKS = 16
 RESERVED = KIB
 
@@ -31,8 +36,8 @@ MODELLED = 6000
 WALKED = 250
 
 
-def align(n: int) -> int:
-    return div_up(n, 16) * 16
+def align(n: int, unit: int = 16) -> int:
+    return div_up(n, unit) * unit
 
 
 def rounds(grid: _C.Grid) -> int:
@@ -42,7 +47,8 @@ def rounds(grid: _C.Grid) -> int:
 
 def check_launch(grid: _C.Grid, call: Call, facts: _C.DeviceInfo) -> None:
     assert grid.threads == grid.threads_x * grid.threads_y
-    assert grid.threads % WARP == 0 and WARP <= grid.threads <= MAX_THREADS
+    most = REGISTER_THREADS if grid.thread_packs > 0 else MAX_THREADS
+    assert grid.threads % WARP == 0 and WARP <= grid.threads <= most
     assert 1 <= grid.blocks <= min(MAX_BLOCKS, rounds(grid))
     assert 0 <= grid.shared_bytes <= min(facts.shared_per_block, facts.shared_per_sm - RESERVED)
     assert grid.shared_bytes % 16 == 0 and grid.team_bytes % 16 == 0
@@ -58,7 +64,7 @@ def check_grid(grid: _C.Grid, call: Call, shape: Shape, facts: _C.DeviceInfo, fu
     check_launch(grid, call, facts)
     stretches = check_rows(grid, shape) if rows else check_columns(grid, shape.outer, shape.positions, shape.C)
     if not fused:
-        assert grid.gang == "block" and grid.stages == 1 and grid.team_bytes == 0
+        assert grid.gang == "block" and grid.stages == 1 and grid.team_bytes == 0 and grid.thread_packs == 0
         check_busy(grid, shape.set_size // grid.pack if rows else shape.positions, facts)
         check_scratch(grid, call)
     if stretches <= MODELLED and grid.pieces * (1 if rows else shape.outer) <= WALKED:
@@ -81,8 +87,10 @@ def ladder(grid: _C.Grid, accum: int) -> int:
 
 
 def merge(grid: _C.Grid, accum: int) -> int:
-    """Bytes of a reduction down the columns: two numbers per lane."""
-    return grid.threads * grid.pack * 2 * accum
+    """Bytes of a reduction down the columns: two numbers per lane. Lanes of a warp that have the same channels merge
+    theirs without shared memory."""
+    apart = min(1, grid.threads_x / WARP)
+    return int(grid.threads * apart) * grid.pack * 2 * accum
 
 
 def check_scratch(grid: _C.Grid, call: Call) -> None:
@@ -99,7 +107,6 @@ class Fused:
     streams: int  # tensors in shared memory
     numbers: int  # of a partial
     extra: int  # bytes of shared memory in which a team adds up
-    one_block: bool  # the kernel's registers allow one block per SM
     cooperative: bool
     gathers: bool  # a row of the workspace for each gang
 
@@ -107,10 +114,10 @@ class Fused:
 def co_resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: int) -> int:
     """The blocks that are on the device at a time, with `free` SMs left alone."""
     each = min(
-        (MAX_THREADS if kind.one_block else RESIDENT_THREADS) // grid.threads,
+        RESIDENT_THREADS // grid.threads,  # as many with rows in registers
         facts.threads_per_sm // grid.threads,
         RESIDENT_BLOCKS,
-        facts.shared_per_sm // (grid.shared_bytes + RESERVED),
+        facts.shared_per_sm // align(grid.shared_bytes + RESERVED, 128 if facts.capability >= 80 else 256),
     )
     if grid.gang != "cluster":
         return each * max(1, facts.num_sms - free)
@@ -121,6 +128,9 @@ def co_resident_blocks(grid: _C.Grid, kind: Fused, facts: _C.DeviceInfo, free: i
 
 def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, free: int) -> None:
     rows = grid.traversal == "rows"
+    if grid.thread_packs > 0:
+        check_registers(grid, call, facts, kind, free)
+        return
     # A wave is an item for every team, a gang's blocks are neighbours: each has the same piece of a set in every wave.
     assert (grid.pieces == 1) == (grid.gang == "block")
     assert grid.blocks % grid.pieces == 0 and grid.items % grid.pieces == 0
@@ -129,7 +139,7 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
     assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
     assert grid.stages in (1, 2)
-    assert facts.cooperative or not kind.cooperative
+    assert (facts.cooperative_clusters if grid.gang == "cluster" else facts.cooperative) or not kind.cooperative
     # Blocks that wait for each other, and blocks that take their items one after the other.
     if kind.cooperative or kind.gathers or grid.stages == 2:
         assert grid.blocks <= co_resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
@@ -144,6 +154,28 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
         assert grid.team_bytes == 0
         per_set = 4 * grid.tile * call.accum  # as if every channel were a set
         check_bytes(grid.shared_bytes, staged + merge(grid, call.accum) + per_set + partials)
+
+
+def check_registers(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, free: int) -> None:
+    """Rows of packs of 16 bytes in the registers of teams that have room for them; all blocks are on the device."""
+    shape, per_thread = call.shape, grid.thread_packs
+    assert shape.per_element and shape.G == 1 and grid.pack * call.size == 16
+    backward = kind.numbers == 2
+    elements = THREAD_ELEMENTS[backward]
+    assert per_thread * grid.pack == elements
+    assert grid.gang == "block" and grid.pieces == 1 and grid.stages in (1, 2)
+    packs = shape.set_size // grid.pack
+    # Every thread has the first half of its packs, and no team has more threads than its row has packs for.
+    assert per_thread // 2 * grid.threads_x <= packs <= per_thread * grid.threads_x
+    assert grid.items < 2**31  # a team counts its rows in 32 bits
+    assert facts.cooperative or not kind.cooperative
+    assert grid.blocks <= co_resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
+    ring = grid.stages * kind.streams * per_thread * 16  # of a thread
+    assert grid.team_bytes == ring * grid.threads_x
+    params = elements * 4 * (1 if backward else 2)  # weights, and biases in forward, as float32
+    assert grid.shared_bytes == REGISTER_LADDER + grid.threads * (ring + params)
+    # The sums of a pack of every thread take the place of the ring at the end.
+    assert not backward or ring >= grid.pack * 8
 
 
 def staged_run(grid: _C.Grid, size: int) -> int:
@@ -201,7 +233,7 @@ def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: 
     check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
     if plan.strategy == "fused":
         assert call.size < 8
-        check_fused(grid, call, facts, Fused(1, 3, 0, False, grid.gang == "grid", False), free)
+        check_fused(grid, call, facts, Fused(1, 3, 0, grid.gang == "grid", False), free)
         assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid, 3), 1)
     elif plan.strategy == "split":
         assert plan.workspace_bytes == partials(grid, call.shape) * three
@@ -238,7 +270,7 @@ def folds_params(call: Call, plan: _C.BackwardPlan) -> bool:
 
 
 def check_launches(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan) -> None:
-    """As csrc/cuda/backward.cu makes them."""
+    """As csrc/cuda/backward_launch.cuh makes them."""
     folds, own_launch = folds_params(call, plan), plan.param_sums == "own_launch"
     reduces, applies = plan.reduce.items > 0, plan.apply.items > 0
     assert 1 <= plan.launches <= 3
@@ -246,7 +278,8 @@ def check_launches(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan) -> N
     if plan.strategy == "fused":
         assert call.input and call.size < 8 and reduces and not applies
         assert plan.launches == 1 + own_launch + (folds and not plan.grid_sync)
-        assert plan.launches == 1 or own_launch or not facts.cooperative
+        syncs = facts.cooperative_clusters if plan.reduce.gang == "cluster" else facts.cooperative
+        assert plan.launches == 1 or own_launch or not syncs
         assert not plan.grid_sync or (folds and not own_launch)
     else:
         terms = call.input and not call.frozen
@@ -297,9 +330,8 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
     if sums == "in_gang":
         extra = grid.piece_length * grid.pack * 8  # two floats an element
     if fused:
-        one_block = grid.traversal == "columns" and grid.pack == 8
         waits = plan.grid_sync or grid.gang == "grid"
-        check_fused(grid, call, facts, Fused(streams, 2, extra, one_block, waits, sums == "in_gang"), free)
+        check_fused(grid, call, facts, Fused(streams, 2, extra, waits, sums == "in_gang"), free)
     check_workspace(call, plan)
     blocks = max(g.blocks for g in (grid, plan.apply, plan.params))
     check_estimate(plan.estimate, (streams + call.input) * call.bytes, blocks, facts)

@@ -30,8 +30,10 @@ def device(
     cluster: int = 1,
     covered: int = 0,
     cooperative: bool = True,
+    together: bool = True,
 ) -> _C.DeviceInfo:
-    """shared, block: KiB; l2: MiB; gigabytes: of bandwidth, per second; covered: SMs that clusters cover."""
+    """shared, block: KiB; l2: MiB; gigabytes: of bandwidth, per second; covered: SMs that clusters cover; together:
+    cooperative launches may have clusters."""
     return _C.DeviceInfo(
         capability=capability,
         num_sms=processors,
@@ -43,10 +45,12 @@ def device(
         largest_cluster=cluster,
         cluster_sms=covered,
         cooperative=cooperative,
+        cooperative_clusters=cooperative and cluster > 1 and together,
     )
 
 
-# The last four do not exist: a part of a device, devices without a kind of gang, and one with little of everything.
+# The last five do not exist: a part of a device, devices without a kind of gang or two kinds together, and one with
+# little of everything.
 DEVICES = {
     "T4": device(75, 40, 1024, 64, 64, 4, 320),
     "A100": device(80, 108, 2048, 164, 163, 40, 1555),
@@ -55,6 +59,7 @@ DEVICES = {
     "H200": device(90, 132, 2048, 228, 227, 60, 4800, 16, 128),
     "B200": device(100, 148, 2048, 228, 227, 126, 8000, 8, 144),
     "slice": device(90, 18, 2048, 228, 227, 8, 600, 8, 16),
+    "not together": device(90, 132, 2048, 228, 227, 60, 4800, 16, 128, together=False),
     "clusters alone": device(90, 132, 2048, 228, 227, 60, 4800, 16, 128, cooperative=False),
     "no gangs": device(90, 132, 2048, 228, 227, 60, 4800, cooperative=False),
     "tiny": device(75, 2, 1024, 34, 16, 1, 100),

@@ -104,8 +104,13 @@ def check_rows(grid: _C.Grid, shape: Shape) -> int:
     assert grid.piece_runs * grid.piece_length <= MAX_PIECE
     assert grid.items == shape.sets * grid.pieces and grid.tile == 0
     # A team is a part of a warp, a warp, or a block; a byte of the mask, whose lanes are neighbours, belongs to one.
-    assert grid.threads_x * grid.pack >= MASK_BITS and grid.threads_x & (grid.threads_x - 1) == 0
-    assert grid.threads_x <= WARP or grid.threads_y == 1
+    # With rows in registers it can be several warps of a block.
+    assert grid.threads_x * grid.pack >= MASK_BITS
+    if grid.thread_packs > 0 and grid.threads_x > WARP:
+        assert grid.threads_x % WARP == 0
+    else:
+        assert grid.threads_x & (grid.threads_x - 1) == 0
+        assert grid.threads_x <= WARP or grid.threads_y == 1
     least = MASK_BITS if grid.gang == "block" else WARP
     assert grid.threads_x <= max(least, 2 * grid.piece_runs * grid.piece_length)
     return shape.sets * count + grid.items

@@ -14,6 +14,12 @@ from tests.common.numerics import SLOPE, Inputs, add_batch, build
 from tests.common.plan_model import Shape, shape_of
 
 
+def planned_shape(case: Case) -> Shape:
+    """What the planner is told of x. One channel lies the same in either layout, and counts as planar."""
+    shape = shape_of(case.layer, case.layout)
+    return dataclasses.replace(shape, last=shape.last and shape.C > 1)
+
+
 @dataclasses.dataclass
 class RawCall:
     """ops: torch.ops.fastnorm or torch.ops.fastnorm_emulated."""
@@ -39,9 +45,7 @@ class RawCall:
 
     @property
     def shape(self) -> Shape:
-        """What the planner is told of x. One channel lies the same in either layout, and counts as planar."""
-        shape = shape_of(self.case.layer, self.case.layout)
-        return dataclasses.replace(shape, last=shape.last and shape.C > 1)
+        return planned_shape(self.case)
 
     def forward(self, save_mask: bool = True) -> dict[str, Tensor]:
         statistics = [self.module.running_mean, self.module.running_var] if self.frozen else [None, None]

@@ -21,8 +21,12 @@ from tests.emulator import build
 ORDERS = ("fifo", "lifo", "random", "priority")
 
 # The fields of csrc/plan/types.h's Forced, and the names of those that are enums.
-FORCED = ("strategy", "gang", "pieces", "stages", "blocks_per_sm", "tile_bytes")
-NAMES = {"strategy": ("fused", "split", "apply"), "gang": ("block", "cluster", "grid")}
+FORCED = ("strategy", "gang", "pieces", "stages", "blocks_per_sm", "tile_bytes", "place")
+NAMES = {
+    "strategy": ("fused", "split", "apply"),
+    "gang": ("block", "cluster", "grid"),
+    "place": ("shared", "registers"),
+}
 FREE = -1
 
 
@@ -40,6 +44,7 @@ class Device:
     largest_cluster: int
     cluster_sms: int
     cooperative: bool
+    cooperative_clusters: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +115,13 @@ class Emulator:
             raise RuntimeError(text.decode())
 
     def device(self, name: str) -> Device:
-        """One of tests/emulator/device.h: tiny, few, alone, small, h200."""
+        """One of tests/emulator/device.h: tiny, few, alone, small, wide, h200."""
         text = ctypes.c_char_p()
         self._check(self._library.fastnorm_emulator_device(name.encode(), ctypes.byref(text)))
         facts: dict[str, Any] = {}
         for word in (text.value or b"").decode().split():
             fact, number = word.split("=")
-            facts[fact] = bool(int(number)) if fact == "cooperative" else int(number)
+            facts[fact] = bool(int(number)) if fact.startswith("cooperative") else int(number)
         return Device(**facts)
 
     def configure(
@@ -127,13 +132,14 @@ class Emulator:
         blocks_together: int = 1,
         *,
         forced: Mapping[str, str | int] | None = None,
-        refuse_gangs: bool = False,
+        refuses: str = "nothing",
         free_sms: int = 0,
     ) -> None:
         """Holds for all launches from now on. `order`: one of ORDERS; the same configuration gives the same schedules
         again. `blocks_together`: how many blocks run side by side where a launch asks for no more. `forced`:
-        requirements on plans, by the names in FORCED and NAMES. `refuse_gangs`: refuses launches whose blocks wait for
-        each other, as a shared device does. `free_sms`: the SMs that such launches leave free."""
+        requirements on plans, by the names in FORCED and NAMES. `refuses`: what the device refuses although its facts
+        allow it: nothing; gangs, as one that is shared; gangs in a capture, which the refusal ends; cooperative
+        clusters. `free_sms`: the SMs that launches whose blocks wait for each other leave free."""
         facts = dataclasses.asdict(self.device(device) if isinstance(device, str) else device)
         self._check(
             self._library.fastnorm_emulator_configure(
@@ -141,7 +147,7 @@ class Emulator:
                 ctypes.c_uint64(seed),
                 blocks_together,
                 as_text(facts),
-                ctypes.c_bool(refuse_gangs),
+                refuses.encode(),
                 free_sms,
                 as_text(forced_numbers(forced or {})),
             )

@@ -67,7 +67,7 @@ FASTNORM_EXPORT const char* fastnorm_emulator_device(const char* name, const cha
 }
 
 FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint64_t seed, int blocks_together,
-                                                        const char* facts, bool refuse_gangs, int free_sms,
+                                                        const char* facts, const char* refuses, int free_sms,
                                                         const char* forced) {
   return text_of_failure([&] {
     emulator::Settings settings;
@@ -75,7 +75,7 @@ FASTNORM_EXPORT const char* fastnorm_emulator_configure(const char* order, uint6
     settings.seed = seed;
     settings.blocks_together = blocks_together;
     settings.device = fields_of_text<DeviceInfo>(facts);
-    settings.refuse_gangs = refuse_gangs;
+    settings.refusals.kind = emulator::refuses_named(refuses);
     emulator::configure(settings);
     ops::shared_options().set({free_sms, fields_of_text<Forced>(forced)});
   });

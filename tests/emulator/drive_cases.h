@@ -91,6 +91,26 @@ inline Forced forced_gang(Gang gang, int pieces, int stages) {
   return f;
 }
 
+// For the device `few`: rows in registers of every kind of team, several to a team; rows in the shared memory of a
+// block.
+inline std::vector<Case> row_cases() {
+  constexpr Kind kLayer = Kind::kLayer;
+  constexpr DType kF32 = DType::kFloat32, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
+  using enum Activation;
+  const std::vector<Case> cases = {
+      {{kLayer, 300, 40, 1, 1, false}, kF32, kRelu, true, true},
+      {{kLayer, 70, 512, 1, 1, false}, kBF16, kNone, false, false, false, kBF16},
+      {{kLayer, 29, 768, 1, 1, false}, kF16, kGelu, true},
+      {{kLayer, 13, 1040, 1, 1, false}, kF32, kLeakyRelu, false, true},
+      {{kLayer, 11, 3072, 1, 1, false}, kBF16, kRelu, true, true},
+  };
+  std::vector<Forced> places(3);
+  for (Forced& f : places) f.place = static_cast<int>(Place::kRegisters);
+  places[0].stages = 1, places[1].stages = 2;
+  places[2].place = static_cast<int>(Place::kShared), places[2].gang = static_cast<int>(Gang::kBlock);
+  return forced(cases, places);
+}
+
 // For the device `few`: pieces of several runs and of a part of one, several waves, waves that are not full.
 inline std::vector<Case> gang_cases() {
   constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup, kLayer = Kind::kLayer;
@@ -135,9 +155,36 @@ inline std::vector<Case> large_cluster_cases() {
   return forced(cases, {forced_gang(Gang::kCluster, 16, 1), forced_gang(Gang::kCluster, 5, 2)});
 }
 
+// For the device `wide`: pieces of three and a part of the rounds that a block copies at a time (kUnroll packs a
+// thread), so that each of the four copy groups has one.
+inline std::vector<Case> long_cases() {
+  constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup, kLayer = Kind::kLayer;
+  constexpr DType kF32 = DType::kFloat32, kBF16 = DType::kBFloat16, kF16 = DType::kFloat16;
+  using enum Activation;
+  const auto sets_of = [&](int64_t pieces, int64_t sets) -> std::vector<Case> {
+    return {
+        {{kBatch, 8 * pieces, sets, 1600, sets, false}, kF32, kRelu, true, true},
+        {{kGroup, sets, 8 * pieces, 3200, 1, false}, kBF16, kSilu},
+        {{kLayer, sets, 12800 * pieces, 1, 1, false}, kF32, kLeakyRelu},
+        {{kBatch, 1, 16 * sets, 800 * pieces, 16 * sets, true}, kF32, kRelu},
+        {{kGroup, 1, 32 * sets, 800 * pieces, 4 * sets, true}, kF16, kSilu},
+        {{kBatch, 2, 16 * sets - 7, 200 * pieces, 16 * sets - 7, true}, kF32},
+    };
+  };
+  std::vector<Case> all = forced(sets_of(1, 3), {forced_gang(Gang::kBlock, -1, 1), forced_gang(Gang::kBlock, -1, 2)});
+  for (const Case& c : forced(sets_of(2, 2), {forced_gang(Gang::kCluster, 2, 1), forced_gang(Gang::kCluster, 2, 2),
+                                              forced_gang(Gang::kGrid, 2, 1), forced_gang(Gang::kGrid, 2, 2)})) {
+    all.push_back(c);
+  }
+  return all;
+}
+
 inline std::vector<Case> cases_of(const std::string& device) {
-  if (device == "few") return gang_cases();
-  std::vector<Case> all = free_cases();
+  if (device == "wide") return long_cases();
+  std::vector<Case> all = device == "few" ? gang_cases() : free_cases();
+  if (device == "few") {
+    for (const Case& c : row_cases()) all.push_back(c);
+  }
   if (device == "h200") {
     for (const Case& c : large_cluster_cases()) all.push_back(c);
   }

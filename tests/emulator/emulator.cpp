@@ -200,10 +200,8 @@ void arrive(Barrier& barrier, Wait wait, Site site) {
   if (wait != Wait::kShuffle) acquire(token);
 }
 
-bool left_out(Site site) {
-  const std::string& without = machine().settings.without;
-  return !without.empty() &&
-         (std::string(site.file_name()) + ":" + std::to_string(site.line())).ends_with("/" + without);
+bool left_out(Site site, int pending = -1) {
+  return machine().settings.leaves_out(site.file_name(), site.line(), pending);
 }
 
 // ---- a launch ----
@@ -353,8 +351,8 @@ bool begin_copy(void (*land)(void*, const void*), void* place, const void* from,
   current->copies.push_back({land, place, from, at_once});
   return at_once;
 }
-bool waits_here(Site site) {
-  if (!left_out(site)) return true;
+bool waits_here(Site site, int pending) {
+  if (!left_out(site, pending)) return true;
   machine().wait_left_out = true;
   return false;
 }
@@ -390,7 +388,7 @@ int launch(const cuda::LaunchConfig& config, void (*body)(void*), void* context)
   const std::lock_guard<std::mutex> lock(m.one_launch);
   const Unseen unseen;
   check_launch(config, m.settings.device);
-  if (m.settings.refuse_gangs && (config.cooperative || config.cluster > 1)) return cuda::kGangRefused;
+  if (const int error = answer_of(m.settings.refusals, config)) return error;
   grid = {config.blocks, config.threads, config.cluster};
   m.body = body;
   m.context = context;

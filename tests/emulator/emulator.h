@@ -90,8 +90,16 @@ unsigned from_floats(float low, float high) {
 inline float without_denormals(float v) {
   return std::abs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
 }
+template <class A>
+A relu_of(A v) {
+  return v <= A(0) ? A(0) : v;
+}
 inline float exp2_approx(float v) { return without_denormals(std::exp2(without_denormals(v))); }
 inline float reciprocal_approx(float v) { return without_denormals(1 / without_denormals(v)); }
+
+inline float rsqrt_approx(float v) { return 1 / std::sqrt(v); }
+inline float rounded_product(float a, float b) { return a * b; }
+inline void keep_in_register(float&) {}
 
 // One access for all of V's bytes. note_read and note_write check it.
 template <class V>
@@ -140,7 +148,7 @@ void copy_async(void* place, const void* p) {
 }
 inline void commit_copies() { emulator::current->batches.push_back(emulator::current->copies.size()); }
 inline void wait_copies(int pending, Site site = Site::current()) {
-  if (!emulator::waits_here(site)) return;
+  if (!emulator::waits_here(site, pending)) return;
   std::vector<emulator::Copy>& copies = emulator::current->copies;
   std::vector<size_t>& batches = emulator::current->batches;
   const size_t ended = batches.size() - std::min(batches.size(), static_cast<size_t>(pending));
@@ -176,7 +184,8 @@ inline int query_device(int /*device*/, const void* /*kernel*/, DeviceInfo* info
 inline const char* platform_error_string(int error) {
   switch (error) {
     case 0: return "no error";
-    case kGangRefused: return "too many blocks in cooperative launch";
+    case emulator::kCooperativeTooLarge: return "too many blocks in cooperative launch";
+    case emulator::kCaptureEnded: return "operation failed due to a previous error during capture";
     default: return "invalid argument";
   }
 }

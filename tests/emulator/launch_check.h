@@ -23,9 +23,22 @@ inline void check_launch(const cuda::LaunchConfig& config, const DeviceInfo& dev
   }
   if (!config.cooperative) return;
   if (!device.cooperative) refuse("cooperative, on a device without cooperative launches");
+  if (config.cluster > 1 && !device.cooperative_clusters) refuse("cooperative with clusters, which the device has not");
   const int64_t resident = co_resident_blocks(device, config.threads, config.shared_bytes, config.cluster);
   if (config.blocks > resident) {
     refuse("cooperative, with " + number(config.blocks) + " blocks where " + number(resident) + " are resident");
+  }
+}
+
+// The device's answer to a launch that is no defect: 0, or the error that cuda::launch returns.
+inline int answer_of(Refusals& refusals, const cuda::LaunchConfig& config) {
+  const bool cluster = config.cluster > 1, gang = config.cooperative || cluster;
+  if (refusals.capture_ended) return kCaptureEnded;
+  switch (refusals.kind) {
+    case Refuses::kNothing: return 0;
+    case Refuses::kCooperativeClusters: return config.cooperative && cluster ? cuda::kGangRefused + kInvalidValue : 0;
+    case Refuses::kGangsInCapture: refusals.capture_ended = gang; [[fallthrough]];
+    default: return gang ? cuda::kGangRefused + kCooperativeTooLarge : 0;
   }
 }
 

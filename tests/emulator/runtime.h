@@ -66,7 +66,7 @@ const Parcel* exchange(int from, Site site);
 // Adds a copy of the running thread. Returns true where it lands at once.
 bool begin_copy(void (*land)(void*, const void*), void* place, const void* from, int bytes);
 // Returns false where this wait_copies is left out. Then copies stay under way, possibly to the end.
-bool waits_here(Site site);
+bool waits_here(Site site, int pending);
 
 // The same address in the shared memory of the cluster's block `rank`.
 void* remote_shared(void* place, int rank);

@@ -22,7 +22,7 @@ std::vector<T> joined(std::initializer_list<std::vector<T>> lists) {
   return all;
 }
 std::vector<Primitive> all_primitives() {
-  return joined({primitives(), conversions(), copy_primitives(), gang_primitives()});
+  return joined({primitives(), conversions(), copy_primitives(), gang_primitives(), host_primitives()});
 }
 std::vector<Mutant> all_mutants() { return joined({mutants(), copy_mutants(), gang_mutants()}); }
 

@@ -38,6 +38,7 @@ std::vector<Primitive> primitives();
 std::vector<Primitive> conversions();
 std::vector<Primitive> copy_primitives();
 std::vector<Primitive> gang_primitives();
+std::vector<Primitive> host_primitives();
 std::vector<Mutant> mutants();
 std::vector<Mutant> copy_mutants();
 std::vector<Mutant> gang_mutants();

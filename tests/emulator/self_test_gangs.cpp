@@ -55,21 +55,51 @@ FASTNORM_KERNEL(32, 1) count_threads(int* count) { ++*count; }
 
 void refused_gangs() {
   emulator::Settings settings;
-  settings.refuse_gangs = true;
+  settings.refusals.kind = emulator::Refuses::kGangs;
   emulator::configure(settings);
   emulator::reset_counters();
   int count = 0;
   for (const LaunchConfig& config : {shape(4, 1, 0, 2), shape(4, 1, 0, 1, true), shape(4, 1, 0, 2, true)}) {
-    check_equal(launch(count_threads, config, &count), kGangRefused, "a gang");
+    check_equal(launch(count_threads, config, &count), kGangRefused + emulator::kCooperativeTooLarge, "a gang");
   }
   check_equal(count, 0, "threads that ran");
   check_equal(emulator::launch_count(), 0, "launches");
   check_equal(launch(count_threads, shape(4, 1), &count), 0, "blocks that do not wait for each other");
   check_equal(count, 4, "threads that ran");
   check_equal(emulator::launch_count(), 1, "launches");
-  check(std::string(platform_error_string(kGangRefused)).find("cooperative") != std::string::npos, "its text");
+  check(std::string(platform_error_string(emulator::kCooperativeTooLarge)).find("cooperative") != std::string::npos,
+        "its text");
   check(thrown_by([] { launch(count_threads, shape(3, 1, 0, 2), nullptr); }).find("clusters of 2") != std::string::npos,
         "what no device takes is still a defect");
+}
+
+FASTNORM_KERNEL(32, 1) do_nothing() {}
+
+void refused_combinations() {
+  emulator::Settings settings;
+  settings.device = emulator::device_named("tiny");
+  settings.refusals.kind = emulator::Refuses::kCooperativeClusters;
+  emulator::configure(settings);
+  const auto launch_nothing = [](int cluster, bool cooperative) {
+    return launch(do_nothing, shape(4, 1, 0, cluster, cooperative));
+  };
+  check_equal(launch_nothing(2, true), kGangRefused + emulator::kInvalidValue, "both");
+  check_equal(launch_nothing(2, false), 0, "clusters");
+  check_equal(launch_nothing(1, true), 0, "a cooperative grid");
+
+  settings.refusals.kind = emulator::Refuses::kGangsInCapture;
+  emulator::configure(settings);
+  check_equal(launch_nothing(1, false), 0, "before the refusal");
+  check(is_gang_refused(launch_nothing(2, false)), "a gang");
+  check_equal(launch_nothing(1, false), emulator::kCaptureEnded, "after the refusal");
+  emulator::configure({});
+  check_equal(launch_nothing(1, false), 0, "after the capture");
+
+  settings.refusals = {};
+  settings.device.cooperative_clusters = false;
+  emulator::configure(settings);
+  const std::string defect = thrown_by([&] { launch_nothing(2, true); });
+  check(defect.find("cooperative with clusters") != std::string::npos, "against the facts: a defect");
 }
 
 // ---- mutants ----
@@ -153,7 +183,8 @@ Output too_many_to_meet(bool broken) {
 std::vector<Primitive> gang_primitives() {
   return {{"clusters_of_a_grid", clusters_of_a_grid},
           {"grid_of_a_whole_device", grid_of_a_whole_device},
-          {"refused_gangs", refused_gangs}};
+          {"refused_gangs", refused_gangs},
+          {"refused_combinations", refused_combinations}};
 }
 
 std::vector<Mutant> gang_mutants() {

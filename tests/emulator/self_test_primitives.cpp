@@ -264,7 +264,7 @@ void counters() {
 }
 
 void devices() {
-  for (const char* name : {"tiny", "few", "alone", "small", "h200"}) {
+  for (const char* name : {"tiny", "few", "alone", "small", "wide", "h200"}) {
     emulator::Settings settings;
     settings.device = emulator::device_named(name);
     emulator::configure(settings);
@@ -276,6 +276,7 @@ void devices() {
     check(info.bytes_per_us > 0, "facts that fit together");
     check(info.largest_cluster == 1 ? info.cluster_sms == 0 : info.cluster_sms % info.largest_cluster == 0,
           "clusters that fit together");
+    check(!info.cooperative_clusters || (info.cooperative && info.largest_cluster > 1), "both kinds of gangs");
   }
 }
 

@@ -24,6 +24,31 @@ inline Order order_named(const std::string& name) {
   throw std::runtime_error("emulator: no order named " + name + "; there are fifo, lifo, random, priority");
 }
 
+// CUDA's codes of the errors that the emulator answers with.
+constexpr int kInvalidValue = 1, kCooperativeTooLarge = 720, kCaptureEnded = 901;
+
+// The launches that a device refuses although its facts allow them.
+enum class Refuses {
+  kNothing,
+  kGangs,                // in clusters or a cooperative grid, as one that is shared or partitioned
+  kGangsInCapture,       // and the refusal ends a stream capture: every launch after it fails
+  kCooperativeClusters,  // as a driver that does not know the two together
+};
+
+inline Refuses refuses_named(const std::string& name) {
+  if (name == "nothing") return Refuses::kNothing;
+  if (name == "gangs") return Refuses::kGangs;
+  if (name == "gangs in a capture") return Refuses::kGangsInCapture;
+  if (name == "cooperative clusters") return Refuses::kCooperativeClusters;
+  throw std::runtime_error("emulator: a device does not refuse " + name +
+                           "; there are nothing, gangs, gangs in a capture, cooperative clusters");
+}
+
+struct Refusals {
+  Refuses kind = Refuses::kNothing;
+  bool capture_ended = false;
+};
+
 struct Settings {
   Order order = Order::kFifo;
   uint64_t seed = 0;
@@ -31,11 +56,15 @@ struct Settings {
   // a race between two blocks only while they do.
   int blocks_together = 1;
   DeviceInfo device = device_named("h200");
-  // Refuses launches whose blocks wait for each other, in clusters or in a cooperative grid, as a device does that is
-  // shared or partitioned.
-  bool refuse_gangs = false;
-  // Leaves out a barrier or a wait for copies, such as "fold.cuh:57", to see whether that is noticed.
+  Refusals refusals;
+  // Leaves out a barrier or a wait for copies, such as "fold.cuh:57", to see whether that is noticed. Of the waits on a
+  // line, "gang.cuh:57 pending 1" leaves out those after which one group may be under way.
   std::string without;
+  bool leaves_out(const std::string& file, unsigned line, int pending) const {
+    if (without.empty()) return false;
+    const std::string place = file + ":" + std::to_string(line), wait = place + " pending " + std::to_string(pending);
+    return place.ends_with("/" + without) || wait.ends_with("/" + without);
+  }
 };
 
 }  // namespace fastnorm::emulator

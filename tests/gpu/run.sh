@@ -1,28 +1,39 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in ten minutes: builds and installs, runs the test suite on it, has compute-sanitizer watch the
-# kernels, and times them. Prints a table last; the exit status is 1 when any of it failed or ran out of time.
+# All that needs a GPU: builds and installs, has compute-sanitizer watch the kernels, stresses them, runs the test suite,
+# and times them. Prints a table last; the exit status is 1 when any of it failed or ran out of time.
 #
 #   tests/gpu/run.sh [FOLDER]        FOLDER for results: default $OUT, else benchmarks/results
 #
+# Where a GPU is lent for ten minutes a call and fifteen in all, two calls do everything:
+#
+#   tests/gpu/run.sh                            the first: everything but the benchmarks, in nine minutes at most
+#   STAGES="bench" TOTAL=240 tests/gpu/run.sh   the second, on the machine that still has the installation;
+#                                               on a fresh one STAGES="install bench" TOTAL=280
+#
+# With more time, on a call of its own: STAGES="install tune" races the planner's candidates and fits its constants to
+# this GPU.
+#
 #   PYTHON=python3       the Python to install into, with torch for CUDA, setuptools, ninja, pybind11, pytest, hypothesis
-#   STAGES="install suite cuda memcheck racecheck initcheck synccheck bench"      what to do; in a run of its own
-#                        "install tune", which races the planner's candidates and fits its constants to this GPU
-#   TOTAL=580            seconds in all; each stage has a budget of its own within them, and bench has 60 for sure
+#   STAGES="install first memcheck racecheck initcheck synccheck stress cuda suite compile"
+#                        what to do, and `bench` and `tune`; always in the order of this file
+#   TOTAL=540            seconds in all; each stage has a budget of its own within them, and passes on what it leaves
 #   BENCH_ARGS="--quick --compile --compile-budget 40"      of benchmarks/bench.py; its --budget and --json are set here
 set -u -o pipefail
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 results=${1:-${OUT:-$root/benchmarks/results}}
 python=${PYTHON:-python3}
-stages=${STAGES:-install suite cuda memcheck racecheck initcheck synccheck bench}
-total=${TOTAL:-580}
-bench_args=${BENCH_ARGS:---quick --compile --compile-budget 40}
+stages=${STAGES:-install first memcheck racecheck initcheck synccheck stress cuda suite compile}
+total=${TOTAL:-540}
+read -r -a bench_args <<<"${BENCH_ARGS:---quick --compile --compile-budget 40}"
 mkdir -p "$results" && results=$(cd "$results" && pwd)
 case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
 log=$results/gpu-log.txt
 table=()
 failed=0
 export PYTHONUNBUFFERED=1
+export FASTNORM_LINEINFO=1            # compute-sanitizer's reports name lines
+export TORCHINDUCTOR_COMPILE_THREADS=1  # each of pytest's workers would start as many processes as there are cores
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
   echo "fastnorm: $python's torch sees no GPU here." >&2
@@ -34,15 +45,16 @@ if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then  # for this GPU alone
 fi
 : >"$log"
 
+wanted() { case " $stages " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+left() { echo $((total - SECONDS)); }
+
 # stage NAME BUDGET PATTERN COMMAND...: runs it within BUDGET seconds and what is left in all; the table gets the last
-# line of its output that has PATTERN.
+# two lines of its output that have PATTERN.
 stage() {
   local name=$1 budget=$2 pattern=$3 began=$SECONDS status text verdict
   shift 3
-  case " $stages " in *" $name "*) ;; *) return ;; esac
-  local left=$((total - SECONDS))
-  case "$name $stages " in bench\ *) ;; *" bench "*) left=$((left - 60)) ;; esac
-  [ "$budget" -gt "$left" ] && budget=$left
+  wanted "$name" || return 0
+  [ "$budget" -gt "$(left)" ] && budget=$(left)
   if [ "$budget" -lt 5 ]; then
     table+=("$(printf '%-10s %-11s %4s s  %s' "$name" "not started" 0 "no time left")")
     failed=1
@@ -54,7 +66,7 @@ stage() {
   status=$?
   cat "$log.stage" >>"$log"
   [ "$status" -ne 0 ] && tail -n 40 "$log.stage"
-  text=$(grep -E "$pattern" "$log.stage" | tail -n 1)
+  text=$(grep -E "$pattern" "$log.stage" | tail -n 2 | tr '\n' ' ')
   rm -f "$log.stage"
   case $status in
     0) verdict=passed ;;
@@ -62,41 +74,54 @@ stage() {
     *) verdict="failed ($status)" ;;
   esac
   [ "$status" -ne 0 ] && failed=1
-  table+=("$(printf '%-10s %-11s %4s s  %s' "$name" "$verdict" $((SECONDS - began)) "${text:0:110}")")
+  table+=("$(printf '%-10s %-11s %4s s  %s' "$name" "$verdict" $((SECONDS - began)) "${text:0:150}")")
 }
 
-workers=()
-if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-pytest=("$python" -m pytest . -q -p no:cacheprovider --backend cuda --maxfail 200 "--junitxml=$results/gpu-suite.xml")
-
 # From the folder tests, where Python finds the installed fastnorm and not the checkout's.
-stage install 200 'Successfully installed|error' "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$root"
-stage suite 200 ' in [0-9.]+s' "${pytest[@]}" "${workers[@]}" -m "not cuda"
-pytest=("${pytest[@]/gpu-suite/gpu-cuda}")
-stage cuda 90 ' in [0-9.]+s' "${pytest[@]}" -m cuda
+stage install 150 'Successfully installed|error' \
+  "$python" -m pip install --no-build-isolation --no-deps --force-reinstall "$root"
+
+# What may fail at the first launch on a new device or driver, before anything else does.
+stage first 30 '^(large )?cluster: ' "$python" gpu/first.py
 
 # Only our kernels are watched, where the tool can tell kernels apart.
 sanitizer=${SANITIZER:-$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)}
 watched=()
 if [ -n "$sanitizer" ]; then
-  if "$sanitizer" --help 2>&1 | grep -q -- '--kernel-name '; then watched=(--kernel-name kns=fastnorm)
-  elif "$sanitizer" --help 2>&1 | grep -q -- '--kernel-regex '; then watched=(--kernel-regex kns=fastnorm)
-  fi
+  help=$("$sanitizer" --help 2>&1)  # as a whole: a pipe that grep leaves early fails
+  case $help in
+    *--kernel-name*) watched=(--kernel-name kns=fastnorm) ;;
+    *--kernel-regex*) watched=(--kernel-regex kns=fastnorm) ;;
+  esac
 fi
 for tool in memcheck racecheck initcheck synccheck; do
   # Every tensor an allocation of its own: reading past its end is then seen.
-  stage $tool 60 'ERROR SUMMARY|RACECHECK SUMMARY|cases,|not found' env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  stage $tool 45 'ERROR SUMMARY|RACECHECK SUMMARY|cases,|not found' env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     "${sanitizer:-compute-sanitizer}" --tool $tool "${watched[@]}" --error-exitcode 9 --print-limit 20 \
-    "$python" gpu/sanitize.py --seconds 25
+    "$python" gpu/sanitize.py --seconds 22
 done
 
-left=$((total - SECONDS - 15))
-stage tune "$left" 'Measured over estimated|Ceilings' "$python" "$root/benchmarks/tune.py" \
-  --budget $((left > 120 ? left - 60 : left / 2)) --json "$results/gpu-tune.json" --markdown "$results/gpu-tune.md"
+stage stress 45 '^stress|^grids' "$python" gpu/stress.py --iterations 2000 --seconds 35
 
-left=$((total - SECONDS - 15))
-stage bench $((left > 30 ? left : 30)) 'geometric|torch\.nn' "$python" "$root/benchmarks/bench.py" --device cuda $bench_args \
-  --budget $((left > 120 ? 60 : left > 60 ? left / 2 : 20)) --json "$results/gpu-bench.json" --markdown "$results/gpu-bench.md"
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+# pytest_stage NAME BUDGET ARGUMENTS...
+pytest_stage() {
+  local name=$1 budget=$2
+  shift 2
+  stage "$name" "$budget" ' in [0-9.]+s' \
+    "$python" -m pytest -q -p no:cacheprovider --backend cuda --maxfail 200 "--junitxml=$results/gpu-$name.xml" "$@"
+}
+pytest_stage cuda 90 . -m cuda
+# One activation stands for the others where gradients are differentiated numerically; the CPU's tests have them all.
+pytest_stage suite 150 . "${workers[@]}" -m "not cuda" --ignore test_compile.py -k "not test_gradcheck.py or silu"
+pytest_stage compile 120 test_compile.py -m "not cuda"
+
+stage tune "$(left)" 'Measured over estimated|Ceilings|refused' "$python" "$root/benchmarks/tune.py" \
+  --budget $(($(left) > 120 ? $(left) - 60 : $(left) / 2)) --json "$results/gpu-tune.json" --markdown "$results/gpu-tune.md"
+
+stage bench "$(left)" 'geometric|torch\.nn|refused' "$python" "$root/benchmarks/bench.py" --device cuda "${bench_args[@]}" \
+  --budget $(($(left) > 120 ? 60 : $(left) > 60 ? $(left) / 2 : 20)) --json "$results/gpu-bench.json" --markdown "$results/gpu-bench.md"
 
 sed -n '/^==== \(tune\|bench\): /,$p' "$log" | sed 1d
 echo

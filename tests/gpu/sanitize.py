@@ -1,15 +1,19 @@
-"""A few hundred calls of the operators, for compute-sanitizer to watch: every small layer of the table in both layouts,
-forward and backward, with precisions, epilogues and modes in turn. Values are compared with the CPU's.
+"""A few hundred calls of the operators, for compute-sanitizer to watch: first the gangs of every kind, whose blocks
+share sets and wait for each other; then every small layer of the table in both layouts. All forward and backward, with
+precisions, epilogues and modes in turn. Values are compared with the CPU's.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py --seconds 40
 
-Inputs come from the host by plain copies, so that whoever watches only our kernels knows what was written.
+Inputs come from the host by plain copies, so that whoever watches only our kernels knows what was written. Under a
+sanitizer fewer blocks may be resident than the planner expects. A launch that is refused for that reason is an error
+here, because the kernel that was to be watched has not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import sys
 import time
@@ -21,8 +25,9 @@ import torch
 # Run as a file, its own folder is on the path, and not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import fastnorm.ops
+from fastnorm import _C
 from tests.common.cases import LAYERS, PRECISIONS, Case, Layer, modes
+from tests.common.gangs import GangCase, device_gang_cases
 from tests.common.numerics import make_inputs, measure
 from tests.common.raw_calls import RawCall
 
@@ -37,13 +42,22 @@ SPLIT = (
 EPILOGUES = (("relu", True), ("silu", True), (None, False), ("gelu", False), ("leaky_relu", True))
 
 
-def all_cases() -> Iterator[Case]:
+def free_cases() -> Iterator[GangCase]:
+    """With the plans that the planner chooses."""
     precisions, epilogues = itertools.cycle(PRECISIONS), itertools.cycle(EPILOGUES)
     for layer in (*LAYERS, *SPLIT):
         for layout in layer.layouts:
             for mode in modes(layer)[::2]:  # training, and frozen with gradients
                 activation, residual = next(epilogues)
-                yield Case(layer, layout, next(precisions), activation, residual, mode)
+                case = Case(layer, layout, next(precisions), activation, residual, mode)
+                yield GangCase(case, {}, 0)
+
+
+def all_cases(facts: _C.DeviceInfo) -> list[GangCase]:
+    """A third of them has forced gangs and comes first, always in the same order; the others are mixed."""
+    free = list(free_cases())
+    random.Random(0).shuffle(free)
+    return [*itertools.islice(device_gang_cases(facts), len(free) // 2), *free]
 
 
 def check(case: Case) -> list[str]:
@@ -80,24 +94,31 @@ def other_calls() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0, help="stop after so long; the order is mixed")
+    parser.add_argument("--seconds", type=float, default=60.0, help="stop after so long")
     args = parser.parse_args()
-    assert fastnorm.ops and torch.cuda.is_available(), "needs a GPU"
-    cases = list(all_cases())
-    random.Random(0).shuffle(cases)
+    assert torch.cuda.is_available(), "needs a GPU"
+    os.environ["FASTNORM_STRICT"] = "0"  # a refusal is counted, and the calls after it are watched
+    os.environ["FASTNORM_LOG"] = "fallback"  # and its plan is printed
     deadline = time.monotonic() + args.seconds
+    cases = all_cases(_C.cuda_device_info(0))
     other_calls()
-    wrong, done = [], 0
-    for case in cases:
+    wrong: list[str] = []
+    done = gangs = 0
+    for gang_case in cases:
         if time.monotonic() > deadline:
             break
-        wrong += check(case)
+        _C.set_plan_options(forced=gang_case.forced, free_sms=gang_case.free_sms)
+        wrong += check(gang_case.case)
         done += 1
+        gangs += bool(gang_case.forced)
     torch.cuda.synchronize()
     for text in wrong:
         print(text)
-    print(f"{done} of {len(cases)} cases, {len(wrong)} wrong values")
-    sys.exit(bool(wrong))
+    refused = _C.refused_gangs()
+    print(
+        f"{done} of {len(cases)} cases, {gangs} of forced gangs, {len(wrong)} wrong values, {refused} refused launches"
+    )
+    sys.exit(bool(wrong or refused))
 
 
 if __name__ == "__main__":

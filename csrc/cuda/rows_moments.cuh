@@ -1,0 +1,132 @@
+// The moments of a piece of rows: of a thread, and of its team.
+#pragma once
+
+#include "moments.cuh"
+#include "rows.cuh"
+
+namespace fastnorm::cuda {
+
+template <class A>
+FASTNORM_DEVICE A reciprocal_of(A v) {
+  if constexpr (std::is_same_v<A, float>) {
+    return reciprocal_approx(v);
+  } else {
+    return 1 / v;
+  }
+}
+
+// Moments of so many values: the sum of x - origin, and the sum of squared deviations from their own mean. Sums need no
+// weights, and infinite ones stay infinite.
+template <class A>
+struct ThreadMoments {
+  A count = 0, inverse = 0;  // inverse: 1 / count, or 0
+  A sum = 0, m2 = 0;
+
+  // Merges `values` values of this mean, relative to the origin, after Chan, Golub and LeVeque.
+  FASTNORM_DEVICE void merge(A values, A mean, A other_m2) {
+    const A total = count + values, inverse_total = reciprocal_of(total), delta = std::fma(-sum, inverse, mean);
+    m2 = std::fma(delta, delta * (values * (count * inverse_total)), m2 + other_m2);  // 0 where count is, not NaN
+    sum = std::fma(mean, values, sum);
+    count = total;
+    inverse = inverse_total;
+  }
+};
+
+// Takes N packs, all of them `in`. The mean of 16-bit numbers is taken of x itself: so few of them add up in float32
+// without a rounding that matters, and the origin is subtracted once. Every number is divided first, because a sum of
+// the largest ones would overflow.
+template <int N, int W, class T, class A>
+FASTNORM_DEVICE void take_packs(const Pack<T, W> (&packs)[N], A origin, ThreadMoments<A>& total) {
+  constexpr bool kRaw = sizeof(T) == 2;
+  constexpr int kSums = N * W < 4 ? N * W : 4;  // independent sums
+  constexpr A kShare = A(1) / (N * W);          // exact: N * W is a power of two
+  A x[N][W], means[kSums] = {}, squares[kSums] = {};
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    widen<A>(packs[n], x[n]);
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      if (!kRaw) x[n][w] -= origin;
+      A& mean = means[(n * W + w) % kSums];
+      mean = std::fma(x[n][w], kShare, mean);
+    }
+  }
+  const A mean = tree_sum(means);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      const A deviation = x[n][w] - mean;
+      A& square = squares[(n * W + w) % kSums];
+      square = std::fma(deviation, deviation, square);
+    }
+  }
+  total.merge(N * W, kRaw ? mean - origin : mean, tree_sum(squares));
+}
+
+// Takes those of N packs that are `in`.
+template <int N, int W, class T, class A>
+FASTNORM_DEVICE void take_some(const Pack<T, W> (&packs)[N], const Step (&steps)[N], A origin,
+                               ThreadMoments<A>& total) {
+  int values = 0;
+  A x[N][W], sum = 0, m2 = 0;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    if (!steps[n].in) continue;
+    values += W;
+    widen<A>(packs[n], x[n]);
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      x[n][w] -= origin;
+      sum += x[n][w];
+    }
+  }
+  if (values == 0) return;
+  const A mean = sum / static_cast<A>(values);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    if (!steps[n].in) continue;
+#pragma unroll
+    for (int w = 0; w < W; ++w) m2 = std::fma(x[n][w] - mean, x[n][w] - mean, m2);
+  }
+  total.merge(static_cast<A>(values), mean, m2);
+}
+
+// Merges the moments of this thread's part of a range, relative to `origin`, into `total`; read(step) gives the pack of
+// x there.
+template <class T, int W, class A, class Read>
+FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const ThreadSteps& range, A origin, Read read,
+                                        ThreadMoments<A>& total) {
+  if (!range.valid) return;
+  const bool gaps = piece.has_gaps();
+  ThreadSteps steps_of_range = range;
+  steps_of_range.valid = true;  // the compiler knows it now
+  piece.template walk<kRowsUnroll<W>>(steps_of_range, [&]<int N>(const Step(&steps)[N]) {
+    Pack<T, W> packs[N];
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (steps[u].in) packs[u] = read(steps[u]);
+    }
+    if (N > 1 && gaps) {
+      take_some(packs, steps, origin, total);
+    } else if (steps[0].in) {
+      take_packs(packs, origin, total);
+    }
+  });
+}
+
+// The moments of a team's piece from those of its threads: the common mean first, then the squared deviations from it.
+// Both are plain sums. All threads of the block take part.
+template <int W, class A>
+FASTNORM_DEVICE Welford<A> merge_team(const RowsPiece<W>& piece, const Team& team, const ThreadMoments<A>& mine,
+                                      void* scratch) {
+  const A count = static_cast<A>(piece.elements());
+  A mean[1] = {mine.sum * (A(1) / count)};
+  sum_team(team, mean, scratch, 0);
+  const A deviation = std::fma(mine.sum, mine.inverse, -mean[0]);
+  A m2[1] = {std::fma(deviation, deviation * mine.count, mine.m2)};
+  sum_team(team, m2, scratch, 1);
+  return {count, {mean[0], m2[0]}};
+}
+
+}  // namespace fastnorm::cuda
