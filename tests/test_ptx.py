@@ -36,11 +36,11 @@ def raw(case: Case) -> RawCall:
 def test_gangs(call: GangCall) -> None:
     """No defect, the right values, and the same bits under every schedule."""
     ptx, calls = backend.load(), call.raw()
-    with ptx.configured(device=FEW, forced=dict(call.forced)):
+    with ptx.configured(device=call.device, forced=call.forced):
         results = calls.both()
     assert not errors_of(call.case, results)
     for order, seed in (("lifo", 0), ("random", 1), ("priority", 2)):
-        with ptx.configured(order, seed, FEW, forced=dict(call.forced)):
+        with ptx.configured(order, seed, call.device, forced=call.forced):
             assert not same_bits(calls.both(), results), f"{order}, seed {seed}"
 
 
