@@ -32,7 +32,7 @@ from tests.emulator import backend as emulator
 # test_threads.py varies the number.
 THREADS = 1
 
-OPS = ("norm_forward", "norm_backward", "update_running_stats_", "moments")
+OPS = ("norm_forward", "batch_norm_forward_", "norm_backward", "update_running_stats_", "moments")
 
 # Names in tests/emulator/device.h. On an H200 plans fuse these small sets; on the tiny device they split them.
 EMULATED_DEVICES = ("h200", "tiny")
