@@ -22,9 +22,9 @@ struct LaneMoments {
 // Takes packs below one another as moments about their own mean, lane by lane, and merges them into the lanes' moments
 // after Chan, Golub and LeVeque. The weights are the same for all lanes.
 //
-// The mean of a batch is taken of x itself where x has 16 bits: a few of its numbers add up in float32 without a rounding
-// that matters, so that the origin is subtracted once a batch. A part of each is added, because a sum of the largest
-// would overflow.
+// The mean of a batch is taken of x itself where x has 16 bits: a few of its numbers add up in float32 without a
+// rounding that matters, so that the origin is subtracted once a batch. A part of each is added, because a sum of the
+// largest would overflow.
 template <int kRows, int W, class T, class A>
 FASTNORM_DEVICE void take_moments(const Pack<T, W> (&packs)[kRows], const A (&origin)[W], LaneMoments<A, W>& total) {
   constexpr bool kRaw = sizeof(T) == 2;

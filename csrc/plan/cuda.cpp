@@ -183,11 +183,12 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
       bool in_registers = false;
-      for_each_fused({1, false, false, true}, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
-        const Estimate estimate =
-            estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
-        plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
-      });
+      for_each_fused(
+          {1, false, false, true}, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
+            const Estimate estimate =
+                estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
+            plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
+          });
     }
     if (allows_split(options.forced)) plans.push_back(separate(Strategy::kSplit));
     return plans;

@@ -4,7 +4,8 @@
 #include "ops.h"
 #include "running.h"
 
-// The CUDA kernels without a GPU are libraries of their own, of the same ops for tensors on the CPU; each has a namespace.
+// The CUDA kernels without a GPU are libraries of their own, of the same ops for tensors on the CPU; each has a
+// namespace.
 #if !defined(FASTNORM_NAMESPACE)
 #define FASTNORM_NAMESPACE fastnorm
 #endif
