@@ -157,7 +157,7 @@ class Candidate:
         pieces = f" of {f['pieces']}" if "pieces" in f else ""
         tile = f", tiles of {f['tile_bytes']} B" if "tile_bytes" in f else ""
         stages = ", 2 stages" if f["stages"] == 2 else ""
-        place = ", registers" if "place" in f else ""
+        place = ", registers" if f.get("place") == "registers" else ""
         return f"{f['gang']}{place}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}"
 
 
@@ -192,8 +192,8 @@ def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
     forced: Forced = {"strategy": "fused", "gang": grid.gang, "stages": grid.stages}
     if grid.gang != "block":
         forced["pieces"] = grid.pieces
-    if grid.thread_packs > 0:
-        forced["place"] = "registers"
+    else:
+        forced["place"] = "registers" if grid.thread_packs > 0 else "shared"
     if grid.traversal == "columns":
         forced["tile_bytes"] = grid.tile * job.call.size
     choices = ({**forced, "blocks_per_sm": blocks_per_sm} for blocks_per_sm in BLOCKS_PER_SM)

@@ -218,6 +218,37 @@ def test_moments_read_once_and_write_nothing(layout: str, emulated: Backend) -> 
     torch.testing.assert_close(var.double(), exact.var(1, unbiased=False), rtol=1e-6, atol=0)
 
 
+FUSED = tuple({"strategy": "fused", "gang": gang} for gang in ("block", "cluster", "grid"))
+STRATEGIES = [(precision, {"strategy": "split"}) for precision in PRECISIONS]
+STRATEGIES += [(precision, forced) for precision in PRECISIONS[:3] for forced in FUSED]  # float64 is not fused
+
+
+@pytest.mark.parametrize(("precision", "forced"), STRATEGIES, ids=str)
+@pytest.mark.parametrize("layout", ["planar", "channels_last"])
+def test_a_training_forward_moves_the_running_statistics_in_its_launches(
+    precision: tuple[str, str], layout: str, forced: dict[str, str]
+) -> None:
+    """The thread that writes a channel's statistics moves them, to the bits of a launch of its own. Where momentum is
+    absent that thread would need the count of batches before another raises it: then they have such a launch."""
+    settings, case = emulator.load(), Case(Layer("", "BatchNorm2d", (4, 40, 8, 8), (40,)), layout, precision, "relu")
+    call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+    dtype = getattr(torch, precision[1])
+    for order, momentum in (("fifo", 0.25), ("random", 0.25), ("fifo", None)):
+        moved = [torch.rand(40, 2).to(dtype)[:, 0], torch.rand(40).to(dtype), torch.tensor(3)]
+        alone = [t.clone() for t in moved]
+        with settings.configured(order, 1, forced=forced):
+            with settings.counting() as counts:
+                y, stats, _ = torch.ops.fastnorm_emulated.batch_norm_forward_(
+                    call.x, call.weight, call.bias, None, *moved, 1e-5, call.activation, 0.0, False, momentum
+                )
+            expected = call.forward()
+            torch.ops.fastnorm_emulated.update_running_stats_(*alone, expected["stats"], 256, momentum)
+        own = {"split": 3, "fused": 1}[forced["strategy"]]
+        assert len(counts.launches) == own + (momentum is None)
+        assert torch.equal(y, expected["y"]) and torch.equal(stats, expected["stats"])
+        assert all(torch.equal(a, b) for a, b in zip(moved, alone, strict=True))
+
+
 def test_running_statistics_take_one_launch(emulated: Backend) -> None:
     """And one read of the statistics; nothing comes back to the host, whatever momentum is."""
     settings = emulator.load()

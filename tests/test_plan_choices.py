@@ -212,13 +212,13 @@ def test_a_block_that_can_keep_rows_in_registers_does() -> None:
     for call, name, facts, backward in everywhere(*CALLS, *(random_call(r) for _ in range(100))):
         found = [grid_of(plan) for plan in plans(call, facts, backward) if plan.strategy == "fused"]
         of_blocks = {grid.thread_packs > 0 for grid in found if grid.gang == "block"}
-        # Each keeps enough of them on an SM. Backward has no such kernel where the weights' sums take another launch.
+        # Each keeps enough of them on an SM.
         enough = any(
             grid.threads * (facts.shared_per_sm // (grid.shared_bytes + RESERVED)) >= MAX_THREADS
             for grid in found
             if grid.thread_packs > 0
         )
-        if enough and not (backward and call.params):
+        if enough:
             assert of_blocks == {True}, f"{call} on {name}"
         places |= of_blocks
         for plan in plans(call, facts, backward, forced={"place": "shared"}):

@@ -36,18 +36,24 @@ def raw(case: Case) -> RawCall:
 def test_gangs(call: GangCall) -> None:
     """No defect, the right values, and the same bits under every schedule."""
     ptx, calls = backend.load(), call.raw()
-    with ptx.configured(device=FEW, forced=dict(call.forced)):
+    with ptx.configured(device=call.device, forced=call.forced):
         results = calls.both()
     assert not errors_of(call.case, results)
     for order, seed in (("lifo", 0), ("random", 1), ("priority", 2)):
-        with ptx.configured(order, seed, FEW, forced=dict(call.forced)):
+        with ptx.configured(order, seed, call.device, forced=call.forced):
             assert not same_bits(calls.both(), results), f"{order}, seed {seed}"
 
 
 # ---- other architectures ----
 
 # The kernels of one storage type for each direction; and the device of tests/emulator/device.h for each architecture.
-OTHERS = (("forward", "float"), ("backward", "BFloat16"), ("fold", ""))
+OTHERS = (
+    ("forward_rows", "float"),
+    ("forward_columns", "float"),
+    ("backward_rows", "BFloat16"),
+    ("backward_columns", "BFloat16"),
+    ("fold", ""),
+)
 ARCHES = {"sm_75": "small", "sm_80": "alone"}
 
 

@@ -63,15 +63,15 @@ constexpr bool is_plain_call = false;
 template <class T>
 constexpr bool is_plain_call<PlainBackward<T>> = true;
 
-// Calls f(tensors, tag of the activation), with plain tensors where the call is. Call it around a loop over packs.
-template <bool kSmooth, class T, class F>
+// Calls f(tensors, tag of the activation), with plain tensors where the call is and packs are wide. Call it around a
+// loop over packs.
+template <bool kSmooth, int W, class T, class F>
 FASTNORM_DEVICE void dispatch_backward(const BackwardTensors<T>& t, F f) {
   dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-    if (t.is_plain()) {
-      f(PlainBackward<T>(t), act);
-    } else {
-      f(t, act);
+    if constexpr (W > 1) {
+      if (t.is_plain()) return f(PlainBackward<T>(t), act);
     }
+    f(t, act);
   });
 }
 

@@ -59,7 +59,7 @@ FASTNORM_DEVICE void apply_gradient_columns_of(const Tensors& t, const ColumnsPi
 template <bool kSmooth, int U, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_columns(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                             const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
-  dispatch_backward<kSmooth>(t, [&](const auto& tensors, auto act) {
+  dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
     apply_gradient_columns_of<act.value, kPacks<kSmooth, U, decltype(tensors)>, kFromEnd>(tensors, piece, coefs, terms,
                                                                                           read);
   });

@@ -21,7 +21,10 @@ FASTNORM_DEVICE void centered_gradient(const BackwardTensors<T>& t, const Gradie
                                        const Coefs& coefs, A (&centered)[W], A (&d)[W]) {
   widen<A>(packs.x, centered);
 #pragma unroll
-  for (int w = 0; w < W; ++w) centered[w] -= mean;
+  for (int w = 0; w < W; ++w) {
+    centered[w] -= mean;
+    if (kAct != Activation::kNone) keep_in_register(centered[w]);
+  }
   widen<A>(packs.dy, d);
   if constexpr (kAct != Activation::kNone) {
     if (is_two_sided(kAct) && t.mask != nullptr) return multiply_slope_bits<kAct>(t.epilogue.param, packs.bits, d);

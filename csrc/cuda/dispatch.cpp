@@ -1,16 +1,24 @@
-// The launches of api.h: a storage type known at run time picks the ones compiled for it.
+// The launches of api.h: a storage type and a traversal, known at run time, pick the ones compiled for them.
 #include "launches.h"
 
 namespace fastnorm::cuda {
 
 int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream) {
-  return dispatch(args.dtype,
-                  [&](auto tag) { return forward_of<typename decltype(tag)::type>(args, plan, workspace, stream); });
+  return dispatch(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const bool rows = args.geometry.traversal() == Traversal::kRows;
+    return rows ? forward_of<T, Traversal::kRows>(args, plan, workspace, stream)
+                : forward_of<T, Traversal::kColumns>(args, plan, workspace, stream);
+  });
 }
 
 int launch_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream) {
-  return dispatch(args.dtype,
-                  [&](auto tag) { return backward_of<typename decltype(tag)::type>(args, plan, workspace, stream); });
+  return dispatch(args.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const bool rows = args.geometry.traversal() == Traversal::kRows;
+    return rows ? backward_of<T, Traversal::kRows>(args, plan, workspace, stream)
+                : backward_of<T, Traversal::kColumns>(args, plan, workspace, stream);
+  });
 }
 
 }  // namespace fastnorm::cuda

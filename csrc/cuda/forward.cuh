@@ -15,6 +15,7 @@ struct ForwardTensors {
   Params weight, bias;
   Params running_mean, running_var;  // frozen statistics, or null
   A* stats;                          // [kStatsRows, sets]
+  RunningArgs running;               // those that the stats move; null pointers where they move none, or not set by set
   int64_t sets;
   A eps;
   Epilogue<A> epilogue;
@@ -30,6 +31,7 @@ struct ForwardTensors {
         running_mean(a.running_mean),
         running_var(a.running_var),
         stats(static_cast<A*>(a.stats)),
+        running(a.running.moves_set_by_set() ? a.running : RunningArgs{}),
         sets(a.geometry.sets()),
         eps(static_cast<A>(a.eps)),
         epilogue{a.activation, static_cast<A>(a.activation_param)} {}
@@ -53,15 +55,15 @@ constexpr bool is_plain_forward = false;
 template <class T>
 constexpr bool is_plain_forward<PlainForward<T>> = true;
 
-// Calls f(tensors, tag of the activation), with plain tensors where the call is. Call it around a loop over packs.
-template <bool kSmooth, class T, class F>
+// Calls f(tensors, tag of the activation), with plain tensors where the call is and packs are wide. Call it around a
+// loop over packs.
+template <bool kSmooth, int W, class T, class F>
 FASTNORM_DEVICE void dispatch_forward(const ForwardTensors<T>& t, F f) {
   dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-    if (t.is_plain()) {
-      f(PlainForward<T>(t), act);
-    } else {
-      f(t, act);
+    if constexpr (W > 1) {
+      if (t.is_plain()) return f(PlainForward<T>(t), act);
     }
+    f(t, act);
   });
 }
 

@@ -36,7 +36,7 @@ FASTNORM_DEVICE void forward_columns_of(const Tensors& t, const ColumnsPiece<W>&
 template <bool kSmooth, int U, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void forward_columns(const ForwardTensors<T>& t, const ColumnsPiece<W>& piece,
                                      const LaneCoefs<A, W>& coefs, Read read) {
-  dispatch_forward<kSmooth>(t, [&](const auto& tensors, auto act) {
+  dispatch_forward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
     forward_columns_of<act.value, U, kFromEnd>(tensors, piece, coefs, read);
   });
 }

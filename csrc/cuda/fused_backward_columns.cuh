@@ -56,7 +56,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     const Staged<T, W> staged = memory_of(stage);
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     LaneSums<A, W> mine;
-    dispatch_backward<kSmooth>(t, [&](const auto& tensors, auto act) {
+    dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
       walk_landed<kPacks<kSmooth, 1, decltype(tensors)>>(piece, ready, [&](const auto& places) {
         add_sums<act.value>(
             tensors, places, coefs,

@@ -28,27 +28,27 @@ inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
           partials};
 }
 
+// float64 has packs of one element, and is not fused.
+template <class T>
+constexpr bool kFuses = !std::is_same_v<T, double>;
+
 // Columns kernels are compiled for packs of 16 bytes and for single elements only (pack_width in plan/cuda.cpp).
 template <class T, int W>
 constexpr bool kColumnsPack = W == 1 || W * sizeof(T) == 16;
 
-template <class T, class F>
-int dispatch_pack(int pack, F f) {
-  if constexpr (sizeof(T) == 2) {
-    if (pack == 8) return f(std::integral_constant<int, 8>{});
-  }
-  if constexpr (sizeof(T) <= 4) {
-    if (pack == 4) return f(std::integral_constant<int, 4>{});
-  }
-  return pack == 1 ? f(std::integral_constant<int, 1>{}) : kNoSuchKernel;
-}
-
 // Calls f(pack, smooth), both as types.
-template <class T, class F>
+template <class T, Traversal kTraversal, class F>
 int dispatch_kernel(int pack, Activation activation, F f) {
-  return dispatch_pack<T>(pack, [&](auto width) {
+  const auto dispatch_smooth_of = [&](auto width) {
     return is_smooth(activation) ? f(width, std::true_type{}) : f(width, std::false_type{});
-  });
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (pack == 8) return dispatch_smooth_of(std::integral_constant<int, 8>{});
+  }
+  if constexpr (sizeof(T) == 4 || (sizeof(T) == 2 && kTraversal == Traversal::kRows)) {
+    if (pack == 4) return dispatch_smooth_of(std::integral_constant<int, 4>{});
+  }
+  return pack == 1 ? dispatch_smooth_of(std::integral_constant<int, 1>{}) : kNoSuchKernel;
 }
 
 }  // namespace fastnorm::cuda

@@ -1,5 +1,5 @@
-// The launches of one storage type (forward.cu and backward.cu define them) and the launches that depend on
-// accumulation types only (fold.cu). Plain C++, so that dispatch.cpp can pick one.
+// The launches of one storage type and traversal (forward_rows.cu and its like define them) and the launches that
+// depend on accumulation types only (fold.cu). Plain C++, so that dispatch.cpp can pick one.
 #pragma once
 
 #include "api.h"
@@ -7,9 +7,9 @@
 
 namespace fastnorm::cuda {
 
-template <class T>
+template <class T, Traversal kTraversal>
 int forward_of(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream);
-template <class T>
+template <class T, Traversal kTraversal>
 int backward_of(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
 
 // Partials lie as [outer, pieces, groups * columns]; a set has `columns` neighbouring partials of every piece.
@@ -21,6 +21,7 @@ struct FoldForwardArgs {
   DType dtype;
   int64_t outer_stride, set_stride;  // of sets' first elements
   A* stats;                          // [kStatsRows, sets]
+  RunningArgs running;
   double eps;
 };
 int launch_fold_forward(const FoldForwardArgs<float>& args, void* stream);

@@ -154,6 +154,10 @@ FASTNORM_DEVICE float reciprocal_approx(float v) {
   return result;
 }
 
+// The compiler does not compute v a second time where it is used again.
+FASTNORM_DEVICE void keep_in_register(float& v) { asm("" : "+f"(v)); }
+FASTNORM_DEVICE void keep_in_register(double& v) { asm("" : "+d"(v)); }
+
 // max(v, 0); NaN stays NaN.
 FASTNORM_DEVICE float relu_of(float v) {
 #if __CUDA_ARCH__ >= 800
@@ -174,9 +178,6 @@ FASTNORM_DEVICE float rsqrt_approx(float v) {
 
 // a * b, rounded, whatever is added to it: the compiler makes no fused multiply-add of it.
 FASTNORM_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-
-// The compiler takes v as it is here, and does not compute it again where it is used.
-FASTNORM_DEVICE void keep_in_register(float& v) { asm("" : "+f"(v)); }
 
 // One access for all of V's bytes, a power of two up to 16.
 template <int kBytes>

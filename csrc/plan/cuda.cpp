@@ -131,18 +131,17 @@ struct Planner {
       without_free_sms(device, options.free_sms);  // for launches whose blocks wait for each other
 
   // Calls make(grid, co-resident blocks, whether it syncs) for all fused launches that fit. grid_sync: the grid syncs
-  // at the end, where the device has such a launch.
+  // at the end, where the device has such a launch. in_registers: whether blocks can keep the sets in registers, and
+  // enough of them are on the device.
   template <class Make>
-  void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, Make make) const {
+  void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, bool& in_registers, Make make) const {
     const Forced& forced = options.forced;
-    bool in_registers = false;
     for (FusedChoice choice : fused_choices(g, dtype, staging, persistent, sync_device, forced)) {
       const bool cooperates = choice.gang == Gang::kCluster ? device.cooperative_clusters : device.cooperative;
       const bool syncs = grid_sync && cooperates;
       choice.persistent = choice.persistent || syncs;
       const DeviceInfo& where = syncs || choice.gang == Gang::kGrid ? sync_device : device;
-      // Blocks that can keep their sets in registers do not keep them in shared memory, if enough of them are on the
-      // device: they would move as many bytes with several times the instructions.
+      // Then they do not keep them in shared memory: they would move as many bytes with several times the instructions.
       if (in_registers && choice.gang == Gang::kBlock && choice.place == Place::kShared) continue;
       Grid grid;
       if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
@@ -183,11 +182,13 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     if (needs.frozen) return {separate(Strategy::kApply)};
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
-      for_each_fused({1, false, false, true}, false, false, [&](const Grid& grid, int64_t resident, bool) {
-        const Estimate estimate =
-            estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
-        plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
-      });
+      bool in_registers = false;
+      for_each_fused(
+          {1, false, false, true}, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
+            const Estimate estimate =
+                estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
+            plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
+          });
     }
     if (allows_split(options.forced)) plans.push_back(separate(Strategy::kSplit));
     return plans;
@@ -221,12 +222,12 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     plan.params_bytes = plan.params.pieces * g.C * pair;
   }
 
-  void add_fused(ParamSums sums, std::vector<BackwardPlan>& plans) const {
+  void add_fused(ParamSums sums, bool& in_registers, std::vector<BackwardPlan>& plans) const {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
     const Staging staging{streams.read, true, in_gang, !own_launch};
-    for_each_fused(staging, in_gang, folds, [&](const Grid& grid, int64_t resident, bool grid_sync) {
+    for_each_fused(staging, in_gang, folds, in_registers, [&](const Grid& grid, int64_t resident, bool grid_sync) {
       BackwardPlan plan = empty(Strategy::kFused, sums);
       plan.reduce = grid;
       plan.grid_sync = grid_sync;
@@ -287,8 +288,9 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
                                              : ParamSums::kFromCells;
     std::vector<BackwardPlan> plans;
     if (needs.input && allows_fused(options.forced)) {
-      if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(ParamSums::kInGang, plans);
-      add_fused(sums, plans);
+      bool in_registers = false;
+      if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(ParamSums::kInGang, in_registers, plans);
+      add_fused(sums, in_registers, plans);
     }
     if (allows_split(options.forced)) plans.push_back(split(sums));
     return plans;

@@ -211,6 +211,11 @@ void run_planned(const PlanKey<Needs>& key, Launch launch_plan) {
   cache.put(key, plan);
 }
 
+void update_running_stats(const RunningArgs& args, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  check_cuda(launch([&] { return cuda::launch_update_running_stats(args, current_stream(device)); }));
+}
+
 void forward(const ForwardArgs& args, at::Device device) {
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.x, args.residual, args.y);
@@ -226,6 +231,7 @@ void forward(const ForwardArgs& args, at::Device device) {
         const Workspace workspace(plan.workspace_bytes, device);
         return cuda::launch_forward(args, plan, workspace.data(), current_stream(device));
       });
+  if (args.running.moves() && !args.running.moves_set_by_set()) update_running_stats(args.running, device);
 }
 
 void backward(const BackwardArgs& args, at::Device device) {
@@ -246,11 +252,6 @@ void backward(const BackwardArgs& args, at::Device device) {
         const Workspace workspace(plan.workspace_bytes(), device);
         return cuda::launch_backward(args, plan, workspace.data(), current_stream(device));
       });
-}
-
-void update_running_stats(const RunningArgs& args, at::Device device) {
-  const c10::DeviceGuard guard(device);
-  check_cuda(launch([&] { return cuda::launch_update_running_stats(args, current_stream(device)); }));
 }
 
 }  // namespace

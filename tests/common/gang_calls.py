@@ -1,4 +1,5 @@
-"""Small calls whose plans are forced to be fused, by blocks alone, clusters and grids: for the tests that execute PTX.
+"""Small calls whose plans are forced to be fused, by blocks alone, clusters and grids, or split: for the tests that
+execute PTX.
 
 tests/test_emulated_gangs.py has many more of them; here is one of every kind."""
 
@@ -20,9 +21,11 @@ CPU = torch.device("cpu")
 
 # SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
 FEW = Device(90, 4, 1024, 40 << 10, 39 << 10, 64 << 10, 100_000, 16, 16, True)
-FACTS = _C.DeviceInfo(**dataclasses.asdict(FEW))
+# The same with much, for long pieces.
+ROOMY = dataclasses.replace(FEW, shared_per_sm=228 << 10, shared_per_block=227 << 10)
 
-# Runs that are whole and in parts, rows that are short and long, several teams to a block and to a warp.
+# Runs that are whole and in parts, rows that are short and long, several teams to a block and to a warp, channels that
+# are whole packs and that are not.
 LAYERS = (
     Layer("", "BatchNorm2d", (6, 5, 8, 16), (5,)),
     Layer("", "BatchNorm2d", (9, 4, 7, 7), (4,)),
@@ -31,12 +34,24 @@ LAYERS = (
     Layer("", "GroupNorm", (2, 12, 16, 16), (4, 12)),
     Layer("", "GroupNorm", (1, 4, 40, 52), (2, 4)),
     Layer("", "GroupNorm", (2, 32, 9, 10), (4, 32)),
+    Layer("", "GroupNorm", (2, 15, 30, 5), (5, 15)),
+    Layer("", "GroupNorm", (4, 12, 3, 3), (4, 12)),
+    Layer("", "GroupNorm", (4, 12, 4, 4), (4, 12)),
     Layer("", "InstanceNorm2d", (3, 40, 4, 4), (40,), (("affine", True),)),
+    Layer("", "InstanceNorm2d", (3, 40, 5, 5), (40,), (("affine", True),)),
     Layer("", "LayerNorm", (7, 1024), (1024,)),
     Layer("", "LayerNorm", (13, 40), (40,)),
+    Layer("", "LayerNorm", (13, 41), (41,)),
     Layer("", "LayerNorm", (5, 777), (777,)),
 )
-GANGS = (
+# Pieces so long that every group of copies has something. They have no residual, lest two stages be too much.
+LONG_LAYERS = (
+    Layer("", "LayerNorm", (5, 13000), (13000,)),
+    Layer("", "InstanceNorm2d", (2, 3, 104, 125), (3,)),
+    Layer("", "BatchNorm1d", (1700, 8), (8,)),
+    Layer("", "BatchNorm1d", (400, 21), (21,)),
+)
+GANGS: tuple[dict[str, str | int], ...] = (
     {"gang": "block", "stages": 1},
     {"gang": "block", "stages": 2},
     {"gang": "cluster", "pieces": 2},
@@ -44,16 +59,19 @@ GANGS = (
     {"gang": "grid", "stages": 1},
     {"gang": "grid", "stages": 2},
 )
+FUSED = tuple({"strategy": "fused", **gang} for gang in GANGS)
+SPLIT: tuple[dict[str, str | int], ...] = ({"strategy": "split"},)
 
 
 @dataclasses.dataclass(frozen=True)
 class GangCall:
     case: Case
-    forced: tuple[tuple[str, str | int], ...]
+    forced: dict[str, str | int]
+    device: Device
 
     @property
     def id(self) -> str:
-        return "-".join([self.case.id, *(str(value) for _, value in self.forced[1:])])
+        return "-".join([self.case.id, *map(str, self.forced.values())]).replace("-fused", "")
 
     def raw(self) -> RawCall:
         return RawCall(self.case, make_inputs(self.case, CPU), torch.ops.fastnorm_ptx)
@@ -61,10 +79,10 @@ class GangCall:
     def is_served(self) -> bool:
         """Whether there is such a plan in both directions."""
         geometry = RawCall(self.case, make_inputs(self.case, CPU)).shape.geometry
-        dtype, forced = self.case.precision[0], dict(self.forced)
+        dtype, facts = self.case.precision[0], _C.DeviceInfo(**dataclasses.asdict(self.device))
         try:
-            _C.plan_forward(geometry, dtype, FACTS, forced=forced)
-            _C.plan_backward(geometry, dtype, FACTS, residual=self.case.residual, forced=forced)
+            _C.plan_forward(geometry, dtype, facts, forced=self.forced)
+            _C.plan_backward(geometry, dtype, facts, residual=self.case.residual, forced=self.forced)
         except ValueError:
             return False
         return True
@@ -86,12 +104,13 @@ def errors_of(case: Case, results: dict[str, torch.Tensor]) -> list[str]:
 def gang_calls(
     precisions: tuple[tuple[str, str], ...], epilogues: tuple[tuple[str | None, bool], ...]
 ) -> Iterator[GangCall]:
-    """Every layer, layout and gang there is a plan for; precisions and epilogues in turn."""
+    """Every layer, layout and choice there is a plan for; precisions and epilogues in turn."""
     precision, epilogue = itertools.cycle(precisions), itertools.cycle(epilogues)
-    for layer, gang in itertools.product(LAYERS, GANGS):
-        for layout in layer.layouts:
-            activation, residual = next(epilogue)
-            case = Case(layer, layout, next(precision), activation, residual)
-            call = GangCall(case, (("strategy", "fused"), *gang.items()))
-            if call.is_served():
-                yield call
+    for layers, choices, device in ((LAYERS, FUSED + SPLIT, FEW), (LONG_LAYERS, FUSED[:2], ROOMY)):
+        for layer, forced in itertools.product(layers, choices):
+            for layout in layer.layouts:
+                activation, residual = next(epilogue)
+                case = Case(layer, layout, next(precision), activation, residual and device is FEW)
+                call = GangCall(case, forced, device)
+                if call.is_served():
+                    yield call

@@ -270,7 +270,7 @@ def folds_params(call: Call, plan: _C.BackwardPlan) -> bool:
 
 
 def check_launches(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan) -> None:
-    """As csrc/cuda/backward.cu makes them."""
+    """As csrc/cuda/backward_launch.cuh makes them."""
     folds, own_launch = folds_params(call, plan), plan.param_sums == "own_launch"
     reduces, applies = plan.reduce.items > 0, plan.apply.items > 0
     assert 1 <= plan.launches <= 3

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 SYNC = re.compile(
     r"\s*(?:@!?%p\d+\s+)?(bar\.sync|barrier\.sync|bar\.warp\.sync|cp\.async\.wait_group|cp\.async\.wait_all)\b"
@@ -35,8 +37,9 @@ class Module:
             re.search(r"\.entry (\w+)", self.lines[start])[1]: (start, end + 1)  # type: ignore[index]
             for start, end in zip(starts, ends, strict=True)
         }
+        self.files = dict(re.findall(r'\.file\s+(\d+) "([^"]*)"', text))
         outside = [line for line in self.lines[: starts[0]] if not line.lstrip().startswith("//")]
-        self.around = [*outside, *(line for line in self.lines[ends[-1] + 1 :] if line.lstrip().startswith(".file"))]
+        self.around = [*outside, *(f'.file {number} "{path}"' for number, path in self.files.items())]
 
     def alone(self, kernel: str, changed: dict[int, str] | None = None) -> str:
         start, end = self.kernels[kernel]
@@ -57,9 +60,8 @@ class Module:
                     yield Mutant(kernel, strong, i + 1, self.alone(kernel, {i: line.replace(strong, weak)}))
 
     def site(self, line: int) -> str:
-        """Of the instruction in a line: "gang.cuh:61", the innermost line of ours outside of platform.cuh, and the line
-        that calls it."""
-        files = dict(re.findall(r'\.file\s+(\d+) "[^"]*?([\w.]+)"', "\n".join(self.around)))
+        """Of the instruction in a line: "sync < exchange < fused_forward_rows", the functions of ours that it lies in,
+        from the innermost outside of platform.cuh to the kernel."""
         numbers = r"(\d+) (\d+) (\d+)"
         outer: dict[tuple[str, ...], tuple[str, ...]] = {}
         current: tuple[str, ...] = ()
@@ -68,9 +70,38 @@ class Module:
             if found := re.match(rf"\s*\.loc\s+{numbers}(?:.*inlined_at {numbers})?", text):
                 current = found.groups()[:3]
                 outer[current] = found.groups()[3:]
-        names = []
-        while current and current[0] is not None and len(names) < 20:
-            names.append(f"{files.get(current[0], '?')}:{current[1]}")
+        names: list[str] = []
+        while current and current[0] is not None and len(names) < 30:
+            path = Path(self.files[current[0]])
+            if path.parent.name == "cuda" and path.name != "platform.cuh" and path.is_file():
+                name = function_at(path, int(current[1]))
+                names += [name] * (not names or names[-1] != name)
             current = outer.get(current, ())
-        ours = [name for name in names if re.search(r"\.cu?h?:", name) and not name.startswith("platform.cuh")]
-        return " < ".join(name for name in ours if ".cuh" in name or ".cu:" in name)
+        return " < ".join(names)
+
+
+@functools.cache
+def function_names(path: Path) -> list[str]:
+    """For every line of a file of csrc/cuda, the function that begins at or before it."""
+    names, name, kernel = [], "", False
+    for line in path.read_text().splitlines():
+        if kernel:
+            name, kernel = line.split("(")[0], False
+        if line.startswith("FASTNORM_KERNEL"):
+            kernel = True
+        elif found := re.match(r"\s*(?:friend )?FASTNORM_DEVICE [^=;(]*?(\w+)\(", line):
+            name = found[1]
+        names.append(name)
+    return names
+
+
+def function_at(path: Path, line: int) -> str:
+    return function_names(path)[line - 1]
+
+
+def family_of(kernel: str) -> str:
+    """fused_forward_rows of _ZN8fastnorm4cuda18fused_forward_rowsIf..."""
+    rest = kernel.removeprefix("_ZN8fastnorm4cuda")
+    length = re.match(r"\d+", rest)
+    assert length, kernel
+    return rest[len(length[0]) :][: int(length[0])]

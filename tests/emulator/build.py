@@ -96,6 +96,13 @@ def emulator_objects(variant: str) -> list[Object]:
     return [plain_object(variant, EMULATOR / "emulator.cpp")]
 
 
+@functools.cache
+def kernel_files() -> tuple[tuple[str, str], ...]:
+    """The name and the storage type of every compilation of a .cu file; "" where a file is of no storage type."""
+    names = {path.stem: "FASTNORM_DTYPE" in path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu"))}
+    return tuple((name, dtype) for name, typed in names.items() for dtype in (DTYPES if typed else ("",)))
+
+
 def kernel_objects(variant: str) -> list[Object]:
     """The CUDA half of csrc without the binding. Without optimization AddressSanitizer takes a third of the time."""
     optimize = {"plain": "-O2", "address": "-O0", "thread": "-O1"}[variant]
@@ -103,15 +110,13 @@ def kernel_objects(variant: str) -> list[Object]:
         plain_object(
             variant,
             CSRC / "cuda" / f"{name}.cu",
-            f"-DFASTNORM_DTYPE={dtype}",
+            *([f"-DFASTNORM_DTYPE={dtype}"] if dtype else []),
             *("-x", "c++"),
-            suffix=f".{dtype}",
+            suffix=f".{dtype}" if dtype else "",
             optimize=optimize,
         )
-        for name in ("backward", "forward")
-        for dtype in DTYPES
+        for name, dtype in kernel_files()
     ]
-    objects.append(plain_object(variant, CSRC / "cuda" / "fold.cu", "-x", "c++", optimize=optimize))
     return objects + planner_objects(variant)
 
 

@@ -146,7 +146,7 @@ class Backend(emulator.Emulator, Interpreter):
         Interpreter.__init__(self, library)
         self.load_kernels()
 
-    def load_kernels(self, arch: str = "sm_90", kernels: tuple[tuple[str, str], ...] = build.KERNELS) -> None:
+    def load_kernels(self, arch: str = "sm_90", kernels: tuple[tuple[str, str], ...] | None = None) -> None:
         """As nvcc compiles them for an architecture."""
         for path in build.build_kernels(arch, kernels):
             self.load_text(path.read_text())

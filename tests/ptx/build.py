@@ -19,12 +19,12 @@ from setup_cuda import find_nvcc
 from setup_ninja import Object, ninja_file, torch_link_flags
 from tests.emulator.build import (
     CSRC,
-    DTYPES,
     EMULATOR,
     PLACE,
     ROOT,
     BuildError,
     compiler,
+    kernel_files,
     plain_object,
     planner_objects,
     run_ninja,
@@ -35,9 +35,6 @@ from tests.emulator.build import (
 PTX = ROOT / "tests" / "ptx"
 INTERPRETER = "ptx/interpreter.so"
 LIBRARY = "ptx/fastnorm_ptx.so"
-
-# A kernel's name and storage type; fold.cu has accumulation types only.
-KERNELS = (*((name, dtype) for name in ("backward", "forward") for dtype in DTYPES), ("fold", ""))
 
 NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda"]
 # The host half runs for microseconds, and the device code beside it is not used.
@@ -76,7 +73,7 @@ def file_name(name: str, dtype: str) -> str:
 def library_objects() -> list[Object]:
     host = [
         nvcc_object(f"ptx/{file_name(name, dtype)}.o", CSRC / "cuda" / f"{name}.cu", NVCC_HOST, dtype)
-        for name, dtype in KERNELS
+        for name, dtype in kernel_files()
     ]
     runtime = nvcc_object("ptx/cuda_runtime.o", PTX / "cuda_runtime.cpp", NVCC_HOST[2:])
     bindings = plain_object("plain", EMULATOR / "bindings.cpp")
@@ -95,8 +92,8 @@ def build_library(quiet: bool = True) -> Path:
     return PLACE / LIBRARY
 
 
-def build_kernels(arch: str, kernels: Sequence[tuple[str, str]] = KERNELS, quiet: bool = True) -> list[Path]:
-    """The files of PTX; arch: as "sm_90"."""
+def build_kernels(arch: str, kernels: Sequence[tuple[str, str]] | None = None, quiet: bool = True) -> list[Path]:
+    """The files of PTX, of all kernels unless some are named; arch: as "sm_90"."""
     objects = [
         nvcc_object(
             f"ptx/{arch}/{file_name(name, dtype)}.ptx",
@@ -104,7 +101,7 @@ def build_kernels(arch: str, kernels: Sequence[tuple[str, str]] = KERNELS, quiet
             [f"-arch={arch}", "-ptx", "-lineinfo"],  # errors then name a line of the source
             dtype,
         )
-        for name, dtype in kernels
+        for name, dtype in kernels or kernel_files()
     ]
     run_ninja(f"ptx/{arch}", ninja_file("", objects, compiler(), [], needed_nvcc()), quiet)
     return [PLACE / o.path for o in objects]

@@ -26,7 +26,6 @@ struct Function {
 struct Runtime {
   std::mutex mutex;
   std::map<const void*, Function> functions;  // by the host's stub
-  std::string text;                           // of the last error that the interpreter reported
 
   Function* find(const void* stub) {
     const auto found = functions.find(stub);

@@ -8,7 +8,6 @@
 #include "machine.h"
 #include "memory.h"
 #include "ordering.h"
-#include "rounding.h"
 
 namespace fastnorm::ptx {
 

@@ -1,4 +1,7 @@
-// The backward kernels of one storage type. The build compiles this file once for each type, as FASTNORM_DTYPE.
+// The launches of a planned backward call. backward_rows.cu and backward_columns.cu compile their traversal's kernels,
+// once for each storage type.
+#pragma once
+
 #include <algorithm>
 
 #include "apply_backward.cuh"
@@ -10,12 +13,11 @@
 
 namespace fastnorm::cuda {
 
-namespace {
-
-using T = FASTNORM_DTYPE;
-using A = Accum<T>;
-
+template <class T, Traversal kTraversal>
 struct Backward {
+  using A = Accum<T>;
+  static constexpr bool kRows = kTraversal == Traversal::kRows;
+
   const BackwardArgs& args;
   const BackwardPlan& plan;
   unsigned char* workspace;
@@ -23,7 +25,6 @@ struct Backward {
   const BackwardTensors<T> tensors{args};
   const Geometry& g = args.geometry;
   const DType dtype = args.dtype;
-  const bool rows = g.traversal() == Traversal::kRows;
 
   // The parts of the workspace, null where they are empty.
   template <class V>
@@ -62,17 +63,17 @@ struct Backward {
 
   template <int W, bool kSmooth>
   int reduce() const {
-    if (plan.param_sums == ParamSums::kOwnLaunch) return reduce_elements_of<W, kSmooth>(plan.reduce.items > 0);
+    if constexpr (kRows) {
+      if (plan.param_sums == ParamSums::kOwnLaunch) return reduce_elements_of<W, kSmooth>(plan.reduce.items > 0);
+    }
     if (plan.reduce.items == 0) return 0;
     const LaunchConfig config = config_of(plan.reduce, plan.reduce.shared_bytes, stream);
-    if (rows) {
+    if constexpr (kRows) {
       return launch(reduce_backward_rows<T, W, kSmooth>, config, tensors, sums(), rows_of(plan.cells, plan.reduce));
-    }
-    if constexpr (kColumnsPack<T, W>) {
+    } else {
       return launch(reduce_backward_columns<T, W, kSmooth>, config, tensors, sums(),
                     columns_shape(g, plan.reduce, dtype));
     }
-    return kNoSuchKernel;
   }
 
   int fold() const {
@@ -122,15 +123,13 @@ struct Backward {
     LaunchConfig config = config_of(plan.apply, 0, stream);
     config.blocks += fold_blocks;
     const SetTerms<A>* const set_terms = terms();
-    if (rows) {
+    if constexpr (kRows) {
       return launch(apply_backward_rows<T, W, kSmooth>, config, tensors, set_terms,
                     after_reduce(rows_of(g, plan.apply)), f, fold_blocks);
-    }
-    if constexpr (kColumnsPack<T, W>) {
+    } else {
       return launch(apply_backward_columns<T, W, kSmooth>, config, tensors, set_terms,
                     after_reduce(columns_shape(g, plan.apply, dtype)), f, fold_blocks);
     }
-    return kNoSuchKernel;
   }
 
   FusedBackward<A> fused_args() const {
@@ -150,30 +149,29 @@ struct Backward {
 
   template <int W, bool kSmooth>
   int fused() const {
-    if constexpr (!std::is_same<T, double>::value) {  // float64 is not fused
-      const LaunchConfig config = fused_config(plan.reduce, plan.grid_sync, stream);
-      if constexpr (W * sizeof(T) == 16) {
-        if (plan.reduce.place() == Place::kRegisters) {
-          return launch(register_backward<T, kSmooth>, config, tensors, fused_args(),
-                        register_rows_shape(g, plan.reduce, dtype));
-        }
-      }
-      if (rows) {
-        return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_args(), rows_of(g, plan.reduce));
-      }
-      if constexpr (kColumnsPack<T, W>) {
-        return launch(fused_backward_columns<T, W, kSmooth>, config, tensors, fused_args(),
-                      columns_shape(g, plan.reduce, dtype));
+    const LaunchConfig config = fused_config(plan.reduce, plan.grid_sync, stream);
+    if constexpr (kRows && W * sizeof(T) == 16) {
+      if (plan.reduce.place() == Place::kRegisters) {
+        return launch(register_backward<T, kSmooth>, config, tensors, fused_args(),
+                      register_rows_shape(g, plan.reduce, dtype));
       }
     }
-    return kNoSuchKernel;
+    if constexpr (kRows) {
+      return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_args(), rows_of(g, plan.reduce));
+    } else {
+      return launch(fused_backward_columns<T, W, kSmooth>, config, tensors, fused_args(),
+                    columns_shape(g, plan.reduce, dtype));
+    }
   }
 
   template <int W, bool kSmooth>
   int run() const {
     if (plan.strategy == Strategy::kFused) {
-      int error = fused<W, kSmooth>();
-      if (!error && plan.param_sums == ParamSums::kOwnLaunch) error = reduce_elements_of<W, kSmooth>(false);
+      int error = kNoSuchKernel;
+      if constexpr (kFuses<T>) error = fused<W, kSmooth>();
+      if constexpr (kRows) {
+        if (!error && plan.param_sums == ParamSums::kOwnLaunch) error = reduce_elements_of<W, kSmooth>(false);
+      }
       if (!error && has_partials() && !plan.grid_sync) error = launch_fold_params(fold_of_params(), stream);
       return error;
     }
@@ -185,12 +183,10 @@ struct Backward {
   }
 };
 
-}  // namespace
-
-template <>
-int backward_of<T>(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream) {
-  const Backward call{args, plan, static_cast<unsigned char*>(workspace), stream};
-  return dispatch_kernel<T>(plan.apply.pack, args.activation, [&](auto pack, auto smooth) {
+template <class T, Traversal kTraversal>
+int run_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream) {
+  const Backward<T, kTraversal> call{args, plan, static_cast<unsigned char*>(workspace), stream};
+  return dispatch_kernel<T, kTraversal>(plan.apply.pack, args.activation, [&](auto pack, auto smooth) {
     return call.template run<decltype(pack)::value, decltype(smooth)::value>();
   });
 }

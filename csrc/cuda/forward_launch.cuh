@@ -1,4 +1,7 @@
-// The forward kernels of one storage type. The build compiles this file once for each type, as FASTNORM_DTYPE.
+// The launches of a planned forward call. forward_rows.cu and forward_columns.cu compile their traversal's kernels,
+// once for each storage type.
+#pragma once
+
 #include "apply.cuh"
 #include "fused_forward_columns.cuh"
 #include "fused_forward_rows.cuh"
@@ -8,15 +11,11 @@
 
 namespace fastnorm::cuda {
 
-namespace {
-
-using T = FASTNORM_DTYPE;
-using A = Accum<T>;
-
-// float64 has packs of one element and is not fused.
-constexpr bool kFuses = !std::is_same<T, double>::value;
-
+template <class T, Traversal kTraversal>
 struct Forward {
+  using A = Accum<T>;
+  static constexpr bool kRows = kTraversal == Traversal::kRows;
+
   const ForwardArgs& args;
   const ForwardPlan& plan;
   void* workspace;
@@ -33,25 +32,26 @@ struct Forward {
     shape.backwards = plan.strategy == Strategy::kSplit;
     return shape;
   }
-  bool is_rows() const { return plan.grid.traversal == Traversal::kRows; }
 
   template <int W, bool kSmooth>
   int apply() const {
     const LaunchConfig config = config_of(plan.grid, 0, stream);
-    if (is_rows()) return launch(apply_rows<T, W, kSmooth>, config, tensors, after_reduce(rows()));
-    if constexpr (kColumnsPack<T, W>) {
+    if constexpr (kRows) {
+      return launch(apply_rows<T, W, kSmooth>, config, tensors, after_reduce(rows()));
+    } else {
       return launch(apply_columns<T, W, kSmooth>, config, tensors, after_reduce(columns()));
     }
-    return kNoSuchKernel;
   }
 
   template <int W>
   int reduce() const {
     const LaunchConfig config = config_of(plan.grid, plan.grid.shared_bytes, stream);
     auto* partials = static_cast<Welford<A>*>(workspace);
-    if (is_rows()) return launch(reduce_rows<T, W>, config, tensors.x, partials, rows());
-    if constexpr (kColumnsPack<T, W>) return launch(reduce_columns<T, W>, config, tensors.x, partials, columns());
-    return kNoSuchKernel;
+    if constexpr (kRows) {
+      return launch(reduce_rows<T, W>, config, tensors.x, partials, rows());
+    } else {
+      return launch(reduce_columns<T, W>, config, tensors.x, partials, columns());
+    }
   }
 
   int fold() const {
@@ -60,39 +60,40 @@ struct Forward {
     f.sets = g.sets();
     f.pieces = plan.grid.pieces;
     f.groups = g.sets() / g.outer();
-    f.columns = is_rows() ? 1 : g.set_channels();
+    f.columns = kRows ? 1 : g.set_channels();
     f.x = args.x;
     f.dtype = dtype;
-    f.set_stride = is_rows() ? rows().set_stride : g.set_channels();
+    f.set_stride = kRows ? rows().set_stride : g.set_channels();
     f.outer_stride = g.numel() / g.outer();
     f.stats = tensors.stats;
+    f.running = tensors.running;
     f.eps = args.eps;
     return launch_fold_forward(f, stream);
   }
 
   template <int W, bool kSmooth>
   int fused() const {
-    if constexpr (kFuses) {
-      const LaunchConfig config = fused_config(plan.grid, false, stream);
-      if constexpr (W * sizeof(T) == 16) {
-        if (plan.grid.place() == Place::kRegisters) {
-          return launch(register_forward<T, kSmooth>, config, tensors, register_rows_shape(g, plan.grid, dtype));
-        }
-      }
-      const FusedShape shape = fused_shape(plan.grid, dtype, workspace);
-      if (is_rows()) return launch(fused_forward_rows<T, W, kSmooth>, config, tensors, rows(), shape);
-      if constexpr (kColumnsPack<T, W>) {
-        return launch(fused_forward_columns<T, W, kSmooth>, config, tensors, columns(), shape);
+    const LaunchConfig config = fused_config(plan.grid, false, stream);
+    if constexpr (kRows && W * sizeof(T) == 16) {
+      if (plan.grid.place() == Place::kRegisters) {
+        return launch(register_forward<T, kSmooth>, config, tensors, register_rows_shape(g, plan.grid, dtype));
       }
     }
-    return kNoSuchKernel;
+    const FusedShape shape = fused_shape(plan.grid, dtype, workspace);
+    if constexpr (kRows) {
+      return launch(fused_forward_rows<T, W, kSmooth>, config, tensors, rows(), shape);
+    } else {
+      return launch(fused_forward_columns<T, W, kSmooth>, config, tensors, columns(), shape);
+    }
   }
 
   template <int W, bool kSmooth>
   int run() const {
     switch (plan.strategy) {
       case Strategy::kApply: return apply<W, kSmooth>();
-      case Strategy::kFused: return fused<W, kSmooth>();
+      case Strategy::kFused:
+        if constexpr (kFuses<T>) return fused<W, kSmooth>();
+        return kNoSuchKernel;
       default:
         if (const int error = reduce<W>()) return error;
         if (const int error = fold()) return error;
@@ -101,12 +102,10 @@ struct Forward {
   }
 };
 
-}  // namespace
-
-template <>
-int forward_of<T>(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream) {
-  const Forward call{args, plan, workspace, stream};
-  return dispatch_kernel<T>(plan.grid.pack, args.activation, [&](auto pack, auto smooth) {
+template <class T, Traversal kTraversal>
+int run_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream) {
+  const Forward<T, kTraversal> call{args, plan, workspace, stream};
+  return dispatch_kernel<T, kTraversal>(plan.grid.pack, args.activation, [&](auto pack, auto smooth) {
     return call.template run<decltype(pack)::value, decltype(smooth)::value>();
   });
 }
