@@ -1,7 +1,7 @@
 // The moments of a piece of rows: of a thread, and of its team.
 #pragma once
 
-#include "moments.cuh"
+#include "stats.cuh"
 #include "rows.cuh"
 
 namespace fastnorm::cuda {
