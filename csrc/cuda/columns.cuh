@@ -15,7 +15,7 @@
 #include "element.cuh"
 #include "fast_div.h"
 #include "group_reduce.cuh"
-#include "moments.cuh"
+#include "stats.cuh"
 
 namespace fastnorm::cuda {
 

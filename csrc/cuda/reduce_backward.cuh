@@ -53,7 +53,7 @@ reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsS
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     LaneSums<A, W> mine;
     dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
-      piece.template walk<2>(piece.whole(), [&](const auto& places) {
+      piece.template walk<kGlobalRows<kSmooth, W>>(piece.whole(), [&](const auto& places) {
         add_sums<act.value>(
             tensors, places, coefs,
             [&](const auto& from, const PackPlace& place) { return load_gradient(from, piece, place); },

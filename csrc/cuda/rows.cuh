@@ -2,7 +2,7 @@
 //
 //   set     o ------------- run 0 ------------ | ------------- run 1 ------------ | ...
 //   piece   whole runs, or a part of one
-//   team    lane 0 1 2 ... width-1, 0 1 2 ...    one pack each, kUnroll packs under way
+//   team    lane 0 1 2 ... width-1, 0 1 2 ...    one pack each, kRowsUnroll packs under way
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 // The moments of a piece of rows: of a thread, and of its team.
 #pragma once
 
-#include "moments.cuh"
 #include "rows.cuh"
+#include "stats.cuh"
 
 namespace fastnorm::cuda {
 

@@ -46,6 +46,17 @@ FASTNORM_DEVICE SetStats<A> load_stats(const A* stats, int64_t sets, int64_t set
           load_one(stats + kMeanLow * sets + set)};
 }
 
+// The kernels take a set's numbers relative to its first element. The differences are of the size of the spread, so
+// that where the mean is large the error of its last digit does not enter the variance.
+template <class A>
+FASTNORM_DEVICE A as_origin(A value) {
+  return value - value == A(0) ? value : A(0);  // not finite: 0
+}
+template <class A, class T>
+FASTNORM_DEVICE A origin_of(const T* first) {
+  return as_origin(widen<A>(load_one(first)));
+}
+
 // The part of a + b that was lost when it was rounded to `sum` (Knuth's TwoSum).
 template <class A>
 FASTNORM_DEVICE A lost_in_sum(A a, A b, A sum) {
