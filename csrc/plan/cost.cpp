@@ -100,7 +100,7 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   const double stream = static_cast<double>(piece * size_of(streams.dtype)) / contiguous_share(grid, streams);
   const double bytes = stream * (streams.read + streams.applied);
   const double elements = static_cast<double>(piece);
-  const double instructions = grid.place == Place::kRegisters ? work.registers : work.shared;
+  const double instructions = grid.place() == Place::kRegisters ? work.registers : work.shared;
   const auto issue_of = [&](double of_block, double of_element, int64_t blocks) {
     const int64_t each = div_up(blocks, device.num_sms);  // of the busiest SM
     return issue_us(of_block * static_cast<double>(each), of_element, each * grid.threads(), device);
