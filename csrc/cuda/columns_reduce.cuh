@@ -37,8 +37,9 @@ FASTNORM_DEVICE void take_moments(const Pack<T, W> (&packs)[kRows], const A (&or
     for (int u = 0; u < kRows; ++u) {
       x[u] = widen_lane<A>(packs[u], w);
       if (!kRaw) x[u] -= origin[w];
-      mean = std::fma(x[u], A(1) / kRows, mean);
+      mean = kRaw ? std::fma(x[u], A(1) / kRows, mean) : mean + x[u];
     }
+    if (!kRaw) mean *= A(1) / kRows;
 #pragma unroll
     for (int u = 0; u < kRows; ++u) m2 = std::fma(x[u] - mean, x[u] - mean, m2);
     if (kRaw) mean -= origin[w];
