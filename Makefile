@@ -5,6 +5,7 @@
 # make lint     formatting, lint and types          make format   puts formatting right
 # make build    the extension alone                 make clean    removes what was built, keeps .venv
 # make check-cuda   compiles the CUDA kernels for every architecture and reads their machine code; needs nvcc, no GPU
+# make count-instructions   counts what they execute for an element, and compares; ARGS=--update saves the counts
 #
 # Each makes .venv where there is none, installs requirements-dev.txt and torch into it, and builds what has changed.
 #
@@ -25,7 +26,7 @@ BUILT := build/.built-$(TORCH)-$(subst /,_,$(VENV))
 NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: demo test test-ptx bench build check-cuda lint lint-cpp lint-python lint-types format clean
+.PHONY: demo test test-ptx bench build check-cuda count-instructions lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
@@ -44,6 +45,9 @@ build: $(BUILT)
 check-cuda: $(READY)
 	FASTNORM_CUDA=check $(PY) setup.py --quiet build_ext
 	$(PY) tests/check_sass.py
+
+count-instructions: $(BUILT)
+	$(PY) benchmarks/count_instructions.py $(ARGS)
 
 lint: lint-cpp lint-python lint-types
 lint-cpp: $(READY)

@@ -87,7 +87,9 @@ class Job:
     def call(self) -> Call:
         """The question to the planner. It counts a residual where backward reads it: where no mask is saved."""
         read_again = self.row.residual and self.row.activation not in (None, "relu", "leaky_relu")
-        return Call(shape_of(self.row.layer, self.row.layout), self.row.dtype, 16, read_again, False, True, True)
+        shape, activation = shape_of(self.row.layer, self.row.layout), self.row.activation or "none"
+        adds = self.row.residual and not (self.backward and activation == "none")  # then dresidual is dy
+        return Call(shape, self.row.dtype, 16, read_again, False, True, True, activation, adds)
 
     def compare(self, facts: _C.DeviceInfo) -> list[Plan]:
         """All plans there are, cheapest first."""
@@ -119,12 +121,25 @@ class Parts:
     """The parts of an estimate, in microseconds."""
 
     memory: float
+    issue: float
     waits: float
     launches: float
 
     @property
+    def counted(self) -> dict[str, float]:
+        """The parts that the total is the sum of: memory and the issue of instructions go on side by side, and only the
+        longer one counts."""
+        by_memory = self.memory >= self.issue
+        return {
+            "memory": self.memory if by_memory else 0.0,
+            "issue": 0.0 if by_memory else self.issue,
+            "waits": self.waits,
+            "launches": self.launches,
+        }
+
+    @property
     def total(self) -> float:
-        return self.memory + self.waits + self.launches
+        return sum(self.counted.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +157,7 @@ class Candidate:
         pieces = f" of {f['pieces']}" if "pieces" in f else ""
         tile = f", tiles of {f['tile_bytes']} B" if "tile_bytes" in f else ""
         stages = ", 2 stages" if f["stages"] == 2 else ""
-        place = ", registers" if "place" in f else ""
+        place = ", registers" if f.get("place") == "registers" else ""
         return f"{f['gang']}{place}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}"
 
 
@@ -156,20 +171,17 @@ def kind_of(plan: Plan) -> Kind:
     return plan.strategy, "registers" if grid.thread_packs > 0 else grid.gang, grid.stages
 
 
-def predict(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Parts:
-    """The estimate plus the tensors that planning leaves out because all plans move them: forward's residual,
-    dresidual."""
-    counted = 3 + job.call.residual if job.backward else 2
-    left_out = (job.passes - counted) * job.row.nbytes / facts.bytes_per_us
-    e = plan.estimate
-    return Parts(e.memory + left_out, e.barriers, e.launches)
+def parts_of(estimate: _C.Estimate) -> Parts:
+    return Parts(estimate.memory, estimate.issue, estimate.barriers, estimate.launches)
 
 
 def predict_copy(job: Job, facts: _C.DeviceInfo) -> float:
-    """Microseconds that reading x once and writing it takes by the same estimate."""
+    """Microseconds that reading x once and writing it takes by the same estimate. A copy executes less than the kernel
+    that this plan is of."""
     numel = job.call.shape.numel
     flat = Shape(GROUP, 1, 1, numel, 1, False).geometry
-    return _C.plan_forward(flat, job.row.dtype, facts, frozen=True).estimate.total
+    e = _C.plan_forward(flat, job.row.dtype, facts, frozen=True).estimate
+    return e.memory + e.barriers + e.launches
 
 
 def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
@@ -180,8 +192,8 @@ def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
     forced: Forced = {"strategy": "fused", "gang": grid.gang, "stages": grid.stages}
     if grid.gang != "block":
         forced["pieces"] = grid.pieces
-    if grid.thread_packs > 0:
-        forced["place"] = "registers"
+    else:
+        forced["place"] = "registers" if grid.thread_packs > 0 else "shared"
     if grid.traversal == "columns":
         forced["tile_bytes"] = grid.tile * job.call.size
     choices = ({**forced, "blocks_per_sm": blocks_per_sm} for blocks_per_sm in BLOCKS_PER_SM)
@@ -200,4 +212,4 @@ def candidates(job: Job, facts: _C.DeviceInfo, count: int) -> list[Candidate]:
     for i, plan in enumerate(plans):
         if len(forced) < count and i not in forced and (found := force(job, plan, facts)):
             forced[i] = found
-    return [Candidate(plans[i], found, predict(job, plans[i], facts)) for i, found in forced.items()]
+    return [Candidate(plans[i], found, parts_of(plans[i].estimate)) for i, found in forced.items()]

@@ -29,7 +29,7 @@ LINES = {
     "LayerNorm": (0.90, 0.85),
 }
 LOSS_LINE = 1.05  # the choice's time over the best one's
-PARTS = ("memory", "waits", "launches")
+PARTS = ("memory", "issue", "waits", "launches")
 FIT_ROUNDS = 20
 OUTLIER = 3.0  # in medians of the misfits: a misfit further off counts as if it were that far
 
@@ -198,8 +198,8 @@ def family_table(outcomes: Sequence[Outcome], bytes_per_us: float) -> Table:
 
 
 def fit(parts: np.ndarray, us: np.ndarray) -> np.ndarray:
-    """Factors, none negative, by which the parts [n, 3] come closest to what was measured [n], relative errors counting
-    and outliers little: least squares, reweighted by Huber's rule.
+    """Factors, none negative, by which the parts [n, parts] come closest to what was measured [n]. Relative errors
+    count, and outliers little: least squares, reweighted by Huber's rule.
     """
     weights, factors = np.ones(len(us)), np.ones(parts.shape[1])
     for _ in range(FIT_ROUNDS):
@@ -224,6 +224,7 @@ class Fit:
 
     plans: int
     memory: float
+    issue: float
     waits: float
     launches: float
     misfit: float
@@ -235,20 +236,21 @@ def fit_parts(outcomes: Iterable[Outcome]) -> Fit | None:
     parts, us, kinds = [], [], []
     for o in outcomes:
         for i, candidate in enumerate(o.candidates if o.times else ()):
-            parts.append([getattr(candidate.predicted, part) for part in PARTS])
+            parts.append([candidate.predicted.counted[part] for part in PARTS])
             us.append(o.us(i))
             strategy, gang, stages = kind_of(candidate.plan)
             kinds.append(f"{gang}{', 2 stages' if stages == 2 else ''}" if strategy == "fused" else strategy)
     if len(us) < 2 * len(PARTS):
         return None
     known, taken = np.array(parts), np.array(us)
-    memory, waits, launches = map(float, fit(known, taken))
-    misfits = np.abs(known @ [memory, waits, launches] / taken - 1)
+    factors = fit(known, taken)
+    misfits = np.abs(known @ factors / taken - 1)
     ratios = taken / known.sum(axis=1)
     by_kind = {
         k: statistics.median(r for r, kind in zip(ratios, kinds, strict=True) if kind == k) for k in sorted(set(kinds))
     }
-    return Fit(len(us), memory, waits, launches, float(np.median(misfits)), {k: float(v) for k, v in by_kind.items()})
+    by_part = dict(zip(PARTS, map(float, factors), strict=True))
+    return Fit(len(us), **by_part, misfit=float(np.median(misfits)), by_kind={k: float(v) for k, v in by_kind.items()})
 
 
 # ---- the summary ----

@@ -86,6 +86,7 @@ class DeviceInfo:
         self,
         capability: int,
         num_sms: int,
+        clock_mhz: int,
         threads_per_sm: int,
         shared_per_sm: int,
         shared_per_block: int,
@@ -100,6 +101,8 @@ class DeviceInfo:
     def capability(self) -> int: ...
     @property
     def num_sms(self) -> int: ...
+    @property
+    def clock_mhz(self) -> int: ...
     @property
     def threads_per_sm(self) -> int: ...
     @property
@@ -124,6 +127,8 @@ class Estimate:
 
     @property
     def memory(self) -> float: ...
+    @property
+    def issue(self) -> float: ...
     @property
     def barriers(self) -> float: ...
     @property
@@ -233,6 +238,8 @@ def plan_forward(
     alignment: int = 16,
     output: bool = True,
     frozen: bool = False,
+    residual: bool = False,
+    activation: str = "none",
     forced: Mapping[str, str | int] = {},
     free_sms: int = 0,
 ) -> ForwardPlan:
@@ -249,11 +256,13 @@ def plan_backward(
     residual: bool = False,
     frozen: bool = False,
     input: bool = True,
+    dresidual: bool = False,
     params: bool = True,
+    activation: str = "none",
     forced: Mapping[str, str | int] = {},
     free_sms: int = 0,
 ) -> BackwardPlan:
-    """The cheapest plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; params: the
+    """The cheapest plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; dresidual: besides dx; params: the
     gradient of weight or bias is wanted."""
 
 def compare_forward(
@@ -264,6 +273,8 @@ def compare_forward(
     alignment: int = 16,
     output: bool = True,
     frozen: bool = False,
+    residual: bool = False,
+    activation: str = "none",
     forced: Mapping[str, str | int] = {},
     free_sms: int = 0,
 ) -> list[ForwardPlan]:
@@ -278,7 +289,9 @@ def compare_backward(
     residual: bool = False,
     frozen: bool = False,
     input: bool = True,
+    dresidual: bool = False,
     params: bool = True,
+    activation: str = "none",
     forced: Mapping[str, str | int] = {},
     free_sms: int = 0,
 ) -> list[BackwardPlan]:

@@ -4,6 +4,7 @@
 |--------------------------------|-------------------------------------------------------------------------|
 | `norm`                         | an eager call in one: forward, running statistics, autograd             |
 | `norm_forward`                 | y = act((x - mean) * rstd * weight + bias + residual), stats, mask       |
+| `batch_norm_forward_`          | that of a batch norm in training, which moves its running statistics     |
 | `norm_backward`                | dx, dweight, dbias, dresidual                                           |
 | `norm_backward_differentiable` | the same where it is differentiated again (autograd.py)                 |
 | `update_running_stats_`        | moves running_mean, running_var and num_batches_tracked, in place       |
@@ -167,6 +168,24 @@ def _fake_forward(
     return _empty_like(x, normalized_dims), stats, mask
 
 
+def _fake_batch_forward(
+    x: Tensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    num_batches_tracked: OptTensor,
+    eps: float,
+    activation: int,
+    activation_param: float,
+    save_mask: bool,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    settings = (0, 0, eps, activation, activation_param)
+    return _fake_forward(x, weight, bias, residual, None, None, *settings, save_mask)
+
+
 def _fake_backward(
     dy: Tensor,
     x: Tensor,
@@ -205,6 +224,7 @@ def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 torch.library.register_fake("fastnorm::norm_forward", _fake_forward)
+torch.library.register_fake("fastnorm::batch_norm_forward_", _fake_batch_forward)
 torch.library.register_fake("fastnorm::norm_backward", _fake_backward)
 torch.library.register_fake("fastnorm::update_running_stats_", _fake_update)
 torch.library.register_fake("fastnorm::moments", _fake_moments)

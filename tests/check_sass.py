@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,11 +23,10 @@ from pathlib import Path
 CUBINS = Path(__file__).resolve().parents[1] / "build" / "cuda-check"
 TOOLS = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
 
-BLOCK_THREADS = 256  # kBlockThreads of csrc/plan/types.h
+RESIDENT_THREADS = 512  # kResidentThreads of csrc/plan/types.h
 REGISTERS = 65536  # per SM, on every architecture we compile for
-MAX_REGISTERS = 128  # two blocks per SM
-# Kernels that are compiled for one block per SM; the kernel says why.
-ONE_BLOCK = re.compile(r"fused_backward_columns.*Li8E")
+MAX_REGISTERS = REGISTERS // RESIDENT_THREADS
+MAX_KERNELS = 300  # of an architecture
 
 PACK_BYTES = {"f": 4, "d": 8}  # mangled storage types; else a half type of 2
 
@@ -53,11 +53,10 @@ class Kernel:
         return PACK_BYTES.get(found[1], 2) * int(found[2]) if found else 0
 
     def faults(self) -> Iterator[str]:
-        allowed = REGISTERS // BLOCK_THREADS if ONE_BLOCK.search(self.name) else MAX_REGISTERS
         if self.spilled:
             yield f"spills {self.spilled} bytes"
-        if self.registers > allowed:
-            yield f"takes {self.registers} registers, expected at most {allowed}"
+        if self.registers > MAX_REGISTERS:
+            yield f"takes {self.registers} registers, expected at most {MAX_REGISTERS}"
         local = self.count("STL", "LDL")
         if local:
             yield f"has {local} accesses to local memory"
@@ -99,6 +98,12 @@ def read_cubin(path: Path) -> list[Kernel]:
     return list(kernels.values())
 
 
+def architecture(file: str) -> str:
+    """As "sm_90", from a cubin's name."""
+    found = re.search(r"sm_\d+", file)
+    return found[0] if found else ""
+
+
 def main(arguments: list[str]) -> int:
     paths = [Path(argument) for argument in arguments] or sorted(CUBINS.glob("*.cubin"))
     if not paths:
@@ -108,16 +113,20 @@ def main(arguments: list[str]) -> int:
         kernels = [kernel for found in threads.map(read_cubin, paths) for kernel in found]
     faulty = [(kernel, list(kernel.faults())) for kernel in kernels]
     faulty = [(kernel, faults) for kernel, faults in faulty if faults]
+    architectures = Counter(architecture(kernel.file) for kernel in kernels)
+    too_many = [f"{name}: {count} kernels, expected at most {MAX_KERNELS}"
+                for name, count in architectures.items() if count > MAX_KERNELS]  # fmt: skip
     for kernel, faults in faulty:
         print(f"{kernel.file}: {kernel.name}: {'; '.join(faults)}")
+    print(*too_many, sep="\n", end="\n" if too_many else "")
     wide = sum(kernel.pack_bytes == 16 for kernel in kernels)
-    most = max(kernel.registers for kernel in kernels if not ONE_BLOCK.search(kernel.name))
+    most = max(kernel.registers for kernel in kernels)
     local = sum(bool(kernel.count("STL", "LDL")) for kernel in kernels)
     print(
         f"{len(paths)} cubins, {len(kernels)} kernels: {len(faulty)} at fault; at most {most} registers; "
         f"{wide} with packs of 16 bytes; {local} with local memory"
     )
-    return 1 if faulty else 0
+    return 1 if faulty or too_many else 0
 
 
 if __name__ == "__main__":

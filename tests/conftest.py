@@ -37,7 +37,7 @@ from tests.ptx import build as ptx_build
 # test_threads.py varies the number.
 THREADS = 1
 
-OPS = ("norm_forward", "norm_backward", "update_running_stats_", "moments")
+OPS = ("norm_forward", "batch_norm_forward_", "norm_backward", "update_running_stats_", "moments")
 
 # Of the thinned parity table, every so many run on ptx where no backend is named.
 PTX_STEP = 5

@@ -89,6 +89,8 @@ def test_opcheck_statistics() -> None:
     torch.library.opcheck(ops.update_running_stats_.default, (*buffers, torch.rand(4, 6), 9, 0.1))
     torch.library.opcheck(ops.update_running_stats_.default, (*buffers, torch.rand(4, 12), 9, None))
     torch.library.opcheck(ops.update_running_stats_.default, (*buffers[:2], None, torch.rand(4, 6), 9, 0.5))
+    x, weight, bias = torch.randn(2, 6, 4), torch.rand(6), torch.rand(6)
+    torch.library.opcheck(ops.batch_norm_forward_.default, (x, weight, bias, None, *buffers, 1e-5, 1, 0.0, False, 0.1))
     torch.library.opcheck(ops.moments.default, (torch.randn(2, 3, 4),))
     torch.library.opcheck(ops.moments.default, (torch.randn(2, 3, 4, 5).bfloat16(),))
 

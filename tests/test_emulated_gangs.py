@@ -60,7 +60,7 @@ def facts_of(device: emulator.Device) -> _C.DeviceInfo:
 
 
 FACTS = facts_of(FEW)
-UNROLL = 4  # kUnroll in csrc/cuda/moments.cuh, where packs have several elements
+UNROLL = 4  # kRowsUnroll and kMomentsRows in csrc/cuda, where packs have several elements
 # Two SMs with room for long pieces.
 WIDE = emulator.load().device("wide")
 LONG_GANGS = (
@@ -97,7 +97,7 @@ def long_cases() -> Iterator[GangCase]:
         for layer, layout, dtype in layers:
             activation, residual = next(epilogues)
             case = Case(layer, layout, (dtype, "float32"), activation, residual)
-            yield GangCase(case, {"strategy": "fused", "blocks_per_sm": 1, "tile_bytes": 64, **gang}, 0)
+            yield GangCase(case, {"strategy": "fused", "blocks_per_sm": 2, "tile_bytes": 64, **gang}, 0)
 
 
 SERVED = [found for found in cases() if found.plans(FACTS)]
@@ -173,6 +173,7 @@ def test_every_gang_is_met() -> None:
     for gang_case in SERVED:
         found = gang_case.plans(FACTS)
         assert found is not None
+        case = gang_case.case
         for grid in (found[0].grid, found[1].reduce):
             waves = -(-grid.items // grid.blocks)
             seen |= {
@@ -195,8 +196,8 @@ def test_every_gang_is_met() -> None:
     gangs = ("cluster", "grid")
     wanted = walks | {(g, w) for g in gangs for w in ("one wave", "runs", "parts", 8, 4, 1)} | {("grid", "waves")}
     wanted |= {(p, g) for p in ("from_cells", "in_gang") for g in gangs}
-    wanted |= {("registers", dtype, stages) for dtype, _ in PRECISIONS for stages in (1, 2)}
-    wanted |= {("registers", *epilogue) for epilogue in EPILOGUES}
+    wanted |= {("registers", dtype, stages) for dtype, _ in GANG_PRECISIONS for stages in (1, 2)}
+    wanted |= {("registers", *epilogue) for epilogue in GANG_EPILOGUES}
     wanted |= {("registers", "part", "several"), ("registers", "warp", "several"), ("registers", "warps", "several")}
     wanted |= {("registers", "warps", "one")} | {("registers", w) for w in ("waves", "one wave", "full", "idle lanes")}
     assert wanted <= seen, wanted - seen

@@ -48,7 +48,14 @@ def mask_written(shape: Shape) -> int:
 
 def check_forward(settings: emulator.Emulator, call: RawCall, facts: _C.DeviceInfo) -> dict[str, torch.Tensor]:
     case, shape = call.case, call.shape
-    plan = _C.plan_forward(shape.geometry, case.precision[0], facts, frozen=call.frozen)
+    plan = _C.plan_forward(
+        shape.geometry,
+        case.precision[0],
+        facts,
+        frozen=call.frozen,
+        residual=case.residual,
+        activation=case.activation or "none",
+    )
     with settings.counting() as counts:
         outputs = call.forward()
     tensor = call.x.numel() * DTYPES[case.precision[0]]
@@ -87,7 +94,9 @@ def check_backward(
         residual=recomputes,
         frozen=call.frozen,
         input=writes > 0,
+        dresidual=writes > 1,
         params=params,
+        activation=case.activation or "none",
     )
     with settings.counting() as counts:
         call.backward(saved["stats"], saved["mask"], needs)
@@ -135,7 +144,9 @@ def test_both_devices_are_of_use() -> None:
             for case in cases_of(layer, frozen=False):
                 call = RawCall(case, make_inputs(case, CPU))
                 geometry, dtype = call.shape.geometry, case.precision[0]
-                forward, backward = _C.plan_forward(geometry, dtype, facts), _C.plan_backward(geometry, dtype, facts)
+                activation = case.activation or "none"
+                forward = _C.plan_forward(geometry, dtype, facts, residual=case.residual, activation=activation)
+                backward = _C.plan_backward(geometry, dtype, facts, dresidual=case.residual, activation=activation)
                 for plan, grid in ((forward, forward.grid), (backward, backward.reduce)):
                     seen.add((type(plan).__name__, plan.strategy, grid.traversal, case.activation, case.residual))
     plans, strategies = ("ForwardPlan", "BackwardPlan"), ("fused", "split")
@@ -156,11 +167,12 @@ def test_a_fused_forward_reads_x_once(layer: Layer) -> None:
         nbytes = call.x.numel() * call.x.element_size()
         with settings.configured(device="h200"), settings.counting() as counts:
             saved = call.forward()
-        plan = _C.plan_forward(call.shape.geometry, precision[0], facts_of(settings, EMULATED[0]))
+        facts = facts_of(settings, EMULATED[0])
+        plan = _C.plan_forward(call.shape.geometry, precision[0], facts, activation="silu")
         fused.append(plan.strategy == "fused")
         assert (counts.traffic.read_stream == nbytes) == fused[-1]
         assert counts.traffic.written_stream == nbytes
-        plan = _C.plan_backward(call.shape.geometry, precision[0], facts_of(settings, EMULATED[0]), params=False)
+        plan = _C.plan_backward(call.shape.geometry, precision[0], facts, params=False, activation="silu")
         with settings.configured(device="h200"), settings.counting() as counts:
             call.backward(saved["stats"], saved["mask"], (True, False, False))
         assert (counts.traffic.read_stream == 2 * nbytes) == (plan.strategy == "fused")
@@ -204,6 +216,37 @@ def test_moments_read_once_and_write_nothing(layout: str, emulated: Backend) -> 
     exact = call.x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=0, atol=1e-6)
     torch.testing.assert_close(var.double(), exact.var(1, unbiased=False), rtol=1e-6, atol=0)
+
+
+FUSED = tuple({"strategy": "fused", "gang": gang} for gang in ("block", "cluster", "grid"))
+STRATEGIES = [(precision, {"strategy": "split"}) for precision in PRECISIONS]
+STRATEGIES += [(precision, forced) for precision in PRECISIONS[:3] for forced in FUSED]  # float64 is not fused
+
+
+@pytest.mark.parametrize(("precision", "forced"), STRATEGIES, ids=str)
+@pytest.mark.parametrize("layout", ["planar", "channels_last"])
+def test_a_training_forward_moves_the_running_statistics_in_its_launches(
+    precision: tuple[str, str], layout: str, forced: dict[str, str]
+) -> None:
+    """The thread that writes a channel's statistics moves them, to the bits of a launch of its own. Where momentum is
+    absent that thread would need the count of batches before another raises it: then they have such a launch."""
+    settings, case = emulator.load(), Case(Layer("", "BatchNorm2d", (4, 40, 8, 8), (40,)), layout, precision, "relu")
+    call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+    dtype = getattr(torch, precision[1])
+    for order, momentum in (("fifo", 0.25), ("random", 0.25), ("fifo", None)):
+        moved = [torch.rand(40, 2).to(dtype)[:, 0], torch.rand(40).to(dtype), torch.tensor(3)]
+        alone = [t.clone() for t in moved]
+        with settings.configured(order, 1, forced=forced):
+            with settings.counting() as counts:
+                y, stats, _ = torch.ops.fastnorm_emulated.batch_norm_forward_(
+                    call.x, call.weight, call.bias, None, *moved, 1e-5, call.activation, 0.0, False, momentum
+                )
+            expected = call.forward()
+            torch.ops.fastnorm_emulated.update_running_stats_(*alone, expected["stats"], 256, momentum)
+        own = {"split": 3, "fused": 1}[forced["strategy"]]
+        assert len(counts.launches) == own + (momentum is None)
+        assert torch.equal(y, expected["y"]) and torch.equal(stats, expected["stats"])
+        assert all(torch.equal(a, b) for a, b in zip(moved, alone, strict=True))
 
 
 def test_running_statistics_take_one_launch(emulated: Backend) -> None:

@@ -106,6 +106,65 @@ def test_is_the_functional_ops_in_one(frozen: bool) -> None:
     assert all(torch.equal(args[name], b) for name, b in zip(BUFFERS, buffers, strict=True))
 
 
+def batch_args(**changes: Any) -> dict[str, Any]:
+    """Valid arguments of batch_norm_forward_."""
+    args = norm_args() | {"save_mask": True} | changes
+    return {name: value for name, value in args.items() if name not in ("groups", "normalized_dims", "use_input_stats")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_batch_norm_forward_is_two_ops_in_one(momentum: float | None, dtype: torch.dtype) -> None:
+    """The same bits as norm_forward and update_running_stats_; buffers may be views, and each may be absent."""
+    x, residual = torch.randn(2, 2, 6, 4, 3).to(dtype).unbind()
+    storage = torch.rand(5, 6, 2).to(dtype)
+    weight, bias, mean, var = storage[:4, :, 0].unbind()
+    for buffers in (
+        [mean, var, torch.tensor(3)],
+        [mean.clone(), var.clone(), torch.tensor(3)],
+        [storage[2, :, 1], None, torch.tensor(3)],
+        [None, None, torch.tensor(3)],
+        [mean, var, None if momentum is not None else torch.tensor(0)],
+    ):
+        expected_buffers = [None if t is None else t.clone() for t in buffers]
+        rest = storage[4].clone()
+        given = {"x": x, "weight": weight, "bias": bias, "residual": residual, "momentum": momentum}
+        actual = ops.batch_norm_forward_(**batch_args(**given, **dict(zip(BUFFERS, buffers, strict=True))))
+        expected = ops.norm_forward(x, weight, bias, residual, None, None, 0, 0, 1e-5, 1, 0.01, True)
+        ops.update_running_stats_(*expected_buffers, expected[1], 24, momentum)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        for name, a, b in zip(BUFFERS, buffers, expected_buffers, strict=True):
+            assert a is b is None or torch.equal(a, b), name
+        assert torch.equal(storage[4], rest)
+
+
+def test_batch_norm_forward_of_an_empty_batch_counts_it() -> None:
+    args = batch_args(x=torch.randn(0, 6, 4, 3), residual=None)
+    before = args["running_mean"].clone(), args["running_var"].clone()
+    y, stats, _ = ops.batch_norm_forward_(**args)
+    assert y.shape == (0, 6, 4, 3) and not stats.any() and args["num_batches_tracked"].item() == 4
+    assert torch.equal(args["running_mean"], before[0]) and torch.equal(args["running_var"], before[1])
+
+
+# What `norm` alone refuses: the rules of torch.nn, and other kinds of norms.
+OF_NORM_ALONE = {
+    *("x of one value per channel", "mean without var", "var without mean", "mean is half", "mean requires grad"),
+    *("eps is zero", "group norm and layer norm", "statistics of a group norm", "statistics of a layer norm"),
+    *("no statistics to use", "frozen with negative eps"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name not in OF_NORM_ALONE])
+def test_batch_norm_forward_refuses_and_leaves_the_buffers(name: str) -> None:
+    args = batch_args(**BAD[name])
+    before = {name: args[name].clone() for name in BUFFERS if args[name] is not None}
+    with pytest.raises(NotImplementedError) as caught:
+        ops.batch_norm_forward_(**args)
+    assert "INTERNAL ASSERT" not in str(caught.value)
+    for buffer, value in before.items():
+        assert torch.equal(args[buffer], value), buffer
+
+
 def test_every_operator_is_known_here() -> None:
     """A new operator needs tests of what it refuses."""
     names = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastnorm::")}
@@ -114,6 +173,7 @@ def test_every_operator_is_known_here() -> None:
         for name in (
             "norm",
             "norm_forward",
+            "batch_norm_forward_",
             "norm_backward",
             "norm_backward_differentiable",
             "update_running_stats_",

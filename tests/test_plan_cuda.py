@@ -211,7 +211,7 @@ def test_geometries_and_devices_give_back_what_they_were_made_of() -> None:
     assert geometry == Shape(GROUP, 2, 8, 4, 2, True).geometry != Shape(GROUP, 2, 8, 4, 4, True).geometry
     facts = DEVICES["H200"]
     names = [name for name in dir(facts) if not name.startswith("_")]
-    assert len(names) == 11 and (facts.num_sms, facts.cluster_sms, facts.cooperative) == (132, 128, True)
+    assert len(names) == 12 and (facts.num_sms, facts.cluster_sms, facts.cooperative) == (132, 128, True)
     numbers = {name: getattr(facts, name) for name in names}
     assert _C.DeviceInfo(**numbers) == facts
     for name in names:

@@ -23,6 +23,25 @@ struct ParamGrads {
   DType dtype;
 };
 
+// running = (1 - momentum) running + momentum * stats, averaged over the samples where there are several sets per
+// channel; see update_running_stats_ in csrc/torch/ops.h.
+struct RunningArgs {
+  DType dtype;  // of stats
+  const void* stats;
+  int64_t sets, channels;
+  int64_t count;                         // elements of a set; 0: only num_batches_tracked moves
+  double unbiased;                       // the factor that makes a variance unbiased: count / (count - 1)
+  ParamGrads running_mean, running_var;  // [C], `*_stride` apart
+  int64_t mean_stride, var_stride;
+  int64_t* num_batches_tracked;  // or null
+  bool cumulative;               // momentum is 1 / num_batches_tracked
+  double momentum;
+
+  bool moves() const { return running_mean.data || running_var.data || num_batches_tracked; }
+  // Whether a thread that has the statistics of a set can move those of its channel: it needs no other's.
+  bool moves_set_by_set() const { return moves() && sets == channels && !cumulative; }
+};
+
 // y = act((x - mean) * rstd * weight + bias + residual), x and y as geometry says, all dense.
 struct ForwardArgs {
   Geometry geometry;
@@ -34,6 +53,7 @@ struct ForwardArgs {
   Params weight, bias;               // [C]
   Params running_mean, running_var;  // [C]: frozen statistics, or null
   void* stats;                       // [kStatsRows, sets]
+  RunningArgs running;               // the running statistics that these stats move; all null: none
   double eps;
   Activation activation;
   double activation_param;
@@ -56,20 +76,6 @@ struct BackwardArgs {
   void* dx;
   void* dresidual;
   ParamGrads dweight, dbias;  // [C]
-};
-
-// running = (1 - momentum) running + momentum * stats, averaged over the samples where there are several sets per
-// channel; see update_running_stats_ in csrc/torch/ops.h.
-struct RunningArgs {
-  DType dtype;  // of stats
-  const void* stats;
-  int64_t sets, channels;
-  int64_t count;                         // elements of a set; 0: only num_batches_tracked moves
-  ParamGrads running_mean, running_var;  // [C], `*_stride` apart
-  int64_t mean_stride, var_stride;
-  int64_t* num_batches_tracked;  // or null
-  bool cumulative;               // momentum is 1 / num_batches_tracked
-  double momentum;
 };
 
 // Bytes of the mask: every run (planar) or position (channels last) starts at a whole pack of 16 lanes.

@@ -32,13 +32,11 @@ FASTNORM_HOST_DEVICE SetTerms<A> set_terms(const GradSums<V>& sums, V rstd, V lo
   return set_terms<A>(sums.d, xhat_sum(sums.d, sums.d_centered, rstd, low), rstd, low, scale);
 }
 
-// A running statistic after a step towards the mean of a statistic over `samples`, whose sum is given. `factor` makes a
-// variance unbiased.
-FASTNORM_HOST_DEVICE inline double blend(double running, double sum, int64_t samples, double factor, double momentum) {
-  const double value = sum / static_cast<double>(samples) * factor;
+// A running statistic after a step towards `value`.
+FASTNORM_HOST_DEVICE inline double blend(double running, double value, double momentum) {
   return (1 - momentum) * running + momentum * value;
 }
-// That factor, for sets of `count` values.
+// The factor that makes a variance of `count` values unbiased.
 FASTNORM_HOST_DEVICE inline double unbiased(double count) { return count / (count - 1); }
 
 }  // namespace fastnorm

@@ -15,6 +15,8 @@ inline bool is_gang_refused(int error) { return error >= kGangRefused; }
 // These enqueue on `stream` of the current device and return 0 or an error, whose text error_string gives.
 // `workspace` has as many bytes as the plan says, is 16-byte aligned, and is free for other use once the stream has
 // passed the call.
+// A forward launch moves running statistics where they move set by set; else launch_update_running_stats does, after
+// it.
 int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream);
 int launch_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
 int launch_update_running_stats(const RunningArgs& args, void* stream);

@@ -54,7 +54,7 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
       piece.for_lane_sets([&](int w) { lane_terms.lane[w] = load_terms(terms, piece.set(w), coefs.lane[w].rstd); },
                           [&](int w) { lane_terms.lane[w] = lane_terms.lane[w - 1]; });
     }
-    apply_gradient_columns<kSmooth, 2, true>(
+    apply_gradient_columns<kSmooth, kGlobalRows<kSmooth, W>, true>(
         t, piece, coefs, lane_terms,
         [&](const auto& tensors, const PackPlace& place) { return load_gradient(tensors, piece, place); });
   });

@@ -18,6 +18,10 @@ FASTNORM_DEVICE LaneCoefs<A, W> load_lane_coefs(const BackwardTensors<T>& t, con
   return lane_coefs(stats, LaneParams<A, W>::template load<T>(piece, t.weight, t.bias));
 }
 
+// Packs that a thread has under way where tensors are read from global memory.
+template <bool kSmooth, int W>
+constexpr int kGlobalRows = kSmooth && W == 8 ? 1 : 2;
+
 // Packs that a thread has under way for each tensor: U, and two of a plain call, which needs fewer registers.
 template <bool kSmooth, int U, class Tensors>
 constexpr int kPacks = is_plain_call<std::remove_cvref_t<Tensors>> && !kSmooth ? std::max(2, U) : U;

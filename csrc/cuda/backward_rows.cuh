@@ -8,6 +8,12 @@
 
 namespace fastnorm::cuda {
 
+// Packs that a thread has under way where tensors are read from global memory: two or three of them at every step.
+template <bool kSmooth, int W>
+constexpr int kBackwardUnroll = kSmooth || W == 8 ? 1
+                                : W == 4          ? 2
+                                                  : 4;
+
 template <int W, class T>
 FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
                                                   const Step& step) {
@@ -21,7 +27,10 @@ FASTNORM_DEVICE void centered_gradient(const BackwardTensors<T>& t, const Gradie
                                        const Coefs& coefs, A (&centered)[W], A (&d)[W]) {
   widen<A>(packs.x, centered);
 #pragma unroll
-  for (int w = 0; w < W; ++w) centered[w] -= mean;
+  for (int w = 0; w < W; ++w) {
+    centered[w] -= mean;
+    if (kAct != Activation::kNone) keep_in_register(centered[w]);
+  }
   widen<A>(packs.dy, d);
   if constexpr (kAct != Activation::kNone) {
     if (is_two_sided(kAct) && t.mask != nullptr) return multiply_slope_bits<kAct>(t.epilogue.param, packs.bits, d);

@@ -22,9 +22,9 @@ struct LaneMoments {
 // Takes packs below one another as moments about their own mean, lane by lane, and merges them into the lanes' moments
 // after Chan, Golub and LeVeque. The weights are the same for all lanes.
 //
-// The mean of a batch is taken of x itself where x has 16 bits: eight of its numbers add up in float32 without a
-// rounding that matters, so that the origin is subtracted once a batch. An eighth of each is added, because eight of
-// the largest would overflow.
+// The mean of a batch is taken of x itself where x has 16 bits: a few of its numbers add up in float32 without a
+// rounding that matters, so that the origin is subtracted once a batch. A part of each is added, because a sum of the
+// largest would overflow.
 template <int kRows, int W, class T, class A>
 FASTNORM_DEVICE void take_moments(const Pack<T, W> (&packs)[kRows], const A (&origin)[W], LaneMoments<A, W>& total) {
   constexpr bool kRaw = sizeof(T) == 2;
@@ -37,8 +37,9 @@ FASTNORM_DEVICE void take_moments(const Pack<T, W> (&packs)[kRows], const A (&or
     for (int u = 0; u < kRows; ++u) {
       x[u] = widen_lane<A>(packs[u], w);
       if (!kRaw) x[u] -= origin[w];
-      mean = std::fma(x[u], A(1) / kRows, mean);
+      mean = kRaw ? std::fma(x[u], A(1) / kRows, mean) : mean + x[u];
     }
+    if (!kRaw) mean *= A(1) / kRows;
 #pragma unroll
     for (int u = 0; u < kRows; ++u) m2 = std::fma(x[u] - mean, x[u] - mean, m2);
     if (kRaw) mean -= origin[w];
@@ -204,8 +205,9 @@ FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const LaneMoments<
 template <int W, class Body>
 FASTNORM_DEVICE void for_each_set(const ColumnsPiece<W>& piece, Body body) {
   const int channels = static_cast<int>(piece.shape.set_channels);
-  const int sets = channels == 1
-                       ? piece.channels
+  // A tile of one set has no other, and an invalid piece has none.
+  const int sets = piece.shape.groups == 1
+                       ? piece.channels > 0
                        : static_cast<int>(piece.shape.by_set_channels.divide(static_cast<unsigned>(piece.channels)));
   int log_lanes = 0;
   while (1 << log_lanes < channels && 1 << log_lanes < kWarp) ++log_lanes;

@@ -49,6 +49,7 @@ fold_forward(FoldForwardArgs<A> f) {
     const A rounded = static_cast<A>(mean), low = static_cast<A>(mean - rounded);
     const SetStats<A> stats{rounded, static_cast<A>(1 / std::sqrt(var + f.eps)), low - low == A(0) ? low : A(0)};
     store_stats(f.stats, f.sets, set, stats, static_cast<A>(var));
+    store_running(f.running, set, stats.mean, static_cast<A>(var));
   });
 }
 
@@ -121,14 +122,12 @@ fold_params_alone(FoldParamsArgs<A> f) {
 
 // ---- running statistics ----
 
+// The mean over the samples of a channel's statistic, which lies in `row`.
 template <class A>
-FASTNORM_DEVICE void move_running(const ParamGrads& running, int64_t stride, int64_t channel, const A* row,
-                                  int64_t sets, int64_t channels, double momentum, double factor) {
-  if (running.data == nullptr) return;
+FASTNORM_DEVICE double mean_of_samples(const A* row, const RunningArgs& r, int64_t channel) {
   double sum = 0;
-  for (int64_t set = channel; set < sets; set += channels) sum += load_one(row + set);
-  const double old = load_number<double>(running.data, running.dtype, channel * stride);
-  store_number(running.data, running.dtype, channel * stride, blend(old, sum, sets / channels, factor, momentum));
+  for (int64_t set = channel; set < r.sets; set += r.channels) sum += load_one(row + set);
+  return sum / static_cast<double>(r.sets / r.channels);
 }
 
 // What: running = (1 - momentum) running + momentum * stats, averaged over the samples where there are several.
@@ -139,16 +138,14 @@ FASTNORM_KERNEL(kBlockThreads, 1)
 update_running(RunningArgs r) {
   const double momentum = r.cumulative ? 1.0 / static_cast<double>(load_one(r.num_batches_tracked) + 1) : r.momentum;
   if (r.cumulative) sync_block();
-  if (r.num_batches_tracked != nullptr && block_index() == 0 && thread_index() == 0) {
-    store_one(r.num_batches_tracked, load_one(r.num_batches_tracked) + 1);
-  }
+  if (block_index() == 0 && thread_index() == 0) count_batch(r.num_batches_tracked);
   if (r.count == 0) return;
-  const double count = static_cast<double>(r.count);
   const A* stats = static_cast<const A*>(r.stats);
   for (int64_t c = block_index() * block_threads() + thread_index(); c < r.channels;
        c += grid_blocks() * block_threads()) {
-    move_running(r.running_mean, r.mean_stride, c, stats + kMean * r.sets, r.sets, r.channels, momentum, 1.0);
-    move_running(r.running_var, r.var_stride, c, stats + kVar * r.sets, r.sets, r.channels, momentum, unbiased(count));
+    move_running(r.running_mean, c * r.mean_stride, mean_of_samples(stats + kMean * r.sets, r, c), momentum);
+    const double var = mean_of_samples(stats + kVar * r.sets, r, c);
+    move_running(r.running_var, c * r.var_stride, var * r.unbiased, momentum);
   }
 }
 

@@ -15,6 +15,7 @@ struct ForwardTensors {
   Params weight, bias;
   Params running_mean, running_var;  // frozen statistics, or null
   A* stats;                          // [kStatsRows, sets]
+  RunningArgs running;               // those that the stats move; null pointers where they move none, or not set by set
   int64_t sets;
   A eps;
   Epilogue<A> epilogue;
@@ -30,6 +31,7 @@ struct ForwardTensors {
         running_mean(a.running_mean),
         running_var(a.running_var),
         stats(static_cast<A*>(a.stats)),
+        running(a.running.moves_set_by_set() ? a.running : RunningArgs{}),
         sets(a.geometry.sets()),
         eps(static_cast<A>(a.eps)),
         epilogue{a.activation, static_cast<A>(a.activation_param)} {}

@@ -66,6 +66,7 @@ struct Forward {
     f.set_stride = kRows ? rows().set_stride : g.set_channels();
     f.outer_stride = g.numel() / g.outer();
     f.stats = tensors.stats;
+    f.running = tensors.running;
     f.eps = args.eps;
     return launch_fold_forward(f, stream);
   }

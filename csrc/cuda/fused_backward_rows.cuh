@@ -83,23 +83,18 @@ FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const Fus
   const bool by_units = f.unit_length > 0, gathers = f.gathered != nullptr, replaces = replaces_dy<kSmooth>(t);
   const int slots = team.width >> f.unit_shift, units = piece.span.runs * f.segments;
   const int slot = team.lane >> f.unit_shift, lane = team.lane & ((1 << f.unit_shift) - 1);
-  const int group_length = piece.group_length();
+  const int length = piece.group_length();
   if (by_units || W == 1) {
     ready(kCopyGroups - 1);
     team.sync();  // other threads staged it
   }
   GradSums<A> total{};
   with_sums<kSmooth>(t, piece, stats, first, [&](const auto& sums) {
+    int unit = slot;
+    ThreadSteps range = by_units ? steps_of_unit(f, piece, valid, unit, lane) : piece.first_group(team, valid, length);
 #pragma unroll 1
-    for (int i = 0;; ++i) {
-      const int unit = i * slots + slot;
-      if (by_units && unit - slot >= units) break;
-      const ThreadSteps range =
-          by_units ? steps_of_unit(f, piece, valid, unit, lane) : piece.copy_group(team, valid, i, group_length);
-      if (!by_units) {
-        if (range.count <= 0) break;
-        if (W > 1) ready(i);
-      }
+    for (int group = 0; by_units ? unit - slot < units : range.count > 0; ++group) {
+      if (!by_units && W > 1) ready(group);
       piece.for_steps(range, [&](const Step& step) {
         const auto packs = staged.template read<kSmooth>(t, step);
         const auto keep = [&](const Step&, const A(&centered)[W], const A(&d)[W]) {
@@ -118,6 +113,10 @@ FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const Fus
         total = {};
         sum_lanes(unit_sums, 1 << f.unit_shift);
         if (lane == 0 && unit < units) extra[unit] = {unit_sums[0], unit_sums[1]};
+        unit += slots;
+        range = steps_of_unit(f, piece, valid, unit, lane);
+      } else {
+        piece.move_to_next_group(range, length);
       }
     }
   });

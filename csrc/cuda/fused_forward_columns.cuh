@@ -28,7 +28,10 @@ FASTNORM_DEVICE void merge_channels(const ForwardTensors<T>& t, const ColumnsPie
     const int64_t base = piece.outer * shape.positions * shape.C + piece.first_channel + s * set_channels;
     const A var = m2 / (positions * channels);
     set_stats[s] = finish_stats(mean, var, origin_of<A>(t.x + base), t.eps);
-    if (piece.piece == 0) store_stats(t.stats, t.sets, piece.first_set() + s, set_stats[s], var);
+    if (piece.piece == 0) {
+      store_stats(t.stats, t.sets, piece.first_set() + s, set_stats[s], var);
+      store_running(t.running, piece.first_set() + s, set_stats[s].mean, var);
+    }
   });
 }
 

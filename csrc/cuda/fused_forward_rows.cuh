@@ -53,7 +53,10 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
     const Moments<A> moments = gang.exchange(parity, merge_team(piece, team, own, scratch)).moments;
     const A var = moments.m2 / static_cast<A>(shape.set_size);
     const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
-    if (valid && team.lane == 0 && piece.span.piece == 0) store_stats(t.stats, t.sets, set, stats, var);
+    if (valid && team.lane == 0 && piece.span.piece == 0) {
+      store_stats(t.stats, t.sets, set, stats, var);
+      store_running(t.running, set, stats.mean, var);
+    }
     if (t.y != nullptr) forward_rows<kSmooth, false, 1>(t, piece, piece.whole(team, valid), stats, first, read);
     release_staged<W>(team);
   };

@@ -86,14 +86,14 @@ FASTNORM_DEVICE Welford<A> reduce_lanes(const Welford<A>& mine, int width) {
 }
 
 // The sums over the team. All threads of the block take part. `scratch` has ladder_bytes(...) of plan/types.h, which is
-// room for two places of one number each, or for one place of two. A place is written again after a barrier that
-// follows its last read: call this with the other place in between, or sync the block.
+// room for three numbers of each warp; `place` is the first of these K. A place is written again after a barrier that
+// follows its last read: call this with other places in between, or sync the block.
 template <int K, class A>
 FASTNORM_DEVICE void sum_team(const Team& team, A (&mine)[K], void* scratch, int place = 0) {
   sum_lanes(mine, team.width);
   if (!team.is_block()) return;
   const int warps = team.width / kWarp, lane = thread_index() % kWarp;
-  A* const partials = static_cast<A*>(scratch) + place * K * warps;
+  A* const partials = static_cast<A*>(scratch) + place * warps;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (lane == 0) partials[k * warps + team.lane / kWarp] = mine[k];

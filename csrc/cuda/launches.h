@@ -21,6 +21,7 @@ struct FoldForwardArgs {
   DType dtype;
   int64_t outer_stride, set_stride;  // of sets' first elements
   A* stats;                          // [kStatsRows, sets]
+  RunningArgs running;
   double eps;
 };
 int launch_fold_forward(const FoldForwardArgs<float>& args, void* stream);

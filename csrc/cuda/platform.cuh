@@ -154,6 +154,10 @@ FASTNORM_DEVICE float reciprocal_approx(float v) {
   return result;
 }
 
+// The compiler does not compute v a second time where it is used again.
+FASTNORM_DEVICE void keep_in_register(float& v) { asm("" : "+f"(v)); }
+FASTNORM_DEVICE void keep_in_register(double& v) { asm("" : "+d"(v)); }
+
 // max(v, 0); NaN stays NaN.
 FASTNORM_DEVICE float relu_of(float v) {
 #if __CUDA_ARCH__ >= 800
@@ -174,9 +178,6 @@ FASTNORM_DEVICE float rsqrt_approx(float v) {
 
 // a * b, rounded, whatever is added to it: the compiler makes no fused multiply-add of it.
 FASTNORM_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-
-// The compiler takes v as it is here, and does not compute it again where it is used.
-FASTNORM_DEVICE void keep_in_register(float& v) { asm("" : "+f"(v)); }
 
 // One access for all of V's bytes, a power of two up to 16.
 template <int kBytes>
@@ -364,10 +365,11 @@ inline int query_device(int device, const void* kernel, DeviceInfo* info) {
     *value = answer;
     return error;
   };
-  int major = 0, minor = 0, kilohertz = 0, bus_bits = 0;
+  int major = 0, minor = 0, sm_kilohertz = 0, kilohertz = 0, bus_bits = 0;
   cudaError_t error = ask(cudaDevAttrComputeCapabilityMajor, &major);
   if (!error) error = ask(cudaDevAttrComputeCapabilityMinor, &minor);
   if (!error) error = ask(cudaDevAttrMultiProcessorCount, &info->num_sms);
+  if (!error) error = ask(cudaDevAttrClockRate, &sm_kilohertz);
   if (!error) error = ask(cudaDevAttrMaxThreadsPerMultiProcessor, &info->threads_per_sm);
   if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &info->shared_per_sm);
   if (!error) error = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &info->shared_per_block);
@@ -377,7 +379,9 @@ inline int query_device(int device, const void* kernel, DeviceInfo* info) {
   if (!error) error = ask(cudaDevAttrGlobalMemoryBusWidth, &bus_bits);
   if (error) return error;
   info->capability = 10 * major + minor;
-  // Two transfers per clock. A virtual device may not tell; then assume an H200's bandwidth per SM.
+  // A virtual device may not tell its clocks; then assume an H200's, and its bandwidth per SM.
+  info->clock_mhz = sm_kilohertz > 0 ? sm_kilohertz / 1000 : 1980;
+  // Two transfers per clock.
   info->bytes_per_us = int64_t(2) * kilohertz * (bus_bits / 8) / 1000;
   if (info->bytes_per_us <= 0) info->bytes_per_us = int64_t(36000) * info->num_sms;
   query_clusters(kernel, info);

@@ -1,13 +1,13 @@
 // Reduce, forward.
 //
 // What: moments (count, mean, m2) of every piece of every set, relative to the set's first element.
-// Who: rows: a team takes a piece. Columns: a block takes a tile of channels of a piece of the positions, and the
-// moments
-//   of each channel are one partial.
+// Who: rows: a team takes a piece.
+//   Columns: a block takes a tile of channels of a piece of the positions, and the moments of each channel are one
+//   partial.
 // Traffic: reads x once, writes 12 bytes per piece.
 // Needs: a piece has at most 2^20 packs (rows) or positions (columns), so that counts are exact and offsets fit 32
-// bits. Numerics: Accum<T>. kUnroll packs are taken over their own mean; batches merge after Chan, Golub and LeVeque.
-// The
+//   bits.
+// Numerics: Accum<T>. A few packs are taken over their own mean; batches merge after Chan, Golub and LeVeque. The
 //   order follows from the plan alone, so the same device gives the same bits.
 // Why not one pass of sums and sums of squares: they cancel where the mean is large (mean 1e6, std 1: no digit left).
 #pragma once

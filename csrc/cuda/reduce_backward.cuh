@@ -4,7 +4,7 @@
 //   sums are of a set, times rstd * weight, and the launch also sums d and d xhat down the rows, for the weights.
 // Who: as reduce.cuh; the sets are the plan's `cells`. In reduce_elements some blocks go along the rows, others down.
 // Traffic: reads dy, x (and residual or mask) once, writes 8 bytes per piece; reduce_elements reads them once each way.
-// Numerics: Accum<T>; a pack as a tree, a thread in its order, threads as a tree, pieces in double by fold.
+// Numerics: Accum<T>; a pack in two or more sums, a thread in its order, threads as a tree, pieces in double by fold.
 //   d (x - mean) instead of d xhat saves one rounding per element.
 #pragma once
 
@@ -53,7 +53,7 @@ reduce_backward_columns(BackwardTensors<T> t, GradSums<Accum<T>>* sums, ColumnsS
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     LaneSums<A, W> mine;
     dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
-      piece.template walk<2>(piece.whole(), [&](const auto& places) {
+      piece.template walk<kGlobalRows<kSmooth, W>>(piece.whole(), [&](const auto& places) {
         add_sums<act.value>(
             tensors, places, coefs,
             [&](const auto& from, const PackPlace& place) { return load_gradient(from, piece, place); },

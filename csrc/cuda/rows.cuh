@@ -2,7 +2,7 @@
 //
 //   set     o ------------- run 0 ------------ | ------------- run 1 ------------ | ...
 //   piece   whole runs, or a part of one
-//   team    lane 0 1 2 ... width-1, 0 1 2 ...    one pack each, kUnroll packs under way
+//   team    lane 0 1 2 ... width-1, 0 1 2 ...    one pack each, kRowsUnroll packs under way
 #pragma once
 
 #include <algorithm>
@@ -193,18 +193,22 @@ struct RowsPiece {
     const int shift = shape.team_shift + kLog2<kRowsUnroll<W> * kCopyGroups>, steps = span.steps(shape);
     return W == 1 ? steps : ((steps + (1 << shift) - 1) >> shift) << (shift - kLog2<kCopyGroups>);
   }
-  FASTNORM_DEVICE ThreadSteps copy_group(const Team& team, bool valid, int index, int length) const {
+  FASTNORM_DEVICE ThreadSteps first_group(const Team& team, bool valid, int length) const {
     ThreadSteps range = whole(team, valid);
-    range.begin = index * length;
-    range.count = std::min(length, range.count - range.begin);
+    range.count = std::min(length, range.count);
     return range;
+  }
+  FASTNORM_DEVICE void move_to_next_group(ThreadSteps& range, int length) const {
+    range.begin += length;
+    range.count = std::min(length, span.steps(shape) - range.begin);
   }
   // Calls body(range, copy group) for the copy groups that are not empty.
   template <class Body>
   FASTNORM_DEVICE void for_copy_groups(const Team& team, bool valid, Body body) const {
-    const int length = group_length(), steps = span.steps(shape);
+    const int length = group_length();
+    ThreadSteps range = first_group(team, valid, length);
 #pragma unroll 1
-    for (int group = 0; group * length < steps; ++group) body(copy_group(team, valid, group, length), group);
+    for (int group = 0; range.count > 0; ++group, move_to_next_group(range, length)) body(range, group);
   }
 
   FASTNORM_DEVICE Step step_at(const ThreadSteps& range, int round) const {

@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "core/args.h"
+#include "core/formulas.h"
 #include "pack.cuh"
 
 namespace fastnorm::cuda {
@@ -20,10 +22,39 @@ FASTNORM_DEVICE void store_stats(A* stats, int64_t sets, int64_t set, const SetS
   store_one(stats + kVar * sets + set, var);
   store_one(stats + kMeanLow * sets + set, s.low);
 }
+// Moves element i of a running statistic towards `value`; null: there is none.
+FASTNORM_DEVICE void move_running(const ParamGrads& running, int64_t i, double value, double momentum) {
+  if (running.data == nullptr) return;
+  const double old = load_number<double>(running.data, running.dtype, i);
+  store_number(running.data, running.dtype, i, blend(old, value, momentum));
+}
+FASTNORM_DEVICE void count_batch(int64_t* num_batches_tracked) {
+  if (num_batches_tracked != nullptr) store_one(num_batches_tracked, load_one(num_batches_tracked) + 1);
+}
+// The thread that stores a set's statistics moves the running ones of its channel by them, where moves_set_by_set():
+// that saves a launch. They are computed as update_running computes them, to the bit.
+template <class A>
+FASTNORM_DEVICE void store_running(const RunningArgs& r, int64_t channel, A mean, A var) {
+  move_running(r.running_mean, channel * r.mean_stride, static_cast<double>(mean), r.momentum);
+  move_running(r.running_var, channel * r.var_stride, static_cast<double>(var) * r.unbiased, r.momentum);
+  if (channel == 0) count_batch(r.num_batches_tracked);
+}
+
 template <class A>
 FASTNORM_DEVICE SetStats<A> load_stats(const A* stats, int64_t sets, int64_t set) {
   return {load_one(stats + kMean * sets + set), load_one(stats + kRstd * sets + set),
           load_one(stats + kMeanLow * sets + set)};
+}
+
+// The kernels take a set's numbers relative to its first element. The differences are of the size of the spread, so
+// that where the mean is large the error of its last digit does not enter the variance.
+template <class A>
+FASTNORM_DEVICE A as_origin(A value) {
+  return value - value == A(0) ? value : A(0);  // not finite: 0
+}
+template <class A, class T>
+FASTNORM_DEVICE A origin_of(const T* first) {
+  return as_origin(widen<A>(load_one(first)));
 }
 
 // The part of a + b that was lost when it was rounded to `sum` (Knuth's TwoSum).

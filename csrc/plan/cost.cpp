@@ -8,7 +8,8 @@ namespace fastnorm {
 
 namespace {
 
-// We have measured none of these constants yet (benchmarks/tune.py will). Each comment gives the constant's basis.
+// We have measured none of these constants on a GPU yet (benchmarks/tune.py will), except the bandwidth of copies. Each
+// comment gives the constant's basis.
 
 // From the end of one launch of a stream to the full speed of the next: the first drains, the second starts.
 constexpr double kLaunchUs = 2.0;
@@ -17,15 +18,19 @@ constexpr double kCooperativeUs = 1.0;
 
 // A load from memory and the merge of a block's threads.
 constexpr double kLatencyUs = 1.0;
-// Bytes of staged tensors that an SM reduces: 7.5 instructions per element of two bytes, 128 lanes, 1.7 GHz. Only the
-// reduction of a wave's last copy group takes time of its own.
-constexpr double kReduceBytesPerUs = 58000;
 // Publish partials, sync and fetch: in a cluster through shared memory; in a grid through L2, with an atomic counter
 // that all blocks watch: two trips of 0.7 us.
 constexpr double kClusterBarrierUs = 0.5;
 constexpr double kGridBarrierUs = 1.5;
 // The fraction of a wave's latency and barrier that takes time even if other loads are under way all the time.
 constexpr double kExposed = 0.1;
+
+// Plain copies reach 4.3 TB/s of an H200's 4.8, and 3.0 of an H100's 3.35.
+constexpr double kCopyShare = 0.9;
+
+// An SM has four schedulers, each of which issues an instruction for 32 lanes in a cycle when one of its warps is
+// ready. Warps wait for results most of the time: with so many for a scheduler it issues in every second cycle.
+constexpr double kSchedulers = 4, kLanes = 32, kHalfBusyWarps = 2;
 
 // One SM can draw so many times its share of the memory's bandwidth: two thirds of the SMs keep the memory busy.
 constexpr double kOneSmShare = 1.5;
@@ -50,7 +55,15 @@ double contiguous_share(const Grid& grid, const Streams& streams) {
 double move_us(double bytes, int64_t blocks, const DeviceInfo& device) {
   const double busy = static_cast<double>(std::min<int64_t>(blocks, device.num_sms));
   const double share = std::min(1.0, busy * kOneSmShare / device.num_sms);
-  return bytes * static_cast<double>(blocks) / (share * static_cast<double>(device.bytes_per_us));
+  return bytes * static_cast<double>(blocks) / (share * kCopyShare * static_cast<double>(device.bytes_per_us));
+}
+
+// The microseconds in which an SM that has so many threads at a time executes so many instructions for each of these
+// elements.
+double issue_us(double elements, double instructions, int64_t threads, const DeviceInfo& device) {
+  const double warps = static_cast<double>(threads) / (kLanes * kSchedulers);
+  const double busy = warps / (warps + kHalfBusyWarps);
+  return elements * instructions / (kSchedulers * kLanes * busy * device.clock_mhz);
 }
 
 double barrier_us(Gang gang) {
@@ -59,52 +72,89 @@ double barrier_us(Gang gang) {
 
 }  // namespace
 
-Estimate estimate_fused(const Grid& grid, const Streams& streams, int64_t resident, const DeviceInfo& device) {
+ElementWork element_work(bool backward, const Geometry& g, int pack, DType dtype, Activation activation,
+                         bool residual) {
+  const bool columns = g.traversal() == Traversal::kColumns;
+  const int full = size_of(dtype) > 2;  // the table's last index
+  ElementWork work = kElementWork[backward][columns ? 2 : g.per_element() ? 1 : 0][full];
+  double more = kActivationWork[backward][static_cast<int>(activation)][full];
+  if (pack * size_of(dtype) < 16) {
+    const double times = kNarrowPacks[backward][full][columns ? 2 : pack == 1 ? 1 : 0];
+    work = {work.fused * times, work.reduce * times, work.apply * times};
+  }
+  if (backward) work.reduce += more / 2, more /= 2;  // both passes need the derivative
+  work.fused += backward ? 2 * more : more;
+  if (residual) more += kResidualWork[backward][full], work.fused += kResidualWork[backward][full];
+  work.apply += more;
+  // An SM has half as many units for float64.
+  if (dtype == DType::kFloat64) work = {2 * work.fused, 2 * work.reduce, 2 * work.apply};
+  return work;
+}
+
+Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementWork& work, int64_t resident,
+                        const DeviceInfo& device) {
   const int64_t wanted = div_up(grid.items, grid.teams());
   const int64_t together = std::min({wanted, resident, grid.blocks}), waves = div_up(wanted, together);
   const bool rows = grid.traversal == Traversal::kRows;
   const int64_t piece =
       rows ? grid.teams() * grid.piece_runs * grid.piece_length * grid.pack : grid.tile * grid.piece_length;
   const double stream = static_cast<double>(piece * size_of(streams.dtype)) / contiguous_share(grid, streams);
-  const double bytes = stream * (streams.read + streams.written);
+  const double bytes = stream * (streams.read + streams.applied);
+  const double elements = static_cast<double>(piece);
+  const auto issue_of = [&](double of_block, double instructions, int64_t blocks) {
+    const int64_t each = div_up(blocks, device.num_sms);  // of the busiest SM
+    return issue_us(of_block * static_cast<double>(each), instructions, each * grid.threads(), device);
+  };
+  const auto wave_of = [&](int64_t blocks) {
+    return Estimate{move_us(bytes, blocks, device), issue_of(elements, work.fused, blocks), 0, 0};
+  };
+  const Estimate wave = wave_of(together), last = wave_of(wanted - (waves - 1) * together);
   Estimate e{};
-  e.memory = static_cast<double>(waves - 1) * move_us(bytes, together, device) +
-             move_us(bytes, wanted - (waves - 1) * together, device);
-  // While a block waits, other copies use the memory: those of its second stage, and those of other blocks on the SM.
-  // The blocks of a grid all wait together, so there only the second stage counts.
-  const double staged = stream * streams.read * static_cast<double>(div_up(together, device.num_sms));
-  const double wait = kLatencyUs + barrier_us(grid.gang) + staged / kCopyGroups / kReduceBytesPerUs;
+  e.memory = static_cast<double>(waves - 1) * wave.memory + last.memory;
+  e.issue = static_cast<double>(waves - 1) * wave.issue + last.issue;
+  // Only the reduction of a wave's last copy group takes time of its own.
+  const double reduce = issue_of(elements / kCopyGroups, work.reduce, together);
+  const double wait = kLatencyUs + barrier_us(grid.gang) + reduce;
+  // While a block waits, other blocks on the SM go on with their work, and so do the copies of its own second stage.
+  // The blocks of a grid all wait together, and then only the memory has something to do, if instructions leave it
+  // behind.
   double hidden = 0;
   if (grid.gang == Gang::kGrid) {
-    if (grid.stages == 2) hidden = move_us(stream * streams.read, together, device);
+    const double behind = std::max(0.0, wave.memory - wave.issue);
+    if (grid.stages == 2) hidden = std::min(behind, move_us(stream * streams.read, together, device));
   } else {
     const double loads = static_cast<double>(grid.stages * together) / device.num_sms;
-    const double one = move_us(bytes, std::min<int64_t>(together, device.num_sms), device);
-    if (loads > 1) hidden = std::min((loads - 1) * one, move_us(bytes, together, device));
+    const double one = wave_of(std::min<int64_t>(together, device.num_sms)).total();
+    if (loads > 1) hidden = std::min((loads - 1) * one, e.total() / static_cast<double>(waves));
   }
   const double shown = std::max(hidden > 0 ? kExposed * wait : wait, wait - hidden);
   e.barriers = wait + static_cast<double>(waves - 1) * shown;
   return e;
 }
 
-Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, const DeviceInfo& device) {
+Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, double instructions,
+                         const DeviceInfo& device) {
   const double read = streams.bytes(streams.read);
   const double found = std::min(read, kL2Share * static_cast<double>(device.l2_bytes));
-  const double bytes = passes * read + streams.bytes(streams.written) - (passes - 1) * found * (1 - 1 / kL2Speed);
+  const double bytes = passes * read + streams.bytes(streams.applied) - (passes - 1) * found * (1 - 1 / kL2Speed);
   Estimate e{};
   e.memory = move_us(bytes / static_cast<double>(grid.blocks) / contiguous_share(grid, streams), grid.blocks, device);
+  const int64_t blocks = div_up(grid.blocks, device.num_sms);  // of an SM, of which so many threads run at a time:
+  const int64_t threads = std::min<int64_t>(blocks * grid.threads(), kResidentThreads);
+  const double share = static_cast<double>(blocks) / static_cast<double>(grid.blocks);
+  e.issue = issue_us(static_cast<double>(streams.numel) * share, instructions, threads, device);
   e.barriers = passes * kLatencyUs;
   return e;
 }
 
 Estimate estimate_launches(int launches, bool cooperative) {
-  return {0, 0, launches * kLaunchUs + (cooperative ? kCooperativeUs : 0)};
+  return {0, 0, 0, launches * kLaunchUs + (cooperative ? kCooperativeUs : 0)};
 }
 
 Estimate estimate_partials(int64_t bytes, const DeviceInfo& device) {
-  return {2 * static_cast<double>(bytes) / (kL2Speed * static_cast<double>(device.bytes_per_us)), 0, 0};
+  return {2 * static_cast<double>(bytes) / (kL2Speed * static_cast<double>(device.bytes_per_us)), 0, 0, 0};
 }
 
-Estimate estimate_grid_sync() { return {0, kGridBarrierUs, 0}; }
+Estimate estimate_grid_sync() { return {0, 0, kGridBarrierUs, 0}; }
 
 }  // namespace fastnorm

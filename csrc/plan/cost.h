@@ -2,24 +2,33 @@
 // constants.
 #pragma once
 
+#include "instructions.h"
 #include "types.h"
 
 namespace fastnorm {
 
-// The tensors that a launch moves. Each has `numel` elements, with C channels side by side.
+// The tensors that a launch moves: those that statistics and sums are taken of; and those that only the part which
+// writes the outputs reads or writes. Each has `numel` elements, with C channels side by side.
 struct Streams {
-  int read, written;
+  int read, applied;
   DType dtype;
   int64_t numel, C;
 
   double bytes(int streams) const { return static_cast<double>(streams) * static_cast<double>(numel * size_of(dtype)); }
 };
 
-// A fused launch with `resident` blocks on the device at a time.
-Estimate estimate_fused(const Grid& grid, const Streams& streams, int64_t resident, const DeviceInfo& device);
+// The machine instructions that the kernels execute for an element.
+// residual: forward adds one, or backward writes its gradient.
+ElementWork element_work(bool backward, const Geometry& g, int pack, DType dtype, Activation activation, bool residual);
 
-// Launches in a row, of which `passes` read the same tensors. A pass finds in L2 what the one before left there.
-Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, const DeviceInfo& device);
+// A fused launch with `resident` blocks on the device at a time.
+Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementWork& work, int64_t resident,
+                        const DeviceInfo& device);
+
+// Launches in a row, of which `passes` read the same tensors; together they execute so many instructions for an
+// element. A pass finds in L2 what the one before left there.
+Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, double instructions,
+                         const DeviceInfo& device);
 
 Estimate estimate_launches(int launches, bool cooperative);
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "cost.h"
 #include "grid.h"
@@ -130,18 +131,17 @@ struct Planner {
       without_free_sms(device, options.free_sms);  // for launches whose blocks wait for each other
 
   // Calls make(grid, co-resident blocks, whether it syncs) for all fused launches that fit. grid_sync: the grid syncs
-  // at the end, where the device has such a launch.
+  // at the end, where the device has such a launch. in_registers: whether blocks can keep the sets in registers, and
+  // enough of them are on the device.
   template <class Make>
-  void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, Make make) const {
+  void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, bool& in_registers, Make make) const {
     const Forced& forced = options.forced;
-    bool in_registers = false;
     for (FusedChoice choice : fused_choices(g, dtype, staging, persistent, sync_device, forced)) {
       const bool cooperates = choice.gang == Gang::kCluster ? device.cooperative_clusters : device.cooperative;
       const bool syncs = grid_sync && cooperates;
       choice.persistent = choice.persistent || syncs;
       const DeviceInfo& where = syncs || choice.gang == Gang::kGrid ? sync_device : device;
-      // Blocks that can keep their sets in registers do not keep them in shared memory, if enough of them are on the
-      // device: they would move as many bytes with several times the instructions.
+      // Then they do not keep them in shared memory: they would move as many bytes with several times the instructions.
       if (in_registers && choice.gang == Gang::kBlock && choice.place == Place::kShared) continue;
       Grid grid;
       if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
@@ -160,17 +160,21 @@ struct Planner {
 // ---- forward ----
 
 struct ForwardPlanner : Planner<ForwardNeeds> {
-  const Streams streams{1, needs.output, dtype, g.numel(), g.C};
+  const Streams streams{1, needs.output + needs.residual, dtype, g.numel(), g.C};
+  const ElementWork work = element_work(false, g, pack, dtype, needs.activation, needs.residual);
 
   ForwardPlan separate(Strategy strategy) const {
     ForwardPlan plan{strategy, split_grid(g, dtype, pack, device), 0, 1, {}};
     int passes = 1;
+    double instructions = work.apply;
     if (strategy == Strategy::kSplit) {
       plan.workspace_bytes = partials(g, plan.grid) * 3 * accum_size(dtype);
       plan.launches = needs.output ? 3 : 2;
       passes = needs.output ? 2 : 1;
+      instructions = work.reduce + (needs.output ? work.apply : 0);
     }
-    plan.estimate = estimate_passes(plan.grid, streams, passes, device) + estimate_launches(plan.launches, false);
+    plan.estimate =
+        estimate_passes(plan.grid, streams, passes, instructions, device) + estimate_launches(plan.launches, false);
     return plan;
   }
 
@@ -178,11 +182,13 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     if (needs.frozen) return {separate(Strategy::kApply)};
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
-      for_each_fused({1, false, false, true}, false, false, [&](const Grid& grid, int64_t resident, bool) {
-        const Estimate estimate =
-            estimate_fused(grid, streams, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
-        plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
-      });
+      bool in_registers = false;
+      for_each_fused(
+          {1, false, false, true}, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
+            const Estimate estimate =
+                estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
+            plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
+          });
     }
     if (allows_split(options.forced)) plans.push_back(separate(Strategy::kSplit));
     return plans;
@@ -200,7 +206,8 @@ Geometry cells_of(const Geometry& g) {
 
 struct BackwardPlanner : Planner<BackwardNeeds> {
   const int64_t pair = 2 * accum_size(dtype);
-  const Streams streams{needs.residual ? 3 : 2, needs.input, dtype, g.numel(), g.C};
+  const Streams streams{needs.residual ? 3 : 2, needs.input + needs.dresidual, dtype, g.numel(), g.C};
+  const ElementWork work = element_work(true, g, pack, dtype, needs.activation, needs.dresidual);
 
   BackwardPlan empty(Strategy strategy, ParamSums sums) const {
     const Grid none = empty_grid(g.traversal(), pack);
@@ -215,12 +222,12 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     plan.params_bytes = plan.params.pieces * g.C * pair;
   }
 
-  void add_fused(ParamSums sums, std::vector<BackwardPlan>& plans) const {
+  void add_fused(ParamSums sums, bool& in_registers, std::vector<BackwardPlan>& plans) const {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
     const Staging staging{streams.read, true, in_gang, !own_launch};
-    for_each_fused(staging, in_gang, folds, [&](const Grid& grid, int64_t resident, bool grid_sync) {
+    for_each_fused(staging, in_gang, folds, in_registers, [&](const Grid& grid, int64_t resident, bool grid_sync) {
       BackwardPlan plan = empty(Strategy::kFused, sums);
       plan.reduce = grid;
       plan.grid_sync = grid_sync;
@@ -230,13 +237,13 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
       add_params(plan);
       plan.gang_bytes = gang_bytes(grid, 2, dtype);
       plan.launches = 1 + (own_launch ? 2 : 0) + (folds && !grid_sync);
-      plan.estimate = estimate_fused(grid, streams, resident, device) +
+      plan.estimate = estimate_fused(grid, streams, work, resident, device) +
                       estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
                       estimate_launches(plan.launches, grid_sync || grid.gang == Gang::kGrid);
       if (grid_sync) plan.estimate = plan.estimate + estimate_grid_sync();
       if (own_launch) {
-        plan.estimate =
-            plan.estimate + estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, device);
+        plan.estimate = plan.estimate +
+                        estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, work.reduce, device);
       }
       plans.push_back(plan);
     });
@@ -258,8 +265,10 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     ++plan.launches;  // apply, or the fold of the parameters
     const int passes = (plan.reduce.items > 0) + own_launch + needs.input;
     const Grid& main = needs.input ? plan.apply : own_launch ? plan.params : plan.reduce;
-    plan.estimate = estimate_passes(main, streams, passes, device) + estimate_launches(plan.launches, false) +
-                    estimate_partials(plan.workspace_bytes(), device);
+    const double instructions =
+        (plan.reduce.items > 0 || own_launch ? work.reduce : 0) + (needs.input ? work.apply : 0);
+    plan.estimate = estimate_passes(main, streams, passes, instructions, device) +
+                    estimate_launches(plan.launches, false) + estimate_partials(plan.workspace_bytes(), device);
     return plan;
   }
 
@@ -267,7 +276,7 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     BackwardPlan plan = empty(Strategy::kApply, ParamSums::kNone);
     plan.apply = split_grid(g, dtype, pack, device);
     plan.launches = 1;
-    plan.estimate = estimate_passes(plan.apply, streams, 1, device) + estimate_launches(1, false);
+    plan.estimate = estimate_passes(plan.apply, streams, 1, work.apply, device) + estimate_launches(1, false);
     return plan;
   }
 
@@ -279,17 +288,20 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
                                              : ParamSums::kFromCells;
     std::vector<BackwardPlan> plans;
     if (needs.input && allows_fused(options.forced)) {
-      if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(ParamSums::kInGang, plans);
-      add_fused(sums, plans);
+      bool in_registers = false;
+      if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(ParamSums::kInGang, in_registers, plans);
+      add_fused(sums, in_registers, plans);
     }
     if (allows_split(options.forced)) plans.push_back(split(sums));
     return plans;
   }
 };
 
+// Of plans that take the same time, the one that uses less of the memory and the SMs is cheaper.
 template <class Plan>
 bool is_cheaper(const Plan& a, const Plan& b) {
-  return a.estimate.total() < b.estimate.total();
+  const auto key = [](const Estimate& e) { return std::pair(e.total(), e.memory + e.issue); };
+  return key(a.estimate) < key(b.estimate);
 }
 
 // Of plans that cost the same, the first: plans with one block per set come first.

@@ -38,8 +38,8 @@ std::string to_string(const Grid& grid) {
 
 std::string to_string(const Estimate& e) {
   char text[128];
-  std::snprintf(text, sizeof text, "; estimate %.1f us: memory %.1f, waits %.1f, launches %.1f", e.total(), e.memory,
-                e.barriers, e.launches);
+  std::snprintf(text, sizeof text, "; estimate %.1f us: memory %.1f, issue %.1f, waits %.1f, launches %.1f", e.total(),
+                e.memory, e.issue, e.barriers, e.launches);
   return text;
 }
 

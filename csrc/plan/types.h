@@ -1,9 +1,11 @@
 // The values of CUDA planning: a device's facts, the cut of a launch, a plan. No choice is made here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
+#include "core/activation.h"
 #include "core/dtype.h"
 #include "core/fields.h"
 #include "core/geometry.h"
@@ -13,6 +15,7 @@ namespace fastnorm {
 struct DeviceInfo {
   int capability;  // 90 for sm_90
   int num_sms;
+  int clock_mhz;  // of the SMs
   int threads_per_sm;
   int64_t shared_per_sm, shared_per_block;  // bytes; per block: what a kernel may opt in to
   int64_t l2_bytes;
@@ -24,7 +27,7 @@ struct DeviceInfo {
 
   bool operator==(const DeviceInfo&) const = default;
 };
-FASTNORM_FIELDS(DeviceInfo, capability, num_sms, threads_per_sm, shared_per_sm, shared_per_block, l2_bytes,
+FASTNORM_FIELDS(DeviceInfo, capability, num_sms, clock_mhz, threads_per_sm, shared_per_sm, shared_per_block, l2_bytes,
                 bytes_per_us, largest_cluster, cluster_sms, cooperative, cooperative_clusters)
 
 // The threads of an SM: the kernels are compiled for one block of so many (__launch_bounds__), which leaves each 128
@@ -119,15 +122,16 @@ inline int64_t run_pieces(const Geometry& g, const Grid& grid) {
 // The microseconds that the planner expects of a call. They serve to compare plans and promise nothing.
 struct Estimate {
   double memory;    // bytes over the part of the bandwidth that the launch can use
+  double issue;     // instructions over what the SMs issue; goes on beside the memory's work
   double barriers;  // of clusters and grids, and the latency of memory where nothing hides it
   double launches;
 
-  double total() const { return memory + barriers + launches; }
+  double total() const { return std::max(memory, issue) + barriers + launches; }
   Estimate operator+(const Estimate& o) const {
-    return {memory + o.memory, barriers + o.barriers, launches + o.launches};
+    return {memory + o.memory, issue + o.issue, barriers + o.barriers, launches + o.launches};
   }
 };
-FASTNORM_FIELDS(Estimate, memory, barriers, launches)
+FASTNORM_FIELDS(Estimate, memory, issue, barriers, launches)
 
 struct ForwardPlan {
   Strategy strategy;
@@ -189,21 +193,25 @@ struct ForwardNeeds {
   int alignment;
   bool output;  // y is wanted, and not the statistics alone
   bool frozen;
+  bool residual;
+  Activation activation;
 
   bool operator==(const ForwardNeeds&) const = default;
 };
-FASTNORM_FIELDS(ForwardNeeds, alignment, output, frozen)
+FASTNORM_FIELDS(ForwardNeeds, alignment, output, frozen, residual, activation)
 
 struct BackwardNeeds {
   int alignment;
   bool residual;  // it is read again, because there is no mask
   bool frozen;
-  bool input;  // dx or dresidual
+  bool input;      // dx or dresidual
+  bool dresidual;  // besides dx
   bool params;
+  Activation activation;
 
   bool operator==(const BackwardNeeds&) const = default;
 };
-FASTNORM_FIELDS(BackwardNeeds, alignment, residual, frozen, input, params)
+FASTNORM_FIELDS(BackwardNeeds, alignment, residual, frozen, input, dresidual, params, activation)
 
 // Requirements on a plan, for tests and tuning. -1 leaves the choice to the planner. Where no plan meets them, planning
 // throws std::invalid_argument.

@@ -106,17 +106,19 @@ void check(const Call& call) {
 // Runs forward. Batch norm moves the running statistics at once, instance norm when all is saved: as torch.nn does.
 Forward forward(const Call& call, bool save_mask) {
   static const auto forward_op = find_op<ForwardSignature>("fastnorm::norm_forward");
+  static const auto batch_op = find_op<BatchForwardSignature>("fastnorm::batch_norm_forward_");
   const auto& [inputs, c, running, use_input_stats] = static_cast<const Arguments&>(call);
+  if (call.moves_running() && c.is_batch()) {
+    Forward result = batch_op.call(inputs.x, inputs.weight, inputs.bias, inputs.residual, running.mean, running.var,
+                                   running.num_batches_tracked, c.eps, c.activation, c.activation_param, save_mask,
+                                   running.momentum);
+    call.has_moved_running = true;
+    return result;
+  }
   Forward result = forward_op.call(inputs.x, inputs.weight, inputs.bias, inputs.residual, call.statistics(running.mean),
                                    call.statistics(running.var), c.groups, c.normalized_dims, c.eps, c.activation,
                                    c.activation_param, save_mask);
-  if (call.moves_running()) {
-    if (c.is_batch()) {
-      call.move_running(std::get<1>(result));
-    } else {
-      call.moved_last = std::get<1>(result);
-    }
-  }
+  if (call.moves_running()) call.moved_last = std::get<1>(result);
   return result;
 }
 

@@ -10,7 +10,7 @@ namespace fastnorm::ops {
 // Arguments are checked, outputs allocated, and no tensor is empty; all lie on `device`.
 struct Backend {
   at::Tensor (*make_empty)(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format, at::Device device);
-  void (*forward)(const ForwardArgs& args, at::Device device);
+  void (*forward)(const ForwardArgs& args, at::Device device);  // moves args.running too
   void (*backward)(const BackwardArgs& args, at::Device device);
   void (*update_running_stats)(const RunningArgs& args, at::Device device);
 };

@@ -93,11 +93,6 @@ CpuInfo cpu_info(int threads) {
   return {caches.l2_bytes, caches.l3_bytes, threads};
 }
 
-void forward(const ForwardArgs& args, at::Device) {
-  const cpu::Parallel parallel = parallel_for(args.geometry);
-  cpu::kernels().forward({args, plan_cpu(args.geometry, args.dtype, 1, cpu_info(parallel.threads)), parallel});
-}
-
 // Calls f with a zero of the type that ATen has for dtype.
 template <class F>
 void dispatch_scalar(DType dtype, F&& f) {
@@ -107,6 +102,44 @@ void dispatch_scalar(DType dtype, F&& f) {
     case DType::kFloat16: return f(at::Half{});
     default: return f(float{});
   }
+}
+
+// Moves a running statistic by row[sample * C + c], a statistic of every set.
+template <class A>
+void move_running(const ParamGrads& running, int64_t stride, const A* row, const RunningArgs& args, double momentum,
+                  double factor) {
+  const int64_t C = args.channels, samples = args.sets / C;
+  dispatch_scalar(running.dtype, [&](auto zero) {
+    using R = decltype(zero);
+    R* out = static_cast<R*>(running.data);
+    for (int64_t c = 0; c < C; ++c) {
+      double sum = 0;
+      for (int64_t n = 0; n < samples; ++n) sum += row[n * C + c];
+      R& r = out[c * stride];
+      r = static_cast<R>(blend(static_cast<double>(r), sum / static_cast<double>(samples) * factor, momentum));
+    }
+  });
+}
+
+void update_running_stats(const RunningArgs& args, at::Device) {
+  double batches = 0;
+  if (args.num_batches_tracked) batches = static_cast<double>(++*args.num_batches_tracked);
+  if (args.count == 0 || args.channels == 0) return;
+  const double momentum = args.cumulative ? 1 / batches : args.momentum;
+  dispatch(args.dtype, [&](auto tag) {
+    using A = Accum<typename decltype(tag)::type>;
+    const A* stats = static_cast<const A*>(args.stats);
+    if (args.running_mean.data) move_running(args.running_mean, args.mean_stride, stats, args, momentum, 1);
+    if (args.running_var.data) {
+      move_running(args.running_var, args.var_stride, stats + kVar * args.sets, args, momentum, args.unbiased);
+    }
+  });
+}
+
+void forward(const ForwardArgs& args, at::Device device) {
+  const cpu::Parallel parallel = parallel_for(args.geometry);
+  cpu::kernels().forward({args, plan_cpu(args.geometry, args.dtype, 1, cpu_info(parallel.threads)), parallel});
+  if (args.running.moves()) update_running_stats(args.running, device);
 }
 
 void round_sums(const double* sums, int64_t n, const ParamGrads& grads) {
@@ -133,38 +166,6 @@ void backward(const BackwardArgs& args, at::Device) {
   cpu::kernels().backward({args, plan, parallel, dweight, dbias});
   if (weight) round_sums(dweight, C, args.dweight);
   if (bias) round_sums(dbias, C, args.dbias);
-}
-
-// Moves a running statistic by row[sample * C + c], a statistic of every set.
-template <class A>
-void move_running(const ParamGrads& running, int64_t stride, const A* row, const RunningArgs& args, double momentum,
-                  double factor) {
-  const int64_t C = args.channels, samples = args.sets / C;
-  dispatch_scalar(running.dtype, [&](auto zero) {
-    using R = decltype(zero);
-    R* out = static_cast<R*>(running.data);
-    for (int64_t c = 0; c < C; ++c) {
-      double sum = 0;
-      for (int64_t n = 0; n < samples; ++n) sum += row[n * C + c];
-      R& r = out[c * stride];
-      r = static_cast<R>(blend(static_cast<double>(r), sum, samples, factor, momentum));
-    }
-  });
-}
-
-void update_running_stats(const RunningArgs& args, at::Device) {
-  double batches = 0;
-  if (args.num_batches_tracked) batches = static_cast<double>(++*args.num_batches_tracked);
-  if (args.count == 0 || args.channels == 0) return;
-  const double momentum = args.cumulative ? 1 / batches : args.momentum, count = static_cast<double>(args.count);
-  dispatch(args.dtype, [&](auto tag) {
-    using A = Accum<typename decltype(tag)::type>;
-    const A* stats = static_cast<const A*>(args.stats);
-    if (args.running_mean.data) move_running(args.running_mean, args.mean_stride, stats, args, momentum, 1);
-    if (args.running_var.data) {
-      move_running(args.running_var, args.var_stride, stats + kVar * args.sets, args, momentum, unbiased(count));
-    }
-  });
 }
 
 }  // namespace

@@ -211,6 +211,11 @@ void run_planned(const PlanKey<Needs>& key, Launch launch_plan) {
   cache.put(key, plan);
 }
 
+void update_running_stats(const RunningArgs& args, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  check_cuda(launch([&] { return cuda::launch_update_running_stats(args, current_stream(device)); }));
+}
+
 void forward(const ForwardArgs& args, at::Device device) {
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.x, args.residual, args.y);
@@ -218,13 +223,15 @@ void forward(const ForwardArgs& args, at::Device device) {
     alignment = std::min(
         alignment, common_alignment(args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data));
   }
-  const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr};
+  const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr, args.residual != nullptr,
+                           args.activation};
   run_planned<ForwardPlan, ForwardNeeds>(
       {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},
       [&](const ForwardPlan& plan) {
         const Workspace workspace(plan.workspace_bytes, device);
         return cuda::launch_forward(args, plan, workspace.data(), current_stream(device));
       });
+  if (args.running.moves() && !args.running.moves_set_by_set()) update_running_stats(args.running, device);
 }
 
 void backward(const BackwardArgs& args, at::Device device) {
@@ -233,9 +240,11 @@ void backward(const BackwardArgs& args, at::Device device) {
   if (packs_params(args.geometry)) {
     alignment = std::min(alignment, common_alignment(args.weight.data, args.bias.data));
   }
-  const BackwardNeeds needs{alignment, args.residual != nullptr, args.frozen,
-                            args.dx != nullptr || args.dresidual != nullptr,
-                            args.dweight.data != nullptr || args.dbias.data != nullptr};
+  const bool dx = args.dx != nullptr, dresidual = args.dresidual != nullptr;
+  const BackwardNeeds needs{alignment,       args.residual != nullptr,
+                            args.frozen,     dx || dresidual,
+                            dx && dresidual, args.dweight.data != nullptr || args.dbias.data != nullptr,
+                            args.activation};
   if (!needs.input && !needs.params) return;
   run_planned<BackwardPlan, BackwardNeeds>(
       {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},
@@ -243,11 +252,6 @@ void backward(const BackwardArgs& args, at::Device device) {
         const Workspace workspace(plan.workspace_bytes(), device);
         return cuda::launch_backward(args, plan, workspace.data(), current_stream(device));
       });
-}
-
-void update_running_stats(const RunningArgs& args, at::Device device) {
-  const c10::DeviceGuard guard(device);
-  check_cuda(launch([&] { return cuda::launch_update_running_stats(args, current_stream(device)); }));
 }
 
 }  // namespace

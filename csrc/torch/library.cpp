@@ -2,8 +2,10 @@
 #include <torch/library.h>
 
 #include "ops.h"
+#include "running.h"
 
-// The CUDA kernels without a GPU are libraries of their own, of the same ops for tensors on the CPU; each has a namespace.
+// The CUDA kernels without a GPU are libraries of their own, of the same ops for tensors on the CPU; each has a
+// namespace.
 #if !defined(FASTNORM_NAMESPACE)
 #define FASTNORM_NAMESPACE fastnorm
 #endif
@@ -16,6 +18,10 @@ FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
       "norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mean, Tensor? var, "
       "int groups, int normalized_dims, float eps, int activation, float activation_param, bool save_mask) "
       "-> (Tensor y, Tensor stats, Tensor mask)");
+  m.def(
+      "batch_norm_forward_(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float eps, int activation, float activation_param, "
+      "bool save_mask, float? momentum) -> (Tensor y, Tensor stats, Tensor mask)");
   m.def(
       "norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, Tensor mask, "
       "int groups, int normalized_dims, float eps, int activation, float activation_param, bool frozen, "
@@ -36,6 +42,15 @@ static Forward flat_forward(const Tensor& x, const OptTensor& weight, const OptT
                       {groups, normalized_dims, eps, activation, activation_param}, save_mask);
 }
 
+static Forward flat_batch_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                  const OptTensor& residual, const OptTensor& running_mean,
+                                  const OptTensor& running_var, const OptTensor& num_batches_tracked, double eps,
+                                  int64_t activation, double activation_param, bool save_mask,
+                                  std::optional<double> momentum) {
+  return batch_norm_forward_({x, weight, bias, residual}, {running_mean, running_var, num_batches_tracked, momentum},
+                             {0, 0, eps, activation, activation_param}, save_mask);
+}
+
 static Backward flat_backward(const Tensor& dy, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                               const OptTensor& residual, const Tensor& stats, const Tensor& mask, int64_t groups,
                               int64_t normalized_dims, double eps, int64_t activation, double activation_param,
@@ -46,6 +61,7 @@ static Backward flat_backward(const Tensor& dy, const Tensor& x, const OptTensor
 
 static void implement(torch::Library& m) {
   m.impl("norm_forward", &flat_forward);
+  m.impl("batch_norm_forward_", &flat_batch_forward);
   m.impl("norm_backward", &flat_backward);
   m.impl("update_running_stats_", &update_running_stats_);
   m.impl("moments", &moments);

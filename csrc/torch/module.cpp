@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <variant>
 
@@ -64,15 +65,23 @@ void check_plannable(const Geometry& g, DType dtype, int alignment) {
           "alignment is " + std::to_string(alignment) + ", expected a power of two from the element's size to 16");
 }
 
-ForwardNeeds forward_needs(const Geometry& g, DType dtype, int alignment, bool output, bool frozen) {
+Activation parse_activation(const std::string& name) {
+  const auto found = std::find(std::begin(kActivationNames), std::end(kActivationNames), name);
+  require(found != std::end(kActivationNames), "activation is '" + name + "', expected one of activations()");
+  return static_cast<Activation>(found - std::begin(kActivationNames));
+}
+
+ForwardNeeds forward_needs(const Geometry& g, DType dtype, int alignment, bool output, bool frozen, bool residual,
+                           const std::string& activation) {
   check_plannable(g, dtype, alignment);
-  return {alignment, output, frozen};
+  return {alignment, output, frozen, residual, parse_activation(activation)};
 }
 BackwardNeeds backward_needs(const Geometry& g, DType dtype, int alignment, bool residual, bool frozen, bool input,
-                             bool params) {
+                             bool dresidual, bool params, const std::string& activation) {
   check_plannable(g, dtype, alignment);
   require(input || params, "neither input nor params is wanted");
-  return {alignment, residual, frozen, input, params};
+  require(input || !dresidual, "dresidual is wanted, and input is not");
+  return {alignment, residual, frozen, input, dresidual, params, parse_activation(activation)};
 }
 
 // Requirements on plans: names as plans print them, and numbers.
@@ -215,27 +224,30 @@ void add_planner(py::module_& m) {
     m.def(
         name,
         [plan](const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment, bool output,
-               bool frozen, const ForcedByName& forced, int free_sms) {
+               bool frozen, bool residual, const std::string& activation, const ForcedByName& forced, int free_sms) {
           const DType type = parse_dtype(dtype);
-          return plan(g, type, forward_needs(g, type, alignment, output, frozen), device,
+          return plan(g, type, forward_needs(g, type, alignment, output, frozen, residual, activation), device,
                       make_options(forced, free_sms));
         },
         doc, py::arg("geometry"), py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16,
-        py::arg("output") = true, py::arg("frozen") = false, py::arg("forced") = ForcedByName{},
-        py::arg("free_sms") = 0);
+        py::arg("output") = true, py::arg("frozen") = false, py::arg("residual") = false,
+        py::arg("activation") = "none", py::arg("forced") = ForcedByName{}, py::arg("free_sms") = 0);
   };
   const auto def_backward = [&](const char* name, const char* doc, auto plan) {
     m.def(
         name,
         [plan](const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment, bool residual,
-               bool frozen, bool input, bool params, const ForcedByName& forced, int free_sms) {
+               bool frozen, bool input, bool dresidual, bool params, const std::string& activation,
+               const ForcedByName& forced, int free_sms) {
           const DType type = parse_dtype(dtype);
-          return plan(g, type, backward_needs(g, type, alignment, residual, frozen, input, params), device,
-                      make_options(forced, free_sms));
+          return plan(g, type,
+                      backward_needs(g, type, alignment, residual, frozen, input, dresidual, params, activation),
+                      device, make_options(forced, free_sms));
         },
         doc, py::arg("geometry"), py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16,
-        py::arg("residual") = false, py::arg("frozen") = false, py::arg("input") = true, py::arg("params") = true,
-        py::arg("forced") = ForcedByName{}, py::arg("free_sms") = 0);
+        py::arg("residual") = false, py::arg("frozen") = false, py::arg("input") = true, py::arg("dresidual") = false,
+        py::arg("params") = true, py::arg("activation") = "none", py::arg("forced") = ForcedByName{},
+        py::arg("free_sms") = 0);
   };
   def_forward("plan_forward", "How a forward call is cut into CUDA launches.", &plan_forward);
   def_backward("plan_backward", "How a backward call is cut into CUDA launches.", &plan_backward);

@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 
 #include "backend.h"
+#include "core/formulas.h"
 #include "running.h"
 #include "tensor_args.h"
 
@@ -37,10 +38,33 @@ class Allocator {
   const Tensor& x_;
 };
 
-}  // namespace
+// The buffers as kernels take them, to be moved by statistics of so many sets of `count` elements each.
+RunningArgs running_args(const Running& running, int64_t sets, int64_t count) {
+  RunningArgs args{};
+  args.sets = sets;
+  for (const auto& [t, name, grads, stride] :
+       {std::tuple(&running.mean, "running_mean", &args.running_mean, &args.mean_stride),
+        std::tuple(&running.var, "running_var", &args.running_var, &args.var_stride)}) {
+    if (!present(*t)) continue;
+    const int64_t channels = (*t)->numel();
+    FASTNORM_SUPPORTED(channels == 0 ? sets == 0 : sets % channels == 0, name, " has shape ", (*t)->sizes(),
+                       ", expected one that divides the ", sets, " sets of stats");
+    args.channels = channels;
+    *grads = {(*t)->mutable_data_ptr(), dtype_of(**t, name)};
+    *stride = (*t)->stride(0);
+  }
+  const OptTensor& batches = running.num_batches_tracked;
+  if (present(batches)) args.num_batches_tracked = batches->mutable_data_ptr<int64_t>();
+  args.count = count;
+  args.unbiased = unbiased(static_cast<double>(count));
+  args.cumulative = !running.momentum.has_value();
+  args.momentum = running.momentum.value_or(0);
+  return args;
+}
 
-Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTensor& var, const Config& config,
-                     bool save_mask) {
+// running: the statistics that move, or null.
+Forward run_forward(const Inputs& inputs, const OptTensor& mean, const OptTensor& var, const Config& config,
+                    bool save_mask, const Running* running) {
   const auto& [x, weight, bias, residual] = inputs;
   const Allocator allocate(x);
   const DType dtype = dtype_of(x, "x");
@@ -62,13 +86,24 @@ Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTenso
   check_params(var, "var", x, view);
   check_same_dtype(mean, var, "mean and var");
   if (present(residual)) check_like_x(*residual, "residual", x);
+  if (running != nullptr) {
+    running->check(x.device());
+    args.running = running_args(*running, g.sets(), g.set_size());
+    FASTNORM_SUPPORTED(!running->present() || args.running.channels == g.C, "there are running statistics of ",
+                       args.running.channels, " channels, expected ", g.C);
+  }
 
   Tensor y = allocate.like_x(true, view);
   Tensor stats = allocate.stats(g, dtype);
   const bool masked = save_mask && present(residual) && is_two_sided(args.activation);
   Tensor mask = allocate.empty({masked ? mask_bytes(g, dtype) : 0}, at::kByte);
+  args.stats = stats.mutable_data_ptr();
+  args.running.dtype = dtype_of(stats, "stats");
+  args.running.stats = args.stats;
   if (g.numel() == 0) {
     stats.zero_();
+    args.running.count = 0;
+    if (running != nullptr) allocate.backend().update_running_stats(args.running, x.device());
     return {y, stats, mask};
   }
   Tensor keep_weight, keep_bias, keep_mean, keep_var;
@@ -81,9 +116,19 @@ Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTenso
   args.residual = dense_residual.defined() ? dense_residual.const_data_ptr() : nullptr;
   args.y = y.mutable_data_ptr();
   args.mask = masked ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-  args.stats = stats.mutable_data_ptr();
   allocate.backend().forward(args, x.device());
   return {y, stats, mask};
+}
+
+}  // namespace
+
+Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTensor& var, const Config& config,
+                     bool save_mask) {
+  return run_forward(inputs, mean, var, config, save_mask, nullptr);
+}
+
+Forward batch_norm_forward_(const Inputs& inputs, const Running& running, const Config& config, bool save_mask) {
+  return run_forward(inputs, {}, {}, config, save_mask, &running);
 }
 
 Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask,
@@ -157,26 +202,12 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
   FASTNORM_SUPPORTED(count >= 0, "count is ", count, ", expected the number of elements of a set");
   const Running running{running_mean, running_var, num_batches_tracked, momentum};
   running.check(stats.device());
-  RunningArgs args{};
+  for (const auto& [t, name] : {std::pair(&running_mean, "running_mean"), std::pair(&running_var, "running_var")}) {
+    FASTNORM_SUPPORTED(!present(*t) || !overlap(**t, stats), name, " overlaps stats");
+  }
+  RunningArgs args = running_args(running, stats.size(1), count);
   args.dtype = dtype_of(stats, "stats");
   args.stats = stats.const_data_ptr();
-  args.sets = stats.size(1);
-  for (const auto& [t, name, grads, stride] :
-       {std::tuple(&running_mean, "running_mean", &args.running_mean, &args.mean_stride),
-        std::tuple(&running_var, "running_var", &args.running_var, &args.var_stride)}) {
-    if (!present(*t)) continue;
-    const int64_t channels = (*t)->numel();
-    FASTNORM_SUPPORTED(channels == 0 ? args.sets == 0 : args.sets % channels == 0, name, " has shape ", (*t)->sizes(),
-                       ", expected one that divides the ", args.sets, " sets of stats");
-    FASTNORM_SUPPORTED(!overlap(**t, stats), name, " overlaps stats");
-    args.channels = channels;
-    *grads = {(*t)->mutable_data_ptr(), dtype_of(**t, name)};
-    *stride = (*t)->stride(0);
-  }
-  if (present(num_batches_tracked)) args.num_batches_tracked = num_batches_tracked->mutable_data_ptr<int64_t>();
-  args.count = count;
-  args.cumulative = !momentum.has_value();
-  args.momentum = momentum.value_or(0);
   backend.update_running_stats(args, stats.device());
 }
 

@@ -39,6 +39,11 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dweight, db
 Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTensor& var, const Config& config,
                      bool save_mask);
 
+// Batch norm with the statistics of x, which also moves the running statistics by them: norm_forward and
+// update_running_stats_ in one, which on a GPU saves a launch. Without a gradient of its own: `norm` has it.
+struct Running;  // running.h
+Forward batch_norm_forward_(const Inputs& inputs, const Running& running, const Config& config, bool save_mask);
+
 // output_mask = dx, dweight and dbias, dresidual; an output that is not wanted, or has no parameter, has shape (0,).
 Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask,
                        const Config& config, bool frozen, std::array<bool, 3> output_mask);
@@ -56,6 +61,9 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x);
 // The same ops as the dispatcher calls them, with every field an argument.
 using ForwardSignature = Forward(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                                  const OptTensor&, int64_t, int64_t, double, int64_t, double, bool);
+using BatchForwardSignature = Forward(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
+                                      const OptTensor&, const OptTensor&, const OptTensor&, double, int64_t, double,
+                                      bool, std::optional<double>);
 using BackwardSignature = Backward(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                                    const Tensor&, const Tensor&, int64_t, int64_t, double, int64_t, double, bool,
                                    std::array<bool, 3>);

@@ -22,6 +22,7 @@ KIB, MIB = 1 << 10, 1 << 20
 def device(
     capability: int,
     processors: int,
+    megahertz: int,
     threads: int,
     shared: int,
     block: int,
@@ -37,6 +38,7 @@ def device(
     return _C.DeviceInfo(
         capability=capability,
         num_sms=processors,
+        clock_mhz=megahertz,
         threads_per_sm=threads,
         shared_per_sm=shared * KIB,
         shared_per_block=block * KIB,
@@ -52,17 +54,17 @@ def device(
 # The last five do not exist: a part of a device, devices without a kind of gang or two kinds together, and one with
 # little of everything.
 DEVICES = {
-    "T4": device(75, 40, 1024, 64, 64, 4, 320),
-    "A100": device(80, 108, 2048, 164, 163, 40, 1555),
-    "RTX 4090": device(89, 128, 1536, 100, 99, 72, 1008),
-    "H100": device(90, 132, 2048, 228, 227, 50, 3350, 16, 112),
-    "H200": device(90, 132, 2048, 228, 227, 60, 4800, 16, 128),
-    "B200": device(100, 148, 2048, 228, 227, 126, 8000, 8, 144),
-    "slice": device(90, 18, 2048, 228, 227, 8, 600, 8, 16),
-    "not together": device(90, 132, 2048, 228, 227, 60, 4800, 16, 128, together=False),
-    "clusters alone": device(90, 132, 2048, 228, 227, 60, 4800, 16, 128, cooperative=False),
-    "no gangs": device(90, 132, 2048, 228, 227, 60, 4800, cooperative=False),
-    "tiny": device(75, 2, 1024, 34, 16, 1, 100),
+    "T4": device(75, 40, 1590, 1024, 64, 64, 4, 320),
+    "A100": device(80, 108, 1410, 2048, 164, 163, 40, 1555),
+    "RTX 4090": device(89, 128, 2520, 1536, 100, 99, 72, 1008),
+    "H100": device(90, 132, 1980, 2048, 228, 227, 50, 3350, 16, 112),
+    "H200": device(90, 132, 1980, 2048, 228, 227, 60, 4800, 16, 128),
+    "B200": device(100, 148, 1965, 2048, 228, 227, 126, 8000, 8, 144),
+    "slice": device(90, 18, 1980, 2048, 228, 227, 8, 600, 8, 16),
+    "not together": device(90, 132, 1980, 2048, 228, 227, 60, 4800, 16, 128, together=False),
+    "clusters alone": device(90, 132, 1980, 2048, 228, 227, 60, 4800, 16, 128, cooperative=False),
+    "no gangs": device(90, 132, 1980, 2048, 228, 227, 60, 4800, cooperative=False),
+    "tiny": device(75, 2, 1000, 1024, 34, 16, 1, 100),
 }
 
 
@@ -163,7 +165,8 @@ def div_up(a: int, b: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Everything that a plan depends on, except the device. options: `forced` and `free_sms`."""
+    """Everything that a plan depends on, except the device. residual: backward reads it again; adds: there is one that
+    it does not read. options: `forced` and `free_sms`."""
 
     shape: Shape
     dtype: str
@@ -172,6 +175,8 @@ class Call:
     frozen: bool
     input: bool
     params: bool
+    activation: str = "none"
+    adds: bool = False
 
     @property
     def size(self) -> int:
@@ -190,11 +195,14 @@ class Call:
 
     @property
     def forward_needs(self) -> dict[str, Any]:
-        return {"alignment": self.alignment, "output": self.input, "frozen": self.frozen}
+        needs = {name: getattr(self, name) for name in ("alignment", "frozen", "activation")}
+        return needs | {"output": self.input, "residual": self.residual or self.adds}
 
     @property
     def backward_needs(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("alignment", "residual", "frozen", "input", "params")}
+        names = ("alignment", "residual", "frozen", "input", "params", "activation")
+        needs = {name: getattr(self, name) for name in names}
+        return needs | {"dresidual": self.input and (self.residual or self.adds)}
 
     def forward(self, facts: _C.DeviceInfo, **options: Any) -> _C.ForwardPlan:
         return _C.plan_forward(self.shape.geometry, self.dtype, facts, **self.forward_needs, **options)
@@ -234,7 +242,11 @@ def random_call(r: random.Random) -> Call:
     dtype = r.choice(list(DTYPES))
     alignment = r.choice([a for a in (2, 4, 8, 16, 16, 16) if a >= DTYPES[dtype]])
     residual, frozen, needs_input, params = flags
-    return Call(shape, dtype, alignment, residual, frozen and kind == BATCH, needs_input or not params, params)
+    frozen &= kind == BATCH
+    activation = r.choice(_C.activations())
+    return Call(
+        shape, dtype, alignment, residual, frozen, needs_input or not params, params, activation, r.random() < 0.3
+    )
 
 
 def large_call(r: random.Random) -> Call:
@@ -251,4 +263,5 @@ def large_call(r: random.Random) -> Call:
         space = max(1, int(numel / C / n))
     shape = Shape(kind, n, C, space, C if kind == BATCH else G, kind != LAYER and r.random() < 0.5)
     dtype = r.choice(("float32", "bfloat16"))
-    return Call(shape, dtype, r.choice((4, 16, 16)), r.random() < 0.5, False, True, r.random() < 0.7)
+    flags = (r.random() < 0.5, False, True, r.random() < 0.7)
+    return Call(shape, dtype, r.choice((4, 16, 16)), *flags, r.choice(_C.activations()), r.random() < 0.3)

@@ -36,6 +36,7 @@ class Device:
 
     capability: int
     num_sms: int
+    clock_mhz: int
     threads_per_sm: int
     shared_per_sm: int
     shared_per_block: int

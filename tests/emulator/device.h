@@ -14,14 +14,14 @@ namespace fastnorm::emulator {
 
 inline DeviceInfo device_named(const std::string& name) {
   constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
-  // capability, SMs, threads and shared memory per SM, shared memory per block, L2, bandwidth, clusters, cooperative,
-  // with clusters
-  if (name == "tiny") return {90, 4, 1024, 16 * kKiB, 16 * kKiB, 64 * kKiB, 100'000, 4, 4, true, true};
-  if (name == "few") return {90, 4, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 4, 4, true, true};
-  if (name == "alone") return {80, 4, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 1, 0, false, false};
-  if (name == "small") return {75, 8, 1024, 64 * kKiB, 48 * kKiB, kMiB, 320'000, 1, 0, true, false};
-  if (name == "wide") return {90, 2, 1024, 228 * kKiB, 227 * kKiB, 64 * kKiB, 100'000, 2, 2, true, true};
-  if (name == "h200") return {90, 132, 2048, 228 * kKiB, 227 * kKiB, 60 * kMiB, 4'800'000, 16, 128, true, true};
+  // capability, SMs, their clock, threads and shared memory per SM, shared memory per block, L2, bandwidth, clusters,
+  // cooperative, with clusters
+  if (name == "tiny") return {90, 4, 1000, 1024, 16 * kKiB, 16 * kKiB, 64 * kKiB, 100'000, 4, 4, true, true};
+  if (name == "few") return {90, 4, 1000, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 4, 4, true, true};
+  if (name == "alone") return {80, 4, 1000, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 1, 0, false, false};
+  if (name == "small") return {75, 8, 1500, 1024, 64 * kKiB, 48 * kKiB, kMiB, 320'000, 1, 0, true, false};
+  if (name == "wide") return {90, 2, 1000, 1024, 456 * kKiB, 227 * kKiB, 64 * kKiB, 100'000, 2, 2, true, true};
+  if (name == "h200") return {90, 132, 1980, 2048, 228 * kKiB, 227 * kKiB, 60 * kMiB, 4'800'000, 16, 128, true, true};
   throw std::runtime_error("emulator: no device named " + name + "; there are tiny, few, alone, small, wide, h200");
 }
 

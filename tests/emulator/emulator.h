@@ -91,6 +91,8 @@ inline float without_denormals(float v) {
   return std::abs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
 }
 template <class A>
+void keep_in_register(A&) {}
+template <class A>
 A relu_of(A v) {
   return v <= A(0) ? A(0) : v;
 }
@@ -99,7 +101,6 @@ inline float reciprocal_approx(float v) { return without_denormals(1 / without_d
 
 inline float rsqrt_approx(float v) { return 1 / std::sqrt(v); }
 inline float rounded_product(float a, float b) { return a * b; }
-inline void keep_in_register(float&) {}
 
 // One access for all of V's bytes. note_read and note_write check it.
 template <class V>

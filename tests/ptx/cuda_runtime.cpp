@@ -137,6 +137,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMajor: *value = d.capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = d.capability % 10; break;
     case cudaDevAttrMultiProcessorCount: *value = d.num_sms; break;
+    case cudaDevAttrClockRate: *value = d.clock_mhz * 1000; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = d.threads_per_sm; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = static_cast<int>(d.shared_per_sm); break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(d.shared_per_block); break;
