@@ -20,7 +20,20 @@ from tests.emulator.backend import Device
 CPU = torch.device("cpu")
 
 # SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
-FEW = Device(90, 4, 1024, 40 << 10, 39 << 10, 64 << 10, 100_000, 16, 16, True, True)
+FEW = Device(
+    capability=90,
+    num_sms=4,
+    clock_mhz=1000,
+    threads_per_sm=1024,
+    shared_per_sm=40 << 10,
+    shared_per_block=39 << 10,
+    l2_bytes=64 << 10,
+    bytes_per_us=100_000,
+    largest_cluster=16,
+    cluster_sms=16,
+    cooperative=True,
+    cooperative_clusters=True,
+)
 # The same with much, for long pieces.
 ROOMY = dataclasses.replace(FEW, shared_per_sm=228 << 10, shared_per_block=227 << 10)
 
