@@ -31,8 +31,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.instruction_constants import header
-from benchmarks.instructions import Call, Comparison, Counts, Job, Row, compare, count_job, jobs, key_of, number
+from benchmarks.instructions import (
+    DIRECTIONS,
+    Call,
+    Comparison,
+    Counts,
+    Job,
+    Row,
+    compare,
+    count_job,
+    jobs,
+    key_of,
+    number,
+)
 from benchmarks.results import json_text
+from fastnorm import _C
 from setup_cuda import output_of
 from tests.emulator.backend import Device
 from tests.ptx import backend, build
@@ -67,9 +80,12 @@ def count(call: Call) -> tuple[dict[str, Tensor], Counts]:
 
 def count_rows(job: Job) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    ptx = backend.load()
-    with ptx.configured(device=pretended(), forced=job.family.forced):
-        return count_job(job, torch.ops.fastnorm_ptx, count)
+    ptx, device = backend.load(), pretended()
+    try:
+        with ptx.configured(device=device, forced=job.family.forced):
+            return count_job(job, torch.ops.fastnorm_ptx, count, _C.DeviceInfo(**dataclasses.asdict(device)))
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(f"{job.name}: {error}") from error
 
 
 def count_all(todo: Sequence[Job], processes: int) -> list[dict[str, Any]]:
@@ -91,8 +107,8 @@ def nvcc_version() -> str:
 
 def print_table(rows: Sequence[Row], saved: Sequence[Row]) -> None:
     before = {key_of(row): number(row, "instructions") for row in saved}
-    heads = ("", "layout", "dtype", "", "instr.", "saved", "line", "ptx", "div", "shared", "bytes")
-    print("{:28} {:13} {:8} {:8} {:>7} {:>6} {:>5} {:>6} {:>5} {:>6} {:>6}".format(*heads))
+    heads = ("", "layout", "dtype", "", "instr.", "saved", "line", "ptx", "div", "shared", "bytes", "piece")
+    print("{:28} {:13} {:8} {:8} {:>7} {:>6} {:>5} {:>6} {:>5} {:>6} {:>6} {:>6}".format(*heads))
     for row in rows:
         family, layout, dtype, direction = key_of(row)
         was = f"{before[key_of(row)]:.1f}" if key_of(row) in before else "new"
@@ -100,7 +116,7 @@ def print_table(rows: Sequence[Row], saved: Sequence[Row]) -> None:
         print(
             f"{family:28} {layout:13} {dtype:8} {direction:8} {number(row, 'instructions'):7.1f} {was:>6} {line:>5}"
             f" {number(row, 'ptx'):6.1f} {number(row, 'divisions'):5.2f} {number(row, 'shared_accesses'):6.2f}"
-            f" {number(row, 'global_bytes'):6.1f}"
+            f" {number(row, 'global_bytes'):6.1f} {number(row, 'piece_instructions'):6.0f}"
         )
     missed = [row for row in rows if "line" in row and number(row, "instructions") > number(row, "line")]
     lines = sum("line" in row for row in rows)
@@ -129,8 +145,8 @@ def save(rows: Sequence[Row]) -> None:
 def merged(saved: Sequence[Row], counted: Sequence[Row]) -> list[Row]:
     """All rows in the order of the jobs, counted ones where there are any."""
     known = {key_of(row): row for row in (*saved, *counted)}
-    names = [(job.family.name, job.layout, job.dtype, d) for job in jobs() for d in ("forward", "backward")]
-    return [known[name] for name in names if name in known]
+    keys = [(*job.key, direction) for job in jobs() for direction in DIRECTIONS]
+    return [known[key] for key in keys if key in known]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,8 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if saved.get("nvcc") != nvcc_version():
         print(f"nvcc {nvcc_version()} compiles otherwise than {saved.get('nvcc')}, by which the table was saved")
-    names = {(job.family.name, job.layout, job.dtype) for job in todo}
-    return verdict(compare([row for row in saved["rows"] if not args.filter or key_of(row)[:3] in names], rows))
+    keys = {job.key for job in todo}
+    return verdict(compare([row for row in saved["rows"] if not args.filter or key_of(row)[:3] in keys], rows))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.instructions import DIRECTIONS, HALF_AND_FULL, Row, number
+from benchmarks.instructions import DIRECTIONS, GROUPS, HALF_AND_FULL, Row, key_of, number
 from fastnorm import _C
 from tests.common.cases import LAYOUTS
 
-Table = Mapping[tuple[str, str, str, str], float]
+Table = Mapping[tuple[str, ...], Row]
 
 # The planner's walks, and the layers that stand for them: kept in registers, where there is such a kernel; kept in
-# shared memory; split in two passes; the second pass alone.
+# shared memory; split in two passes; the second pass alone. The pieces of the second walk are whole rows, and what they
+# cost beside their elements is counted with the elements.
 WALKS = {
     "rows": ("planar", "", "BatchNorm", "BatchNorm, split", "BatchNorm, frozen"),
     "rows, weights change with every element": (
@@ -19,14 +20,11 @@ WALKS = {
     ),
     "columns": ("channels_last", "", "BatchNorm", "BatchNorm, split", "BatchNorm, frozen"),
 }  # fmt: skip
-PLAIN = "GroupNorm(32)"  # what activations are counted on
+PLAIN = f"GroupNorm({GROUPS})"  # what activations are counted on
 
 
-def instructions_of(rows: Sequence[Row]) -> Table:
-    return {
-        (str(r["family"]), str(r["layout"]), str(r["dtype"]), str(r["direction"])): number(r, "instructions")
-        for r in rows
-    }
+def instructions(table: Table, *key: str) -> float:
+    return number(table[key], "instructions")
 
 
 def braces(*values: float | str) -> str:
@@ -35,36 +33,43 @@ def braces(*values: float | str) -> str:
 
 def work(table: Table, walk: str, dtype: str, direction: str) -> str:
     layout, *families = WALKS[walk]
-    registers, shared, split, apply = (table[f, layout, dtype, direction] if f else 0.0 for f in families)
-    return braces(registers, shared, split - apply, apply)
+    registers, shared, split, apply = (instructions(table, f, layout, dtype, direction) if f else 0 for f in families)
+    whole_rows = families[0] != ""
+    piece = 0.0 if whole_rows else number(table[families[1], layout, dtype, direction], "piece_instructions")
+    return braces(registers, shared, split - apply, apply, piece)
 
 
 def narrow(table: Table, dtype: str, direction: str) -> str:
     """How many times as much work narrower packs are: of 8 bytes in rows, single elements in rows, and in columns."""
-    rows, columns = (table["BatchNorm", layout, dtype, direction] for layout in LAYOUTS)
-    single = table["BatchNorm 7x7", "planar", dtype, direction]
-    half_packs = table.get(("BatchNorm 14x14", "planar", dtype, direction), single)
-    odd = table["BatchNorm, odd channels", "channels_last", dtype, direction]
+    rows, columns = (instructions(table, "BatchNorm", layout, dtype, direction) for layout in LAYOUTS)
+    single = instructions(table, "BatchNorm 7x7", "planar", dtype, direction)
+    halves = "BatchNorm 14x14", "planar", dtype, direction
+    half_packs = instructions(table, *halves) if halves in table else single
+    odd = instructions(table, "BatchNorm, odd channels", "channels_last", dtype, direction)
     return braces(f"{half_packs / rows:.2f}", f"{single / rows:.2f}", f"{odd / columns:.2f}")
 
 
 def residual(table: Table, dtype: str, direction: str) -> float:
-    """That of layouts that adds less: the other one may be cut otherwise with a residual."""
-    with_and_without = [f"BatchNorm{add} + relu" for add in (" + add", "")]
-    both = ([table[family, layout, dtype, direction] for family in with_and_without] for layout in LAYOUTS)
+    """That of the layout in which it adds less."""
+    both = (
+        [instructions(table, f"BatchNorm{add} + relu", layout, dtype, direction) for add in (" + add", "")]
+        for layout in LAYOUTS
+    )
     return max(0.0, min(more - less for more, less in both))
 
 
 def added(table: Table, activation: str, dtype: str, direction: str) -> float:
     if activation == "none":
         return 0.0
-    plain = table[PLAIN, "channels_last", dtype, direction]
-    return max(0.0, table[f"{PLAIN} + {activation}", "channels_last", dtype, direction] - plain)
+    with_it, plain = (
+        instructions(table, name, "channels_last", dtype, direction) for name in (f"{PLAIN} + {activation}", PLAIN)
+    )
+    return max(0.0, with_it - plain)
 
 
 def header(rows: Sequence[Row]) -> str:
     """The text of csrc/plan/instructions.h."""
-    table = instructions_of(rows)
+    table = {key_of(row): row for row in rows}
     lines = [
         "// Machine instructions that the kernels execute for an element of x. `make count-instructions ARGS=--update`",
         "// makes this file, of benchmarks/results/instructions.json. Every pair is for half types and for float32.",
@@ -75,9 +80,10 @@ def header(rows: Sequence[Row]) -> str:
         "namespace fastnorm {",
         "",
         "// A fused launch that keeps x in registers, or in shared memory; the pass of split that takes sums; the pass",
-        "// that writes. 0 where there is no such kernel.",
+        "// that writes. 0 where there is no such kernel. `piece`: what each thread of a fused launch executes for a",
+        "// piece, beside its elements.",
         "struct ElementWork {",
-        "  double registers, shared, reduce, apply;",
+        "  double registers, shared, reduce, apply, piece;",
         "};",
         "",
         "// [forward, backward][rows, rows whose weights change with every element, columns], packs of 16 bytes, no",

@@ -21,6 +21,7 @@ from benchmarks.instructions import FAMILIES, Counts, Job, compare, count_job, j
 from benchmarks.ptx_loops import match_loops, ptx_kernels, sass_loops
 from benchmarks.ptx_weights import divisions, weight, weighted
 from tests.check_sass import TOOLS
+from tests.common.plan_model import DEVICES
 from tests.ptx import build
 
 SAVED = json.loads(count_instructions.SAVED.read_text())["rows"]
@@ -35,7 +36,7 @@ def test_weights() -> None:
     """One, but for what becomes more instructions, or none."""
     for opcode in ("fma.rn.f32", "ld.global.v4.u32", "ex2.approx.ftz.f32", "setp.lt.s32", "cvt.f32.bf16", "bra"):
         assert weight(opcode) == 1
-    assert weight("div.rn.f32") > 5 * weight("div.full.f32") > 5
+    assert weight("div.rn.f32") > 3 * weight("div.full.f32") > 3
     assert weight("rem.s64") > weight("div.u32") > weight("mul.lo.s64") > weight("add.s64") > 1 > weight("mov.f32") > 0
     assert weighted({"fma.rn.f32": 3, "add.s64": 2}) == 7
     assert divisions({"div.rn.f32": 1, "rcp.approx.ftz.f32": 2, "sqrt.rn.f32": 4, "rem.u32": 8, "mul.f32": 16}) == 15
@@ -102,7 +103,7 @@ LARGE_LOOP = 40  # machine instructions
 
 
 @needs_nvcc
-@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize("name", [name for name, dtype in build.kernel_files() if dtype == "BFloat16"])
 def test_weights_against_loops_in_machine_code(name: str, tmp_path: Path) -> None:
     """Of the kernels of bfloat16 as they are. A loop's weighted PTX is close to its SASS, and on the whole closer."""
     (ptx,) = build.build_kernels("sm_90", ((name, "BFloat16"),))
@@ -114,7 +115,7 @@ def test_weights_against_loops_in_machine_code(name: str, tmp_path: Path) -> Non
     sass = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     matches = [match for match in match_loops(ptx.read_text(), sass) if match.sass.size >= LARGE_LOOP]
     text = "\n".join(f"{m.expected:.0f} of {m.sass.size:.0f}: {m.kernel} {m.ptx.signature}" for m in matches)
-    assert len(matches) >= 6 and len({m.kernel for m in matches}) >= 4, text
+    assert len(matches) >= 6 and len({m.kernel for m in matches}) >= 3, text
     assert all(0.8 < m.ratio < 1.25 for m in matches), text
     assert 0.93 < statistics.median(m.ratio for m in matches) < 1.07, text
 
@@ -129,25 +130,26 @@ def job(pattern: str) -> Job:
 
 def test_marginal_cost() -> None:
     """What does not grow with the tensor drops out."""
-    family = dataclasses.replace(FAMILIES[0], shape=(4, 3, 3), args=(4,), samples=(2, 5))
+    family = dataclasses.replace(FAMILIES[0], shapes=((2, 4, 3, 3), (5, 4, 3, 3)))
 
     def count(call: object) -> tuple[dict[str, torch.Tensor], Counts]:
         outputs = call()  # type: ignore[operator]
         n = outputs["y" if "y" in outputs else "dx"].numel()
         return outputs, Counts({"fma.rn.f32": 100 + 2 * n, "div.rn.f32": n, "ret": 7}, 50 + n, 3 * n)
 
-    forward, backward = count_job(Job(family, "float32", "planar"), torch.ops.fastnorm, count)
+    forward, backward = count_job(Job(family, "bfloat16"), torch.ops.fastnorm, count, DEVICES["H200"])
     assert {**forward, "direction": ""} == {**backward, "direction": "", "line": forward["line"]}
     assert (forward["ptx"], forward["divisions"]) == (3, 1)
     assert (forward["instructions"], forward["shared_accesses"], forward["global_bytes"]) == (12, 1, 3)
-    assert (forward["line"], backward["line"]) == (16 * 1.5, 26 * 1.5)
+    assert (forward["line"], backward["line"]) == (16, 26)
+    assert family.line("float32", "backward") == 26 * 1.5
 
 
 @needs_nvcc
 def test_counting_executes_the_kernels() -> None:
     """Small tensors: the bytes of x and y are known, and one fused multiply-add an element is the least."""
     each = job("BatchNorm, frozen channels_last float32")
-    small = dataclasses.replace(each, family=dataclasses.replace(each.family, samples=(1, 2), shape=(256, 4, 4)))
+    small = dataclasses.replace(each, family=dataclasses.replace(each.family, shapes=((1, 256, 4, 4), (2, 256, 4, 4))))
     rows = {row["direction"]: row for row in count_instructions.count_rows(small)}
     assert rows.keys() == {"forward", "backward"}
     for direction, tensors in (("forward", 2), ("backward", 3)):
@@ -204,7 +206,7 @@ def test_small_numbers_may_rise() -> None:
 
 def test_the_saved_table_is_whole() -> None:
     keys = [key_of(row) for row in SAVED]
-    assert keys == [(j.family.name, j.layout, j.dtype, d) for j in jobs() for d in ("forward", "backward")]
+    assert keys == [(*each.key, direction) for each in jobs() for direction in ("forward", "backward")]
     for row in SAVED:
         assert row["instructions"] > 1 and row["global_bytes"] > 2, row
 

@@ -16,8 +16,8 @@ constexpr double kLaunchUs = 2.0;
 // The extra time that a cooperative launch takes to begin.
 constexpr double kCooperativeUs = 1.0;
 
-// A load from memory and the merge of a block's threads.
-constexpr double kLatencyUs = 1.0;
+// A load from memory.
+constexpr double kLatencyUs = 0.7;
 // Publish partials, sync and fetch: in a cluster through shared memory; in a grid through L2, with an atomic counter
 // that all blocks watch: two trips of 0.7 us.
 constexpr double kClusterBarrierUs = 0.5;
@@ -66,6 +66,13 @@ double issue_us(double elements, double instructions, int64_t threads, const Dev
   return elements * instructions / (kSchedulers * kLanes * busy * device.clock_mhz);
 }
 
+// The fraction of the lanes that have channels. In rows all have elements but for the end of a piece.
+double busy_lanes(const Grid& grid, const Streams& streams) {
+  if (grid.traversal == Traversal::kRows) return 1;
+  const int64_t lanes = div_up(streams.C, grid.tile) * grid.threads_x * grid.pack;
+  return static_cast<double>(streams.C) / static_cast<double>(lanes);
+}
+
 double barrier_us(Gang gang) {
   return gang == Gang::kGrid ? kGridBarrierUs : gang == Gang::kCluster ? kClusterBarrierUs : 0;
 }
@@ -80,13 +87,13 @@ ElementWork element_work(bool backward, const Geometry& g, int pack, DType dtype
   double more = kActivationWork[backward][static_cast<int>(activation)][full];
   if (pack * size_of(dtype) < 16) {
     const double times = kNarrowPacks[backward][full][columns ? 2 : pack == 1 ? 1 : 0];
-    work = {0, work.shared * times, work.reduce * times, work.apply * times};
+    work = {0, work.shared * times, work.reduce * times, work.apply * times, work.piece};
   }
   const double again = backward ? more / 2 : 0;  // both passes of backward need the derivative
   if (residual) more += kResidualWork[backward][full];
-  work = {work.registers + more, work.shared + more, work.reduce + again, work.apply + more - again};
+  work = {work.registers + more, work.shared + more, work.reduce + again, work.apply + more - again, work.piece};
   // An SM has half as many units for float64.
-  if (dtype == DType::kFloat64) work = {0, 2 * work.shared, 2 * work.reduce, 2 * work.apply};
+  if (dtype == DType::kFloat64) work = {0, 2 * work.shared, 2 * work.reduce, 2 * work.apply, work.piece};
   return work;
 }
 
@@ -99,7 +106,7 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
       rows ? grid.teams() * grid.piece_runs * grid.piece_length * grid.pack : grid.tile * grid.piece_length;
   const double stream = static_cast<double>(piece * size_of(streams.dtype)) / contiguous_share(grid, streams);
   const double bytes = stream * (streams.read + streams.applied);
-  const double elements = static_cast<double>(piece);
+  const double elements = static_cast<double>(piece) / busy_lanes(grid, streams);
   const double instructions = grid.place() == Place::kRegisters ? work.registers : work.shared;
   const auto issue_of = [&](double of_block, double of_element, int64_t blocks) {
     const int64_t each = div_up(blocks, device.num_sms);  // of the busiest SM
@@ -112,9 +119,11 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   Estimate e{};
   e.memory = static_cast<double>(waves - 1) * wave.memory + last.memory;
   e.issue = static_cast<double>(waves - 1) * wave.issue + last.issue;
-  // Only the reduction of a wave's last copy group takes time of its own.
-  const double reduce = issue_of(elements / kCopyGroups, work.reduce, together);
-  const double wait = kLatencyUs + barrier_us(grid.gang) + reduce;
+  // Nothing else goes on while a block reduces its last copy group, merges its sums and those of its gang, and prepares
+  // to apply them.
+  const double merge = issue_of(grid.threads(), work.piece, together);
+  const double wait =
+      kLatencyUs + barrier_us(grid.gang) + issue_of(elements / kCopyGroups, work.reduce, together) + merge;
   // While a block waits, other blocks on the SM go on with their work, and so do the copies of its own second stage.
   // The blocks of a grid all wait together, and then only the memory has something to do, if instructions leave it
   // behind.
@@ -127,7 +136,9 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
     const double one = wave_of(std::min<int64_t>(together, device.num_sms)).total();
     if (loads > 1) hidden = std::min((loads - 1) * one, e.total() / static_cast<double>(waves));
   }
-  const double shown = std::max(hidden > 0 ? kExposed * wait : wait, wait - hidden);
+  // What is hidden is work for the SM still.
+  const double at_least = std::max(kExposed * wait, wave.issue + merge - wave.total());
+  const double shown = hidden > 0 ? std::max(at_least, wait - hidden) : wait;
   e.barriers = wait + static_cast<double>(waves - 1) * shown;
   return e;
 }
@@ -142,7 +153,8 @@ Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, d
   const int64_t blocks = div_up(grid.blocks, device.num_sms);  // of an SM, of which so many threads run at a time:
   const int64_t threads = std::min<int64_t>(blocks * grid.threads(), kResidentThreads);
   const double share = static_cast<double>(blocks) / static_cast<double>(grid.blocks);
-  e.issue = issue_us(static_cast<double>(streams.numel) * share, instructions, threads, device);
+  const double elements = static_cast<double>(streams.numel) / busy_lanes(grid, streams);
+  e.issue = issue_us(elements * share, instructions, threads, device);
   e.barriers = passes * kLatencyUs;
   return e;
 }
