@@ -113,7 +113,7 @@ def test_a_device_that_refuses_gangs_is_served_without(monkeypatch: pytest.Monke
         expected = call.both()
     before = ptx.refused_gangs()
     another = dataclasses.replace(FEW, l2_bytes=FEW.l2_bytes + next(NUMBERS))  # for which no plan has been made
-    with ptx.configured(device=another, refuse_gangs=True), ptx.counting() as counts:
+    with ptx.configured(device=another, refuses="gangs"), ptx.counting() as counts:
         results = call.both()
     assert ptx.refused_gangs() == before + 2
     assert not same_bits(results, expected)

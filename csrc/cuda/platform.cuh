@@ -216,11 +216,18 @@ FASTNORM_DEVICE void write_word(uint4* p, uint4 word) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word.x), "r"(word.y),
                "r"(word.z), "r"(word.w));
 }
+// To global memory.
 template <class V>
 FASTNORM_DEVICE void write_whole(V* p, const V& v) {
   typename WordOf<sizeof(V)>::type word;
   memcpy(&word, &v, sizeof(V));
   write_word(reinterpret_cast<decltype(word)*>(p), word);
+}
+template <class V>
+FASTNORM_DEVICE void write_whole_shared(V* p, const V& v) {
+  typename WordOf<sizeof(V)>::type word;
+  memcpy(&word, &v, sizeof(V));
+  *reinterpret_cast<decltype(word)*>(p) = word;
 }
 
 // Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers. Below sm_80 it copies at once.

@@ -183,7 +183,7 @@ class SharedNumbers {
         A some[kLanes];
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) some[i] = numbers[w + i];
-        write_whole(own_ + (k * W + w) / kLanes * kWarp, narrow<A>(some));
+        write_whole_shared(own_ + (k * W + w) / kLanes * kWarp, narrow<A>(some));
       }
     }
   }

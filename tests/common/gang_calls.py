@@ -1,5 +1,5 @@
-"""Small calls whose plans are forced to be fused, by blocks alone, clusters and grids, or split: for the tests that
-execute PTX.
+"""Small calls whose plans are forced to be fused, by blocks alone, clusters and grids, or to be another: for the
+tests that execute PTX.
 
 tests/test_emulated_gangs.py has many more of them; here is one of every kind."""
 
@@ -20,7 +20,20 @@ from tests.emulator.backend import Device
 CPU = torch.device("cpu")
 
 # SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
-FEW = Device(90, 4, 1024, 40 << 10, 39 << 10, 64 << 10, 100_000, 16, 16, True)
+FEW = Device(
+    capability=90,
+    num_sms=4,
+    clock_mhz=1000,
+    threads_per_sm=1024,
+    shared_per_sm=40 << 10,
+    shared_per_block=39 << 10,
+    l2_bytes=64 << 10,
+    bytes_per_us=100_000,
+    largest_cluster=16,
+    cluster_sms=16,
+    cooperative=True,
+    cooperative_clusters=True,
+)
 # The same with much, for long pieces.
 ROOMY = dataclasses.replace(FEW, shared_per_sm=228 << 10, shared_per_block=227 << 10)
 
@@ -60,7 +73,7 @@ GANGS: tuple[dict[str, str | int], ...] = (
     {"gang": "grid", "stages": 2},
 )
 FUSED = tuple({"strategy": "fused", **gang} for gang in GANGS)
-SPLIT: tuple[dict[str, str | int], ...] = ({"strategy": "split"},)
+OTHERS: tuple[dict[str, str | int], ...] = ({"strategy": "fused", "place": "registers"}, {"strategy": "split"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +119,7 @@ def gang_calls(
 ) -> Iterator[GangCall]:
     """Every layer, layout and choice there is a plan for; precisions and epilogues in turn."""
     precision, epilogue = itertools.cycle(precisions), itertools.cycle(epilogues)
-    for layers, choices, device in ((LAYERS, FUSED + SPLIT, FEW), (LONG_LAYERS, FUSED[:2], ROOMY)):
+    for layers, choices, device in ((LAYERS, FUSED + OTHERS, FEW), (LONG_LAYERS, FUSED[:2], ROOMY)):
         for layer, forced in itertools.product(layers, choices):
             for layout in layer.layouts:
                 activation, residual = next(epilogue)

@@ -111,6 +111,10 @@ template <class V>
 void write_whole(V* p, const V& v) {
   *p = v;
 }
+template <class V>
+void write_whole_shared(V* p, const V& v) {
+  *p = v;
+}
 
 // An access of `bytes`, a power of two up to 16, needs an address that is a multiple of it. Larger data is read word by
 // word, so the lowest set bit of its size counts.

@@ -76,7 +76,7 @@ class Interpreter:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._ptx = library
-        for name in ("load", "run", "counters", "launched"):
+        for name in ("load", "load_file", "run", "counters", "launched"):
             getattr(library, f"fastnorm_ptx_{name}").restype = ctypes.c_char_p
 
     @staticmethod
@@ -149,7 +149,7 @@ class Backend(emulator.Emulator, Interpreter):
     def load_kernels(self, arch: str = "sm_90", kernels: tuple[tuple[str, str], ...] | None = None) -> None:
         """As nvcc compiles them for an architecture."""
         for path in build.build_kernels(arch, kernels):
-            self.load_text(path.read_text())
+            self._raise(self._ptx.fastnorm_ptx_load_file(str(path).encode()))
 
 
 @functools.cache

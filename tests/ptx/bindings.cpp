@@ -27,6 +27,10 @@ FASTNORM_EXPORT const char* fastnorm_ptx_load(const char* text) {
   return text_of_failure([&] { ptx::load(text); });
 }
 
+FASTNORM_EXPORT const char* fastnorm_ptx_load_file(const char* path) {
+  return text_of_failure([&] { ptx::load_file(path); });
+}
+
 FASTNORM_EXPORT const char* fastnorm_ptx_run(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes,
                                              int cluster, bool cooperative, const char* parameters, int64_t bytes,
                                              const char* order, uint64_t seed, bool races) {
@@ -56,7 +60,7 @@ FASTNORM_EXPORT const char* fastnorm_ptx_counters() {
     const ptx::Counters& counters = machine.counters();
     const auto add = [](const std::string& name, std::initializer_list<uint64_t> numbers) {
       text += name;
-      for (const uint64_t n : numbers) text += " " + std::to_string(n);
+      for (const uint64_t n : numbers) (text += ' ') += std::to_string(n);
       text += "\n";
     };
     for (const auto& [opcode, count] : counters.instructions) {

@@ -96,9 +96,15 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
     const std::lock_guard<std::mutex> lock(runtime().mutex);
     const Function* const function = runtime().find(stub);
     if (function == nullptr) return returned(cudaErrorInvalidDeviceFunction);
-    if (shape.shared_bytes > function->most_shared) return returned(cudaErrorInvalidValue);
-    if (shape.cluster > kClusterWithoutAsking && !function->any_cluster) return returned(cudaErrorInvalidClusterSize);
     name = function->name;
+    if (shape.shared_bytes > function->most_shared) {
+      return returned(
+          static_cast<cudaError_t>(ptx::refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory, " +
+                                               std::to_string(function->most_shared) + " allowed, " + name)));
+    }
+    if (shape.cluster > kClusterWithoutAsking && !function->any_cluster) {
+      return returned(static_cast<cudaError_t>(ptx::refuse("a cluster that the kernel was not allowed, " + name)));
+    }
   }
   return returned(static_cast<cudaError_t>(ptx::launch(name, shape, arguments)));
 }
@@ -147,8 +153,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
   const fastnorm::DeviceInfo& d = device();
-  const int cluster = shape_of(*config).cluster;
-  *clusters = cluster <= d.largest_cluster ? d.cluster_sms / cluster : 0;
+  const ptx::LaunchShape shape = shape_of(*config);
+  const bool has = shape.cluster <= d.largest_cluster && (!shape.cooperative || d.cooperative_clusters);
+  *clusters = has ? d.cluster_sms / shape.cluster : 0;
   return cudaSuccess;
 }
 

@@ -1,5 +1,10 @@
 #include "door.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <cstring>
 #include <map>
 #include <memory>
@@ -22,9 +27,36 @@ namespace fastnorm::ptx {
 
 namespace {
 
+// Text in memory, or a file that is mapped to it.
+class Text {
+ public:
+  explicit Text(std::string text) : own_(std::move(text)), view_(own_) {}
+  explicit Text(int file, size_t bytes) {
+    void* const mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, file, 0);
+    if (mapped == MAP_FAILED) throw Defect("a file that cannot be read");
+    view_ = {static_cast<const char*>(mapped), bytes};
+  }
+  ~Text() {
+    if (view_.data() != own_.data()) munmap(const_cast<char*>(view_.data()), view_.size());
+  }
+  Text(const Text&) = delete;
+  std::string_view view() const { return view_; }
+
+ private:
+  std::string own_;
+  std::string_view view_;
+};
+struct Loaded {
+  Text text;
+  Module module;
+
+  template <class... Source>
+  explicit Loaded(Source... source) : text(source...), module(parse_module(text.view())) {}
+};
+
 struct Door {
   std::mutex one_launch;
-  std::map<std::string, std::shared_ptr<const Module>> modules;  // by kernel
+  std::map<std::string, std::shared_ptr<const Loaded>> modules;  // by kernel
   std::map<std::string, Kernel> kernels;                         // that have been launched
   Machine machine;
   emulator::Settings settings;
@@ -39,7 +71,7 @@ struct Door {
     if (known != kernels.end()) return known->second;
     const auto module = modules.find(name);
     if (module == modules.end()) throw Defect("no kernel " + name);
-    return kernels[name] = compile(*module->second, name);
+    return kernels[name] = compile(module->second->module, name);
   }
 };
 
@@ -64,23 +96,36 @@ std::vector<unsigned char> packed(const Kernel& kernel, void** arguments) {
 
 }  // namespace
 
-void load(const std::string& text) {
+static void take(std::shared_ptr<const Loaded> loaded) {
   Door& d = door();
   const std::lock_guard<std::mutex> lock(d.one_launch);
-  const auto module = std::make_shared<const Module>(parse_module(text));
-  for (const auto& [name, entry] : module->entries) {
-    d.modules[name] = module;
+  for (const auto& [name, entry] : loaded->module.entries) {
+    d.modules[name] = loaded;
     d.kernels.erase(name);
   }
+}
+
+void load(const std::string& text) { take(std::make_shared<const Loaded>(text)); }
+
+void load_file(const std::string& path) {
+  const int file = open(path.c_str(), O_RDONLY);
+  struct stat facts{};
+  if (file < 0 || fstat(file, &facts) != 0) throw Defect("no file " + path);
+  const auto loaded = std::make_shared<const Loaded>(file, static_cast<size_t>(facts.st_size));
+  close(file);
+  take(loaded);
 }
 
 int launch(const std::string& name, const LaunchShape& shape, void** arguments) {
   Door& d = door();
   const std::lock_guard<std::mutex> lock(d.one_launch);
   try {
-    emulator::check_launch({shape.blocks, shape.threads, shape.shared_bytes, nullptr, shape.cluster, shape.cooperative},
-                           d.settings.device);
-    if (d.settings.refuse_gangs && (shape.cooperative || shape.cluster > 1)) return kGangTooLarge;
+    const cuda::LaunchConfig config{shape.blocks, shape.threads, shape.shared_bytes,
+                                    nullptr,      shape.cluster, shape.cooperative};
+    emulator::check_launch(config, d.settings.device);
+    if (const int answer = emulator::answer_of(d.settings.refusals, config)) {
+      return answer >= cuda::kGangRefused ? answer - cuda::kGangRefused : answer;
+    }
     d.launched.push_back(name);
     const Kernel& kernel = d.kernel(name);
     const std::vector<unsigned char> parameters = packed(kernel, arguments);
@@ -95,6 +140,13 @@ int launch(const std::string& name, const LaunchShape& shape, void** arguments) 
     d.defect = std::string("ptx: ") + error.what();
     return kLaunchFailure;
   }
+}
+
+int refuse(const std::string& why) {
+  Door& d = door();
+  const std::lock_guard<std::mutex> lock(d.one_launch);
+  d.defect = "ptx: launch refused: " + why;
+  return kLaunchFailure;
 }
 
 const char* last_defect() { return door().defect.c_str(); }

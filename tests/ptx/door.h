@@ -10,15 +10,19 @@
 
 namespace fastnorm::ptx {
 
-// A module's kernels take the place of those of the same names.
+// A module's kernels take the place of those of the same names. A file has to stay as it is: parts of it are read when
+// they are needed.
 void load(const std::string& text);
+void load_file(const std::string& path);
 
-// What a launch returns beside 0: the numbers of CUDA's errors.
-constexpr int kInvalidValue = 1, kLaunchFailure = 719, kGangTooLarge = 720;
+// cudaErrorLaunchFailure: what went wrong is in last_defect().
+constexpr int kLaunchFailure = 719;
 
-// Launches a kernel for the device that a test has configured. arguments: the address of every parameter. What goes
-// wrong is in last_defect().
+// Launches a kernel for the device that a test has configured. arguments: the address of every parameter. Returns 0 or
+// CUDA's error.
 int launch(const std::string& kernel, const LaunchShape& shape, void** arguments);
+// For a launch that is a mistake of the host code. Returns kLaunchFailure.
+int refuse(const std::string& why);
 const char* last_defect();
 // The kernels that were launched since the counters were reset, in their order.
 std::vector<std::string> launched();

@@ -34,8 +34,10 @@ void mark(Warp& warp, int lane, const Access& access, ShadowRoom& room, Word wor
   for (int left = access.bytes; left > 0;) {
     const auto first = static_cast<uint32_t>(address & 3);
     const int bytes = std::min<int>(left, 4 - static_cast<int>(first));
+    ShadowWord* const at = word(address);
+    if (at == nullptr) warp.fail(lane, "an address outside of all memory, " + std::string(verb_of(access.use)));
     const Conflict found =
-        room.use(word(address), first, static_cast<uint32_t>(bytes), access.use, warp.stamp(lane), warp.time(lane));
+        room.use(*at, first, static_cast<uint32_t>(bytes), access.use, warp.stamp(lane), warp.time(lane));
     if (found.kind != Conflict::kNone) report(warp, lane, found, access);
     address += static_cast<uint64_t>(bytes);
     left -= bytes;
@@ -72,7 +74,7 @@ unsigned char* reach_shared(Warp& warp, int lane, const Access& access) {
   }
   if (warp.machine().options().races) {
     mark(warp, lane, access, warp.machine().shared_room,
-         [&](uint64_t address) -> ShadowWord& { return block->shadow[((address & kOffsetMask) - kSharedBegin) / 4]; });
+         [&](uint64_t address) { return &block->shadow[((address & kOffsetMask) - kSharedBegin) / 4]; });
   }
   return block->shared.data() + offset;
 }
@@ -152,8 +154,7 @@ unsigned char* reach(Warp& warp, int lane, Space space, const Access& access) {
   if (address < 4096) warp.fail(lane, "a null pointer " + std::string(verb_of(access.use)));
   if (warp.machine().options().races) {
     Machine& machine = warp.machine();
-    mark(warp, lane, access, machine.global_room,
-         [&](uint64_t at) -> ShadowWord& { return machine.global_shadow.word(at); });
+    mark(warp, lane, access, machine.global_room, [&](uint64_t at) { return machine.global_shadow.word(at); });
   }
   return reinterpret_cast<unsigned char*>(address);
 }

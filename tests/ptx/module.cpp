@@ -35,13 +35,15 @@ size_t past_bracket(std::string_view text, size_t at) {
   const char open = text[at], close = open == '(' ? ')' : '}';
   int depth = 0;
   for (; at < text.size(); ++at) {
-    if (text[at] == open) ++depth;
-    if (text[at] == close && --depth == 0) return at + 1;
+    const char c = text[at];
+    if (c == '/' && text.substr(at, 2) == "//") at = std::min(text.find('\n', at), text.size() - 1);
+    if (c == open) ++depth;
+    if (c == close && --depth == 0) return at + 1;
   }
   throw Defect(std::string("a bracket that does not close: ") + open);
 }
 
-// Takes "ENTRY name ( parameters ) directives { body }" from `at`, which is past .entry. Returns the end.
+// Takes "name ( parameters ) directives { body }" from `at`, which is past .entry. Returns the end.
 size_t parse_entry(std::string_view text, size_t at, Module& module) {
   Entry entry;
   const size_t body = text.find('{', at), open = std::min(text.find('(', at), body);
@@ -157,52 +159,47 @@ Variable parse_variable(std::string_view space, std::string_view text) {
   return variable;
 }
 
-Module parse_module(std::string_view with_comments) {
-  const std::string text = without_comments(with_comments);
-  const std::string_view all = text;
+Module parse_module(std::string_view text) {
   Module module;
-  for (size_t at = 0; at < all.size();) {
-    if (all[at] != '.') {
-      ++at;
+  for (size_t at = 0; at < text.size();) {
+    const size_t line_end = std::min(text.find('\n', at), text.size());
+    const std::string_view line = text.substr(at, line_end - at);
+    const auto place_of = [&](std::string_view word) { return line.substr(0, line.find("//")).find(word); };
+    if (line.substr(0, line.find_first_not_of(" \t") + 8).ends_with(".section")) break;  // tables for debuggers follow
+    if (const size_t entry = place_of(".entry "); entry != line.npos) {
+      at = parse_entry(text, at + entry + 7, module);
       continue;
     }
-    // A declaration at the module's level: words up to a name, a bracket or a line's end.
-    const size_t stop = std::min(all.find_first_of(";{(\n", at), all.size());
-    const std::vector<std::string_view> words = words_of(all.substr(at, stop - at));
-    const auto place = [&](std::string_view word) { return std::find(words.begin(), words.end(), word); };
-    if (const auto entry = place(".entry"); entry != words.end()) {
-      at = parse_entry(all, static_cast<size_t>(entry->data() - all.data()) + entry->size(), module);
+    if (place_of(".func ") != line.npos) {  // functions are not called: see decode_control.cpp
+      const size_t body = std::min(text.find_first_of("{;", at), text.size() - 1);
+      at = text[body] == ';' ? body + 1 : past_bracket(text, body);
       continue;
     }
-    if (words.size() == 3 && words[0] == ".file") {
+    if (const std::vector<std::string_view> words = words_of(line); words.size() == 3 && words[0] == ".file") {
       module.files[static_cast<int>(number_of(words[1]))] = words[2].substr(1, words[2].size() - 2);
-      at = stop + 1;
-      continue;
     }
-    if (place(".func") != words.end()) {
-      const size_t body = all.find_first_of("{;", at);  // functions are not called: see decode_control.cpp
-      at = body == std::string_view::npos ? all.size() : all[body] == ';' ? body + 1 : past_bracket(all, body);
-      continue;
+    // The first variable of the line; another may follow.
+    size_t next = line_end + 1, first = line.npos;
+    for (const std::string_view space : {".shared ", ".global ", ".const "}) {
+      const size_t word = place_of(space);
+      if (word >= first) continue;
+      first = word;
+      const size_t begin = at + word + space.size(), end = text.find(';', begin);
+      Variable variable = parse_variable(trimmed(space.substr(1)), text.substr(begin, end - begin));
+      variable.external = place_of(".extern ") < word;
+      if (module.variables.empty() || module.variables.back().name != variable.name) {
+        module.variables.push_back(std::move(variable));
+      }
+      next = end + 1;
     }
-    bool found = false;
-    for (const std::string_view space : {".shared", ".global", ".const"}) {
-      const auto word = place(space);
-      if (word == words.end()) continue;
-      const size_t first = static_cast<size_t>(word->data() - all.data()) + space.size();
-      const size_t end = all.find(';', first);
-      Variable variable = parse_variable(space.substr(1), all.substr(first, end - first));
-      variable.external = place(".extern") != words.end();
-      module.variables.push_back(std::move(variable));
-      at = end + 1;
-      found = true;
-      break;
-    }
-    if (!found) at = stop + 1;
+    at = next;
   }
   return module;
 }
 
-std::vector<Statement> parse_body(std::string_view body) {
+std::vector<Statement> parse_body(std::string_view with_comments) {
+  const std::string text = without_comments(with_comments);
+  const std::string_view body = text;
   std::vector<Statement> statements;
   for (size_t at = 0; at < body.size();) {
     if (is_blank(body[at]) || body[at] == ';') {

@@ -18,8 +18,10 @@ struct Variable {
   std::shared_ptr<std::vector<unsigned char>> memory;  // of global and const: filled with the initial values
 };
 
+// Parts of the module's text.
 struct Entry {
-  std::string name, parameters, directives, body;
+  std::string name;
+  std::string_view parameters, directives, body;
 };
 
 struct Module {
@@ -28,6 +30,7 @@ struct Module {
   std::map<int, std::string> files;  // paths, by their numbers in .loc
 };
 
+// The text has to live as long as the module.
 Module parse_module(std::string_view text);
 
 // One statement of a body.

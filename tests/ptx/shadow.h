@@ -6,7 +6,10 @@
 // block whose warps read in the same epoch. Where several blocks read they are kept one by one.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <array>
+#include <cerrno>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -129,11 +132,16 @@ class ShadowRoom {
 // The shadow of global memory, page by page where it is accessed.
 class GlobalShadow {
  public:
-  ShadowWord& word(uint64_t address) {
+  // Null where the process has no memory.
+  ShadowWord* word(uint64_t address) {
     const uint64_t page = address / kPageBytes;
     Cached& cached = cache_[page % cache_.size()];
-    if (cached.page != page) cached = {page, page_of(page)};
-    return (*cached.words)[address % kPageBytes / 4];
+    if (cached.page != page) {
+      Page* const words = page_of(page);
+      if (words == nullptr) return nullptr;
+      cached = {page, words};
+    }
+    return &(*cached.words)[address % kPageBytes / 4];
   }
   void clear() {
     used_.clear();
@@ -153,6 +161,9 @@ class GlobalShadow {
   Page* page_of(uint64_t page) {
     Page*& words = used_[page];
     if (words == nullptr) {
+      unsigned char resident = 0;
+      if (mincore(reinterpret_cast<void*>(page * kPageBytes), kPageBytes, &resident) != 0 && errno == ENOMEM)
+        return nullptr;
       if (free_.empty()) {
         pages_.push_back(std::make_unique<Page>());
       } else {
