@@ -178,15 +178,17 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
   if (staging.backward && has_units(g, grid)) {
     grid.team_bytes += align_up(grid.piece_runs * choose_units(grid).segments * pair);
   }
-  const int64_t others = ladder_bytes(choice.block_threads(), static_cast<int>(accum_size(dtype))) +
-                         partial_bytes(staging, choice.gang, 1, dtype);
-  const int64_t limit = shared_limit(choice.blocks_per_sm, device) - others;
+  const auto shared_bytes = [&] {
+    return grid.threads_y * grid.team_bytes + ladder_bytes(grid.threads(), static_cast<int>(accum_size(dtype))) +
+           partial_bytes(staging, choice.gang, 1, dtype);
+  };
+  const int64_t limit = shared_limit(choice.blocks_per_sm, device);
   const int step = std::max(1, kWarp / grid.threads_x);
-  while (grid.threads_y > step && grid.threads_y * grid.team_bytes > limit) {
+  while (grid.threads_y > step && shared_bytes() > limit) {
     grid.threads_y = std::max(step, grid.threads_y / 2 / step * step);
   }
-  grid.shared_bytes = grid.threads_y * grid.team_bytes + others;
-  return grid.threads_y * grid.team_bytes <= limit;
+  grid.shared_bytes = shared_bytes();
+  return grid.shared_bytes <= limit;
 }
 
 bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,

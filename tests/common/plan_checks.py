@@ -20,6 +20,7 @@ MAX_FOLD_BLOCKS = 4096
 REGISTER_THREADS = 512
 THREAD_ELEMENTS = (32, 16)
 REGISTER_LADDER = 2 * (REGISTER_THREADS // WARP) * 8
+MAX_OFFSET = 2**31  # packs of memory from the first of a piece to the last
 SMALL_PIECE = 1024  # packs: a split stops there
 SMALL_COLUMN = 8  # positions of a thread, likewise
 LARGE_US = 4  # reading a tensor that takes so long is worth more than a grid's barriers
@@ -65,19 +66,21 @@ def check_grid(grid: _C.Grid, call: Call, shape: Shape, facts: _C.DeviceInfo, fu
     stretches = check_rows(grid, shape) if rows else check_columns(grid, shape.outer, shape.positions, shape.C)
     if not fused:
         assert grid.gang == "block" and grid.stages == 1 and grid.team_bytes == 0 and grid.thread_packs == 0
-        check_busy(grid, shape.set_size // grid.pack if rows else shape.positions, facts)
+        # Runs of a batch norm lie a sample apart, and offsets in a piece fit 32 bits.
+        far = rows and shape.kind == BATCH and 2 * grid.piece_runs * shape.C * shape.S // grid.pack > MAX_OFFSET
+        check_busy(grid, shape.set_size // grid.pack if rows else shape.positions, facts, far)
         check_scratch(grid, call)
     if stretches <= MODELLED and grid.pieces * (1 if rows else shape.outer) <= WALKED:
         numbers = (grid.pack, grid.pieces, grid.piece_runs, grid.piece_length, grid.tile, grid.items)
         check_every_element_once(Cut(shape, rows, *numbers, fused))
 
 
-def check_busy(grid: _C.Grid, packs: int, facts: _C.DeviceInfo) -> None:
-    """Work that can still be split leaves no SM without a block, and no piece is too small for a block.
-    packs: of a set, or positions."""
+def check_busy(grid: _C.Grid, packs: int, facts: _C.DeviceInfo, far: bool = False) -> None:
+    """Work that can still be split leaves no SM without a block, and no piece is too small for a block, unless its runs
+    lie too far apart for a larger one. packs: of a set, or positions."""
     least = SMALL_PIECE if grid.traversal == "rows" else SMALL_COLUMN * grid.threads_y
     piece = grid.piece_runs * grid.piece_length
-    assert grid.pieces == 1 or piece >= least // 2
+    assert grid.pieces == 1 or piece >= least // 2 or far
     assert grid.blocks >= facts.num_sms or piece < 2 * least + MASK_BITS or packs < 2 * least
 
 

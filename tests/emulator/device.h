@@ -20,7 +20,7 @@ inline DeviceInfo device_named(const std::string& name) {
   if (name == "few") return {90, 4, 1000, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 4, 4, true, true};
   if (name == "alone") return {80, 4, 1000, 1024, 40 * kKiB, 39 * kKiB, 64 * kKiB, 100'000, 1, 0, false, false};
   if (name == "small") return {75, 8, 1500, 1024, 64 * kKiB, 48 * kKiB, kMiB, 320'000, 1, 0, true, false};
-  if (name == "wide") return {90, 2, 1000, 1024, 456 * kKiB, 227 * kKiB, 64 * kKiB, 100'000, 2, 2, true, true};
+  if (name == "wide") return {90, 2, 1000, 256, 456 * kKiB, 227 * kKiB, 64 * kKiB, 100'000, 2, 2, true, true};
   if (name == "h200") return {90, 132, 1980, 2048, 228 * kKiB, 227 * kKiB, 60 * kMiB, 4'800'000, 16, 128, true, true};
   throw std::runtime_error("emulator: no device named " + name + "; there are tiny, few, alone, small, wide, h200");
 }
