@@ -75,6 +75,7 @@ def header(rows: Sequence[Row]) -> str:
         "// makes this file, of benchmarks/results/instructions.json. Every pair is for half types and for float32.",
         "#pragma once",
         "",
+        "// clang-format off",
         '#include "core/activation.h"',
         "",
         "namespace fastnorm {",

@@ -2,6 +2,7 @@
 // makes this file, of benchmarks/results/instructions.json. Every pair is for half types and for float32.
 #pragma once
 
+// clang-format off
 #include "core/activation.h"
 
 namespace fastnorm {
