@@ -10,17 +10,15 @@ from tests.common.cases import LAYOUTS
 
 Table = Mapping[tuple[str, str, str, str], float]
 
-# The planner's walks, and the layers that stand for them: whole, split in two passes, and the second pass alone.
+# The planner's walks, and the layers that stand for them: kept in registers, where there is such a kernel; kept in
+# shared memory; split in two passes; the second pass alone.
 WALKS = {
-    "rows": ("planar", "BatchNorm", "BatchNorm, split", "BatchNorm, frozen"),
+    "rows": ("planar", "", "BatchNorm", "BatchNorm, split", "BatchNorm, frozen"),
     "rows, weights change with every element": (
-        "planar",
-        "LayerNorm 4096",
-        "LayerNorm 4096, split",
-        "BatchNorm, frozen",
+        "planar", "LayerNorm 4096", "LayerNorm 4096, shared", "LayerNorm 4096, split", "BatchNorm, frozen",
     ),
-    "columns": ("channels_last", "BatchNorm", "BatchNorm, split", "BatchNorm, frozen"),
-}
+    "columns": ("channels_last", "", "BatchNorm", "BatchNorm, split", "BatchNorm, frozen"),
+}  # fmt: skip
 PLAIN = "GroupNorm(32)"  # what activations are counted on
 
 
@@ -37,8 +35,8 @@ def braces(*values: float | str) -> str:
 
 def work(table: Table, walk: str, dtype: str, direction: str) -> str:
     layout, *families = WALKS[walk]
-    fused, split, apply = (table[family, layout, dtype, direction] for family in families)
-    return braces(fused, split - apply, apply)
+    registers, shared, split, apply = (table[f, layout, dtype, direction] if f else 0.0 for f in families)
+    return braces(registers, shared, split - apply, apply)
 
 
 def narrow(table: Table, dtype: str, direction: str) -> str:
@@ -76,9 +74,10 @@ def header(rows: Sequence[Row]) -> str:
         "",
         "namespace fastnorm {",
         "",
-        "// A fused launch; the pass of split that takes sums; the pass that writes.",
+        "// A fused launch that keeps x in registers, or in shared memory; the pass of split that takes sums; the pass",
+        "// that writes. 0 where there is no such kernel.",
         "struct ElementWork {",
-        "  double fused, reduce, apply;",
+        "  double registers, shared, reduce, apply;",
         "};",
         "",
         "// [forward, backward][rows, rows whose weights change with every element, columns], packs of 16 bytes, no",

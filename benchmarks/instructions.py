@@ -26,7 +26,8 @@ RISE = 1.03  # a row that rises by more fails
 
 Forced = Mapping[str, str | int]
 # What the planner chooses for such layers of a usual size. A choice that it makes otherwise is no change of a kernel.
-BLOCK: Forced = {"strategy": "fused", "gang": "block"}
+REGISTERS: Forced = {"strategy": "fused", "gang": "block", "place": "registers"}
+BLOCK: Forced = {"strategy": "fused", "gang": "block", "place": "shared"}
 CLUSTER: Forced = {"strategy": "fused", "gang": "cluster"}
 GRID: Forced = {"strategy": "fused", "gang": "grid"}
 SPLIT: Forced = {"strategy": "split"}
@@ -107,7 +108,7 @@ def group_norm(activation: str | None, layouts: tuple[str, ...], **more: Any) ->
 
 def layer_norm(name: str, width: int, **more: Any) -> Family:
     samples = (786432 // width, 2097152 // width)
-    return Family(name, "LayerNorm", (width,), (width,), samples, PLANAR, **{"forced": BLOCK, **more})
+    return Family(name, "LayerNorm", (width,), (width,), samples, PLANAR, **{"forced": REGISTERS, **more})
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -128,7 +129,8 @@ FAMILIES: tuple[Family, ...] = (
                         ("BatchNorm, split", {"forced": SPLIT}),
                         ("BatchNorm, frozen", {"forced": {}, "frozen": True}))
       for layout in BOTH),
-    layer_norm("LayerNorm 4096, split", 4096, forced=SPLIT, dtypes=HALF_AND_FULL),
+    *(layer_norm(f"LayerNorm 4096, {name}", 4096, forced=way, dtypes=HALF_AND_FULL)
+      for name, way in (("shared", BLOCK), ("split", SPLIT))),
     # Packs of 8 bytes of a half type, and single elements.
     Family("BatchNorm 14x14", "BatchNorm2d", (256, 14, 14), (256,), (16, 48), PLANAR,
            forced=BLOCK, dtypes=("bfloat16",)),

@@ -99,11 +99,13 @@ FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const Fus
         const auto packs = staged.template read<kSmooth>(t, step);
         const auto keep = [&](const Step&, const A(&centered)[W], const A(&d)[W]) {
           if (replaces) staged.replace_dy(step, d);
-          if (!sums.kByElement || !gathers) return;
+          if constexpr (std::remove_cvref_t<decltype(sums)>::kByElement) {
+            if (!gathers) return;
 #pragma unroll
-          for (int w = 0; w < W; ++w) {
-            const A xhat = centered[w] * stats.rstd - stats.low * stats.rstd;
-            extra[w * piece.span.packs + step.pack].merge({d[w], d[w] * xhat});
+            for (int w = 0; w < W; ++w) {
+              const A xhat = centered[w] * stats.rstd - stats.low * stats.rstd;
+              extra[w * piece.span.packs + step.pack].merge({d[w], d[w] * xhat});
+            }
           }
         };
         sums.add(step, packs, keep, total);

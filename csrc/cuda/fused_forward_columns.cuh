@@ -86,7 +86,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
         piece.for_lane_sets([&](int w) { stats[w] = set_stats[piece.set_in_tile(w)]; },
                             [&](int w) { stats[w] = stats[w - 1]; });
       }
-      forward_columns<kSmooth, kSmooth ? 1 : 2, false>(t, piece, lane_coefs(stats, params), read);
+      forward_columns<kSmooth, kSmooth || W == 4 ? 1 : 2, false>(t, piece, lane_coefs(stats, params), read);
     }
   };
   for_waves(f, shape.items, grid_blocks(), block_index(), load, use_wave);

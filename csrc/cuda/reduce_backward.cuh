@@ -23,7 +23,7 @@ FASTNORM_DEVICE void sum_rows(const BackwardTensors<T>& t, GradSums<A>* sums, co
       piece.template walk_read<kBackwardUnroll<kSmooth, W>>(
           piece.whole(team, valid), [&](const Step& step) { return load_gradient(t, piece, step); },
           [&](const Step& step, const GradientPacks<T, W>& packs) {
-            if (step.in) sums.add(step, packs, [](const auto&...) {}, mine);
+            sums.add(step, packs, [](const auto&...) {}, mine);
           });
     });
     const auto total = sum_team(team, mine, shared_memory());

@@ -244,6 +244,7 @@ struct RowsPiece {
     if (rounds == 0) return;
     Step at = step_at(range, kFromEnd ? rounds - 1 : 0);
     const auto full_rounds = [&] {
+#pragma unroll 1
       for (int batch = 0; batch < batches; ++batch) {
         Step steps[U];
 #pragma unroll
@@ -256,6 +257,7 @@ struct RowsPiece {
       }
     };
     const auto other_rounds = [&] {
+#pragma unroll 1
       for (int round = batches * U; round < rounds; ++round) {
         Step steps[1] = {at};
         steps[0].in = range.valid && at.index < range.begin + range.count && (W == 8 || at.pack < span.packs);
@@ -278,17 +280,23 @@ struct RowsPiece {
       move<false>(range, at);
     }
   }
-  // Calls use(step, read(step)) for every step, with N reads before the first use.
+  // Calls use(step, read(step)) for this thread's steps, with U reads before the first use.
   template <int U, bool kFromEnd = false, class Read, class Use>
   FASTNORM_DEVICE void walk_read(const ThreadSteps& range, Read read, Use use) const {
     walk<U, kFromEnd>(range, [&]<int N>(const Step(&steps)[N]) {
-      decltype(read(steps[0])) what[N];
+      if constexpr (N == 1) {
+        if (steps[0].in) use(steps[0], read(steps[0]));
+      } else {
+        decltype(read(steps[0])) what[N];
 #pragma unroll
-      for (int u = 0; u < N; ++u) {
-        if (steps[u].in) what[u] = read(steps[u]);
+        for (int u = 0; u < N; ++u) {
+          if (steps[u].in) what[u] = read(steps[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < N; ++u) {
+          if (steps[u].in) use(steps[u], what[u]);
+        }
       }
-#pragma unroll
-      for (int u = 0; u < N; ++u) use(steps[u], what[u]);
     });
   }
 };

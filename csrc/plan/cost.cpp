@@ -80,14 +80,13 @@ ElementWork element_work(bool backward, const Geometry& g, int pack, DType dtype
   double more = kActivationWork[backward][static_cast<int>(activation)][full];
   if (pack * size_of(dtype) < 16) {
     const double times = kNarrowPacks[backward][full][columns ? 2 : pack == 1 ? 1 : 0];
-    work = {work.fused * times, work.reduce * times, work.apply * times};
+    work = {0, work.shared * times, work.reduce * times, work.apply * times};
   }
-  if (backward) work.reduce += more / 2, more /= 2;  // both passes need the derivative
-  work.fused += backward ? 2 * more : more;
-  if (residual) more += kResidualWork[backward][full], work.fused += kResidualWork[backward][full];
-  work.apply += more;
+  const double again = backward ? more / 2 : 0;  // both passes of backward need the derivative
+  if (residual) more += kResidualWork[backward][full];
+  work = {work.registers + more, work.shared + more, work.reduce + again, work.apply + more - again};
   // An SM has half as many units for float64.
-  if (dtype == DType::kFloat64) work = {2 * work.fused, 2 * work.reduce, 2 * work.apply};
+  if (dtype == DType::kFloat64) work = {0, 2 * work.shared, 2 * work.reduce, 2 * work.apply};
   return work;
 }
 
@@ -101,12 +100,13 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   const double stream = static_cast<double>(piece * size_of(streams.dtype)) / contiguous_share(grid, streams);
   const double bytes = stream * (streams.read + streams.applied);
   const double elements = static_cast<double>(piece);
-  const auto issue_of = [&](double of_block, double instructions, int64_t blocks) {
+  const double instructions = grid.place() == Place::kRegisters ? work.registers : work.shared;
+  const auto issue_of = [&](double of_block, double of_element, int64_t blocks) {
     const int64_t each = div_up(blocks, device.num_sms);  // of the busiest SM
-    return issue_us(of_block * static_cast<double>(each), instructions, each * grid.threads(), device);
+    return issue_us(of_block * static_cast<double>(each), of_element, each * grid.threads(), device);
   };
   const auto wave_of = [&](int64_t blocks) {
-    return Estimate{move_us(bytes, blocks, device), issue_of(elements, work.fused, blocks), 0, 0};
+    return Estimate{move_us(bytes, blocks, device), issue_of(elements, instructions, blocks), 0, 0};
   };
   const Estimate wave = wave_of(together), last = wave_of(wanted - (waves - 1) * together);
   Estimate e{};
