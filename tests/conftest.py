@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import re
 import warnings
@@ -39,8 +38,6 @@ THREADS = 1
 
 OPS = ("norm_forward", "batch_norm_forward_", "norm_backward", "update_running_stats_", "moments")
 
-# Of the thinned parity table, every so many run on ptx where no backend is named.
-PTX_STEP = 5
 NO_NVCC = "needs nvcc, which compiles the kernels to the PTX that it executes: install a CUDA toolkit, or set CUDA_HOME"
 
 # Names in tests/emulator/device.h. On an H200 plans fuse these small sets; on the tiny device they split them.
@@ -94,12 +91,9 @@ def has_cuda() -> bool:
     return _C.build_info().get("cuda", "none") != "none" and torch.cuda.is_available()
 
 
-def thinned_cases(step: int = 1) -> dict[str, set[Case]]:
-    """The part of the parity table that each emulated device runs: every so many of the thinned ones."""
-    return {
-        plays: set(itertools.islice(thinned(parity_cases(), start=3 * i), i % step, None, step))
-        for i, plays in enumerate(EMULATED_DEVICES)
-    }
+def thinned_cases() -> dict[str, set[Case]]:
+    """The part of the parity table that each emulated device runs, emulated and on ptx."""
+    return {plays: set(thinned(parity_cases(), start=3 * i)) for i, plays in enumerate(EMULATED_DEVICES)}
 
 
 MARKERS = {
@@ -148,11 +142,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drops the cases of the parity table that the emulated devices leave out; with --backend, also the tests that run
-    on another backend. A test that names no backend counts as one of the cpu."""
+    """Drops the cases of the parity table that the emulated devices leave out; without --backend, all that ptx would run
+    beside that table; with --backend, the tests that run on another backend. A test that names no backend counts as one
+    of the cpu."""
     named = config.getoption("--backend")
     chosen = {backend.name for backend in chosen_backends(config)}
-    kept, few = thinned_cases(), thinned_cases(1 if named else PTX_STEP)
+    kept = thinned_cases()
 
     def wanted(item: pytest.Item) -> bool:
         if item.get_closest_marker("cuda") is not None:
@@ -168,9 +163,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         in_table = item.originalname == "test_values" and "case" in params
         if backend.name == "ptx" and ptx_build.nvcc() is None:
             item.add_marker(pytest.mark.skip(reason=NO_NVCC))
-        if backend.name == "ptx" and (in_table or named is None):
-            return in_table and params["case"] in few[backend.plays]
-        return backend.name != "emulated" or not in_table or params["case"] in kept[backend.plays]
+        if backend.name == "ptx" and named is None and not in_table:
+            return False
+        return not backend.plays or not in_table or params["case"] in kept[backend.plays]
 
     items[:] = [item for item in items if wanted(item)]
 

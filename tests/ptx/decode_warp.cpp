@@ -133,6 +133,7 @@ void decode_shfl(Decoding& d) {
   d.i.mode = mode == "up" ? kUp : mode == "down" ? kDown : mode == "bfly" ? kButterfly : kIndex;
   d.i.run = shuffle;
   two_destinations(d, kB32);
+  if (d.i.out[0].is_nothing()) d.fail("no destination");
   for (size_t k = 0; k < 3; ++k) d.in(k + 1, kU32, k);
   all_lanes_meet(d, 4);
   d.finish(5);

@@ -119,7 +119,7 @@ void Decoding::usual(Type out_type, std::initializer_list<Type> in_types) {
     if (i.in[n].wide != (bytes_of(type) == 8)) fail("an operand of another width: " + text_of(n + 1));
     ++n;
   }
-  if (!i.out[0].is_nothing() && i.out[0].wide != (bytes_of(out_type) == 8)) {
+  if (i.out[0].is_nothing() || i.out[0].wide != (bytes_of(out_type) == 8)) {
     fail("a destination of another width: " + text_of(0));
   }
   finish(n + 1);

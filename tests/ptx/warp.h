@@ -70,14 +70,10 @@ class Warp {
   // Runs a group until it waits, returns or has done so many instructions.
   void run(int budget);
   bool can_run() const { return !groups_.empty(); }
-  Mask running() const { return present_ & ~returned_; }
 
   Block& block() const { return *block_; }
   Machine& machine() const { return *block_->machine; }
-  int index() const { return index_; }
   int thread(int lane) const { return index_ * kLanes + lane; }
-  Mask present() const { return present_; }
-  Mask returned() const { return returned_; }
 
   template <class K>
   K* lanes(const Operand& o) {
@@ -126,6 +122,9 @@ class Warp {
   };
   std::vector<Waiting> waiting() const;
 
+  // How often a lane has come to the cluster's barrier, and has waited for it.
+  std::array<uint32_t, kLanes> cluster_arrivals{}, cluster_waits{};
+
   bool queued = false;  // in the machine's list of warps that can run
   uint32_t rank = 0;    // order priority: 0 runs first
 
@@ -163,10 +162,6 @@ class Warp {
   std::array<ThreadTime, kLanes> times_;
   std::array<Stamp, kLanes> stamps_;
   std::array<const Clock*, kLanes> seen_{}, fenced_{};
-
- public:
-  std::array<uint32_t, kLanes> cluster_arrivals{};  // how often a lane has come to the cluster's barrier
-  std::array<uint32_t, kLanes> cluster_waits{};
 };
 
 }  // namespace fastnorm::ptx
