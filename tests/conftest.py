@@ -142,9 +142,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drops the cases of the parity table that the emulated devices leave out; without --backend, all that ptx would run
-    beside that table; with --backend, the tests that run on another backend. A test that names no backend counts as one
-    of the cpu."""
+    """Drops the cases of the parity table that the emulated devices leave out; without --backend, all that ptx would
+    run beside that table; with --backend, the tests that run on another backend. A test that names no backend counts as
+    one of the cpu."""
     named = config.getoption("--backend")
     chosen = {backend.name for backend in chosen_backends(config)}
     kept = thinned_cases()
