@@ -116,9 +116,9 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
     return Estimate{move_us(bytes, blocks, device), issue_of(elements, instructions, blocks), 0, 0};
   };
   const Estimate wave = wave_of(together), last = wave_of(wanted - (waves - 1) * together);
-  Estimate e{};
-  e.memory = static_cast<double>(waves - 1) * wave.memory + last.memory;
-  e.issue = static_cast<double>(waves - 1) * wave.issue + last.issue;
+  const double more = static_cast<double>(waves - 1);  // waves
+  Estimate e{more * wave.memory + last.memory, more * wave.issue + last.issue, 0, 0};
+  const auto average = [&](double us) { return us / static_cast<double>(waves); };
   // Nothing else goes on while a block reduces its last copy group, merges its sums and those of its gang, and prepares
   // to apply them.
   const double merge = issue_of(grid.threads(), work.piece, together);
@@ -129,17 +129,17 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   // behind.
   double hidden = 0;
   if (grid.gang == Gang::kGrid) {
-    const double behind = std::max(0.0, wave.memory - wave.issue);
+    const double behind = std::max(0.0, average(e.memory - e.issue));
     if (grid.stages == 2) hidden = std::min(behind, move_us(stream * streams.read, together, device));
   } else {
     const double loads = static_cast<double>(grid.stages * together) / device.num_sms;
     const double one = wave_of(std::min<int64_t>(together, device.num_sms)).total();
-    if (loads > 1) hidden = std::min((loads - 1) * one, e.total() / static_cast<double>(waves));
+    if (loads > 1) hidden = std::min((loads - 1) * one, average(e.total()));
   }
   // What is hidden is work for the SM still.
-  const double at_least = std::max(kExposed * wait, wave.issue + merge - wave.total());
+  const double at_least = std::max(kExposed * wait, average(e.issue - e.total()) + merge);
   const double shown = hidden > 0 ? std::max(at_least, wait - hidden) : wait;
-  e.barriers = wait + static_cast<double>(waves - 1) * shown;
+  e.barriers = wait + more * shown;
   return e;
 }
 
