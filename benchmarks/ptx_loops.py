@@ -96,7 +96,7 @@ def ptx_statements(body: str) -> tuple[list[str], dict[str, int]]:
     """A kernel's instructions without their guards, and the places of its labels."""
     statements: list[str] = []
     labels = {}
-    for text in re.sub(r"//.*|^\s*\.loc .*", "", body, flags=re.MULTILINE).split(";"):
+    for text in re.sub(r"//.*|^\s*\.loc\s.*", "", body, flags=re.MULTILINE).split(";"):
         text = text.lstrip("{} \t\n")  # scopes, which inline assembly opens
         while label := re.match(r"(\$\w+):[{}\s]*", text):
             labels[label[1]] = len(statements)
