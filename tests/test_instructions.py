@@ -118,7 +118,7 @@ def test_weights_against_loops_in_machine_code(name: str, tmp_path: Path) -> Non
     text = "\n".join(f"{m.expected:.0f} of {m.sass.size:.0f}: {m.kernel} {m.ptx.signature}" for m in matches)
     assert len(matches) >= 6 and len({m.kernel for m in matches}) >= 3, text
     assert all(0.8 < m.ratio < 1.45 for m in matches), text
-    assert 0.93 < statistics.median(m.ratio for m in matches) < 1.2, text
+    assert 0.93 < statistics.median(m.ratio for m in matches) < 1.25, text
 
 
 # ---- counting ----
