@@ -365,7 +365,8 @@ def test_library_computes_and_counts(library: backend.Emulator) -> None:
 
 def test_library_takes_orders_and_seeds(library: backend.Emulator) -> None:
     x = torch.randn(2, 3, 8, 8)
-    expected = norm_forward(x)
+    with library.configured(device="tiny"):  # another device has another plan, and another order of sums
+        expected = norm_forward(x)
     for order in backend.ORDERS:
         for seed in range(3):
             with library.configured(order, seed, "tiny", blocks_together=1 + seed):
