@@ -32,9 +32,11 @@ demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
 
 test: $(BUILT)
+	$(PY) -m tests.prepare $(ARGS)
 	$(PY) -m pytest tests benchmarks/test_bench_results.py benchmarks/test_bench_cuda.py -n $(JOBS) $(ARGS)
 
 test-ptx: $(BUILT)
+	$(PY) -m tests.prepare --backend ptx
 	$(PY) -m pytest tests --backend ptx -n $(JOBS) $(ARGS)
 
 bench: $(BUILT)
