@@ -14,7 +14,7 @@ FASTNORM_DEVICE void forward_steps(const ForwardTensors<T>& t, const RowsPiece<W
                                    Coefs& coefs, Read read) {
   Pack<T, W> x[N], residual[N];
   const auto load_residual = [&](int u) {
-    if (steps[u].in) residual[u] = load<W>(t.residual + piece.element(steps[u]));
+    if (steps[u].in) residual[u] = load<W>(piece.at(t.residual, steps[u]));
   };
 #pragma unroll
   for (int u = 0; u < N; ++u) {
@@ -38,7 +38,7 @@ FASTNORM_DEVICE void forward_steps(const ForwardTensors<T>& t, const RowsPiece<W
       if (t.mask != nullptr) store_mask<W>(t.mask + piece.mask_byte(steps[u]), upper_side<kAct>(z), steps[u].in);
     }
     activate_pack<kAct, T>(t.epilogue.param, z);
-    if (steps[u].in) store(t.y + piece.element(steps[u]), narrow<T>(z));
+    if (steps[u].in) store(piece.at(t.y, steps[u]), narrow<T>(z));
   }
 }
 
