@@ -107,15 +107,20 @@ struct StepSums {
   }
 };
 
+// Activations that are frequent enough for a loop of plain calls: it takes a tenth of the instructions away, and some
+// seconds of compilation.
+constexpr bool is_frequent(Activation a) { return !is_smooth(a) || a == Activation::kSilu || a == Activation::kGelu; }
+
 // Calls f(tensors, tag of the activation), with plain tensors where kPlain is set and the call is plain. Only runs of
 // one channel have them: of the others most are in registers (register_backward.cuh).
 template <bool kPlain, bool kSmooth, int W, class T, class Coefs, class F>
 FASTNORM_DEVICE void dispatch_rows(const BackwardTensors<T>& t, const Coefs& /*coefs*/, F f) {
-  if constexpr (kPlain && std::is_same_v<Coefs, RunCoefsReader<T, W>>) {
-    dispatch_backward<kSmooth, W>(t, f);
-  } else {
-    dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) { f(t, act); });
-  }
+  dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
+    if constexpr (kPlain && W > 1 && is_frequent(act.value) && std::is_same_v<Coefs, RunCoefsReader<T, W>>) {
+      if (t.is_plain()) return f(PlainBackward<T>(t), act);
+    }
+    f(t, act);
+  });
 }
 
 // Calls body(sums) with the StepSums of the call's activation, tensors and coefficients.

@@ -23,12 +23,6 @@ constexpr int kLog2 = 1 + kLog2<kPower / 2>;
 template <>
 constexpr int kLog2<1> = 0;
 
-// From a step to the same thread's step of the next round.
-struct Stride {
-  int runs, packs;
-  uint32_t offset;  // in packs of memory
-};
-
 // A geometry and its grid as rows kernels need them. The elements of set s, run r begin at s * set_stride + r *
 // run_stride; channels and rows of the mask likewise.
 struct RowsShape {
@@ -47,9 +41,9 @@ struct RowsShape {
   FastDiv by_length;
   int run_channels;         // 1 where every run has a channel of its own, else 0
   uint32_t run_offset;      // from a run of a piece to the next, in packs
+  uint32_t between_runs;    // likewise, beyond the steps that lie between
   uint32_t run_mask_bytes;  // likewise in the mask
   int team_shift;           // a team has 1 << team_shift threads
-  Stride round;             // of a team
   bool per_element;         // the channel changes with every element of a run
   bool backwards;           // items are taken from the last to the first
   int run_slots;            // of a staged run of single elements
@@ -87,10 +81,9 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   s.length = (s.piece_length + per_byte - 1) / per_byte * per_byte;
   s.by_length = FastDiv(s.length);
   s.run_offset = static_cast<uint32_t>(runs.stride / grid.pack);
+  s.between_runs = s.run_offset - static_cast<uint32_t>(s.length);
   s.run_mask_bytes = static_cast<uint32_t>(s.run_masks * s.mask_row_bytes);
   while (1 << s.team_shift < grid.threads_x) ++s.team_shift;
-  s.round = {grid.threads_x / s.length, grid.threads_x % s.length, 0};
-  s.round.offset = static_cast<uint32_t>(s.round.runs) * s.run_offset + static_cast<uint32_t>(s.round.packs);
   s.per_element = g.per_element();
   s.run_slots = static_cast<int>(grid.run_slots(dtype));
   s.by_blocks = FastDiv(std::max<int64_t>(1, s.run_slots * size_of(dtype) / 16));
@@ -212,9 +205,8 @@ struct RowsPiece {
     Step step{};
     step.index = index;
     step.run = static_cast<int>(shape.by_length.divide(static_cast<uint32_t>(index)));
-    step.pack = index - step.run * shape.length;
-    const uint32_t between_runs = shape.run_offset - static_cast<uint32_t>(shape.length);
-    step.offset = static_cast<uint32_t>(step.run) * between_runs + static_cast<uint32_t>(index);
+    step.pack = step.run * -shape.length + index;
+    step.offset = static_cast<uint32_t>(step.run) * shape.between_runs + static_cast<uint32_t>(index);
     return step;
   }
   FASTNORM_DEVICE bool has_pack(const Step& step) const { return W == 8 || step.pack < span.packs; }
@@ -328,8 +320,7 @@ class RunCoefsReader {
         bias_(bias),
         coefs_{make_affine(stats, first.weight, first.bias)} {}
   FASTNORM_DEVICE void move_to(const Step& step) {
-    if (piece_.shape.run_channels == 0) return;  // all runs are of one channel
-    const int channel = W == 1 && piece_.shape.per_element ? step.pack : step.run;
+    const int channel = W == 1 && piece_.shape.per_element ? step.pack : step.run * piece_.shape.run_channels;
     if (channel == channel_ || !step.in) return;
     channel_ = channel;
     const ChannelParams<A> params = channel_params<T>(piece_, weight_, bias_, channel);

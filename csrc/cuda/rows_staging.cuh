@@ -19,7 +19,7 @@ class Slots {
 
   FASTNORM_DEVICE int operator()(const Step& step) const {
     if constexpr (W == 8) return step.index;
-    if constexpr (W > 1) return step.index - step.run * (shape_.length - shape_.piece_length);
+    if constexpr (W > 1) return step.run * (shape_.piece_length - shape_.length) + step.index;
     return step.run * shape_.run_slots + shift(step.run) + step.pack;
   }
   FASTNORM_DEVICE int shift(int run) const {
