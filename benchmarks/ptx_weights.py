@@ -1,7 +1,8 @@
 """How many machine instructions a PTX instruction becomes, by its opcode.
 
 PTX is what can be counted without a GPU; a GPU executes SASS, which ptxas makes of it. Most PTX instructions become one
-SASS instruction. The table has those that do not. tests/test_instructions.py holds it against loops of the kernels in SASS.
+SASS instruction. The table has those that do not. tests/test_instructions.py holds it against loops of the kernels in
+SASS.
 """
 
 from __future__ import annotations
