@@ -11,6 +11,8 @@
 // that one barrier per wave is enough: between a block's read of a place and the next write to it lies a barrier.
 #pragma once
 
+#include <algorithm>
+
 #include "group_reduce.cuh"
 #include "pack.cuh"
 
@@ -54,6 +56,7 @@ class GangPartials {
   // warp take part, `in` or not.
   FASTNORM_DEVICE Acc total(int parity, int channel, bool in, int lane, int lanes) const {
     Acc sum{};
+#pragma unroll 1  // a second round is rare, and a merge is long
     for (int piece = lane; in && piece < f_.pieces; piece += lanes) sum.merge(fetch(parity, piece, channel));
     return reduce_lanes(sum, lanes);
   }
@@ -69,8 +72,10 @@ class GangPartials {
   template <class Use>
   FASTNORM_DEVICE void exchange_channels(int parity, int channels, Use use) const {
     sync();
-    int log_lanes = 0;
-    while (1 << log_lanes < kWarp && 2 * channels << log_lanes <= block_threads()) ++log_lanes;
+    // As many as there are threads for, which are a power of two; at most a warp.
+    constexpr int kMost = 5;
+    static_assert(1 << kMost == kWarp);
+    const int log_lanes = std::clamp(bit_width(block_threads()) - 1 - bit_width(channels - 1), 0, kMost);
     const int lanes = 1 << log_lanes, lane = thread_index() & (lanes - 1), group = thread_index() >> log_lanes;
     const int groups = block_threads() >> log_lanes;
     for (int first = 0; first < channels; first += groups) {
