@@ -46,7 +46,7 @@ class GangCase(NamedTuple):
     def plans(self, facts: _C.DeviceInfo) -> tuple[_C.ForwardPlan, _C.BackwardPlan] | None:
         """None where there is no such plan in one direction."""
         case, geometry = self.case, planned_shape(self.case).geometry
-        options = {"forced": self.forced, "free_sms": self.free_sms}
+        options = {"forced": self.forced, "free_sms": self.free_sms, "activation": case.activation or "none"}
         recomputes = case.residual and case.activation == "silu"
         try:
             return (
