@@ -13,7 +13,7 @@ import torch
 
 from fastnorm import _C
 from tests.common.cases import Case, Layer
-from tests.common.gangs import GANG_EPILOGUES, GANG_LAYERS, GANG_PRECISIONS, GangCase
+from tests.common.gangs import FEW, GANG_EPILOGUES, GANG_LAYERS, GANG_PRECISIONS, GangCase
 from tests.common.numerics import build, make_inputs, measure, scale_of, truth
 from tests.common.plan_model import DTYPES, Shape
 from tests.common.raw_calls import RawCall, same_bits
@@ -57,16 +57,6 @@ PLACES = (
     {"place": "registers", "stages": 2},
     {"place": "registers"},
     {"place": "shared", "gang": "block"},
-)
-
-# SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
-FEW = dataclasses.replace(
-    emulator.load().device("tiny"),
-    largest_cluster=16,
-    cluster_sms=16,
-    shared_per_sm=40 << 10,
-    shared_per_block=39 << 10,
-    bytes_per_us=10_000,  # so little that reading once is worth the barriers
 )
 
 

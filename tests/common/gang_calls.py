@@ -13,27 +13,13 @@ import torch
 
 from fastnorm import _C
 from tests.common.cases import Case, Layer
+from tests.common.gangs import FEW
 from tests.common.numerics import build, make_inputs, measure, scale_of, truth
 from tests.common.raw_calls import RawCall
 from tests.emulator.backend import Device
 
 CPU = torch.device("cpu")
 
-# SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
-FEW = Device(
-    capability=90,
-    num_sms=4,
-    clock_mhz=1000,
-    threads_per_sm=1024,
-    shared_per_sm=40 << 10,
-    shared_per_block=39 << 10,
-    l2_bytes=64 << 10,
-    bytes_per_us=100_000,
-    largest_cluster=16,
-    cluster_sms=16,
-    cooperative=True,
-    cooperative_clusters=True,
-)
 # The same with much, for long pieces.
 ROOMY = dataclasses.replace(FEW, shared_per_sm=228 << 10, shared_per_block=227 << 10)
 
@@ -50,8 +36,10 @@ LAYERS = (
     Layer("", "GroupNorm", (2, 15, 30, 5), (5, 15)),
     Layer("", "GroupNorm", (4, 12, 3, 3), (4, 12)),
     Layer("", "GroupNorm", (4, 12, 4, 4), (4, 12)),
+    Layer("", "GroupNorm", (4, 12, 4, 5), (4, 12)),
     Layer("", "InstanceNorm2d", (3, 40, 4, 4), (40,), (("affine", True),)),
     Layer("", "InstanceNorm2d", (3, 40, 5, 5), (40,), (("affine", True),)),
+    Layer("", "InstanceNorm2d", (3, 8, 24, 24), (8,), (("affine", True),)),
     Layer("", "LayerNorm", (7, 1024), (1024,)),
     Layer("", "LayerNorm", (13, 40), (40,)),
     Layer("", "LayerNorm", (13, 41), (41,)),
@@ -73,7 +61,11 @@ GANGS: tuple[dict[str, str | int], ...] = (
     {"gang": "grid", "stages": 2},
 )
 FUSED = tuple({"strategy": "fused", **gang} for gang in GANGS)
-OTHERS: tuple[dict[str, str | int], ...] = ({"strategy": "fused", "place": "registers"}, {"strategy": "split"})
+OTHERS: tuple[dict[str, str | int], ...] = (
+    {"strategy": "fused", "place": "registers"},
+    {"strategy": "fused", "place": "shared", "gang": "block"},
+    {"strategy": "split"},
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,25 @@ from typing import NamedTuple
 from fastnorm import _C
 from tests.common.cases import Case, Layer
 from tests.common.raw_calls import planned_shape
+from tests.emulator.backend import Device
 
 Forced = dict[str, str | int]
+
+# SMs with room for little, so that waves follow each other, and clusters of 16 as on a large device.
+FEW = Device(
+    capability=90,
+    num_sms=4,
+    clock_mhz=1000,
+    threads_per_sm=1024,
+    shared_per_sm=40 << 10,
+    shared_per_block=39 << 10,
+    l2_bytes=64 << 10,
+    bytes_per_us=10_000,  # so little that reading once is worth the barriers
+    largest_cluster=16,
+    cluster_sms=16,
+    cooperative=True,
+    cooperative_clusters=True,
+)
 
 # Runs that are whole and in parts, pieces of several runs, cells in parts, accesses of every width.
 GANG_LAYERS = (

@@ -12,6 +12,10 @@ SYNC = re.compile(
     r"\s*(?:@!?%p\d+\s+)?(bar\.sync|barrier\.sync|bar\.warp\.sync|cp\.async\.wait_group|cp\.async\.wait_all)\b"
 )
 CLUSTER = re.compile(r"\s*barrier\.cluster\.(arrive|wait)\b")
+Place = tuple[Path, int]
+"""A file and a line."""
+
+LOCATION = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?")
 ORDERS = {"atom.add.release.gpu": "atom.add.relaxed.gpu", "ld.acquire.gpu": "ld.relaxed.gpu"}
 
 
@@ -38,6 +42,7 @@ class Module:
             for start, end in zip(starts, ends, strict=True)
         }
         self.files = dict(re.findall(r'\.file\s+(\d+) "([^"]*)"', text))
+        self.located: dict[str, dict[int, tuple[Place, ...]]] = {}
         outside = [line for line in self.lines[: starts[0]] if not line.lstrip().startswith("//")]
         self.around = [*outside, *(f'.file {number} "{path}"' for number, path in self.files.items())]
 
@@ -59,25 +64,49 @@ class Module:
                 if strong in line:
                     yield Mutant(kernel, strong, i + 1, self.alone(kernel, {i: line.replace(strong, weak)}))
 
-    def site(self, line: int) -> str:
-        """Of the instruction in a line: "sync < exchange < fused_forward_rows", the functions of ours that it lies in,
-        from the innermost outside of platform.cuh to the kernel."""
-        numbers = r"(\d+) (\d+) (\d+)"
+    def copies(self, kernel: str) -> dict[tuple[str, tuple[Place, ...]], list[Mutant]]:
+        """The mutants of each barrier: the compiler copies a line's barrier into every loop of a kernel."""
+        found: dict[tuple[str, tuple[Place, ...]], list[Mutant]] = {}
+        for mutant in self.mutants(kernel):
+            found.setdefault((mutant.what, self.places(mutant.line)), []).append(mutant)
+        return found
+
+    def places(self, line: int) -> tuple[Place, ...]:
+        """The lines of csrc/cuda, but for platform.cuh, that an instruction comes of, from the innermost call."""
+        (kernel,) = (name for name, (start, end) in self.kernels.items() if start < line <= end)
+        if kernel not in self.located:
+            self.located[kernel] = dict(self.locate(kernel))
+        return self.located[kernel][line]
+
+    def locate(self, kernel: str) -> Iterator[tuple[int, tuple[Place, ...]]]:
+        """The line and the places of all instructions of a kernel that mutants lack."""
         outer: dict[tuple[str, ...], tuple[str, ...]] = {}
         current: tuple[str, ...] = ()
-        start = max(first for first, _ in self.kernels.values() if first < line)
-        for text in self.lines[start : line - 1]:
-            if found := re.match(rf"\s*\.loc\s+{numbers}(?:.*inlined_at {numbers})?", text):
+        start, end = self.kernels[kernel]
+        for number, text in enumerate(self.lines[start:end], start + 1):
+            if found := LOCATION.match(text):
                 current = found.groups()[:3]
                 outer[current] = found.groups()[3:]
-        names: list[str] = []
-        while current and current[0] is not None and len(names) < 30:
-            path = Path(self.files[current[0]])
+            elif SYNC.match(text) or CLUSTER.match(text) or any(strong in text for strong in ORDERS):
+                yield number, tuple(self.places_of(current, outer))
+
+    def places_of(self, at: tuple[str, ...], outer: dict[tuple[str, ...], tuple[str, ...]]) -> Iterator[Place]:
+        for _ in range(60):
+            if not at or at[0] is None:
+                return
+            path = Path(self.files[at[0]])
             if path.parent.name == "cuda" and path.name != "platform.cuh" and path.is_file():
-                name = function_at(path, int(current[1]))
-                names += [name] * (not names or names[-1] != name)
-            current = outer.get(current, ())
-        return " < ".join(names)
+                yield path, int(at[1])
+            at = outer.get(at, ())
+
+
+def site_of(places: tuple[Place, ...]) -> str:
+    """ "sync < exchange < fused_forward_rows": the functions that an instruction lies in, to the kernel."""
+    names: list[str] = []
+    for path, number in places:
+        name = function_at(path, number)
+        names += [name] * (not names or names[-1] != name)
+    return " < ".join(names)
 
 
 @functools.cache
