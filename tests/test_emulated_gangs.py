@@ -37,15 +37,14 @@ GANGS = (
 CHANNELS = (
     {"exchange": "scatter", "stages": 1},
     {"exchange": "scatter", "stages": 2},
-    {"exchange": "gather", "staged_length": 64},
-    {"exchange": "scatter", "staged_length": 130, "pieces": 3},
-    {"exchange": "gather", "staged_length": 100, "pieces": 2},
+    {"exchange": "gather", "staged_length": 64, "pieces": 2},
+    {"exchange": "scatter", "staged_length": 130, "pieces": 2},
+    {"exchange": "scatter", "staged_length": 64, "pieces": 3},
 )
 CHANNELS_LAYERS = (
-    Layer("", "BatchNorm2d", (6, 40, 8, 16), (40,)),
-    Layer("", "BatchNorm1d", (700, 48), (48,)),
-    Layer("", "GroupNorm", (2, 32, 19, 20), (4, 32)),
-    Layer("", "InstanceNorm3d", (1, 24, 8, 8, 16), (24,), (("affine", True),)),
+    Layer("", "BatchNorm2d", (5, 24, 8, 8), (24,)),
+    Layer("", "BatchNorm1d", (401, 16), (16,)),
+    Layer("", "GroupNorm", (2, 32, 17, 13), (4, 32)),
 )
 # Teams of every kind: part of a warp, a warp, several of several warps, a block; rows that leave lanes idle.
 REGISTER_LAYERS = tuple(

@@ -40,7 +40,8 @@ std::vector<int64_t> options_of(int forced, const List& list) {
 std::vector<int64_t> tile_bytes_of(const Geometry& g, DType dtype, const Forced& forced) {
   auto tiles = options_of(forced.tile_bytes, kTileBytes);
   const int64_t whole = g.C * size_of(dtype);
-  if (forced.tile_bytes < 0 && whole > tiles.back()) tiles.push_back(whole);
+  const int64_t most = kResidentThreads * 16;  // a pack of every thread of a block
+  if (forced.tile_bytes < 0 && whole > tiles.back() && whole <= most) tiles.push_back(whole);
   return tiles;
 }
 
