@@ -1,8 +1,8 @@
 """How many machine instructions a PTX instruction becomes, by its opcode.
 
 PTX is what can be counted without a GPU; a GPU executes SASS, which ptxas makes of it. Most PTX instructions become one
-SASS instruction. The table has those that do not. tests/test_instruction_weights.py holds it against loops of the
-kernels that were counted in SASS.
+SASS instruction. The table has those that do not. tests/test_instructions.py holds it against loops of the kernels in
+SASS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ WEIGHTS: tuple[tuple[str, float], ...] = (
     (r"mul\.lo\.[us]64", 3),
     (r"(add|sub|shl|shr|and|or|min|max)\.[usb]64", 2),
     (r"(setp\.\w+|selp)\.[usb]64", 2),
-    # Register allocation removes most moves, and a narrow register is a wide one.
+    # Signs are parts of the operands of other instructions, and half of the selections become predicates of them.
+    (r"(neg|abs)\.f32", 0),
+    (r"selp\.f32", 0.5),
+    # Register allocation removes most moves, and all that only give a number another type: a narrow register is a wide
+    # one.
+    (r"mov\.b32", 0),
     (r"mov\.", 0.3),
     (r"cvta", 0.3),
     (r"cvt\.[us](64|16)\.[us]32|cvt\.[us]32\.[us](64|16)", 0.3),

@@ -158,7 +158,9 @@ def check_on(gang_case: GangCase, device: emulator.Device) -> None:
 
     size = DTYPES[case.precision[0]]
     tensor, bits = call.x.numel() * DTYPES[case.precision[0]], saved["mask"].numel() > 0
-    assert forward_counts.traffic.read_stream == (1 + case.residual) * tensor + read_again(forward.grid, call.shape) * size
+    assert (
+        forward_counts.traffic.read_stream == (1 + case.residual) * tensor + read_again(forward.grid, call.shape) * size
+    )
     recomputes = case.residual and case.activation is not None and not bits
     # How often the mask is read. The gradient through a relu replaces dy in shared memory.
     again = read_again(backward.reduce, call.shape)

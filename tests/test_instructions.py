@@ -36,6 +36,7 @@ def test_weights() -> None:
     """One, but for what becomes more instructions, or none."""
     for opcode in ("fma.rn.f32", "ld.global.v4.u32", "ex2.approx.ftz.f32", "setp.lt.s32", "cvt.f32.bf16", "bra"):
         assert weight(opcode) == 1
+    assert weight("neg.f32") == weight("mov.b32") == 0
     assert weight("div.rn.f32") > 3 * weight("div.full.f32") > 3
     assert weight("rem.s64") > weight("div.u32") > weight("mul.lo.s64") > weight("add.s64") > 1 > weight("mov.f32") > 0
     assert weighted({"fma.rn.f32": 3, "add.s64": 2}) == 7

@@ -1,6 +1,7 @@
 // Activations and their derivatives, written once for any value type V: a float in a CUDA thread, a pack of lanes on
 // the CPU. V needs + - * /, comparisons that give a mask, and, found by argument-dependent lookup, select(mask, a, b),
-// exp or exp_of_minus, tanh, fma, and erf or normal_cdf and normal_density. At a kink the values are those of torch.nn.
+// exp or exp_of_minus, tanh, fma, and erf or normal_cdf with normal_density or gelu_slope. At a kink the values are
+// those of torch.nn.
 #pragma once
 
 #include <cmath>
@@ -92,6 +93,11 @@ FASTNORM_HOST_DEVICE V normal_density(V z) {
   using std::exp;
   return V(0.39894228040143267794) * exp(V(-0.5) * z * z);
 }
+template <class V>
+FASTNORM_HOST_DEVICE V gelu_slope(V z) {
+  using std::fma;
+  return fma(z, normal_density(z), normal_cdf(z));
+}
 
 // The argument of tanh in the tanh form of GELU: sqrt(2/pi) (z + 0.044715 z^3).
 constexpr double kGeluTanhScale = 0.79788456080286535588;
@@ -137,7 +143,7 @@ FASTNORM_HOST_DEVICE V activation_slope(V z, V param) {
     const V s = sigmoid(z);
     return s * (V(1) + z * (V(1) - s));
   } else if constexpr (kAct == Activation::kGelu) {
-    return fma(z, normal_density(z), normal_cdf(z));
+    return gelu_slope(z);
   } else if constexpr (kAct == Activation::kGeluTanh) {
     const V t = tanh(V(kGeluTanhScale) * fma(V(kGeluTanhCubic) * z * z, z, z));
     const V inner_slope = V(kGeluTanhScale) * fma(V(3 * kGeluTanhCubic) * z, z, V(1));

@@ -28,7 +28,7 @@ apply_rows(ForwardTensors<T> t, RowsShape shape) {
                                   : load_stats(t.stats, t.sets, set);
     forward_rows<kSmooth, true, kSmooth ? 1 : kRowsUnroll<W>>(
         t, piece, piece.whole(team, valid), stats, channel_params<T>(piece, t.weight, t.bias),
-        [&](const Step& step) { return load<W>(t.x + piece.element(step)); });
+        [&](const Step& step) { return load<W>(piece.at(t.x, step)); });
   });
 }
 

@@ -28,9 +28,9 @@ apply_backward_rows(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, RowsS
   for_rows<W>(shape, {all.index - fold_blocks, all.count - fold_blocks},
               [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
                 const auto stats = load_stats(t.stats, t.sets, piece.span.set);
-                with_gradients<kSmooth>(
+                with_gradients<false, kSmooth>(
                     t, piece, stats, channel_params<T>(piece, t.weight, t.bias),
-                    load_terms(terms, piece.span.set, stats.rstd), [&](auto use) {
+                    load_terms(terms, piece.span.set, stats.rstd), [&](const auto&, auto use) {
                       piece.template walk_read<kBackwardUnroll<kSmooth, W>, true>(
                           piece.whole(team, valid), [&](const Step& step) { return load_gradient(t, piece, step); },
                           [&](const Step& step, const GradientPacks<T, W>& packs) { use(step, packs); });

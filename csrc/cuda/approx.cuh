@@ -1,5 +1,5 @@
 // Activations of 16-bit elements: a float whose division, exp, tanh and normal distribution are those of the hardware's
-// approximations. Their relative error is below 2^-18 (tests/test_activation.py), and the element is rounded to 2^-9
+// approximations. Their relative error is below 2^-16 (tests/test_activation.py), and the element is rounded to 2^-9
 // (bfloat16) or 2^-12 (float16) afterwards. The exact forms take two to four times the instructions.
 #pragma once
 
@@ -39,23 +39,38 @@ struct Approx {
     return Approx(square < 0.015625f ? small : large);
   }
 
-  // exp(-z^2 / 2). Value and slope of GELU share it.
-  static FASTNORM_DEVICE float bell(Approx z) { return exp2_approx(z.value * z.value * -0.72134752044448170368f); }
-  friend FASTNORM_DEVICE Approx normal_density(Approx z) { return Approx(0.39894228040143267794f * bell(z)); }
-  // P(Z <= -|z|) = bell(z) t p(t) with t = 1 / (1 + 0.35 |z|): Mills' ratio, which is accurate in the tail, too. The
-  // coefficients of p are a least-maximum fit of the relative error for |z| <= 12: 2^-19.8.
+  // P(Z <= -|z|) is 2 to the power of a polynomial in |z|, whose first coefficient is negative, so that it goes to 0
+  // with |z|. That takes neither a division nor the density.
+  //
+  // The coefficients of normal_cdf are a least-maximum fit of the relative error, since the value of a GELU is z times
+  // it: 2^-16 for |z| <= 5.6, where a float16 ends, and 2^-11 up to 8, where the value is -5e-15.
   friend FASTNORM_DEVICE Approx normal_cdf(Approx z) {
-    const float t = reciprocal_approx(std::fma(std::abs(z.value), 0.35f, 1.0f));
-    float p = 0.043942649f;
-    p = std::fma(p, t, -0.182794115f);
-    p = std::fma(p, t, 0.210017613f);
-    p = std::fma(p, t, 0.008659477f);
-    p = std::fma(p, t, 0.143695814f);
-    p = std::fma(p, t, 0.136681207f);
-    p = std::fma(p, t, 0.139796822f);
-    const float tail = bell(z) * t * p;
-    return Approx(z.value <= 0 ? tail : 1 - tail);
+    const float size = std::abs(z.value);
+    float p = -1.4910222e-06f;
+    p = std::fma(p, size, 5.4029395e-05f);
+    p = std::fma(p, size, -0.00086506817f);
+    p = std::fma(p, size, 0.0082265446f);
+    p = std::fma(p, size, -0.0533351414f);
+    p = std::fma(p, size, -0.459136009f);
+    p = std::fma(p, size, -1.15096927f);
+    p = std::fma(p, size, -1.00001776f);
+    return Approx(cdf_of_tail(z.value, exp2_approx(p)));
   }
+  // The slope is P(Z <= z) and z times the density, so the error of the former matters by its size, and in the tail it
+  // is the smaller part: an absolute error of 2^-16 takes fewer coefficients. The factor of the density is in its
+  // exponent.
+  friend FASTNORM_DEVICE Approx gelu_slope(Approx z) {
+    const float size = std::abs(z.value);
+    float p = -0.000255703984f;
+    p = std::fma(p, size, 0.00536957057f);
+    p = std::fma(p, size, -0.0476563983f);
+    p = std::fma(p, size, -0.46354717f);
+    p = std::fma(p, size, -1.14992559f);
+    p = std::fma(p, size, -1.0000453f);
+    const float density = exp2_approx(std::fma(z.value * z.value, -0.72134752044448170368f, -1.32574806473616425f));
+    return Approx(std::fma(z.value, density, cdf_of_tail(z.value, exp2_approx(p))));
+  }
+  static FASTNORM_DEVICE float cdf_of_tail(float z, float tail) { return z <= 0 ? tail : 1 - tail; }
 };
 
 // The type that an activation of elements of T is computed in, and its number.

@@ -115,13 +115,14 @@ FASTNORM_DEVICE void store_gradients(const Tensors& t, const A (&x)[W], const A 
   store(t.dx + element, narrow<T>(dx));
 }
 
-// Reads all that backward needs of one pack from global memory; bits() gives the mask's bits.
-template <int W, class Tensors, class Bits>
-FASTNORM_DEVICE auto load_gradient(const Tensors& t, int64_t element, Bits bits) {
+// Reads all that backward needs of one pack from global memory; at(tensor) is its address, and bits() gives the mask's
+// bits.
+template <int W, class Tensors, class At, class Bits>
+FASTNORM_DEVICE auto load_gradient(const Tensors& t, At at, Bits bits) {
   GradientPacks<std::remove_pointer_t<decltype(t.dx)>, W> packs;
-  packs.x = load<W>(t.x + element);
-  packs.dy = load<W>(t.dy + element);
-  if (t.residual != nullptr) packs.residual = load<W>(t.residual + element);
+  packs.x = load<W>(at(t.x));
+  packs.dy = load<W>(at(t.dy));
+  if (t.residual != nullptr) packs.residual = load<W>(at(t.residual));
   if (t.mask != nullptr) packs.bits = bits();
   return packs;
 }

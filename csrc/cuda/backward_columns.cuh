@@ -8,7 +8,8 @@ namespace fastnorm::cuda {
 
 template <int W, class Tensors>
 FASTNORM_DEVICE auto load_gradient(const Tensors& t, const ColumnsPiece<W>& piece, const PackPlace& place) {
-  return load_gradient<W>(t, place.element, [&] { return piece.mask_bits(t.mask, place); });
+  return load_gradient<W>(
+      t, [&](const auto* tensor) { return tensor + place.element; }, [&] { return piece.mask_bits(t.mask, place); });
 }
 
 template <int W, class T, class A = Accum<T>>

@@ -17,14 +17,15 @@ constexpr int kBackwardUnroll = kSmooth || W == 8 ? 1
 template <int W, class T>
 FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,
                                                   const Step& step) {
-  return load_gradient<W>(t, piece.element(step), [&] { return piece.mask_bits(t.mask, step); });
+  return load_gradient<W>(
+      t, [&](const T* tensor) { return piece.at(tensor, step); }, [&] { return piece.mask_bits(t.mask, step); });
 }
 
 // x - mean and d = dy * act'(z) of a pack: from the mask's bits where forward saved them, else from z, computed again
 // from x and residual.
-template <Activation kAct, int W, class T, class Coefs, class A>
-FASTNORM_DEVICE void centered_gradient(const BackwardTensors<T>& t, const GradientPacks<T, W>& packs, A mean,
-                                       const Coefs& coefs, A (&centered)[W], A (&d)[W]) {
+template <Activation kAct, int W, class Tensors, class T, class Coefs, class A>
+FASTNORM_DEVICE void centered_gradient(const Tensors& t, const GradientPacks<T, W>& packs, A mean, const Coefs& coefs,
+                                       A (&centered)[W], A (&d)[W]) {
   widen<A>(packs.x, centered);
 #pragma unroll
   for (int w = 0; w < W; ++w) {
@@ -56,10 +57,12 @@ FASTNORM_DEVICE void add_sums(const A (&centered)[W], const A (&d)[W], GradSums<
 }
 
 // Stores dx and dresidual of a pack.
-template <int W, class T, class A, class Coefs>
-FASTNORM_DEVICE void store_row_gradients(const BackwardTensors<T>& t, const A (&centered)[W], const A (&d)[W],
-                                         const Coefs& coefs, const InputTerms<A>& terms, int64_t element) {
-  if (t.dresidual != nullptr) store(t.dresidual + element, narrow<T>(d));
+template <int W, class Tensors, class A, class Coefs>
+FASTNORM_DEVICE void store_row_gradients(const Tensors& t, const RowsPiece<W>& piece, const Step& step,
+                                         const A (&centered)[W], const A (&d)[W], const Coefs& coefs,
+                                         const InputTerms<A>& terms) {
+  using T = std::remove_pointer_t<decltype(t.dx)>;
+  if (t.dresidual != nullptr) store(piece.at(t.dresidual, step), narrow<T>(d));
   if (t.dx == nullptr) return;
   A dx[W];
   if (t.frozen) {  // dx does not depend on x, not even on an infinite one
@@ -71,16 +74,17 @@ FASTNORM_DEVICE void store_row_gradients(const BackwardTensors<T>& t, const A (&
       dx[w] = std::fma(coefs[w].scale, d[w], -std::fma(centered[w], terms.slope, terms.offset));
     }
   }
-  store(t.dx + element, narrow<T>(dx));
+  store(piece.at(t.dx, step), narrow<T>(dx));
 }
 
 // Adds the sums over one pack after the other to `total`.
-template <Activation kAct, int W, class T, class Coefs, class A = Accum<T>>
+template <Activation kActivation, int W, class T, class Tensors, class Coefs, class A = Accum<T>>
 struct StepSums {
+  static constexpr Activation kAct = kActivation;
   // Whether a thread's coefficients may be those of one element. Such cells have no sums of their own.
   static constexpr bool kByElement = W == 1 || std::is_same_v<Coefs, ElementCoefsReader<T, W>>;
 
-  const BackwardTensors<T>& t;
+  const Tensors& t;
   const RowsPiece<W>& piece;
   Coefs& coefs;
   A mean;
@@ -103,28 +107,46 @@ struct StepSums {
   }
 };
 
-// Calls body(sums) with the StepSums of the call's activation and coefficients.
-template <bool kSmooth, int W, class T, class Body, class A = Accum<T>>
+// Activations that are frequent enough for a loop of plain calls: it takes a tenth of the instructions away, and some
+// seconds of compilation.
+constexpr bool is_frequent(Activation a) { return !is_smooth(a) || a == Activation::kSilu || a == Activation::kGelu; }
+
+// Calls f(tensors, tag of the activation), with plain tensors where kPlain is set and the call is plain. Only runs of
+// one channel have them: of the others most are in registers (register_backward.cuh).
+template <bool kPlain, bool kSmooth, int W, class T, class Coefs, class F>
+FASTNORM_DEVICE void dispatch_rows(const BackwardTensors<T>& t, const Coefs& /*coefs*/, F f) {
+  dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
+    if constexpr (kPlain && W > 1 && is_frequent(act.value) && std::is_same_v<Coefs, RunCoefsReader<T, W>>) {
+      if (t.is_plain()) return f(PlainBackward<T>(t), act);
+    }
+    f(t, act);
+  });
+}
+
+// Calls body(sums) with the StepSums of the call's activation, tensors and coefficients.
+template <bool kPlain, bool kSmooth, int W, class T, class Body, class A = Accum<T>>
 FASTNORM_DEVICE void with_sums(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const SetStats<A>& stats,
                                const ChannelParams<A>& first, Body body) {
   with_coefs<T>(piece, stats, t.weight, t.bias, first, [&](auto&& coefs) {
-    dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-      body(StepSums<act.value, W, T, std::remove_reference_t<decltype(coefs)>>{t, piece, coefs, stats.mean});
+    dispatch_rows<kPlain, kSmooth, W>(t, coefs, [&](const auto& tensors, auto act) {
+      using Sums =
+          StepSums<act.value, W, T, std::remove_cvref_t<decltype(tensors)>, std::remove_cvref_t<decltype(coefs)>>;
+      body(Sums{tensors, piece, coefs, stats.mean});
     });
   });
 }
 
-// Calls body(use) for a piece whose set's terms are known: use(step, packs) stores dx and dresidual of a step.
-template <bool kSmooth, int W, class T, class Body, class A = Accum<T>>
+// Calls body(tensors, use) for a piece whose set's terms are known: use(step, packs) stores dx and dresidual of a step.
+template <bool kPlain, bool kSmooth, int W, class T, class Body, class A = Accum<T>>
 FASTNORM_DEVICE void with_gradients(const BackwardTensors<T>& t, const RowsPiece<W>& piece, const SetStats<A>& stats,
                                     const ChannelParams<A>& first, const InputTerms<A>& terms, Body body) {
   with_coefs<T>(piece, stats, t.weight, t.bias, first, [&](auto&& coefs) {
-    dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-      body([&](const Step& step, const GradientPacks<T, W>& packs) {
+    dispatch_rows<kPlain, kSmooth, W>(t, coefs, [&](const auto& tensors, auto act) {
+      body(tensors, [&](const Step& step, const GradientPacks<T, W>& packs) {
         coefs.move_to(step);
         A centered[W], d[W];
-        centered_gradient<act.value>(t, packs, stats.mean, coefs.now(), centered, d);
-        store_row_gradients(t, centered, d, coefs.now(), terms, piece.element(step));
+        centered_gradient<act.value>(tensors, packs, stats.mean, coefs.now(), centered, d);
+        store_row_gradients(tensors, piece, step, centered, d, coefs.now(), terms);
       });
     });
   });

@@ -29,6 +29,7 @@ struct ColumnsShape {
   int staged_length;
   int tile, threads_x, threads_y;
   int log_threads_x, log_threads_y;  // both are powers of two
+  int log_row_threads;               // see merged_rows
   WideDiv by_fast, by_slow;          // of items: see ColumnsPiece
   FastDiv by_set_channels;
   int64_t mask_row_bytes;
@@ -60,6 +61,7 @@ inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dty
   s.threads_y = grid.threads_y;
   s.log_threads_x = log2_of(s.threads_x);
   s.log_threads_y = log2_of(s.threads_y);
+  s.log_row_threads = std::max(s.log_threads_x, log2_of(kWarp));
   s.pieces_adjoin = grid.gang != Gang::kBlock;
   s.by_fast = WideDiv(s.pieces_adjoin ? s.pieces : s.tiles);
   s.by_slow = WideDiv(s.pieces_adjoin ? s.tiles : s.pieces);
@@ -171,6 +173,18 @@ struct ColumnsPiece {
       } else {
         body(w);
       }
+    }
+  }
+
+  // The values of the sets of this thread's lanes, from those of the tile's sets.
+  template <class V>
+  FASTNORM_DEVICE void values_of_sets(const V* of_tile, V (&out)[W]) const {
+    if (!in) return;
+    if (shape.set_channels == 1) {
+#pragma unroll
+      for (int w = 0; w < W; ++w) out[w] = of_tile[x * W + w];
+    } else {
+      for_lane_sets([&](int w) { out[w] = of_tile[set_in_tile(w)]; }, [&](int w) { out[w] = out[w - 1]; });
     }
   }
 

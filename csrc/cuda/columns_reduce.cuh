@@ -14,8 +14,7 @@ namespace fastnorm::cuda {
 // from the thread's own mean.
 template <class A, int W>
 struct LaneMoments {
-  int count = 0;
-  A inverse = 0;  // 1 / count, and 0 where that is 0
+  A count = 0, inverse = 0;  // inverse: 1 / count, and 0 where that is 0
   A sum[W] = {}, m2[W] = {};
 };
 
@@ -28,8 +27,7 @@ struct LaneMoments {
 template <int kRows, int W, class T, class A>
 FASTNORM_DEVICE void take_moments(const Pack<T, W> (&packs)[kRows], const A (&origin)[W], LaneMoments<A, W>& total) {
   constexpr bool kRaw = sizeof(T) == 2;
-  const A inverse = A(1) / static_cast<A>(total.count + kRows);
-  const A product = static_cast<A>(total.count) * kRows * inverse;
+  const A count = total.count + kRows, inverse = reciprocal_of(count), product = total.count * kRows * inverse;
 #pragma unroll
   for (int w = 0; w < W; ++w) {
     A x[kRows], mean = 0, m2 = 0;
@@ -47,7 +45,7 @@ FASTNORM_DEVICE void take_moments(const Pack<T, W> (&packs)[kRows], const A (&or
     total.m2[w] = std::fma(delta * product, delta, total.m2[w] + m2);
     total.sum[w] = std::fma(mean, A(kRows), total.sum[w]);
   }
-  total.count += kRows;
+  total.count = count;
   total.inverse = inverse;
 }
 
@@ -107,8 +105,7 @@ struct LaneSums {
 
 // The number of rows of threads whose accumulators stay apart when lanes have been merged by shuffles. A row has
 // threads_x * W channels. plan/grid.cpp reserves shared memory for so many.
-FASTNORM_DEVICE int row_threads(const ColumnsShape& shape) { return shape.threads_x < kWarp ? kWarp : shape.threads_x; }
-FASTNORM_DEVICE int merged_rows(const ColumnsShape& shape) { return block_threads() / row_threads(shape); }
+FASTNORM_DEVICE int merged_rows(const ColumnsShape& shape) { return block_threads() >> shape.log_row_threads; }
 
 // 1 / n; 0 where n is 0.
 template <class A>
@@ -131,8 +128,8 @@ FASTNORM_DEVICE void sum_over_rows(A (&values)[K], int threads_x) {
 template <int W, class Acc>
 FASTNORM_DEVICE int stack_rows(const ColumnsPiece<W>& piece, const Acc (&mine)[W], Acc* merged) {
   const ColumnsShape& shape = piece.shape;
-  const int width = shape.threads_x * W, row = thread_index() / row_threads(shape);
-  if (thread_index() % row_threads(shape) < shape.threads_x) {
+  const int log_row = shape.log_row_threads, width = shape.threads_x * W, row = thread_index() >> log_row;
+  if ((thread_index() & ((1 << log_row) - 1)) < shape.threads_x) {
 #pragma unroll
     for (int w = 0; w < W; ++w) merged[row * width + piece.x * W + w] = mine[w];
   }
@@ -166,9 +163,8 @@ template <int W, class A, class Use>
 FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const LaneMoments<A, W>& mine, Moments<A>* merged,
                                 Use use) {
   const ColumnsShape& shape = piece.shape;
-  const int per_row = row_threads(shape) / shape.threads_x;  // rows of threads
-  const A count = static_cast<A>(mine.count);
-  const A row_inverse = inverse_of<A>(piece.count(thread_index() / row_threads(shape) * per_row, per_row));
+  const int log_row = shape.log_row_threads, per_row = 1 << (log_row - shape.log_threads_x);  // rows of threads
+  const A row_inverse = inverse_of<A>(piece.count((thread_index() >> log_row) * per_row, per_row));
   A mean[W], m2[W];
 #pragma unroll
   for (int w = 0; w < W; ++w) mean[w] = mine.sum[w];
@@ -177,7 +173,7 @@ FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const LaneMoments<
   for (int w = 0; w < W; ++w) {
     mean[w] *= row_inverse;
     const A deviation = std::fma(mine.sum[w], mine.inverse, -mean[w]);
-    m2[w] = std::fma(deviation * count, deviation, mine.m2[w]);
+    m2[w] = std::fma(deviation * mine.count, deviation, mine.m2[w]);
   }
   sum_over_rows(m2, shape.threads_x);
   Moments<A> row_moments[W];
@@ -205,12 +201,10 @@ FASTNORM_DEVICE void merge_rows(const ColumnsPiece<W>& piece, const LaneMoments<
 template <int W, class Body>
 FASTNORM_DEVICE void for_each_set(const ColumnsPiece<W>& piece, Body body) {
   const int channels = static_cast<int>(piece.shape.set_channels);
-  // A tile of one set has no other, and an invalid piece has none.
-  const int sets = piece.shape.groups == 1
-                       ? piece.channels > 0
-                       : static_cast<int>(piece.shape.by_set_channels.divide(static_cast<unsigned>(piece.channels)));
-  int log_lanes = 0;
-  while (1 << log_lanes < channels && 1 << log_lanes < kWarp) ++log_lanes;
+  // Where there is one set, by_set_channels divides by 1. An invalid piece has none.
+  const auto most = static_cast<int>(piece.shape.by_set_channels.divide(static_cast<unsigned>(piece.channels)));
+  const int sets = static_cast<int>(std::min(static_cast<int64_t>(most), piece.shape.groups));
+  const int log_lanes = std::min(bit_width(channels - 1), log2_of(kWarp));
   const int lanes = 1 << log_lanes, lane = thread_index() & (lanes - 1), group = thread_index() >> log_lanes;
   const int groups = block_threads() >> log_lanes;
   for (int first = 0; first < sets; first += groups) body(first + group < sets ? first + group : -1, lane, lanes);

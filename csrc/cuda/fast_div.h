@@ -18,8 +18,13 @@ struct FastDiv {
   }
   // n < 2^31
   FASTNORM_HOST_DEVICE uint32_t divide(uint32_t n) const {
-    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(multiplier) * n >> 32);
-    return (high + n) >> shift;
+#if defined(__CUDA_ARCH__)
+    uint32_t sum;
+    asm("mad.hi.u32 %0, %1, %2, %2;" : "=r"(sum) : "r"(multiplier), "r"(n));
+#else
+    const uint32_t sum = static_cast<uint32_t>(static_cast<uint64_t>(multiplier) * n >> 32) + n;
+#endif
+    return sum >> shift;
   }
 };
 

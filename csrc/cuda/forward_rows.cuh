@@ -9,12 +9,14 @@ namespace fastnorm::cuda {
 
 // From x (and residual) to y (and mask) for N packs, which are read before the first is used. Lanes that share a byte
 // of the mask all take part, `in` or not.
-template <Activation kAct, int N, int W, class T, class Coefs, class Read, class A = Accum<T>>
-FASTNORM_DEVICE void forward_steps(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const Step (&steps)[N],
-                                   Coefs& coefs, Read read) {
+template <Activation kAct, int N, int W, class Tensors, class Coefs, class Read>
+FASTNORM_DEVICE void forward_steps(const Tensors& t, const RowsPiece<W>& piece, const Step (&steps)[N], Coefs& coefs,
+                                   Read read) {
+  using T = std::remove_pointer_t<decltype(t.y)>;
+  using A = Accum<T>;
   Pack<T, W> x[N], residual[N];
   const auto load_residual = [&](int u) {
-    if (steps[u].in) residual[u] = load<W>(t.residual + piece.element(steps[u]));
+    if (steps[u].in) residual[u] = load<W>(piece.at(t.residual, steps[u]));
   };
 #pragma unroll
   for (int u = 0; u < N; ++u) {
@@ -38,7 +40,7 @@ FASTNORM_DEVICE void forward_steps(const ForwardTensors<T>& t, const RowsPiece<W
       if (t.mask != nullptr) store_mask<W>(t.mask + piece.mask_byte(steps[u]), upper_side<kAct>(z), steps[u].in);
     }
     activate_pack<kAct, T>(t.epilogue.param, z);
-    if (steps[u].in) store(t.y + piece.element(steps[u]), narrow<T>(z));
+    if (steps[u].in) store(piece.at(t.y, steps[u]), narrow<T>(z));
   }
 }
 
@@ -47,17 +49,25 @@ FASTNORM_DEVICE void forward_steps(const ForwardTensors<T>& t, const RowsPiece<W
 template <bool kSmooth, bool kFromEnd, int kUnroll, int W, class T, class Coefs, class Read>
 FASTNORM_DEVICE void forward_rows_with(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
                                        Coefs& coefs, Read read) {
-  dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) {
-    if constexpr (kUnroll == 1 && !kFromEnd && (W == 8 || kSmooth)) {
+  const auto call = [&](const auto& tensors, auto act) {
+    constexpr bool kShares = is_two_sided(act.value) && kLanesPerByte<W> > 1;
+    if constexpr (kUnroll == 1 && !kFromEnd && (!kShares || is_plain_forward<std::remove_cvref_t<decltype(tensors)>>)) {
       piece.for_steps(range, [&](const Step& step) {
         const Step steps[1] = {step};
-        forward_steps<act.value>(t, piece, steps, coefs, read);
+        forward_steps<act.value>(tensors, piece, steps, coefs, read);
       });
     } else {
       piece.template walk<kUnroll, kFromEnd>(
-          range, [&](const auto& steps) { forward_steps<act.value>(t, piece, steps, coefs, read); });
+          range, [&](const auto& steps) { forward_steps<act.value>(tensors, piece, steps, coefs, read); });
     }
-  });
+  };
+  // Only fused kernels have a loop for plain calls, and only of runs of one channel: of the others most are in
+  // registers.
+  if constexpr (kUnroll == 1 && !kFromEnd && std::is_same_v<Coefs, RunCoefsReader<T, W>>) {
+    dispatch_forward<kSmooth, W>(t, call);
+  } else {
+    dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) { call(t, act); });
+  }
 }
 
 // read(step) gives the pack of x there; `first` are the parameters of the piece's first channel.

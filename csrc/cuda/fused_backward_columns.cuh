@@ -96,10 +96,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     merge_channels(t, piece, merged, terms_of);
     sync_block();
     LaneTerms<A, W> terms{};
-    if (piece.in) {
-      piece.for_lane_sets([&](int w) { terms.lane[w] = terms_of[piece.set_in_tile(w)]; },
-                          [&](int w) { terms.lane[w] = terms.lane[w - 1]; });
-    }
+    piece.values_of_sets(terms_of, terms.lane);
     const BackwardTensors<T> rest = kRereads ? t : second_half<kSmooth>(t);
     if constexpr (kRereads) {
       apply_gradient_columns<kSmooth, 1, true>(rest, piece, piece.beyond_staged(), coefs, terms, from_memory);

@@ -27,8 +27,8 @@ class StagedRows {
         residual_(piece, W > 1 ? t.x : t.residual) {}
 
   // Reads a step, and the mask's bits from global memory.
-  template <bool kSmooth>
-  FASTNORM_DEVICE GradientPacks<T, W> read(const BackwardTensors<T>& t, const Step& step) const {
+  template <bool kSmooth, class Tensors>
+  FASTNORM_DEVICE GradientPacks<T, W> read(const Tensors& t, const Step& step) const {
     GradientPacks<T, W> packs{staged_.x[x_(step)], staged_.dy[dy_(step)], {}, 0};
     if (t.residual != nullptr) packs.residual = staged_.residual[residual_(step)];
     if (!kSmooth && t.mask != nullptr) packs.bits = piece_.mask_bits(t.mask, step);
@@ -51,9 +51,8 @@ FASTNORM_DEVICE ThreadSteps steps_of_unit(const FusedBackward<A>& f, const RowsP
                                           int lane) {
   const int cell = f.segments == 1 ? unit : unit / f.segments, begin = (unit - cell * f.segments) * f.unit_length;
   const int threads = 1 << f.unit_shift, packs = piece.span.packs;
-  return {
-      cell * packs + begin, std::min(f.unit_length, packs - begin),      valid && cell < piece.span.runs, lane, threads,
-      f.unit_shift,         {0, threads, static_cast<uint32_t>(threads)}};
+  return {cell * packs + begin, std::min(f.unit_length, packs - begin), valid && cell < piece.span.runs, lane, threads,
+          f.unit_shift};
 }
 
 // The sums of a piece of several cells, each cell's times its weight, from those of its units.
@@ -80,7 +79,7 @@ FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const Fus
                                           const RowsPiece<W>& piece, const Team& team, bool valid,
                                           const SetStats<A>& stats, const ChannelParams<A>& first,
                                           const StagedRows<T, W>& staged, GradSums<A>* extra, Ready ready) {
-  const bool by_units = f.unit_length > 0, gathers = f.gathered != nullptr, replaces = replaces_dy<kSmooth>(t);
+  const bool by_units = f.unit_length > 0, gathers = f.gathered != nullptr;
   const int slots = team.width >> f.unit_shift, units = piece.span.runs * f.segments;
   const int slot = team.lane >> f.unit_shift, lane = team.lane & ((1 << f.unit_shift) - 1);
   const int length = piece.group_length();
@@ -89,17 +88,18 @@ FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const Fus
     team.sync();  // other threads staged it
   }
   GradSums<A> total{};
-  with_sums<kSmooth>(t, piece, stats, first, [&](const auto& sums) {
+  with_sums<true, kSmooth>(t, piece, stats, first, [&](const auto& sums) {
+    using Sums = std::remove_cvref_t<decltype(sums)>;
     int unit = slot;
     ThreadSteps range = by_units ? steps_of_unit(f, piece, valid, unit, lane) : piece.first_group(team, valid, length);
 #pragma unroll 1
     for (int group = 0; by_units ? unit - slot < units : range.count > 0; ++group) {
       if (!by_units && W > 1) ready(group);
       piece.for_steps(range, [&](const Step& step) {
-        const auto packs = staged.template read<kSmooth>(t, step);
+        const auto packs = staged.template read<kSmooth>(sums.t, step);
         const auto keep = [&](const Step&, const A(&centered)[W], const A(&d)[W]) {
-          if (replaces) staged.replace_dy(step, d);
-          if constexpr (std::remove_cvref_t<decltype(sums)>::kByElement) {
+          if constexpr (Sums::kAct == Activation::kRelu) staged.replace_dy(step, d);
+          if constexpr (Sums::kByElement) {
             if (!gathers) return;
 #pragma unroll
             for (int w = 0; w < W; ++w) {
@@ -187,9 +187,9 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     const InputTerms<A> terms =
         t.frozen ? InputTerms<A>{} : InputTerms<A>(set_terms<A>(sums, stats.rstd, stats.low, scale), stats.rstd);
     const BackwardTensors<T> rest = second_half<kSmooth>(t);
-    with_gradients<kSmooth>(rest, piece, stats, first, terms, [&](auto use) {
+    with_gradients<true, kSmooth>(rest, piece, stats, first, terms, [&](const auto& tensors, auto use) {
       piece.for_steps(piece.whole(team, valid),
-                      [&](const Step& step) { use(step, staged.template read<kSmooth>(rest, step)); });
+                      [&](const Step& step) { use(step, staged.template read<kSmooth>(tensors, step)); });
     });
     release_staged<W>(team);
   };

@@ -93,10 +93,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     sync_block();
     if (t.y != nullptr) {
       SetStats<A> stats[W] = {};
-      if (piece.in) {
-        piece.for_lane_sets([&](int w) { stats[w] = set_stats[piece.set_in_tile(w)]; },
-                            [&](int w) { stats[w] = stats[w - 1]; });
-      }
+      piece.values_of_sets(set_stats, stats);
       forward_columns<kSmooth, kSmooth || W == 4 ? 1 : 2, kRereads>(t, piece, lane_coefs(stats, params), read);
     }
   };

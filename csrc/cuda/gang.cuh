@@ -11,6 +11,8 @@
 // that one barrier per wave is enough: between a block's read of a place and the next write to it lies a barrier.
 #pragma once
 
+#include <algorithm>
+
 #include "group_reduce.cuh"
 #include "pack.cuh"
 
@@ -129,12 +131,14 @@ class GangPartials {
       sync_grid();
     }
   }
-  // Calls use(channel, sum over the gang) for `channels` channels from the first. As many neighbouring lanes as there
-  // are threads for share a channel.
+  // Calls use(channel, sum over the gang) for `channels` channels from the first.
   template <class Count, class Use>
   FASTNORM_DEVICE void merge_channels(int parity, int first_channel, int channels, Count count_of, Use use) const {
-    int log_lanes = 0;
-    while (1 << log_lanes < kWarp && 2 * channels << log_lanes <= block_threads()) ++log_lanes;
+    if (channels <= 0) return;
+    // As many lanes a channel as there are threads for, which are a power of two; at most a warp.
+    constexpr int kMost = 5;
+    static_assert(1 << kMost == kWarp);
+    const int log_lanes = std::clamp(bit_width(block_threads()) - 1 - bit_width(channels - 1), 0, kMost);
     const int lanes = 1 << log_lanes, lane = thread_index() & (lanes - 1), group = thread_index() >> log_lanes;
     const int groups = block_threads() >> log_lanes;
     for (int first = 0; first < channels; first += groups) {
@@ -175,7 +179,7 @@ class GangPartials {
   FASTNORM_DEVICE Partial fetch_one(int parity, int piece, int channel) const {
     if (f_.gang == Gang::kCluster) return *cluster_shared(shared_ + parity * channels_ + channel, piece);
     const int64_t first = block_index() - block_index() % f_.pieces;
-    return load_one(global(parity, first + piece) + channel);
+    return load_one(global(parity, first) + (piece * channels_ + channel));
   }
   // [2, blocks, channels] partials, then [2, gangs, channels] sums of scattered gangs.
   FASTNORM_DEVICE Partial* global(int parity, int64_t block) const {

@@ -131,6 +131,9 @@ FASTNORM_DEVICE unsigned from_floats(float low, float high) {
   return word;
 }
 
+// The bits that a number takes; 0 for 0.
+FASTNORM_DEVICE int bit_width(int v) { return 32 - __clz(v); }
+
 // The larger; NaN where one of them is.
 FASTNORM_DEVICE float max_nan(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

@@ -25,8 +25,7 @@ reduce_rows(const T* x, Welford<Accum<T>>* partials, RowsShape shape) {
     const A origin = origin_of<A>(x + piece.span.set * shape.set_stride);
     ThreadMoments<A> mine;
     accumulate_moments<T>(
-        piece, piece.whole(team, valid), origin, [&](const Step& step) { return load<W>(x + piece.element(step)); },
-        mine);
+        piece, piece.whole(team, valid), origin, [&](const Step& step) { return load<W>(piece.at(x, step)); }, mine);
     const Welford<A> total = merge_team(piece, team, mine, shared_memory());
     if (valid && team.lane == 0) store_one(partials + partial_of(shape, piece.span), total);
   });

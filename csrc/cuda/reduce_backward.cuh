@@ -19,7 +19,7 @@ FASTNORM_DEVICE void sum_rows(const BackwardTensors<T>& t, GradSums<A>* sums, co
   for_rows<W>(shape, blocks, [&](const Team& team, const RowsPiece<W>& piece, bool valid) {
     const auto stats = load_stats(t.stats, t.sets, piece.span.stats(shape));
     GradSums<A> mine{};
-    with_sums<kSmooth>(t, piece, stats, channel_params<T>(piece, t.weight, t.bias), [&](const auto& sums) {
+    with_sums<false, kSmooth>(t, piece, stats, channel_params<T>(piece, t.weight, t.bias), [&](const auto& sums) {
       piece.template walk_read<kBackwardUnroll<kSmooth, W>>(
           piece.whole(team, valid), [&](const Step& step) { return load_gradient(t, piece, step); },
           [&](const Step& step, const GradientPacks<T, W>& packs) {

@@ -23,12 +23,6 @@ constexpr int kLog2 = 1 + kLog2<kPower / 2>;
 template <>
 constexpr int kLog2<1> = 0;
 
-// From a step to the same thread's step of the next round.
-struct Stride {
-  int runs, packs;
-  uint32_t offset;  // in packs of memory
-};
-
 // A geometry and its grid as rows kernels need them. The elements of set s, run r begin at s * set_stride + r *
 // run_stride; channels and rows of the mask likewise.
 struct RowsShape {
@@ -47,9 +41,9 @@ struct RowsShape {
   FastDiv by_length;
   int run_channels;         // 1 where every run has a channel of its own, else 0
   uint32_t run_offset;      // from a run of a piece to the next, in packs
+  uint32_t between_runs;    // likewise, beyond the steps that lie between
   uint32_t run_mask_bytes;  // likewise in the mask
   int team_shift;           // a team has 1 << team_shift threads
-  Stride round;             // of a team
   bool per_element;         // the channel changes with every element of a run
   bool backwards;           // items are taken from the last to the first
   int run_slots;            // of a staged run of single elements
@@ -87,10 +81,9 @@ inline RowsShape rows_shape(const Geometry& g, const Geometry& stats, const Grid
   s.length = (s.piece_length + per_byte - 1) / per_byte * per_byte;
   s.by_length = FastDiv(s.length);
   s.run_offset = static_cast<uint32_t>(runs.stride / grid.pack);
+  s.between_runs = s.run_offset - static_cast<uint32_t>(s.length);
   s.run_mask_bytes = static_cast<uint32_t>(s.run_masks * s.mask_row_bytes);
   while (1 << s.team_shift < grid.threads_x) ++s.team_shift;
-  s.round = {grid.threads_x / s.length, grid.threads_x % s.length, 0};
-  s.round.offset = static_cast<uint32_t>(s.round.runs) * s.run_offset + static_cast<uint32_t>(s.round.packs);
   s.per_element = g.per_element();
   s.run_slots = static_cast<int>(grid.run_slots(dtype));
   s.by_blocks = FastDiv(std::max<int64_t>(1, s.run_slots * size_of(dtype) / 16));
@@ -140,12 +133,6 @@ struct Step {
   int index, run, pack;  // pack: within the piece's part of the run
   uint32_t offset;       // from the first pack of the piece, in packs
   bool in;
-
-  // From the first element of the piece.
-  template <int W>
-  FASTNORM_DEVICE int64_t element() const {
-    return static_cast<int64_t>(offset) * W;
-  }
 };
 
 // `count` steps of a piece, from `begin` on, that neighbouring threads walk together. A thread takes one step a round.
@@ -154,7 +141,6 @@ struct ThreadSteps {
   int begin, count;
   bool valid;
   int lane, width, shift;  // width: of a round, 1 << shift threads
-  Stride stride;
 };
 
 // A piece in memory: the addresses of its packs, channels and bytes of the mask.
@@ -176,7 +162,11 @@ struct RowsPiece {
   FASTNORM_DEVICE bool has_gaps() const { return W < 8 && shape.length != shape.piece_length; }
   FASTNORM_DEVICE int64_t elements() const { return static_cast<int64_t>(span.runs) * span.packs * W; }
 
-  FASTNORM_DEVICE int64_t element(const Step& p) const { return base + static_cast<int64_t>(p.offset) * W; }
+  // The address of a step's pack. The first sum is the same for all steps.
+  template <class T>
+  FASTNORM_DEVICE T* at(T* tensor, const Step& p) const {
+    return tensor + base + static_cast<int64_t>(p.offset) * W;
+  }
   FASTNORM_DEVICE int64_t mask_byte(const Step& p) const {
     return mask_base + (static_cast<uint32_t>(p.run) * shape.run_mask_bytes + static_cast<uint32_t>(p.pack * W / 8));
   }
@@ -186,7 +176,7 @@ struct RowsPiece {
 
   // The whole piece, walked by a team.
   FASTNORM_DEVICE ThreadSteps whole(const Team& team, bool valid) const {
-    return {0, span.steps(shape), valid, team.lane, team.width, shape.team_shift, shape.round};
+    return {0, span.steps(shape), valid, team.lane, team.width, shape.team_shift};
   }
   // The steps of a copy group: whole batches of kRowsUnroll rounds, so that a thread takes the same steps group by
   // group as it takes on a walk over the whole. Single elements are all in the first group.
@@ -212,29 +202,15 @@ struct RowsPiece {
     for (int group = 0; range.count > 0; ++group, move_to_next_group(range, length)) body(range, group);
   }
 
-  FASTNORM_DEVICE Step step_at(const ThreadSteps& range, int round) const {
+  FASTNORM_DEVICE Step step_at(int index) const {
     Step step{};
-    step.index = range.begin + (round << range.shift) + range.lane;
-    step.run = static_cast<int>(shape.by_length.divide(static_cast<uint32_t>(step.index)));
-    step.pack = step.index - step.run * shape.length;
-    step.offset = static_cast<uint32_t>(step.run) * shape.run_offset + static_cast<uint32_t>(step.pack);
+    step.index = index;
+    step.run = static_cast<int>(shape.by_length.divide(static_cast<uint32_t>(index)));
+    step.pack = step.run * -shape.length + index;
+    step.offset = static_cast<uint32_t>(step.run) * shape.between_runs + static_cast<uint32_t>(index);
     return step;
   }
-  // To the same lane's step of the next round, or of the one before.
-  template <bool kBack>
-  FASTNORM_DEVICE void move(const ThreadSteps& range, Step& step) const {
-    constexpr int kSign = kBack ? -1 : 1;
-    step.index += kSign * range.width;
-    step.run += kSign * range.stride.runs;
-    step.pack += kSign * range.stride.packs;
-    step.offset += static_cast<uint32_t>(kSign) * range.stride.offset;
-    const uint32_t wrap = static_cast<uint32_t>(kSign) * (shape.run_offset - static_cast<uint32_t>(shape.length));
-    if (kBack ? step.pack < 0 : step.pack >= shape.length) {
-      step.run += kSign;
-      step.pack -= kSign * shape.length;
-      step.offset += wrap;
-    }
-  }
+  FASTNORM_DEVICE bool has_pack(const Step& step) const { return W == 8 || step.pack < span.packs; }
 
   // Calls body(steps) for N rounds: U at a time as long as they are full, then one at a time; from the last to the
   // first where kFromEnd. In full rounds `in` needs no comparison with the range's end.
@@ -242,27 +218,25 @@ struct RowsPiece {
   FASTNORM_DEVICE void walk(const ThreadSteps& range, Body body) const {
     const int rounds = (range.count + range.width - 1) >> range.shift;
     const int batches = U == 1 ? 0 : (range.count >> range.shift) / U;
-    if (rounds == 0) return;
-    Step at = step_at(range, kFromEnd ? rounds - 1 : 0);
+    const int last = kFromEnd ? rounds - 1 : 0, move = kFromEnd ? -range.width : range.width;
+    int index = range.begin + range.lane + (last << range.shift);
     const auto full_rounds = [&] {
 #pragma unroll 1
       for (int batch = 0; batch < batches; ++batch) {
         Step steps[U];
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-          steps[u] = at;
-          steps[u].in = range.valid && (W == 8 || at.pack < span.packs);
-          move<kFromEnd>(range, at);
+        for (int u = 0; u < U; ++u, index += move) {
+          steps[u] = step_at(index);
+          steps[u].in = range.valid && has_pack(steps[u]);
         }
         body(steps);
       }
     };
     const auto other_rounds = [&] {
 #pragma unroll 1
-      for (int round = batches * U; round < rounds; ++round) {
-        Step steps[1] = {at};
-        steps[0].in = range.valid && at.index < range.begin + range.count && (W == 8 || at.pack < span.packs);
-        move<kFromEnd>(range, at);
+      for (int round = batches * U; round < rounds; ++round, index += move) {
+        Step steps[1] = {step_at(index)};
+        steps[0].in = range.valid && index < range.begin + range.count && has_pack(steps[0]);
         body(steps);
       }
     };
@@ -274,11 +248,10 @@ struct RowsPiece {
   template <class Body>
   FASTNORM_DEVICE void for_steps(const ThreadSteps& range, Body body) const {
     const int end = range.valid ? range.begin + range.count : 0;
-    Step at = step_at(range, 0);
-    at.in = true;
-    while (at.index < end) {
-      if (W == 8 || at.pack < span.packs) body(at);
-      move<false>(range, at);
+    for (int index = range.begin + range.lane; index < end; index += range.width) {
+      Step step = step_at(index);
+      step.in = true;
+      if (has_pack(step)) body(step);
     }
   }
   // Calls use(step, read(step)) for this thread's steps, with U reads before the first use.
@@ -348,8 +321,7 @@ class RunCoefsReader {
         bias_(bias),
         coefs_{make_affine(stats, first.weight, first.bias)} {}
   FASTNORM_DEVICE void move_to(const Step& step) {
-    if (piece_.shape.run_channels == 0) return;  // all runs are of one channel
-    const int channel = W == 1 && piece_.shape.per_element ? step.pack : step.run;
+    const int channel = W == 1 && piece_.shape.per_element ? step.pack : step.run * piece_.shape.run_channels;
     if (channel == channel_ || !step.in) return;
     channel_ = channel;
     const ChannelParams<A> params = channel_params<T>(piece_, weight_, bias_, channel);

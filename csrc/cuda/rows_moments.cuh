@@ -6,15 +6,6 @@
 
 namespace fastnorm::cuda {
 
-template <class A>
-FASTNORM_DEVICE A reciprocal_of(A v) {
-  if constexpr (std::is_same_v<A, float>) {
-    return reciprocal_approx(v);
-  } else {
-    return 1 / v;
-  }
-}
-
 // Moments of so many values: the sum of x - origin, and the sum of squared deviations from their own mean. Sums need no
 // weights, and infinite ones stay infinite.
 template <class A>
@@ -112,11 +103,16 @@ FASTNORM_DEVICE void accumulate_moments(const RowsPiece<W>& piece, const ThreadS
   steps_of_range.valid = true;  // the compiler knows it now
   piece.template walk<kRowsUnroll<W>>(steps_of_range, [&]<int N>(const Step(&steps)[N]) {
     Pack<T, W> packs[N];
+    if (N > 1 && !gaps) {
+#pragma unroll
+      for (int u = 0; u < N; ++u) packs[u] = read(steps[u]);
+      return take_packs(packs, origin, total);
+    }
 #pragma unroll
     for (int u = 0; u < N; ++u) {
       if (steps[u].in) packs[u] = read(steps[u]);
     }
-    if (N > 1 && gaps) {
+    if (N > 1) {
       take_some(packs, steps, origin, total);
     } else if (steps[0].in) {
       take_packs(packs, origin, total);
@@ -131,7 +127,7 @@ FASTNORM_DEVICE Welford<A> merge_team(const RowsPiece<W>& piece, const Team& tea
                                       void* scratch) {
   const A count = static_cast<A>(piece.elements());
   // The second sum is that of quotients, in case the first overflows.
-  A sums[2] = {mine.sum, mine.sum / count};
+  A sums[2] = {mine.sum, mine.sum * reciprocal_of(count)};
   sum_team(team, sums, scratch, 0);
   const A mean = is_finite(sums[0]) ? sums[0] / count : sums[1];
   const A deviation = std::fma(mine.sum, mine.inverse, -mean);

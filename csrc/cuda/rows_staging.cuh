@@ -19,7 +19,7 @@ class Slots {
 
   FASTNORM_DEVICE int operator()(const Step& step) const {
     if constexpr (W == 8) return step.index;
-    if constexpr (W > 1) return step.index - step.run * (shape_.length - shape_.piece_length);
+    if constexpr (W > 1) return step.run * (shape_.piece_length - shape_.length) + step.index;
     return step.run * shape_.run_slots + shift(step.run) + step.pack;
   }
   FASTNORM_DEVICE int shift(int run) const {
@@ -77,16 +77,13 @@ FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, boo
         stage_runs(piece, team, tensors[i].tensor, tensors[i].staged);
     }
   } else if (valid) {
-    const Pack<T, W>* from[kTensors];
-#pragma unroll
-    for (int i = 0; i < kTensors; ++i) from[i] = reinterpret_cast<const Pack<T, W>*>(tensors[i].tensor + piece.base);
     const Slots<W> slots(piece, tensors[0].tensor);
     piece.for_copy_groups(team, true, [&](const ThreadSteps& range, int) {
       piece.for_steps(range, [&](const Step& step) {
 #pragma unroll
         for (int i = 0; i < kTensors; ++i) {
           if (i < 2 || tensors[i].tensor != nullptr) {
-            stage<W>(tensors[i].staged + slots(step), reinterpret_cast<const T*>(from[i] + step.offset));
+            stage<W>(tensors[i].staged + slots(step), piece.at(tensors[i].tensor, step));
           }
         }
       });
@@ -123,7 +120,7 @@ FASTNORM_DEVICE void prefetch_rows(const RowsPiece<W>& piece, const Team& team, 
   piece.for_steps(piece.whole(team, true), [&](const Step& step) {
     // One element of every 16 bytes brings the others with it.
     const bool brings = W > 1 || step.pack % (16 / static_cast<int>(sizeof(T))) == 0;
-    if (brings) prefetch_l2(tensor + piece.element(step));
+    if (brings) prefetch_l2(piece.at(tensor, step));
   });
 }
 

@@ -57,6 +57,16 @@ FASTNORM_DEVICE A origin_of(const T* first) {
   return as_origin(widen<A>(load_one(first)));
 }
 
+// 1 / v, of a float with an error of 1 ulp: enough for the weights of a merge, which are the same for all that it adds.
+template <class A>
+FASTNORM_DEVICE A reciprocal_of(A v) {
+  if constexpr (std::is_same_v<A, float>) {
+    return reciprocal_approx(v);
+  } else {
+    return 1 / v;
+  }
+}
+
 // The part of a + b that was lost when it was rounded to `sum` (Knuth's TwoSum).
 template <class A>
 FASTNORM_DEVICE A lost_in_sum(A a, A b, A sum) {

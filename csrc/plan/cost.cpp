@@ -160,8 +160,8 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   // to apply them.
   const double merge = issue_of(grid.threads(), work.piece, together);
   const double last_group = grid.rereads() ? 0 : elements / kCopyGroups;  // what is beyond comes without delay
-  const double wait = kLatencyUs + exchange_us(grid, streams.dtype, device) +
-                      issue_of(last_group, work.reduce, together) + merge;
+  const double wait =
+      kLatencyUs + exchange_us(grid, streams.dtype, device) + issue_of(last_group, work.reduce, together) + merge;
   // While a block waits, other blocks on the SM go on with their work, and so do the copies of its own second stage.
   // The blocks of a grid all wait together, and then only the memory has something to do, if instructions leave it
   // behind.

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -86,6 +87,8 @@ unsigned from_floats(float low, float high) {
   from_float(high, second);
   return first.bits | static_cast<unsigned>(second.bits) << 16;
 }
+
+inline int bit_width(int v) { return std::bit_width(static_cast<unsigned>(v)); }
 
 inline float without_denormals(float v) {
   return std::abs(v) < std::numeric_limits<float>::min() ? std::copysign(0.0f, v) : v;
