@@ -212,12 +212,14 @@ struct ColumnsPiece {
 
   FASTNORM_DEVICE Range whole() const { return {0, positions}; }
   // Positions that stay in shared memory, from the first.
-  FASTNORM_DEVICE int staged() const { return std::min(positions, shape.staged_length); }
-  FASTNORM_DEVICE Range beyond_staged() const { return {staged(), positions}; }
+  template <bool kRereads>
+  FASTNORM_DEVICE Range staged() const {
+    return {0, kRereads ? std::min(positions, shape.staged_length) : positions};
+  }
   // The positions of a copy group: whole rounds, so that only the last group that is not empty has an incomplete one.
-  FASTNORM_DEVICE int group_length() const {
+  FASTNORM_DEVICE int group_length(const Range& staged) const {
     constexpr int kRounds = kCopyGroups * kMomentsRows;
-    const int rows = (staged() + shape.threads_y - 1) >> shape.log_threads_y;
+    const int rows = (staged.end + shape.threads_y - 1) >> shape.log_threads_y;
     return (rows + kRounds - 1) / kRounds * (kMomentsRows << shape.log_threads_y);
   }
   // This thread's place in the row of threads that begins at a position.
@@ -325,10 +327,10 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const BlockRange& bl
 // Begins to copy a piece to shared memory, copy group by copy group; copy(place) begins with a pack of every tensor.
 // Every thread copies what it reads itself.
 template <int W, class Copy>
-FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
+FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, const Range& staged, Copy copy) {
   PackPlace place = piece.at(0);
-  int left = piece.staged();
-  const int length = piece.group_length();
+  int left = staged.end;
+  const int length = piece.group_length(staged);
 #pragma unroll 1
   for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group, left -= length) {
     if (left > 0) {
@@ -344,10 +346,10 @@ FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
 // Calls body(places) for the places of a staged piece, U at a time, each when its copy group has landed; ready(copy
 // group) waits for that.
 template <int U, int W, class Ready, class Body>
-FASTNORM_DEVICE void walk_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
+FASTNORM_DEVICE void walk_landed(const ColumnsPiece<W>& piece, const Range& staged, Ready ready, Body body) {
   PackPlace place = piece.at(0);
-  int left = piece.staged();
-  const int length = piece.group_length();
+  int left = staged.end;
+  const int length = piece.group_length(staged);
 #pragma unroll 1
   for (int copy_group = 0; left > 0; ++copy_group, left -= length) {
     ready(copy_group);

@@ -42,7 +42,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
     const auto copy = [&](auto with_residual) {
-      stage_columns(piece, [&](const PackPlace& place) {
+      stage_columns(piece, piece.template staged<kRereads>(), [&](const PackPlace& place) {
         const int slot = piece.slot(place, t.x);
         fastnorm::cuda::stage<W>(staged.x + slot, t.x + place.element);
         fastnorm::cuda::stage<W>(staged.dy + slot, t.dy + place.element);
@@ -56,6 +56,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
+    const Range kept = piece.template staged<kRereads>(), beyond{kept.end, piece.positions};
     const auto from_shared = [&](const auto& tensors, const PackPlace& place) {
       return staged_gradient(tensors, piece, staged, place);
     };
@@ -68,13 +69,12 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
         if (!kRereads && act.value == Activation::kRelu) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
       };
       constexpr int kTogether = kPacks<kSmooth, 1, decltype(tensors)>;
-      walk_landed<kTogether>(piece, ready, [&](const auto& places) {
+      walk_landed<kTogether>(piece, kept, ready, [&](const auto& places) {
         add_sums<act.value>(tensors, places, coefs, from_shared, keep, mine);
       });
       if constexpr (kRereads) {
-        piece.template walk<kTogether>(piece.beyond_staged(), [&](const auto& places) {
-          add_sums<act.value>(tensors, places, coefs, from_memory, keep, mine);
-        });
+        piece.template walk<kTogether>(
+            beyond, [&](const auto& places) { add_sums<act.value>(tensors, places, coefs, from_memory, keep, mine); });
       }
     });
     const auto take = [&](int c, const GradSums<A>& total) {  // `total` is over all positions
@@ -99,9 +99,9 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     piece.values_of_sets(terms_of, terms.lane);
     const BackwardTensors<T> rest = kRereads ? t : second_half<kSmooth>(t);
     if constexpr (kRereads) {
-      apply_gradient_columns<kSmooth, 1, true>(rest, piece, piece.beyond_staged(), coefs, terms, from_memory);
+      apply_gradient_columns<kSmooth, 1, true>(rest, piece, beyond, coefs, terms, from_memory);
     }
-    apply_gradient_columns<kSmooth, 1, false>(rest, piece, {0, piece.staged()}, coefs, terms, from_shared);
+    apply_gradient_columns<kSmooth, 1, false>(rest, piece, kept, coefs, terms, from_shared);
   };
   for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
   finish_fused(f, gang);

@@ -50,7 +50,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   const auto load_piece = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     Pack<T, W>* const staged = memory_of(stage);
-    stage_columns(piece, [&](const PackPlace& place) {
+    stage_columns(piece, piece.template staged<kRereads>(), [&](const PackPlace& place) {
       fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
     });
     // L2 has to hold what is read again.
@@ -60,19 +60,21 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = memory_of(stage);
+    const Range kept = piece.template staged<kRereads>();
     const auto from_shared = [&](const PackPlace& place) { return staged[piece.slot(place, t.x)]; };
     const auto from_memory = [&](const PackPlace& place) { return load<W>(t.x + place.element); };
     const auto read = [&](const PackPlace& place) {
-      return kRereads && place.position >= piece.staged() ? from_memory(place) : from_shared(place);
+      return kRereads && place.position >= kept.end ? from_memory(place) : from_shared(place);
     };
     A origin[W];
     load_origins(piece, t.x, origin);
     LaneMoments<A, W> moments;
-    walk_landed<kMomentsRows>(piece, ready,
+    walk_landed<kMomentsRows>(piece, kept, ready,
                               [&](const auto& places) { read_moments<T>(places, origin, from_shared, moments); });
     if constexpr (kRereads) {
-      piece.template walk<kMomentsRows>(
-          piece.beyond_staged(), [&](const auto& places) { read_moments<T>(places, origin, from_memory, moments); });
+      piece.template walk<kMomentsRows>({kept.end, piece.positions}, [&](const auto& places) {
+        read_moments<T>(places, origin, from_memory, moments);
+      });
     }
     const auto params = LaneParams<A, W>::template load<T>(piece, t.weight, t.bias);  // before the barriers
     // Rows of `merged` below the first are read by no one else after their channel is done.
