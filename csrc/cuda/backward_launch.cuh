@@ -160,7 +160,7 @@ struct Backward {
       return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_args(), rows_of(g, plan.reduce));
     } else {
       const ColumnsShape shape = columns_shape(g, plan.reduce, dtype);
-      if constexpr (W > 1 && !(kSmooth && sizeof(T) == 2)) {
+      if constexpr (W > 1 && !kSmooth) {
         if (plan.reduce.rereads()) {
           return launch(fused_backward_columns<T, W, kSmooth, true>, config, tensors, fused_args(), shape);
         }

@@ -26,7 +26,7 @@ FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPi
   });
 }
 
-// kRereads: as in fused_forward_columns. There is none for smooth activations of half types: registers would spill.
+// kRereads: as in fused_forward_columns. There is none for smooth activations: registers would spill.
 template <class T, int W, bool kSmooth, bool kRereads>
 FASTNORM_KERNEL(kResidentThreads, 1)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {

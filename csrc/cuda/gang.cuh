@@ -31,7 +31,11 @@ struct FusedShape {
 
 // Partials that a lane fetches before it merges the first: a fetch through L2 takes about 430 cycles, and a gang may
 // have a block on every SM.
+// Moments come with a count each, for which registers are scarce.
+template <class Partial>
 constexpr int kFetchedPartials = 4;
+template <class A>
+constexpr int kFetchedPartials<Moments<A>> = 2;
 
 // The sums of partials; counts[k] values are in the k-th.
 template <int K, class A>
@@ -157,8 +161,8 @@ class GangPartials {
     }
     decltype(fetch<1>(parity, channel, in, lane, lanes, count_of)) sum{};
 #pragma unroll 1
-    for (int piece = lane; piece < f_.pieces; piece += kFetchedPartials * lanes) {
-      sum.merge(fetch<kFetchedPartials>(parity, channel, in, piece, lanes, count_of));
+    for (int piece = lane; piece < f_.pieces; piece += kFetchedPartials<Partial> * lanes) {
+      sum.merge(fetch<kFetchedPartials<Partial>>(parity, channel, in, piece, lanes, count_of));
     }
     return without_count(reduce_lanes(sum, lanes));
   }

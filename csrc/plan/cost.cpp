@@ -25,7 +25,7 @@ constexpr double kGridBarrierUs = 1.3;
 // A trip to the partials of other blocks, which fetches kFetchedPartials of csrc/cuda/gang.cuh for each lane: through
 // L2 430 cycles; from the shared memory of another block of the cluster 210.
 constexpr double kFetchUs[] = {0, 0.12, 0.25};  // by Gang
-constexpr int64_t kFetchedPartials = 4;
+constexpr int64_t kFetchedPartials = 2;         // of moments; twice as many of sums of gradients
 // The fraction of a wave's latency and barrier that takes time even if other loads are under way all the time.
 constexpr double kExposed = 0.1;
 

@@ -262,8 +262,8 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
-    // Smooth activations of a half type would need more registers than there are.
-    const bool rereads = g.traversal() == Traversal::kColumns && !(is_smooth(needs.activation) && size_of(dtype) == 2);
+    // Smooth activations would need more registers than there are.
+    const bool rereads = g.traversal() == Traversal::kColumns && !is_smooth(needs.activation);
     const Staging staging{streams.read, true, in_gang, !own_launch, rereads};
     for_each_fused(staging, in_gang, folds, in_registers, [&](const Grid& grid, int64_t resident, bool grid_sync) {
       BackwardPlan plan = empty(Strategy::kFused, sums);
