@@ -203,7 +203,8 @@ def test_every_gang_is_met() -> None:
                 (grid.gang, "runs" if grid.piece_runs > 1 else "parts"),
                 (grid.gang, grid.pack),
                 (found[1].param_sums, grid.gang),
-                (grid.exchange, "rereads" if 0 < grid.staged_length < grid.piece_length else "staged", grid.pack),
+                (grid.exchange, "rereads" if 0 < grid.staged_length < grid.piece_length else "staged"),
+                (grid.exchange, grid.pack),
             }
             if grid.thread_packs > 0:
                 team = "part" if grid.threads_x < 32 else "warp" if grid.threads_x == 32 else "warps"
@@ -218,8 +219,7 @@ def test_every_gang_is_met() -> None:
     gangs = ("cluster", "grid")
     wanted = walks | {(g, w) for g in gangs for w in ("one wave", "runs", "parts", 8, 4, 1)} | {("grid", "waves")}
     wanted |= {(p, g) for p in ("from_cells", "in_gang") for g in gangs}
-    wanted |= {(exchange, "rereads", pack) for exchange in ("gather", "scatter") for pack in (4, 8)}
-    wanted |= {("scatter", "staged", pack) for pack in (4, 8)}
+    wanted |= {("gather", "rereads"), ("scatter", "rereads"), ("scatter", "staged"), ("scatter", 4), ("scatter", 8)}
     wanted |= {("registers", dtype, stages) for dtype, _ in GANG_PRECISIONS for stages in (1, 2)}
     wanted |= {("registers", *epilogue) for epilogue in GANG_EPILOGUES}
     wanted |= {("registers", "part", "several"), ("registers", "warp", "several"), ("registers", "warps", "several")}

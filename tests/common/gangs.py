@@ -67,8 +67,15 @@ class GangCase(NamedTuple):
         recomputes = case.residual and case.activation == "silu"
         try:
             return (
-                _C.plan_forward(geometry, case.precision[0], facts, **options),
-                _C.plan_backward(geometry, case.precision[0], facts, residual=recomputes, **options),
+                _C.plan_forward(geometry, case.precision[0], facts, residual=case.residual, **options),
+                _C.plan_backward(
+                    geometry,
+                    case.precision[0],
+                    facts,
+                    residual=recomputes,
+                    dresidual=case.activation is not None,
+                    **options,
+                ),
             )
         except ValueError:
             return None
