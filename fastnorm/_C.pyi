@@ -170,6 +170,10 @@ class Grid:
     @property
     def stages(self) -> int: ...
     @property
+    def staged_length(self) -> int: ...
+    @property
+    def exchange(self) -> str: ...
+    @property
     def thread_packs(self) -> int: ...
 
 class Units:
@@ -244,7 +248,8 @@ def plan_forward(
     free_sms: int = 0,
 ) -> ForwardPlan:
     """The cheapest plan of a forward call. dtype: "float32", "bfloat16", ...; forced: requirements on strategy, gang,
-    pieces, stages, blocks_per_sm, tile_bytes and place ("registers" or "shared"), as csrc/plan/types.h has them.
+    pieces, stages, blocks_per_sm, tile_bytes, place ("registers" or "shared"), staged_length and exchange ("gather" or
+    "scatter"), as csrc/plan/types.h has them.
     ValueError for a geometry of no elements, and where no plan is as forced."""
 
 def plan_backward(

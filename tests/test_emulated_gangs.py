@@ -15,7 +15,7 @@ from fastnorm import _C
 from tests.common.cases import Case, Layer
 from tests.common.gangs import FEW, GANG_EPILOGUES, GANG_LAYERS, GANG_PRECISIONS, GangCase
 from tests.common.numerics import build, make_inputs, measure, scale_of, truth
-from tests.common.plan_model import DTYPES
+from tests.common.plan_model import DTYPES, Shape
 from tests.common.raw_calls import RawCall, same_bits
 from tests.emulator import backend as emulator
 
@@ -32,6 +32,19 @@ GANGS = (
     {"gang": "grid", "stages": 2},
     {"gang": "grid", "stages": 2, "pieces": 3},
     {"gang": "block", "stages": 2},
+)
+# Channels last: exchanges of both kinds, and pieces of which a part is read twice.
+CHANNELS = (
+    {"exchange": "scatter", "stages": 1},
+    {"exchange": "scatter", "stages": 2},
+    {"exchange": "gather", "staged_length": 64, "pieces": 2},
+    {"exchange": "scatter", "staged_length": 130, "pieces": 2},
+    {"exchange": "scatter", "staged_length": 64, "pieces": 3},
+)
+CHANNELS_LAYERS = (
+    Layer("", "BatchNorm2d", (5, 24, 8, 8), (24,)),
+    Layer("", "BatchNorm1d", (401, 16), (16,)),
+    Layer("", "GroupNorm", (2, 32, 17, 13), (4, 32)),
 )
 # Teams of every kind: part of a warp, a warp, several of several warps, a block; rows that leave lanes idle.
 REGISTER_LAYERS = tuple(
@@ -64,7 +77,12 @@ NUMBERS = itertools.count(1)
 def cases() -> Iterator[GangCase]:
     """Every layer, layout and gang; precisions and epilogues in turn."""
     precisions, epilogues = itertools.cycle(GANG_PRECISIONS), itertools.cycle(GANG_EPILOGUES)
-    for layer, gang in (*itertools.product(GANG_LAYERS, GANGS), *itertools.product(REGISTER_LAYERS, PLACES)):
+    turns = (
+        *itertools.product(GANG_LAYERS, GANGS),
+        *itertools.product(REGISTER_LAYERS, PLACES),
+        *itertools.product(CHANNELS_LAYERS, CHANNELS),
+    )
+    for layer, gang in turns:
         for layout in layer.layouts:
             activation, residual = next(epilogues)
             case = Case(layer, layout, next(precisions), activation, residual)
@@ -138,13 +156,17 @@ def check_on(gang_case: GangCase, device: emulator.Device) -> None:
         error = measure(key, ours, ours, value, scale_of(key, exact, plain=False))
         assert error.ours <= 5, f"{error}: {forward}, {backward}"
 
+    size = DTYPES[case.precision[0]]
     tensor, bits = call.x.numel() * DTYPES[case.precision[0]], saved["mask"].numel() > 0
-    assert forward_counts.traffic.read_stream == (1 + case.residual) * tensor, forward
+    assert (
+        forward_counts.traffic.read_stream == (1 + case.residual) * tensor + read_again(forward.grid, call.shape) * size
+    )
     recomputes = case.residual and case.activation is not None and not bits
-    # How often the mask is read.
-    again = 1 if backward.reduce.thread_packs > 0 else 2
-    times = {"relu": 1, "leaky_relu": again}.get(case.activation or "", 0) * bits
-    reads = (2 + recomputes) * tensor + times * call.x.numel() // backward.reduce.pack
+    # How often the mask is read. The gradient through a relu replaces dy in shared memory.
+    again = read_again(backward.reduce, call.shape)
+    twice = 1 if backward.reduce.thread_packs > 0 else 2
+    times = {"relu": 2 if again else 1, "leaky_relu": twice}.get(case.activation or "", 0) * bits
+    reads = (2 + recomputes) * (tensor + again * size) + times * call.x.numel() // backward.reduce.pack
     if backward.param_sums == "own_launch":
         reads += (2 + recomputes) * tensor + bits * call.x.numel() // backward.params.pack
     assert backward_counts.traffic.read_stream == reads, backward
@@ -157,6 +179,14 @@ def check_on(gang_case: GangCase, device: emulator.Device) -> None:
     assert len(backward_counts.launches) == backward.launches
     if backward.param_sums != "own_launch":
         assert backward.launches == 1, backward
+
+
+def read_again(grid: _C.Grid, shape: Shape) -> int:
+    """Elements of a tensor beyond what the blocks keep in shared memory."""
+    if grid.traversal == "rows":
+        return 0
+    pieces = (min(grid.piece_length, shape.positions - i * grid.piece_length) for i in range(grid.pieces))
+    return shape.outer * shape.C * sum(max(0, positions - grid.staged_length) for positions in pieces)
 
 
 def test_every_gang_is_met() -> None:
@@ -173,6 +203,8 @@ def test_every_gang_is_met() -> None:
                 (grid.gang, "runs" if grid.piece_runs > 1 else "parts"),
                 (grid.gang, grid.pack),
                 (found[1].param_sums, grid.gang),
+                (grid.exchange, "rereads" if 0 < grid.staged_length < grid.piece_length else "staged"),
+                (grid.exchange, grid.pack),
             }
             if grid.thread_packs > 0:
                 team = "part" if grid.threads_x < 32 else "warp" if grid.threads_x == 32 else "warps"
@@ -187,6 +219,7 @@ def test_every_gang_is_met() -> None:
     gangs = ("cluster", "grid")
     wanted = walks | {(g, w) for g in gangs for w in ("one wave", "runs", "parts", 8, 4, 1)} | {("grid", "waves")}
     wanted |= {(p, g) for p in ("from_cells", "in_gang") for g in gangs}
+    wanted |= {("gather", "rereads"), ("scatter", "rereads"), ("scatter", "staged"), ("scatter", 4), ("scatter", 8)}
     wanted |= {("registers", dtype, stages) for dtype, _ in GANG_PRECISIONS for stages in (1, 2)}
     wanted |= {("registers", *epilogue) for epilogue in GANG_EPILOGUES}
     wanted |= {("registers", "part", "several"), ("registers", "warp", "several"), ("registers", "warps", "several")}

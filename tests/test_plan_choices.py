@@ -140,6 +140,7 @@ def obeys(plan: Plan, forced: Forced, call: Call, facts: _C.DeviceInfo) -> bool:
     grid = grid_of(plan)
     place = "registers" if grid.thread_packs > 0 else "shared"
     is_so = {"strategy": plan.strategy, "gang": grid.gang, "stages": grid.stages, "place": place}
+    is_so["exchange"] = grid.exchange
     if plan.strategy == "split" and len(forced) > ("strategy" in forced):
         return False
     if any(is_so[key] != forced[key] for key in forced.keys() & is_so.keys()):
@@ -149,6 +150,7 @@ def obeys(plan: Plan, forced: Forced, call: Call, facts: _C.DeviceInfo) -> bool:
     return (
         (grid.gang == "block" or grid.pieces <= int(forced.get("pieces", grid.pieces)))
         and grid.shared_bytes <= room
+        and ("staged_length" not in forced or 0 < grid.staged_length <= int(forced["staged_length"]))
         and (widest or grid.tile * call.size >= int(forced.get("tile_bytes", 0)))
     )
 
@@ -162,6 +164,8 @@ def random_forced(r: random.Random) -> Forced:
         "blocks_per_sm": (1, 2, 3),
         "tile_bytes": (8, 64, 200, 1024),
         "place": ("shared", "registers"),
+        "staged_length": (70, 1000),
+        "exchange": ("gather", "scatter"),
     }
     return {key: r.choice(choices[key]) for key in r.sample(sorted(choices), r.randint(1, 3))}
 

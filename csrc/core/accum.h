@@ -2,13 +2,20 @@
 // number, or a pack of numbers where many sets are merged side by side.
 #pragma once
 
+#include <cstddef>
+#include <type_traits>
+
 #include "dtype.h"
 
 namespace fastnorm {
 
+// Two plain numbers are read and written as one.
+template <class V>
+constexpr std::size_t pair_alignment = std::is_arithmetic_v<V> ? 2 * sizeof(V) : alignof(V);
+
 // Mean and sum of squared deviations of `count` values, merged after Chan, Golub and LeVeque (1979).
 template <class V>
-struct Moments {
+struct alignas(pair_alignment<V>) Moments {
   V mean;
   V m2;
 
@@ -52,7 +59,7 @@ struct Sum {
 // The sums over d = dy * act'(z) that backward needs. d (x - mean) instead of d xhat saves one rounding per element;
 // rstd is multiplied in once, where the sums are used.
 template <class V>
-struct GradSums {
+struct alignas(pair_alignment<V>) GradSums {
   V d;
   V d_centered;
 

@@ -53,7 +53,7 @@ apply_backward_columns(BackwardTensors<T> t, const SetTerms<Accum<T>>* terms, Co
                           [&](int w) { lane_terms.lane[w] = lane_terms.lane[w - 1]; });
     }
     apply_gradient_columns<kSmooth, kGlobalRows<kSmooth, W>, true>(
-        t, piece, coefs, lane_terms,
+        t, piece, piece.whole(), coefs, lane_terms,
         [&](const auto& tensors, const PackPlace& place) { return load_gradient(tensors, piece, place); });
   });
 }

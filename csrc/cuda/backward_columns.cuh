@@ -49,12 +49,12 @@ FASTNORM_DEVICE void add_sums(const Tensors& t, const Places& places, const Lane
   }
 }
 
-// dx and dresidual of a piece.
+// dx and dresidual of a part of a piece.
 template <Activation kAct, int U, bool kFromEnd, int W, class Tensors, class Read, class A>
-FASTNORM_DEVICE void apply_gradient_columns_of(const Tensors& t, const ColumnsPiece<W>& piece,
+FASTNORM_DEVICE void apply_gradient_columns_of(const Tensors& t, const ColumnsPiece<W>& piece, const Range& range,
                                                const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
   piece.template walk_read<U, kFromEnd>(
-      piece.whole(), [&](const PackPlace& place) { return read(t, place); },
+      range, [&](const PackPlace& place) { return read(t, place); },
       [&](const PackPlace& place, const auto& packs) {
         A x[W], d[W];
         gradient<kAct>(t, packs, coefs, x, d);
@@ -63,10 +63,11 @@ FASTNORM_DEVICE void apply_gradient_columns_of(const Tensors& t, const ColumnsPi
 }
 template <bool kSmooth, int U, bool kFromEnd, int W, class T, class Read, class A = Accum<T>>
 FASTNORM_DEVICE void apply_gradient_columns(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                            const LaneCoefs<A, W>& coefs, const LaneTerms<A, W>& terms, Read read) {
+                                            const Range& range, const LaneCoefs<A, W>& coefs,
+                                            const LaneTerms<A, W>& terms, Read read) {
   dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
-    apply_gradient_columns_of<act.value, kPacks<kSmooth, U, decltype(tensors)>, kFromEnd>(tensors, piece, coefs, terms,
-                                                                                          read);
+    apply_gradient_columns_of<act.value, kPacks<kSmooth, U, decltype(tensors)>, kFromEnd>(tensors, piece, range, coefs,
+                                                                                          terms, read);
   });
 }
 

@@ -159,8 +159,13 @@ struct Backward {
     if constexpr (kRows) {
       return launch(fused_backward_rows<T, W, kSmooth>, config, tensors, fused_args(), rows_of(g, plan.reduce));
     } else {
-      return launch(fused_backward_columns<T, W, kSmooth>, config, tensors, fused_args(),
-                    columns_shape(g, plan.reduce, dtype));
+      const ColumnsShape shape = columns_shape(g, plan.reduce, dtype);
+      if constexpr (W > 1 && !kSmooth) {
+        if (plan.reduce.rereads()) {
+          return launch(fused_backward_columns<T, W, kSmooth, true>, config, tensors, fused_args(), shape);
+        }
+      }
+      return launch(fused_backward_columns<T, W, kSmooth, false>, config, tensors, fused_args(), shape);
     }
   }
 

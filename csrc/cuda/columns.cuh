@@ -26,6 +26,7 @@ struct ColumnsShape {
   int64_t C, positions, outer;
   int64_t groups, set_channels;  // sets per outer, channels per set
   int64_t items, pieces, piece_length, tiles;
+  int staged_length;
   int tile, threads_x, threads_y;
   int log_threads_x, log_threads_y;  // both are powers of two
   int log_row_threads;               // see merged_rows
@@ -53,6 +54,7 @@ inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dty
   s.items = grid.items;
   s.pieces = grid.pieces;
   s.piece_length = grid.piece_length;
+  s.staged_length = static_cast<int>(grid.staged_length);
   s.tile = static_cast<int>(grid.tile);
   s.tiles = (g.C + grid.tile - 1) / grid.tile;
   s.threads_x = grid.threads_x;
@@ -117,7 +119,7 @@ struct ColumnsPiece {
     const int64_t first_position = piece * s.piece_length;
     first_row = outer * s.positions + first_position;
     first_channel = tile * s.tile;
-    positions = valid ? static_cast<int>(std::min(s.piece_length, s.positions - first_position)) : 0;
+    positions = valid ? positions_of(piece) : 0;
     channels = valid ? static_cast<int>(std::min(static_cast<int64_t>(s.tile), s.C - first_channel)) : 0;
     x = thread_index() & (s.threads_x - 1);
     y = thread_index() >> s.log_threads_x;
@@ -125,6 +127,11 @@ struct ColumnsPiece {
     in = x * W < channels;
   }
 
+  // The number of positions of one of the pieces.
+  FASTNORM_DEVICE int positions_of(int of_piece) const {
+    const int64_t left = shape.positions - of_piece * shape.piece_length;
+    return static_cast<int>(std::min(shape.piece_length, left));
+  }
   FASTNORM_DEVICE int64_t row(int position) const { return first_row + position; }
   FASTNORM_DEVICE int64_t element(int position) const { return row(position) * shape.C + channel; }
   FASTNORM_DEVICE uint8_t* mask_byte(uint8_t* mask, int position) const {
@@ -204,10 +211,15 @@ struct ColumnsPiece {
   }
 
   FASTNORM_DEVICE Range whole() const { return {0, positions}; }
+  // Positions that stay in shared memory, from the first.
+  template <bool kRereads>
+  FASTNORM_DEVICE Range staged() const {
+    return {0, kRereads ? std::min(positions, shape.staged_length) : positions};
+  }
   // The positions of a copy group: whole rounds, so that only the last group that is not empty has an incomplete one.
-  FASTNORM_DEVICE int group_length() const {
+  FASTNORM_DEVICE int group_length(const Range& staged) const {
     constexpr int kRounds = kCopyGroups * kMomentsRows;
-    const int rows = (positions + shape.threads_y - 1) >> shape.log_threads_y;
+    const int rows = (staged.end + shape.threads_y - 1) >> shape.log_threads_y;
     return (rows + kRounds - 1) / kRounds * (kMomentsRows << shape.log_threads_y);
   }
   // This thread's place in the row of threads that begins at a position.
@@ -315,10 +327,10 @@ FASTNORM_DEVICE void for_columns(const ColumnsShape& shape, const BlockRange& bl
 // Begins to copy a piece to shared memory, copy group by copy group; copy(place) begins with a pack of every tensor.
 // Every thread copies what it reads itself.
 template <int W, class Copy>
-FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
+FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, const Range& staged, Copy copy) {
   PackPlace place = piece.at(0);
-  int left = piece.positions;
-  const int length = piece.group_length();
+  int left = staged.end;
+  const int length = piece.group_length(staged);
 #pragma unroll 1
   for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group, left -= length) {
     if (left > 0) {
@@ -334,10 +346,10 @@ FASTNORM_DEVICE void stage_columns(const ColumnsPiece<W>& piece, Copy copy) {
 // Calls body(places) for the places of a staged piece, U at a time, each when its copy group has landed; ready(copy
 // group) waits for that.
 template <int U, int W, class Ready, class Body>
-FASTNORM_DEVICE void walk_landed(const ColumnsPiece<W>& piece, Ready ready, Body body) {
+FASTNORM_DEVICE void walk_landed(const ColumnsPiece<W>& piece, const Range& staged, Ready ready, Body body) {
   PackPlace place = piece.at(0);
-  int left = piece.positions;
-  const int length = piece.group_length();
+  int left = staged.end;
+  const int length = piece.group_length(staged);
 #pragma unroll 1
   for (int copy_group = 0; left > 0; ++copy_group, left -= length) {
     ready(copy_group);

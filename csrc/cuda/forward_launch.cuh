@@ -83,7 +83,12 @@ struct Forward {
     if constexpr (kRows) {
       return launch(fused_forward_rows<T, W, kSmooth>, config, tensors, rows(), shape);
     } else {
-      return launch(fused_forward_columns<T, W, kSmooth>, config, tensors, columns(), shape);
+      if constexpr (W > 1) {
+        if (plan.grid.rereads()) {
+          return launch(fused_forward_columns<T, W, kSmooth, true>, config, tensors, columns(), shape);
+        }
+      }
+      return launch(fused_forward_columns<T, W, kSmooth, false>, config, tensors, columns(), shape);
     }
   }
 

@@ -78,7 +78,7 @@ FASTNORM_DEVICE void store_param_gradients(const FusedBackward<A>& f, int64_t ch
 }
 
 template <class A>
-FASTNORM_DEVICE void finish_fused(const FusedBackward<A>& f, const GangPartials<GradSums<A>>& gang) {
+FASTNORM_DEVICE void finish_fused(const FusedBackward<A>& f, const GangPartials<GradSums<A>, A>& gang) {
   gang.exit();
   if (!f.grid_sync) return;
   sync_grid();

@@ -26,22 +26,23 @@ FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPi
   });
 }
 
-template <class T, int W, bool kSmooth>
+// kRereads: as in fused_forward_columns. There is none for smooth activations: registers would spill.
+template <class T, int W, bool kSmooth, bool kRereads>
 FASTNORM_KERNEL(kResidentThreads, 1)
 fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape shape) {
   using A = Accum<T>;
   const int stage_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
   auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes);
   auto* const terms_of = reinterpret_cast<InputTerms<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
-  const GangPartials<GradSums<A>> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
+  const GangPartials<GradSums<A>, A> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
-  const auto load = [&](int64_t item, int stage) {
+  const auto load_piece = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
     const auto copy = [&](auto with_residual) {
-      stage_columns(piece, [&](const PackPlace& place) {
+      stage_columns(piece, piece.template staged<kRereads>(), [&](const PackPlace& place) {
         const int slot = piece.slot(place, t.x);
         fastnorm::cuda::stage<W>(staged.x + slot, t.x + place.element);
         fastnorm::cuda::stage<W>(staged.dy + slot, t.dy + place.element);
@@ -55,17 +56,26 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
+    const Range kept = piece.template staged<kRereads>(), beyond{kept.end, piece.positions};
+    const auto from_shared = [&](const auto& tensors, const PackPlace& place) {
+      return staged_gradient(tensors, piece, staged, place);
+    };
+    const auto from_memory = [&](const auto& tensors, const PackPlace& place) {
+      return load_gradient(tensors, piece, place);
+    };
     LaneSums<A, W> mine;
     dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
-      walk_landed<kPacks<kSmooth, 1, decltype(tensors)>>(piece, ready, [&](const auto& places) {
-        add_sums<act.value>(
-            tensors, places, coefs,
-            [&](const auto& from, const PackPlace& place) { return staged_gradient(from, piece, staged, place); },
-            [&](const PackPlace& place, const A(&d)[W]) {
-              if (act.value == Activation::kRelu) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
-            },
-            mine);
+      const auto keep = [&](const PackPlace& place, const A(&d)[W]) {
+        if (!kRereads && act.value == Activation::kRelu) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
+      };
+      constexpr int kTogether = kPacks<kSmooth, 1, decltype(tensors)>;
+      walk_landed<kTogether>(piece, kept, ready, [&](const auto& places) {
+        add_sums<act.value>(tensors, places, coefs, from_shared, keep, mine);
       });
+      if constexpr (kRereads) {
+        piece.template walk<kTogether>(
+            beyond, [&](const auto& places) { add_sums<act.value>(tensors, places, coefs, from_memory, keep, mine); });
+      }
     });
     const auto take = [&](int c, const GradSums<A>& total) {  // `total` is over all positions
       merged[c] = total;
@@ -81,18 +91,19 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
         gang.publish(parity, c, total);
       }
     });
-    if (!gang.is_block()) gang.exchange_channels(parity, piece.channels, take);
+    if (!gang.is_block()) gang.exchange_channels(parity, piece.channels, NoCount{}, take);
     sync_block();
     merge_channels(t, piece, merged, terms_of);
     sync_block();
     LaneTerms<A, W> terms{};
     piece.values_of_sets(terms_of, terms.lane);
-    const BackwardTensors<T> rest = second_half<kSmooth>(t);
-    apply_gradient_columns<kSmooth, 1, false>(
-        rest, piece, coefs, terms,
-        [&](const auto& tensors, const PackPlace& place) { return staged_gradient(tensors, piece, staged, place); });
+    const BackwardTensors<T> rest = kRereads ? t : second_half<kSmooth>(t);
+    if constexpr (kRereads) {
+      apply_gradient_columns<kSmooth, 1, true>(rest, piece, beyond, coefs, terms, from_memory);
+    }
+    apply_gradient_columns<kSmooth, 1, false>(rest, piece, kept, coefs, terms, from_shared);
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
   finish_fused(f, gang);
 }
 

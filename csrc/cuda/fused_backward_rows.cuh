@@ -154,7 +154,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
   unsigned char* const mine = shared_memory() + team.index * f.shape.team_bytes;
   auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.stages * stage_bytes);  // of units, or gathered
   unsigned char* const scratch = shared_memory() + teams * f.shape.team_bytes;
-  const GangPartials<GradSums<A>> gang(f.shape, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
+  const GangPartials<GradSums<A>, A> gang(f.shape, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   if (f.gathered != nullptr) {
     for (int i = team.lane; i < shape.piece_length * W; i += team.width) extra[i] = {};
     team.sync();
@@ -178,7 +178,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
       if (f.sums != nullptr && valid && team.lane == 0) store_one(f.sums + cell_sums_of(piece), sums);
       sums = {first.weight * sums.d, first.weight * sums.d_centered};
     }
-    sums = gang.exchange(parity, sums);
+    sums = gang.exchange(parity, sums, NoCount{});
     A scale = (shape.per_element ? A(1) : stats.rstd) / static_cast<A>(shape.set_size);
     if (f.batch) {
       if (valid && team.lane == 0 && piece.span.piece == 0) store_param_gradients(f, piece.span.set, sums, stats);

@@ -30,7 +30,7 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   const int teams = block_threads() >> shape.team_shift;
   unsigned char* const mine = shared_memory() + team.index * f.team_bytes;
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
-  const GangPartials<Welford<A>> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
+  const GangPartials<Moments<A>, A> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   const auto memory_of = [&](int stage) { return reinterpret_cast<Pack<T, W>*>(mine + stage * f.stream_bytes); };
   const auto load_piece = [&](int64_t item, int stage) {
     const bool valid = item < shape.items;
@@ -50,7 +50,9 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
     ThreadMoments<A> own;
     for_landed(piece, team, valid, ready,
                [&](const ThreadSteps& range) { accumulate_moments<T>(piece, range, origin, read, own); });
-    const Moments<A> moments = gang.exchange(parity, merge_team(piece, team, own, scratch)).moments;
+    const Moments<A> moments = gang.exchange(parity, merge_team(piece, team, own, scratch).moments, [&](int each) {
+      return static_cast<A>(Span(shape, each).packs_of_runs() * W);
+    });
     const A var = moments.m2 / static_cast<A>(shape.set_size);
     const SetStats<A> stats = finish_stats(moments.mean, var, origin, t.eps);
     if (valid && team.lane == 0 && piece.span.piece == 0) {

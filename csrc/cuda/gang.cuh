@@ -21,68 +21,105 @@ namespace fastnorm::cuda {
 // The arguments of fused kernels besides tensors and shape. Bytes are of shared memory.
 struct FusedShape {
   Gang gang;
-  int pieces;        // blocks of a gang
-  int stages;        // waves in shared memory at a time
-  int stream_bytes;  // one staged tensor of one wave
-  int team_bytes;    // rows: everything of one team
-  void* partials;    // kGrid
+  int pieces;         // blocks of a gang
+  int stages;         // waves in shared memory at a time
+  int stream_bytes;   // one staged tensor of one wave
+  int team_bytes;     // rows: everything of one team
+  void* partials;     // kGrid
+  Exchange exchange;  // kGrid
 };
 
-// The partials that the blocks of a gang exchange: `channels` from each block; one where the traversal is rows.
-template <class Acc>
+// Partials that a lane fetches before it merges the first: a fetch through L2 takes about 430 cycles, and a gang may
+// have a block on every SM.
+// Moments come with a count each, for which registers are scarce.
+template <class Partial>
+constexpr int kFetchedPartials = 4;
+template <class A>
+constexpr int kFetchedPartials<Moments<A>> = 2;
+
+// The sums of partials; counts[k] values are in the k-th.
+template <int K, class A>
+FASTNORM_DEVICE GradSums<A> merge_partials(const GradSums<A> (&partials)[K], const A (& /*counts*/)[K]) {
+  GradSums<A> sums = partials[0];
+#pragma unroll
+  for (int k = 1; k < K; ++k) sums.merge(partials[k]);
+  return sums;
+}
+// The common mean first, then the deviations from it: plain sums both.
+template <int K, class A>
+FASTNORM_DEVICE Welford<A> merge_partials(const Moments<A> (&partials)[K], const A (&counts)[K]) {
+  A count = 0, sum = 0, m2 = 0;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    count += counts[k];
+    sum = std::fma(counts[k], partials[k].mean, sum);
+  }
+  const A mean = count > A(0) ? sum / count : A(0);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    const A deviation = partials[k].mean - mean;
+    m2 += std::fma(counts[k] * deviation, deviation, partials[k].m2);
+  }
+  return {count, {mean, m2}};
+}
+// The count of values that sums of gradients do not need.
+struct NoCount {
+  FASTNORM_DEVICE int operator()(int /*piece*/) const { return 0; }
+};
+template <class A>
+FASTNORM_DEVICE const GradSums<A>& without_count(const GradSums<A>& sums) {
+  return sums;
+}
+template <class A>
+FASTNORM_DEVICE const Moments<A>& without_count(const Welford<A>& total) {
+  return total.moments;
+}
+
+// The partials that the blocks of a gang exchange: `channels` from each block; one where the traversal is rows. A is
+// the type of their numbers. count_of(piece) is the number of values in a piece's partial.
+template <class Partial, class A>
 class GangPartials {
  public:
   // shared: for kCluster, room for twice as many partials.
   FASTNORM_DEVICE GangPartials(const FusedShape& f, void* shared, int channels)
-      : f_(f), shared_(static_cast<Acc*>(shared)), channels_(channels) {}
+      : f_(f), shared_(static_cast<Partial*>(shared)), channels_(channels) {}
   FASTNORM_DEVICE bool is_block() const { return f_.gang == Gang::kBlock; }
 
   // Makes this block's partial of a channel readable by its peers after sync().
-  FASTNORM_DEVICE void publish(int parity, int channel, const Acc& partial) const {
+  FASTNORM_DEVICE void publish(int parity, int channel, const Partial& partial) const {
     if (f_.gang == Gang::kCluster) {
       shared_[parity * channels_ + channel] = partial;
     } else {
       store_one(global(parity, block_index()) + channel, partial);
     }
   }
-  FASTNORM_DEVICE void sync() const {
-    if (f_.gang == Gang::kCluster) {
-      sync_cluster();
-    } else {
-      sync_grid();
-    }
-  }
-  // The sum of a channel over the gang. `lanes` neighbouring lanes compute it, and all of them get it. All lanes of the
-  // warp take part, `in` or not.
-  FASTNORM_DEVICE Acc total(int parity, int channel, bool in, int lane, int lanes) const {
-    Acc sum{};
-#pragma unroll 1  // a second round is rare, and a merge is long
-    for (int piece = lane; in && piece < f_.pieces; piece += lanes) sum.merge(fetch(parity, piece, channel));
-    return reduce_lanes(sum, lanes);
-  }
 
   // Rows: from this block's partial, the same in all threads, to the gang's.
-  FASTNORM_DEVICE Acc exchange(int parity, const Acc& mine) const {
+  template <class Count>
+  FASTNORM_DEVICE Partial exchange(int parity, const Partial& mine, Count count_of) const {
     if (is_block()) return mine;
     if (thread_index() == 0) publish(parity, 0, mine);
     sync();
-    return total(parity, 0, true, thread_index() % kWarp, kWarp);
+    return total(parity, 0, true, thread_index() % kWarp, kWarp, count_of);
   }
   // Columns, after publish() of this block's partials: calls use(channel, sum over the gang) for the first `channels`.
-  template <class Use>
-  FASTNORM_DEVICE void exchange_channels(int parity, int channels, Use use) const {
+  template <class Count, class Use>
+  FASTNORM_DEVICE void exchange_channels(int parity, int channels, Count count_of, Use use) const {
     sync();
-    // As many as there are threads for, which are a power of two; at most a warp.
-    constexpr int kMost = 5;
-    static_assert(1 << kMost == kWarp);
-    const int log_lanes = std::clamp(bit_width(block_threads()) - 1 - bit_width(channels - 1), 0, kMost);
-    const int lanes = 1 << log_lanes, lane = thread_index() & (lanes - 1), group = thread_index() >> log_lanes;
-    const int groups = block_threads() >> log_lanes;
-    for (int first = 0; first < channels; first += groups) {
-      const int channel = first + group;
-      const Acc sum = total(parity, channel, channel < channels, lane, lanes);
-      if (channel < channels && lane == 0) use(channel, sum);
-    }
+    const bool scattered = f_.exchange == Exchange::kScatter;
+    const int share = scattered ? (channels_ + f_.pieces - 1) / f_.pieces : channels;
+    const int begin = scattered ? static_cast<int>(block_index() % f_.pieces) * share : 0;
+    Partial* const totals = scattered ? totals_of(parity) : nullptr;
+    merge_channels(parity, begin, std::min(share, channels - begin), count_of, [&](int channel, const Partial& sum) {
+      if (totals != nullptr) {
+        store_one(totals + channel, sum);
+      } else {
+        use(channel, sum);
+      }
+    });
+    if (totals == nullptr) return;
+    sync();
+    for (int c = thread_index(); c < channels; c += block_threads()) use(c, load_one(totals + c));
   }
 
   // Call before the block ends: its peers may still read its shared memory.
@@ -91,17 +128,74 @@ class GangPartials {
   }
 
  private:
-  FASTNORM_DEVICE Acc fetch(int parity, int piece, int channel) const {
+  FASTNORM_DEVICE void sync() const {
+    if (f_.gang == Gang::kCluster) {
+      sync_cluster();
+    } else {
+      sync_grid();
+    }
+  }
+  // Calls use(channel, sum over the gang) for `channels` channels from the first.
+  template <class Count, class Use>
+  FASTNORM_DEVICE void merge_channels(int parity, int first_channel, int channels, Count count_of, Use use) const {
+    if (channels <= 0) return;
+    // As many lanes a channel as there are threads for, which are a power of two; at most a warp.
+    constexpr int kMost = 5;
+    static_assert(1 << kMost == kWarp);
+    const int log_lanes = std::clamp(bit_width(block_threads()) - 1 - bit_width(channels - 1), 0, kMost);
+    const int lanes = 1 << log_lanes, lane = thread_index() & (lanes - 1), group = thread_index() >> log_lanes;
+    const int groups = block_threads() >> log_lanes;
+    for (int first = 0; first < channels; first += groups) {
+      const bool in = first + group < channels;
+      const int channel = first_channel + first + group;
+      const Partial sum = total(parity, channel, in, lane, lanes, count_of);
+      if (in && lane == 0) use(channel, sum);
+    }
+  }
+  // The sum of a channel over the gang. `lanes` neighbouring lanes compute it, and all of them get it. All lanes of the
+  // warp take part, `in` or not.
+  template <class Count>
+  FASTNORM_DEVICE Partial total(int parity, int channel, bool in, int lane, int lanes, Count count_of) const {
+    if (f_.pieces <= lanes) {
+      return without_count(reduce_lanes(fetch<1>(parity, channel, in, lane, lanes, count_of), lanes));
+    }
+    decltype(fetch<1>(parity, channel, in, lane, lanes, count_of)) sum{};
+#pragma unroll 1
+    for (int piece = lane; piece < f_.pieces; piece += kFetchedPartials<Partial> * lanes) {
+      sum.merge(fetch<kFetchedPartials<Partial>>(parity, channel, in, piece, lanes, count_of));
+    }
+    return without_count(reduce_lanes(sum, lanes));
+  }
+  // The sum over K pieces from the first, `step` apart; of those that there are.
+  template <int K, class Count>
+  FASTNORM_DEVICE auto fetch(int parity, int channel, bool in, int first, int step, Count count_of) const {
+    Partial partials[K] = {};
+    A counts[K] = {};
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int piece = first + k * step;
+      if (!in || piece >= f_.pieces) continue;
+      partials[k] = fetch_one(parity, piece, channel);
+      counts[k] = count_of(piece);
+    }
+    return merge_partials(partials, counts);
+  }
+  FASTNORM_DEVICE Partial fetch_one(int parity, int piece, int channel) const {
     if (f_.gang == Gang::kCluster) return *cluster_shared(shared_ + parity * channels_ + channel, piece);
     const int64_t first = block_index() - block_index() % f_.pieces;
-    return load_one(global(parity, first + piece) + channel);
+    return load_one(global(parity, first) + (piece * channels_ + channel));
   }
-  FASTNORM_DEVICE Acc* global(int parity, int64_t block) const {
-    return static_cast<Acc*>(f_.partials) + (parity * grid_blocks() + block) * channels_;
+  // [2, blocks, channels] partials, then [2, gangs, channels] sums of scattered gangs.
+  FASTNORM_DEVICE Partial* global(int parity, int64_t block) const {
+    return static_cast<Partial*>(f_.partials) + (parity * grid_blocks() + block) * channels_;
+  }
+  FASTNORM_DEVICE Partial* totals_of(int parity) const {
+    const int64_t gangs = grid_blocks() / f_.pieces, gang = block_index() / f_.pieces;
+    return global(2, 0) + (parity * gangs + gang) * channels_;
   }
 
   const FusedShape& f_;
-  Acc* shared_;
+  Partial* shared_;
   int channels_;
 };
 

@@ -25,7 +25,8 @@ inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
           grid.stages,
           static_cast<int>(grid.stream_bytes(dtype)),
           static_cast<int>(grid.team_bytes),
-          partials};
+          partials,
+          grid.exchange};
 }
 
 // float64 has packs of one element, and is not fused.

@@ -111,6 +111,7 @@ struct Span {
     runs = static_cast<int>(std::min(static_cast<int64_t>(s.piece_runs), s.runs - first_run));
     packs = static_cast<int>(std::min(static_cast<int64_t>(s.piece_length), s.run_packs - first_pack));
   }
+  FASTNORM_DEVICE int packs_of_runs() const { return runs * packs; }
   // Steps of the walk, including those between runs.
   FASTNORM_DEVICE int steps(const RowsShape& s) const { return runs == 1 ? packs : runs * s.length; }
   FASTNORM_DEVICE int64_t base(const RowsShape& s) const { return set * s.set_stride + first_run * s.run_stride; }

@@ -18,10 +18,14 @@ constexpr double kCooperativeUs = 1.0;
 
 // A load from memory.
 constexpr double kLatencyUs = 0.7;
-// Publish partials, sync and fetch: in a cluster through shared memory; in a grid through L2, with an atomic counter
-// that all blocks watch: two trips of 0.7 us.
+// Publish partials and sync: in a cluster; in a grid through L2, with an atomic counter that all blocks watch: two
+// trips of 0.65 us.
 constexpr double kClusterBarrierUs = 0.5;
-constexpr double kGridBarrierUs = 1.5;
+constexpr double kGridBarrierUs = 1.3;
+// A trip to the partials of other blocks, which fetches kFetchedPartials of csrc/cuda/gang.cuh for each lane: through
+// L2 430 cycles; from the shared memory of another block of the cluster 210.
+constexpr double kFetchUs[] = {0, 0.12, 0.25};  // by Gang
+constexpr int64_t kFetchedPartials = 2;         // of moments; twice as many of sums of gradients
 // The fraction of a wave's latency and barrier that takes time even if other loads are under way all the time.
 constexpr double kExposed = 0.1;
 
@@ -73,11 +77,39 @@ double busy_lanes(const Grid& grid, const Streams& streams) {
   return static_cast<double>(streams.C) / static_cast<double>(lanes);
 }
 
-double barrier_us(Gang gang) {
-  return gang == Gang::kGrid ? kGridBarrierUs : gang == Gang::kCluster ? kClusterBarrierUs : 0;
+// The fraction of a piece that is read twice.
+double reread_share(const Grid& grid) {
+  if (!grid.rereads()) return 0;
+  return static_cast<double>(grid.piece_length - grid.staged_length) / static_cast<double>(grid.piece_length);
+}
+
+// The trips in which the threads of a block fetch the partials of so many channels from so many pieces, after
+// GangPartials::merge_channels.
+double fetch_trips(const Grid& grid, int64_t channels, int64_t pieces) {
+  int64_t lanes = 1;
+  while (lanes < kWarp && 2 * channels * lanes <= grid.threads()) lanes *= 2;
+  const int64_t rounds = div_up(channels * lanes, grid.threads());
+  return static_cast<double>(rounds * div_up(pieces, lanes < pieces ? kFetchedPartials * lanes : lanes));
 }
 
 }  // namespace
+
+double exchange_us(const Grid& grid, DType dtype, const DeviceInfo& device) {
+  if (grid.gang == Gang::kBlock) return 0;
+  const double trip = kFetchUs[static_cast<int>(grid.gang)];
+  const int64_t channels = grid.traversal == Traversal::kColumns ? grid.tile : 1;
+  if (grid.gang == Gang::kCluster) return kClusterBarrierUs + trip * fetch_trips(grid, channels, grid.pieces);
+  const auto through_l2 = [&](int64_t partials) {  // of each block
+    const double bytes = static_cast<double>(grid.blocks * partials * partial_size(dtype));
+    return bytes / (kL2Speed * kCopyShare * static_cast<double>(device.bytes_per_us));
+  };
+  if (grid.exchange == Exchange::kGather) {
+    return kGridBarrierUs + trip * fetch_trips(grid, channels, grid.pieces) + through_l2(channels * grid.pieces);
+  }
+  const int64_t share = div_up(channels, grid.pieces);
+  return 2 * kGridBarrierUs + trip * (fetch_trips(grid, share, grid.pieces) + fetch_trips(grid, channels, 1)) +
+         through_l2(2 * channels);
+}
 
 ElementWork element_work(bool backward, const Geometry& g, int pack, DType dtype, Activation activation,
                          bool residual) {
@@ -105,9 +137,14 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   const int64_t piece =
       rows ? grid.teams() * grid.piece_runs * grid.piece_length * grid.pack : grid.tile * grid.piece_length;
   const double stream = static_cast<double>(piece * size_of(streams.dtype)) / contiguous_share(grid, streams);
-  const double bytes = stream * (streams.read + streams.applied);
+  // Of what is read twice, L2 has kept a part.
+  const double again = stream * streams.read * reread_share(grid);
+  const double found = std::min(again, kL2Share * static_cast<double>(device.l2_bytes) / static_cast<double>(together));
+  const double bytes = stream * (streams.read + streams.applied) + again - found * (1 - 1 / kL2Speed);
   const double elements = static_cast<double>(piece) / busy_lanes(grid, streams);
-  const double instructions = grid.place() == Place::kRegisters ? work.registers : work.shared;
+  const double instructions = grid.place() == Place::kRegisters
+                                  ? work.registers
+                                  : work.shared + reread_share(grid) * (work.reduce + work.apply - work.shared);
   const auto issue_of = [&](double of_block, double of_element, int64_t blocks) {
     const int64_t each = div_up(blocks, device.num_sms);  // of the busiest SM
     return issue_us(of_block * static_cast<double>(each), of_element, each * grid.threads(), device);
@@ -122,8 +159,9 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   // Nothing else goes on while a block reduces its last copy group, merges its sums and those of its gang, and prepares
   // to apply them.
   const double merge = issue_of(grid.threads(), work.piece, together);
+  const double last_group = grid.rereads() ? 0 : elements / kCopyGroups;  // what is beyond comes without delay
   const double wait =
-      kLatencyUs + barrier_us(grid.gang) + issue_of(elements / kCopyGroups, work.reduce, together) + merge;
+      kLatencyUs + exchange_us(grid, streams.dtype, device) + issue_of(last_group, work.reduce, together) + merge;
   // While a block waits, other blocks on the SM go on with their work, and so do the copies of its own second stage.
   // The blocks of a grid all wait together, and then only the memory has something to do, if instructions leave it
   // behind.

@@ -30,6 +30,9 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
 Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, double instructions,
                          const DeviceInfo& device);
 
+// The time in which the blocks of a gang exchange the partials of a wave.
+double exchange_us(const Grid& grid, DType dtype, const DeviceInfo& device);
+
 Estimate estimate_launches(int launches, bool cooperative);
 
 // A few bytes that are written once and read once, through L2.

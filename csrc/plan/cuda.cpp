@@ -2,6 +2,7 @@
 #include "cuda.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -24,12 +25,24 @@ constexpr int kBlocksPerSm[] = {2, 1};
 // blocks idle in the last wave. Where more than the set is staged, or runs are not cut, the smallest do not hold it.
 constexpr int kGridPieces = 8;
 
+// As many positions of a piece in shared memory as fit.
+constexpr int64_t kMostPositions = std::numeric_limits<int64_t>::max();
+
 bool allows(int forced, int64_t value) { return forced < 0 || forced == value; }
 
 template <class List>
 std::vector<int64_t> options_of(int forced, const List& list) {
   if (forced >= 0) return {forced};
   return {std::begin(list), std::end(list)};
+}
+
+// The tiles to try: narrow ones, and one of all channels, whose positions adjoin in memory.
+std::vector<int64_t> tile_bytes_of(const Geometry& g, DType dtype, const Forced& forced) {
+  auto tiles = options_of(forced.tile_bytes, kTileBytes);
+  const int64_t whole = g.C * size_of(dtype);
+  const int64_t most = kResidentThreads * 16;  // a pack of every thread of a block
+  if (forced.tile_bytes < 0 && whole > tiles.back() && whole <= most) tiles.push_back(whole);
+  return tiles;
 }
 
 // The sizes to try for gangs that divide a grid among them: as few blocks as hold a set, in as many waves as that
@@ -53,8 +66,8 @@ std::vector<int64_t> grid_pieces(const StagedSets& sets, const FusedChoice& choi
 std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, const Staging& staging, bool persistent,
                                        const DeviceInfo& device, const Forced& forced) {
   std::vector<FusedChoice> choices;
-  const auto tiles = g.traversal() == Traversal::kRows ? std::vector<int64_t>{1}  // none
-                                                       : options_of(forced.tile_bytes, kTileBytes);
+  const bool columns = g.traversal() == Traversal::kColumns;
+  const auto tiles = columns ? tile_bytes_of(g, dtype, forced) : std::vector<int64_t>{1};  // rows: none
   std::vector<int64_t> clusters;
   for (int64_t size = 2; size <= device.largest_cluster; size *= 2) clusters.push_back(size);
   const auto add = [&](FusedChoice choice, Gang gang, const std::vector<int64_t>& pieces) {
@@ -74,18 +87,37 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, const Sta
       for (const int64_t blocks_per_sm : options_of(forced.blocks_per_sm, kBlocksPerSm)) {
         for (const int stages : {1, 2}) {
           if (!allows(forced.stages, stages)) continue;
-          const FusedChoice choice{Gang::kBlock, 1, stages, static_cast<int>(blocks_per_sm), tile, place, false};
+          FusedChoice choice{Gang::kBlock, 1, stages, static_cast<int>(blocks_per_sm), tile, place, 0, false};
+          const StagedSets sets = staged_sets(g, dtype, tile);
+          if (staging.rereads && device.cooperative && stages == 1) {
+            const int64_t pieces = blocks_per_sm * int64_t(device.num_sms) / sets.count;
+            choice.staged_length = forced.staged_length < 0 ? kMostPositions : forced.staged_length;
+            if (pieces > 1) add(choice, Gang::kGrid, {pieces});
+          }
+          if (forced.staged_length >= 0) continue;
+          choice.staged_length = 0;
           add(choice, Gang::kBlock, {1});
           if (place == Place::kRegisters) continue;
           add(choice, Gang::kCluster, clusters);
           if (device.cooperative) {
-            add(choice, Gang::kGrid, grid_pieces(staged_sets(g, dtype, tile), choice, staging.streams, device));
+            add(choice, Gang::kGrid, grid_pieces(sets, choice, staging.streams, device));
           }
         }
       }
     }
   }
   return choices;
+}
+
+// Chooses the cheaper exchange of a grid's gangs. Returns false where another is forced.
+bool choose_exchange(Grid& grid, DType dtype, const DeviceInfo& device, const Forced& forced) {
+  if (grid.gang == Gang::kGrid && grid.traversal == Traversal::kColumns) {
+    Grid scattered = grid;
+    scattered.exchange = Exchange::kScatter;
+    const bool cheaper = exchange_us(scattered, dtype, device) < exchange_us(grid, dtype, device);
+    if (forced.exchange < 0 ? cheaper : forced.exchange == static_cast<int>(Exchange::kScatter)) grid = scattered;
+  }
+  return allows(forced.exchange, static_cast<int>(grid.exchange));
 }
 
 // Whether the second stage has no wave to hold.
@@ -99,8 +131,9 @@ DeviceInfo without_free_sms(DeviceInfo device, int free_sms) {
 }
 
 // Whether only fused plans will do, and whether others will.
-bool only_fused(const Forced& f) {
-  return f.gang >= 0 || f.pieces >= 0 || f.stages >= 0 || f.blocks_per_sm >= 0 || f.tile_bytes >= 0 || f.place >= 0;
+bool only_fused(Forced f) {
+  f.strategy = -1;
+  return f != Forced{};
 }
 bool allows_fused(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kFused)); }
 bool allows_split(const Forced& f) { return allows(f.strategy, static_cast<int>(Strategy::kSplit)) && !only_fused(f); }
@@ -111,11 +144,12 @@ int64_t partials(const Geometry& g, const Grid& grid) {
   return g.sets() * grid.pieces;
 }
 
-// Bytes of the partials of a grid's gangs, for two waves.
-int64_t gang_bytes(const Grid& grid, int numbers, DType dtype) {
+// Bytes of the partials of a grid's gangs, for two waves, and of the sums that scattered gangs exchange.
+int64_t gang_bytes(const Grid& grid, DType dtype) {
   if (grid.gang != Gang::kGrid) return 0;
   const int64_t channels = grid.traversal == Traversal::kColumns ? grid.tile : 1;
-  return 2 * grid.blocks * channels * numbers * accum_size(dtype);
+  const int64_t sums = grid.exchange == Exchange::kScatter ? grid.blocks / grid.pieces : 0;
+  return 2 * (grid.blocks + sums) * channels * partial_size(dtype);
 }
 
 // The inputs of planning a call, forward or backward.
@@ -145,6 +179,7 @@ struct Planner {
       if (in_registers && choice.gang == Gang::kBlock && choice.place == Place::kShared) continue;
       Grid grid;
       if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
+      if (!choose_exchange(grid, dtype, device, forced)) continue;
       if (second_stage_idle(grid) && forced.stages != 2) continue;
       // Runs can lead to cluster sizes that are no powers of two, which might fill a device badly.
       if (grid.gang == Gang::kCluster && grid.pieces != choice.pieces && forced.pieces < 0) continue;
@@ -183,11 +218,12 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
       bool in_registers = false;
+      const bool columns = g.traversal() == Traversal::kColumns;
       for_each_fused(
-          {1, false, false, true}, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
+          {1, false, false, true, columns}, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
             const Estimate estimate =
                 estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
-            plans.push_back({Strategy::kFused, grid, gang_bytes(grid, 3, dtype), 1, estimate});
+            plans.push_back({Strategy::kFused, grid, gang_bytes(grid, dtype), 1, estimate});
           });
     }
     if (allows_split(options.forced)) plans.push_back(separate(Strategy::kSplit));
@@ -226,7 +262,9 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
-    const Staging staging{streams.read, true, in_gang, !own_launch};
+    // Smooth activations would need more registers than there are.
+    const bool rereads = g.traversal() == Traversal::kColumns && !is_smooth(needs.activation);
+    const Staging staging{streams.read, true, in_gang, !own_launch, rereads};
     for_each_fused(staging, in_gang, folds, in_registers, [&](const Grid& grid, int64_t resident, bool grid_sync) {
       BackwardPlan plan = empty(Strategy::kFused, sums);
       plan.reduce = grid;
@@ -235,7 +273,7 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
       if (folds && !in_gang) plan.sums_bytes = g.outer() * run_pieces(g, grid) * g.C * pair;
       if (in_gang) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
       add_params(plan);
-      plan.gang_bytes = gang_bytes(grid, 2, dtype);
+      plan.gang_bytes = gang_bytes(grid, dtype);
       plan.launches = 1 + (own_launch ? 2 : 0) + (folds && !grid_sync);
       plan.estimate = estimate_fused(grid, streams, work, resident, device) +
                       estimate_partials(plan.sums_bytes + plan.params_bytes, device) +

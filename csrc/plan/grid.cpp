@@ -157,8 +157,8 @@ int64_t fused_tile(const Geometry& g, DType dtype, int64_t tile_bytes) {
 }
 
 // Bytes of a cluster's partials of two waves, in each block's shared memory.
-int64_t partial_bytes(const Staging& staging, Gang gang, int64_t channels, DType dtype) {
-  return gang == Gang::kCluster ? align_up(2 * channels * staging.partial_numbers() * accum_size(dtype)) : 0;
+int64_t partial_bytes(Gang gang, int64_t channels, DType dtype) {
+  return gang == Gang::kCluster ? align_up(2 * channels * partial_size(dtype)) : 0;
 }
 
 bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,
@@ -180,7 +180,7 @@ bool fused_rows(const Geometry& g, DType dtype, const Staging& staging, const Fu
   }
   const auto shared_bytes = [&] {
     return grid.threads_y * grid.team_bytes + ladder_bytes(grid.threads(), static_cast<int>(accum_size(dtype))) +
-           partial_bytes(staging, choice.gang, 1, dtype);
+           partial_bytes(choice.gang, 1, dtype);
   };
   const int64_t limit = shared_limit(choice.blocks_per_sm, device);
   const int step = std::max(1, kWarp / grid.threads_x);
@@ -202,14 +202,25 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
   grid.items = g.outer() * div_up(g.C, grid.tile) * grid.pieces;
   if (grid.threads_x > choice.block_threads() || grid.piece_length > kMaxPiecePositions) return false;
   grid.threads_y = choice.block_threads() / grid.threads_x;
-  // The stages, the merge of the threads' sums, four numbers per set, and the cluster's partials.
-  grid.shared_bytes = choice.stages * staging.streams * grid.stream_bytes(dtype) + columns_merge_bytes(grid, dtype) +
-                      align_up(grid.tile * 4 * accum_size(dtype)) +
-                      partial_bytes(staging, choice.gang, grid.tile, dtype);
-  return grid.shared_bytes <= shared_limit(choice.blocks_per_sm, device);
+  // The merge of the threads' sums, four numbers per set, and the cluster's partials; then the stages.
+  grid.shared_bytes = columns_merge_bytes(grid, dtype) + align_up(grid.tile * 4 * accum_size(dtype)) +
+                      partial_bytes(choice.gang, grid.tile, dtype);
+  const int64_t limit = shared_limit(choice.blocks_per_sm, device);
+  grid.staged_length = grid.piece_length;
+  if (choice.staged_length > 0) {
+    if (grid.pack * size_of(dtype) != 16) return false;  // there are no kernels for single elements
+    const int64_t position_bytes = choice.stages * staging.streams * grid.tile * size_of(dtype);
+    const int64_t room = std::min(choice.staged_length, (limit - grid.shared_bytes) / position_bytes);
+    grid.staged_length = room / grid.threads_y * grid.threads_y;  // a thread goes on where it would have
+    if (grid.staged_length <= 0 || grid.staged_length >= grid.piece_length) return false;
+  }
+  grid.shared_bytes += choice.stages * staging.streams * grid.stream_bytes(dtype);
+  return grid.shared_bytes <= limit;
 }
 
 }  // namespace
+
+int64_t partial_size(DType dtype) { return 2 * accum_size(dtype); }
 
 int64_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
@@ -218,7 +229,7 @@ int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device) {
 }
 
 Grid empty_grid(Traversal traversal, int pack) {
-  return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0, Gang::kBlock, 1, 0};
+  return {traversal, pack, kWarp, 1, 1, 1, 1, 0, 0, 0, 0, 0, Gang::kBlock, 1, 0, Exchange::kGather, 0};
 }
 
 Grid split_columns(int64_t outer, int64_t positions, int64_t C, DType dtype, int pack, const DeviceInfo& device) {

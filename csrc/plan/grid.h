@@ -15,6 +15,8 @@ struct FusedChoice {
   int blocks_per_sm;   // the shared memory of an SM is divided among so many
   int64_t tile_bytes;  // columns: neighbouring channels of a tile have at least so many bytes
   Place place;
+  // Columns: positions of a piece that stay in shared memory, at most; what is beyond is read twice. 0: all of them.
+  int64_t staged_length;
   bool persistent;  // all blocks are on the device at a time and take items in strides
 
   int block_threads() const { return blocks_per_sm == 1 ? kResidentThreads : kBlockThreads; }
@@ -26,8 +28,7 @@ struct Staging {
   bool backward;
   bool gathers;    // rows: blocks also gather the gradients of the weights
   bool registers;  // the kernels that keep rows in registers serve the call, too
-
-  int partial_numbers() const { return backward ? 2 : 3; }  // of an accumulator
+  bool rereads;    // and those that read a part of a piece twice
 };
 
 Grid empty_grid(Traversal traversal, int pack);
@@ -56,6 +57,8 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes);
 int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device);
 
 int64_t accum_size(DType dtype);
+// What the blocks of a gang exchange for a channel, or a set of rows: two numbers.
+int64_t partial_size(DType dtype);
 
 // The shared memory of each block where an SM has so many blocks.
 int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device);

@@ -8,6 +8,7 @@ namespace fastnorm {
 const char* name_of(Strategy s) { return s == Strategy::kFused ? "fused" : s == Strategy::kSplit ? "split" : "apply"; }
 const char* name_of(Gang g) { return g == Gang::kBlock ? "block" : g == Gang::kCluster ? "cluster" : "grid"; }
 const char* name_of(Place p) { return p == Place::kShared ? "shared" : "registers"; }
+const char* name_of(Exchange e) { return e == Exchange::kGather ? "gather" : "scatter"; }
 const char* name_of(Traversal t) { return t == Traversal::kRows ? "rows" : "columns"; }
 const char* name_of(ParamSums s) {
   return s == ParamSums::kNone        ? "none"
@@ -30,6 +31,8 @@ std::string to_string(const Grid& grid) {
   }
   text += rows ? number(grid.piece_runs) + "x" + number(grid.piece_length) + " packs"
                : number(grid.piece_length) + " positions, tile " + number(grid.tile);
+  if (grid.rereads()) text += ", " + number(grid.staged_length) + " of them in shared memory";
+  if (grid.exchange == Exchange::kScatter) text += ", exchange scattered";
   text += ", " + number(grid.threads_x) + "x" + number(grid.threads_y) + " threads, " + number(grid.blocks) +
           " blocks for " + number(grid.items) + " items, " + number(grid.shared_bytes) + " B shared";
   if (grid.thread_packs > 0) text += ", " + number(grid.thread_packs) + " packs of a thread in registers";

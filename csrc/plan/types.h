@@ -70,6 +70,12 @@ enum class Gang : int {
   kGrid = 2,     // `pieces` blocks of a cooperative launch: partials in global memory, the grid's barrier
 };
 
+// How the blocks of a grid's gang come to the sums of its channels.
+enum class Exchange : int {
+  kGather = 0,   // every block merges the partials of all channels
+  kScatter = 1,  // columns: a block merges those of some channels for its gang; a second barrier
+};
+
 // One launch. Rows: a team of threads_x threads takes a piece of a set, and a block has threads_y teams (more than one
 // only where a team is a warp or less, or keeps rows in registers). Columns: a block takes threads_x packs of channels
 // side by side and walks down a piece of the positions, threads_y at a time.
@@ -80,18 +86,20 @@ struct Grid {
   Traversal traversal;
   int pack;  // elements of one access; divides every run, and every access is aligned
   int threads_x, threads_y;
-  int64_t pieces;        // per set (rows) or per outer (columns, whose positions are cut); fused: the blocks of a gang
-  int64_t piece_runs;    // rows: runs of a piece, whole ones where there is more than one; columns: 1
-  int64_t piece_length;  // rows: packs of a run in a piece; columns: positions
-  int64_t tile;          // columns: channels of a block, at most threads_x * pack; rows: 0
-  int64_t items;         // sets * pieces (rows), outer * pieces * tiles (columns)
-  int64_t blocks;        // of the launch; where there are more items, a block takes them in strides
-  int64_t shared_bytes;  // dynamic shared memory of a block
-  int64_t team_bytes;    // fused rows: each team's own part of it (not its weights, which registers need); else 0
-  Gang gang;             // fused; else kBlock
-  int stages;            // fused: 2 where the next wave is loaded during this one; else 1
-  int thread_packs;      // packs of a row that a thread keeps in registers, while its `stages` have the rows after it;
-                         // 0: sets are kept in shared memory
+  int64_t pieces;         // per set (rows) or per outer (columns, whose positions are cut); fused: the blocks of a gang
+  int64_t piece_runs;     // rows: runs of a piece, whole ones where there is more than one; columns: 1
+  int64_t piece_length;   // rows: packs of a run in a piece; columns: positions
+  int64_t tile;           // columns: channels of a block, at most threads_x * pack; rows: 0
+  int64_t items;          // sets * pieces (rows), outer * pieces * tiles (columns)
+  int64_t blocks;         // of the launch; where there are more items, a block takes them in strides
+  int64_t shared_bytes;   // dynamic shared memory of a block
+  int64_t team_bytes;     // fused rows: each team's own part of it (not its weights, which registers need); else 0
+  Gang gang;              // fused; else kBlock
+  int stages;             // fused: 2 where the next wave is loaded during this one; else 1
+  int64_t staged_length;  // columns, fused: positions of a piece that stay in shared memory; the rest is read twice
+  Exchange exchange;      // kGrid
+  int thread_packs;       // packs of a row that a thread keeps in registers, while its `stages` have the rows after it;
+                          // 0: sets are kept in shared memory
 
   int threads() const { return threads_x * threads_y; }
   // Packs that a staged run occupies in shared memory. Single elements are copied in aligned blocks of 16 bytes, so
@@ -102,16 +110,17 @@ struct Grid {
   }
   // Bytes of one staged tensor of a piece.
   int64_t stream_bytes(DType dtype) const {
-    const int64_t packs = traversal == Traversal::kRows ? piece_runs * run_slots(dtype) : tile * piece_length / pack;
+    const int64_t packs = traversal == Traversal::kRows ? piece_runs * run_slots(dtype) : tile * staged_length / pack;
     return (packs * pack * size_of(dtype) + 15) / 16 * 16;
   }
   // Items that a block takes at a time.
   int teams() const { return traversal == Traversal::kRows ? threads_y : 1; }
+  bool rereads() const { return staged_length > 0 && staged_length < piece_length; }
   Place place() const { return thread_packs > 0 ? Place::kRegisters : Place::kShared; }
   bool operator==(const Grid&) const = default;
 };
 FASTNORM_FIELDS(Grid, traversal, pack, threads_x, threads_y, pieces, piece_runs, piece_length, tile, items, blocks,
-                shared_bytes, team_bytes, gang, stages, thread_packs)
+                shared_bytes, team_bytes, gang, stages, staged_length, exchange, thread_packs)
 
 // The number of pieces that a run is cut into; 1 where pieces have whole runs.
 inline int64_t run_pieces(const Geometry& g, const Grid& grid) {
@@ -223,10 +232,12 @@ struct Forced {
   int blocks_per_sm = -1;  // the shared memory of an SM is divided among so many
   int tile_bytes = -1;     // columns
   int place = -1;          // Place
+  int staged_length = -1;  // columns: pieces go on beyond so many positions in shared memory
+  int exchange = -1;       // Exchange
 
   bool operator==(const Forced&) const = default;
 };
-FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes, place)
+FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes, place, staged_length, exchange)
 
 struct PlanOptions {
   int free_sms = 0;  // launches whose blocks wait for each other leave so many SMs to other kernels
@@ -239,6 +250,7 @@ FASTNORM_FIELDS(PlanOptions, free_sms, forced)
 const char* name_of(Strategy strategy);
 const char* name_of(Gang gang);
 const char* name_of(Place place);
+const char* name_of(Exchange exchange);
 const char* name_of(Traversal traversal);
 const char* name_of(ParamSums sums);
 

@@ -101,14 +101,17 @@ PlanOptions make_options(const ForcedByName& forced, int free_sms) {
       f.gang = static_cast<int>(value_named("forced gang", *name, {Gang::kBlock, Gang::kCluster, Gang::kGrid}));
     } else if (key == "place" && name) {
       f.place = static_cast<int>(value_named("forced place", *name, {Place::kShared, Place::kRegisters}));
+    } else if (key == "exchange" && name) {
+      f.exchange = static_cast<int>(value_named("forced exchange", *name, {Exchange::kGather, Exchange::kScatter}));
     } else {
       int* number = nullptr;
       for_each_field(f, [&, &key = key](std::string_view field, int& slot) {
-        if (field == key && field != "strategy" && field != "gang" && field != "place") number = &slot;
+        if (field == key && field != "strategy" && field != "gang" && field != "place" && field != "exchange")
+          number = &slot;
       });
       require(number && !name, "forced has '" + key +
-                                   "', expected names of strategy, gang and place, numbers of pieces, stages, "
-                                   "blocks_per_sm and tile_bytes");
+                                   "', expected names of strategy, gang, place and exchange, numbers of pieces, "
+                                   "stages, blocks_per_sm, tile_bytes and staged_length");
       *number = std::get<int>(value);
       require(*number >= 1, "forced " + key + " is " + std::to_string(*number) + ", expected 1 or more");
     }

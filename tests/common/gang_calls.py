@@ -59,6 +59,8 @@ GANGS: tuple[dict[str, str | int], ...] = (
     {"gang": "cluster", "pieces": 5},
     {"gang": "grid", "stages": 1},
     {"gang": "grid", "stages": 2},
+    {"gang": "grid", "exchange": "scatter"},
+    {"gang": "grid", "exchange": "scatter", "staged_length": 64, "pieces": 2},
 )
 FUSED = tuple({"strategy": "fused", **gang} for gang in GANGS)
 OTHERS: tuple[dict[str, str | int], ...] = (

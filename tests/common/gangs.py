@@ -63,12 +63,19 @@ class GangCase(NamedTuple):
     def plans(self, facts: _C.DeviceInfo) -> tuple[_C.ForwardPlan, _C.BackwardPlan] | None:
         """None where there is no such plan in one direction."""
         case, geometry = self.case, planned_shape(self.case).geometry
-        options = {"forced": self.forced, "free_sms": self.free_sms}
+        options = {"forced": self.forced, "free_sms": self.free_sms, "activation": case.activation or "none"}
         recomputes = case.residual and case.activation == "silu"
         try:
             return (
-                _C.plan_forward(geometry, case.precision[0], facts, **options),
-                _C.plan_backward(geometry, case.precision[0], facts, residual=recomputes, **options),
+                _C.plan_forward(geometry, case.precision[0], facts, residual=case.residual, **options),
+                _C.plan_backward(
+                    geometry,
+                    case.precision[0],
+                    facts,
+                    residual=recomputes,
+                    dresidual=case.activation is not None,
+                    **options,
+                ),
             )
         except ValueError:
             return None

@@ -23,6 +23,7 @@ REGISTER_LADDER = 2 * (REGISTER_THREADS // WARP) * 8
 MAX_OFFSET = 2**31  # packs of memory from the first of a piece to the last
 SMALL_PIECE = 1024  # packs: a split stops there
 SMALL_COLUMN = 8  # positions of a thread, likewise
+PARTIAL = 2  # numbers of what a gang exchanges
 LARGE_US = 4  # reading a tensor that takes so long is worth more than a grid's barriers
 MOST_SHARES = 4  # one SM may draw so many times its share of the memory's bandwidth: 64 bytes per clock
 
@@ -108,7 +109,7 @@ class Fused:
     """The properties of a fused launch besides its grid."""
 
     streams: int  # tensors in shared memory
-    numbers: int  # of a partial
+    backward: bool
     extra: int  # bytes of shared memory in which a team adds up
     cooperative: bool
     gathers: bool  # a row of the workspace for each gang
@@ -142,14 +143,21 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
     assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
     assert grid.stages in (1, 2)
+    assert grid.exchange == "gather" or (grid.gang == "grid" and not rows)
+    if rows:
+        assert grid.staged_length == 0
+    elif grid.staged_length != grid.piece_length:
+        # The rest is read twice. Every thread goes on where it would have.
+        assert 0 < grid.staged_length < grid.piece_length and grid.staged_length % grid.threads_y == 0
+        assert grid.gang == "grid" and grid.pack * call.size == 16
     assert (facts.cooperative_clusters if grid.gang == "cluster" else facts.cooperative) or not kind.cooperative
     # Blocks that wait for each other, and blocks that take their items one after the other.
     if kind.cooperative or kind.gathers or grid.stages == 2:
         assert grid.blocks <= co_resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
     # Shared memory, in the kernels' order.
-    piece = grid.piece_runs * staged_run(grid, call.size) if rows else grid.piece_length * grid.tile
+    piece = grid.piece_runs * staged_run(grid, call.size) if rows else grid.staged_length * grid.tile
     staged = grid.stages * kind.streams * align(piece * call.size)
-    partials = 2 * kind.numbers * (1 if rows else grid.tile) * call.accum if grid.gang == "cluster" else 0
+    partials = 2 * PARTIAL * (1 if rows else grid.tile) * call.accum if grid.gang == "cluster" else 0
     if rows:
         check_bytes(grid.team_bytes, staged + kind.extra)
         check_bytes(grid.shared_bytes, grid.threads_y * grid.team_bytes + ladder(grid, call.accum) + partials)
@@ -163,8 +171,7 @@ def check_registers(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused
     """Rows of packs of 16 bytes in the registers of teams that have room for them; all blocks are on the device."""
     shape, per_thread = call.shape, grid.thread_packs
     assert shape.per_element and shape.G == 1 and grid.pack * call.size == 16
-    backward = kind.numbers == 2
-    elements = THREAD_ELEMENTS[backward]
+    elements = THREAD_ELEMENTS[kind.backward]
     assert per_thread * grid.pack == elements
     assert grid.gang == "block" and grid.pieces == 1 and grid.stages in (1, 2)
     packs = shape.set_size // grid.pack
@@ -175,10 +182,10 @@ def check_registers(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused
     assert grid.blocks <= co_resident_blocks(grid, kind, facts, free if kind.cooperative else 0)
     ring = grid.stages * kind.streams * per_thread * 16  # of a thread
     assert grid.team_bytes == ring * grid.threads_x
-    params = elements * 4 * (1 if backward else 2)  # weights, and biases in forward, as float32
+    params = elements * 4 * (1 if kind.backward else 2)  # weights, and biases in forward, as float32
     assert grid.shared_bytes == REGISTER_LADDER + grid.threads * (ring + params)
     # The sums of a pack of every thread take the place of the ring at the end.
-    assert not backward or ring >= grid.pack * 8
+    assert not kind.backward or ring >= grid.pack * 8
 
 
 def staged_run(grid: _C.Grid, size: int) -> int:
@@ -214,10 +221,11 @@ def partials(grid: _C.Grid, shape: Shape) -> int:
     return (shape.outer * grid.pieces * shape.C) if grid.traversal == "columns" else shape.sets * grid.pieces
 
 
-def gang_bytes(grid: _C.Grid, numbers: int) -> int:
-    """The partials that the gangs of a grid exchange: [2, blocks, channels]."""
+def gang_bytes(grid: _C.Grid) -> int:
+    """The partials that the gangs of a grid exchange: [2, blocks, channels]; and sums: [2, gangs, channels]."""
     channels = grid.tile if grid.traversal == "columns" else 1
-    return 2 * grid.blocks * channels * numbers * 4 if grid.gang == "grid" else 0
+    sums = grid.blocks // grid.pieces if grid.exchange == "scatter" else 0
+    return 2 * (grid.blocks + sums) * channels * PARTIAL * 4 if grid.gang == "grid" else 0
 
 
 def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: _C.DeviceInfo) -> None:
@@ -236,8 +244,8 @@ def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: 
     check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
     if plan.strategy == "fused":
         assert call.size < 8
-        check_fused(grid, call, facts, Fused(1, 3, 0, grid.gang == "grid", False), free)
-        assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid, 3), 1)
+        check_fused(grid, call, facts, Fused(1, False, 0, grid.gang == "grid", False), free)
+        assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid), 1)
     elif plan.strategy == "split":
         assert plan.workspace_bytes == partials(grid, call.shape) * three
         assert plan.launches == (3 if call.input else 2)
@@ -308,7 +316,7 @@ def check_workspace(call: Call, plan: _C.BackwardPlan) -> None:
     counts["terms"] = shape.sets if call.input and not call.frozen and not fused else 0
     for name, count in counts.items():
         assert getattr(plan, f"{name}_bytes") == count * pair, name
-    assert plan.gang_bytes == (gang_bytes(grid, 2) if fused else 0)
+    assert plan.gang_bytes == (gang_bytes(grid) if fused else 0)
     assert plan.workspace_bytes == sum(counts.values()) * pair + plan.gang_bytes
     if plan.apply.items > 0 and folds_params(call, plan):
         folded = counts["params" if sums == "own_launch" else "sums"] // shape.C
@@ -334,7 +342,7 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
         extra = grid.piece_length * grid.pack * 8  # two floats an element
     if fused:
         waits = plan.grid_sync or grid.gang == "grid"
-        check_fused(grid, call, facts, Fused(streams, 2, extra, waits, sums == "in_gang"), free)
+        check_fused(grid, call, facts, Fused(streams, True, extra, waits, sums == "in_gang"), free)
     check_workspace(call, plan)
     blocks = max(g.blocks for g in (grid, plan.apply, plan.params))
     check_estimate(plan.estimate, (streams + call.input) * call.bytes, blocks, facts)
