@@ -1,14 +1,16 @@
 // A gang: the blocks of a fused launch that share a set (rows) or a tile of whole sets (columns). Each block keeps a
-// piece of it in shared memory from the first read of x to the last.
+// piece of it in shared memory from the first read of x to the last, or as much as fits.
 //
 //   Gang::kBlock    one block            nothing to exchange
 //   Gang::kCluster  blocks of a cluster  partials in each block's shared memory, which its peers read; sync_cluster
-//   Gang::kGrid     blocks of a grid     partials in global memory, [2, blocks, channels]; sync_grid
+//   Gang::kGrid     blocks of a grid     partials in global memory, [2, blocks, channels]; sync_grid. Exchange::kScatter:
+//                                        a block merges some channels, and sync_grid once more for all to read the sums
 //
 // One kernel serves all three: the kind is the same for all threads of a launch, so a branch on it is free.
 //
 // A wave is one item for every team of the launch. The partials of even and odd waves have separate places (parity), so
-// that one barrier per wave is enough: between a block's read of a place and the next write to it lies a barrier.
+// that nothing has to wait behind an exchange: between a block's read of a place and the next write to it lies the next
+// wave's barrier.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +28,7 @@ struct FusedShape {
   int stream_bytes;   // one staged tensor of one wave
   int team_bytes;     // rows: everything of one team
   void* partials;     // kGrid
-  Exchange exchange;  // kGrid
+  Exchange exchange;  // kGrid, columns
 };
 
 // Partials that a lane fetches before it merges the first: a fetch through L2 takes about 430 cycles, and a gang may

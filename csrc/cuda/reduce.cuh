@@ -4,7 +4,7 @@
 // Who: rows: a team takes a piece.
 //   Columns: a block takes a tile of channels of a piece of the positions, and the moments of each channel are one
 //   partial.
-// Traffic: reads x once, writes 12 bytes per piece.
+// Traffic: reads x once, writes 16 bytes per piece.
 // Needs: a piece has at most 2^20 packs (rows) or positions (columns), so that counts are exact and offsets fit 32
 //   bits.
 // Numerics: Accum<T>. A few packs are taken over their own mean; batches merge after Chan, Golub and LeVeque. The

@@ -203,7 +203,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     int passes = 1;
     double instructions = work.apply;
     if (strategy == Strategy::kSplit) {
-      plan.workspace_bytes = partials(g, plan.grid) * 3 * accum_size(dtype);
+      plan.workspace_bytes = partials(g, plan.grid) * moments_size(dtype);
       plan.launches = needs.output ? 3 : 2;
       passes = needs.output ? 2 : 1;
       instructions = work.reduce + (needs.output ? work.apply : 0);

@@ -28,7 +28,7 @@ int min_team(int pack) { return std::max(2, min_lanes(pack)); }
 constexpr int64_t kMaskPacks = 8;
 
 // The blocks per SM that a split aims at. Registers allow two or three at a time, and six is a multiple of both. More
-// blocks would write more partials: 12 bytes per channel for columns.
+// blocks would write more partials: 16 bytes per channel for columns.
 constexpr int64_t kSplitBlocksPerSm = 6;
 
 // The smallest piece that is worth a block of its own: 16 KB, the bytes that one SM of an H200 must have under way to
@@ -219,6 +219,8 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
 }
 
 }  // namespace
+
+int64_t moments_size(DType dtype) { return 4 * accum_size(dtype); }
 
 int64_t partial_size(DType dtype) { return 2 * accum_size(dtype); }
 

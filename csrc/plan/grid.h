@@ -57,6 +57,8 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes);
 int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device);
 
 int64_t accum_size(DType dtype);
+// What reduce leaves of a piece in forward: a count, and mean and m2 side by side.
+int64_t moments_size(DType dtype);
 // What the blocks of a gang exchange for a channel, or a set of rows: two numbers.
 int64_t partial_size(DType dtype);
 

@@ -238,7 +238,7 @@ def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: 
 
 
 def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: int = 0) -> None:
-    grid, three = plan.grid, 3 * call.accum  # count, mean, m2
+    grid, four = plan.grid, 4 * call.accum  # a count, then mean and m2 side by side
     assert plan.strategy == "apply" if call.frozen else plan.strategy in ("fused", "split")
     check_grid(grid, call, call.shape, facts, plan.strategy == "fused")
     check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
@@ -247,7 +247,7 @@ def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: 
         check_fused(grid, call, facts, Fused(1, False, 0, grid.gang == "grid", False), free)
         assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid), 1)
     elif plan.strategy == "split":
-        assert plan.workspace_bytes == partials(grid, call.shape) * three
+        assert plan.workspace_bytes == partials(grid, call.shape) * four
         assert plan.launches == (3 if call.input else 2)
     else:
         assert (plan.workspace_bytes, plan.launches) == (0, 1)
