@@ -17,47 +17,47 @@ struct ElementWork {
 // [forward, backward][rows, rows whose weights change with every element, columns], packs of 16 bytes, no
 // activation.
 constexpr ElementWork kElementWork[2][3][2] = {
-    {{{0.0, 17.5, 7.2, 8.4, 818.2}, {0.0, 35.4, 10.8, 12.1, 811.8}},
-     {{14.6, 27.9, 20.2, 8.4, 0.0}, {17.3, 52.2, 29.6, 12.1, 0.0}},
-     {{0.0, 15.5, 7.1, 5.1, 1204.0}, {0.0, 18.5, 8.4, 4.9, 993.2}}},
-    {{{0.0, 23.2, 14.8, 9.6, 658.4}, {0.0, 36.1, 16.7, 14.4, 654.2}},
-     {{23.9, 49.0, 41.7, 9.6, 0.0}, {24.4, 62.4, 63.7, 14.4, 0.0}},
-     {{0.0, 18.9, 9.1, 7.0, 1064.6}, {0.0, 20.0, 4.0, 9.1, 909.1}}},
+    {{{0.0, 14.7, 6.2, 7.2, 806.5}, {0.0, 23.8, 8.7, 10.8, 813.3}},
+     {{13.8, 25.4, 18.5, 7.2, 0.0}, {16.3, 40.2, 25.4, 10.8, 0.0}},
+     {{0.0, 13.9, 6.3, 4.8, 981.3}, {0.0, 17.6, 7.6, 4.6, 830.6}}},
+    {{{0.0, 19.3, 11.1, 9.0, 617.4}, {0.0, 29.0, 12.8, 13.8, 616.2}},
+     {{22.4, 42.0, 35.8, 9.0, 0.0}, {23.1, 52.8, 60.0, 13.8, 0.0}},
+     {{0.0, 16.7, 7.7, 6.2, 812.2}, {0.0, 18.6, 3.3, 8.5, 759.6}}},
 };
 
 // Times so much with narrower packs: [forward, backward], of 8 bytes in rows, single elements in rows and in
 // columns.
 constexpr double kNarrowPacks[2][2][3] = {
-    {{1.90, 5.73, 3.02}, {3.14, 3.14, 2.17}},
-    {{1.60, 5.61, 3.45}, {3.95, 3.95, 2.64}},
+    {{1.78, 5.72, 3.00}, {3.98, 3.98, 2.07}},
+    {{1.56, 6.41, 4.07}, {4.68, 4.68, 2.93}},
 };
 
 // More with a residual: [forward, backward].
-constexpr double kResidualWork[2][2] = {{10.0, 18.8}, {2.3, 3.5}};
+constexpr double kResidualWork[2][2] = {{9.8, 21.9}, {5.0, 8.8}};
 
 // More with an activation: [forward, backward][Activation].
 constexpr double kActivationWork[2][kActivations][2] = {
     {
         {0.0, 0.0},  // none
-        {1.0, 1.9},  // relu
-        {3.2, 4.0},  // leaky_relu
-        {5.3, 23.6},  // silu
-        {19.3, 31.9},  // gelu
-        {18.7, 26.3},  // gelu_tanh
-        {7.5, 7.2},  // hardswish
-        {4.3, 20.2},  // sigmoid
-        {11.7, 18.6},  // tanh
+        {1.0, 1.0},  // relu
+        {3.0, 2.5},  // leaky_relu
+        {5.7, 21.5},  // silu
+        {13.2, 24.4},  // gelu
+        {18.6, 24.1},  // gelu_tanh
+        {6.9, 6.0},  // hardswish
+        {4.7, 18.5},  // sigmoid
+        {11.6, 16.5},  // tanh
     },
     {
         {0.0, 0.0},  // none
-        {3.6, 2.8},  // relu
-        {8.0, 8.1},  // leaky_relu
-        {18.5, 48.8},  // silu
-        {45.4, 97.5},  // gelu
-        {52.7, 65.5},  // gelu_tanh
-        {14.5, 14.5},  // hardswish
-        {16.5, 46.8},  // sigmoid
-        {30.7, 43.5},  // tanh
+        {3.1, 2.5},  // relu
+        {7.0, 7.7},  // leaky_relu
+        {18.5, 46.9},  // silu
+        {31.6, 83.9},  // gelu
+        {51.7, 62.8},  // gelu_tanh
+        {12.5, 12.6},  // hardswish
+        {16.5, 44.9},  // sigmoid
+        {29.7, 40.8},  // tanh
     },
 };
 

@@ -144,6 +144,24 @@ inline std::vector<Case> gang_cases() {
                  forced_gang(Gang::kGrid, -1, 2), forced_gang(Gang::kGrid, 3, 2), forced_gang(Gang::kBlock, -1, 2)});
 }
 
+// For the device `few`: channels last, exchanges of both kinds, pieces of which a part is read twice.
+inline std::vector<Case> channel_cases() {
+  constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup;
+  const std::vector<Case> cases = {
+      {{kBatch, 401, 64, 1, 64, false}, DType::kBFloat16, Activation::kRelu, true, true},
+      {{kBatch, 5, 24, 64, 24, true}, DType::kFloat32, Activation::kLeakyRelu, false, true},
+      {{kGroup, 2, 32, 221, 8, true}, DType::kFloat16},
+  };
+  const auto choice = [](int pieces, int staged_length, Exchange exchange) {
+    Forced f = forced_gang(Gang::kGrid, pieces, 1);
+    f.staged_length = staged_length;
+    f.exchange = static_cast<int>(exchange);
+    return f;
+  };
+  return forced(
+      cases, {choice(-1, -1, Exchange::kScatter), choice(2, 64, Exchange::kGather), choice(3, 64, Exchange::kScatter)});
+}
+
 // For devices with the largest clusters that exist.
 inline std::vector<Case> large_cluster_cases() {
   const std::vector<Case> cases = {
@@ -184,6 +202,7 @@ inline std::vector<Case> cases_of(const std::string& device) {
   std::vector<Case> all = device == "few" ? gang_cases() : free_cases();
   if (device == "few") {
     for (const Case& c : row_cases()) all.push_back(c);
+    for (const Case& c : channel_cases()) all.push_back(c);
   }
   if (device == "h200") {
     for (const Case& c : large_cluster_cases()) all.push_back(c);
