@@ -1,6 +1,7 @@
 // Activations and their derivatives, written once for any value type V: a float in a CUDA thread, a pack of lanes on
 // the CPU. V needs + - * /, comparisons that give a mask, and, found by argument-dependent lookup, select(mask, a, b),
-// exp or exp_of_minus, tanh, fma, and erf or normal_cdf and normal_density. At a kink the values are those of torch.nn.
+// exp or exp_of_minus, tanh, fma, and erf, or gelu, normal_cdf and normal_density. At a kink the values are those of
+// torch.nn.
 #pragma once
 
 #include <cmath>
@@ -93,6 +94,11 @@ FASTNORM_HOST_DEVICE V normal_density(V z) {
   return V(0.39894228040143267794) * exp(V(-0.5) * z * z);
 }
 
+template <class V>
+FASTNORM_HOST_DEVICE V gelu(V z) {
+  return z * normal_cdf(z);
+}
+
 // The argument of tanh in the tanh form of GELU: sqrt(2/pi) (z + 0.044715 z^3).
 constexpr double kGeluTanhScale = 0.79788456080286535588;
 constexpr double kGeluTanhCubic = 0.044715;
@@ -108,7 +114,7 @@ FASTNORM_HOST_DEVICE V activate(V z, V param) {
   else if constexpr (kAct == Activation::kSilu)
     return z / (V(1) + exp_of_minus(z));
   else if constexpr (kAct == Activation::kGelu)
-    return z * normal_cdf(z);
+    return gelu(z);
   else if constexpr (kAct == Activation::kGeluTanh) {
     const V inner = V(kGeluTanhScale) * fma(V(kGeluTanhCubic) * z * z, z, z);
     return V(0.5) * z * (V(1) + tanh(inner));

@@ -38,6 +38,10 @@ class ColumnsBackward : Call<T, BackwardCall> {
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
   const bool sums_ = !args.frozen || args.dweight || args.dbias;
   const bool applies_ = args.dx || args.dresidual;
+  // The kept d of all positions: a task keeps its own tile's in a split plan too, for whichever task applies it.
+  const int64_t cached_row_ = div_up(g.C, L) * L;
+  const bool caches_d_ = sums_ && applies_ && Base::caches_slopes(outer_ * positions_ * cached_row_, kCachedInL3);
+  const Buffer<A> cached_{caches_d_ ? outer_ * positions_ * cached_row_ : 0};
   const Arrays<A, 2> terms_{outer_ * g.C};  // rstd mean(w d) and rstd mean(w d xhat) of the set of each channel
 
  public:
@@ -115,6 +119,10 @@ class ColumnsBackward : Call<T, BackwardCall> {
             args.plan.stream};
   }
 
+  A* cached_at(int64_t n, int64_t position, int64_t channel) const {
+    return cached_ + (n * positions_ + position) * cached_row_ + channel;
+  }
+
   void reduce(const ChannelArrays<A>& arrays, int64_t n, int64_t chunk, int64_t first, int64_t channels,
               TileSums out) const {
     const ChannelCoefs<A> coefs = arrays.at(n, first);
@@ -140,6 +148,9 @@ class ColumnsBackward : Call<T, BackwardCall> {
       Pack<A> d[fours.value], centered[fours.value];
       const BackwardSpan<T> s = span(n, p + q, first);
       load_grad(s, i, fixed, epilogue, access, strided, d, centered);
+      if (caches_d_) {
+        for (int k = 0; k < fours.value; ++k) store(cached_at(n, p + q + k, first + i), d[k]);
+      }
       for (int k = 0; k < fours.value; ++k) {  // of the next block
         __builtin_prefetch(s.x + i + (k + rows) * g.C);
         __builtin_prefetch(s.dy + i + (k + rows) * g.C);
@@ -161,9 +172,12 @@ class ColumnsBackward : Call<T, BackwardCall> {
              int64_t end) const {
     const ChannelCoefs<A> coefs = arrays.at(n, first);
     const ChannelTerms<A> terms{terms_[0] + n * g.C + first, terms_[1] + n * g.C + first};
+    const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
     for (int64_t p = begin; p < end; ++p) {
       const BackwardSpan<T> s = span(n, p, first);
-      if (args.frozen) {
+      if (caches_d_) {
+        backward_span(s.with_d(cached_at(n, p, first)), channels, coefs, terms, none);
+      } else if (args.frozen) {
         backward_span(s, channels, coefs, FrozenTerms<A>{}, epilogue);
       } else {
         backward_span(s, channels, coefs, terms, epilogue);

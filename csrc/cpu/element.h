@@ -78,40 +78,53 @@ struct Epilogue {
   Pack<A> param;
 };
 
-// These are not inlined, so that one copy of the long polynomials serves every kernel.
-template <int P, class A>
-__attribute__((noinline)) void smooth_value(const Epilogue<A>& e, Pack<A> (&z)[P]) {
-  dispatch_smooth(e.activation, [&](auto kind) {
-    for (int p = 0; p < P; ++p) z[p] = activate<decltype(kind)::value>(z[p], e.param);
-  });
+// z = act(z), and d = d * act'(z).
+template <Activation kAct, class T, int P, class A = Accum<T>>
+FASTNORM_INLINE void activate_each(const Epilogue<A>& e, Pack<A> (&z)[P]) {
+  using V = ActivationValue<T>;
+  for (int p = 0; p < P; ++p) z[p] = activate<kAct>(V(z[p]), V(e.param));
 }
-template <int P, class A>
-__attribute__((noinline)) void smooth_slope(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
-  dispatch_smooth(e.activation, [&](auto kind) {
-    for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<decltype(kind)::value>(z[p], e.param);
-  });
+template <Activation kAct, class T, int P, class A = Accum<T>>
+FASTNORM_INLINE void multiply_each(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
+  using V = ActivationValue<T>;
+  for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<kAct>(V(z[p]), V(e.param));
 }
 
-template <int P, class A>
+// SiLU and GELU are inlined: a call costs as much as a third of them. These are not, so that one copy of the other long
+// polynomials serves every kernel.
+template <class T, int P, class A = Accum<T>>
+__attribute__((noinline)) void activate_out_of_line(const Epilogue<A>& e, Pack<A> (&z)[P]) {
+  dispatch_smooth(e.activation, [&](auto kind) { activate_each<decltype(kind)::value, T>(e, z); });
+}
+template <class T, int P, class A = Accum<T>>
+__attribute__((noinline)) void multiply_out_of_line(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
+  dispatch_smooth(e.activation, [&](auto kind) { multiply_each<decltype(kind)::value, T>(e, z, d); });
+}
+template <class T>
+constexpr bool kInlineSmooth = sizeof(T) < 8;  // doubles are computed lane by lane
+
+template <class T, int P, class A = Accum<T>>
 FASTNORM_INLINE void activate_packs(const Epilogue<A>& e, Pack<A> (&z)[P]) {
   switch (e.activation) {
     case Activation::kNone: return;
-    case Activation::kRelu:
-      for (int p = 0; p < P; ++p) z[p] = activate<Activation::kRelu>(z[p], e.param);
-      return;
-    case Activation::kLeakyRelu:
-      for (int p = 0; p < P; ++p) z[p] = activate<Activation::kLeakyRelu>(z[p], e.param);
-      return;
+    case Activation::kRelu: return activate_each<Activation::kRelu, T>(e, z);
+    case Activation::kLeakyRelu: return activate_each<Activation::kLeakyRelu, T>(e, z);
+    case Activation::kSilu:
+      if constexpr (kInlineSmooth<T>) return activate_each<Activation::kSilu, T>(e, z);
+      [[fallthrough]];
+    case Activation::kGelu:
+      if constexpr (kInlineSmooth<T>) return activate_each<Activation::kGelu, T>(e, z);
+      [[fallthrough]];
     default:
       Pack<A> copy[P];  // so that z itself may stay in registers
       for (int p = 0; p < P; ++p) copy[p] = z[p];
-      smooth_value(e, copy);
+      activate_out_of_line<T>(e, copy);
       for (int p = 0; p < P; ++p) z[p] = copy[p];
   }
 }
 
 // Multiplies d by act'(z).
-template <int P, class A>
+template <class T, int P, class A = Accum<T>>
 FASTNORM_INLINE void multiply_slopes(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
   switch (e.activation) {
     case Activation::kNone: return;
@@ -121,10 +134,16 @@ FASTNORM_INLINE void multiply_slopes(const Epilogue<A>& e, const Pack<A> (&z)[P]
     case Activation::kLeakyRelu:
       for (int p = 0; p < P; ++p) d[p] = select(z[p] > Pack<A>(0), d[p], d[p] * e.param);
       return;
+    case Activation::kSilu:
+      if constexpr (kInlineSmooth<T>) return multiply_each<Activation::kSilu, T>(e, z, d);
+      [[fallthrough]];
+    case Activation::kGelu:
+      if constexpr (kInlineSmooth<T>) return multiply_each<Activation::kGelu, T>(e, z, d);
+      [[fallthrough]];
     default:
       Pack<A> z_copy[P], d_copy[P];
       for (int p = 0; p < P; ++p) z_copy[p] = z[p], d_copy[p] = d[p];
-      smooth_slope(e, z_copy, d_copy);
+      multiply_out_of_line<T>(e, z_copy, d_copy);
       for (int p = 0; p < P; ++p) d[p] = d_copy[p];
   }
 }
@@ -170,7 +189,7 @@ struct ForwardPacks {
                    access.zero_past_end(upper_side(epilogue.activation, z[p]), p));
       }
     }
-    activate_packs(epilogue, z);
+    activate_packs<T>(epilogue, z);
     for (int p = 0; p < P; ++p) access.put(s.y + i + p * L, z[p], p);
   }
 };
@@ -193,6 +212,11 @@ struct BackwardSpan {
   T* dx;
   T* dresidual;
   bool stream;  // dx and dresidual are too large to stay in the cache
+
+  // The same span for a second pass that finds d in `cached`.
+  BackwardSpan<T, Accum<T>> with_d(const Accum<T>* cached) const {
+    return {cached, x, nullptr, nullptr, dx, dresidual, stream};
+  }
 };
 
 // Where pack p of a group lies: behind the one before it, or below it at the next position.
@@ -235,7 +259,7 @@ FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coe
   if (s.residual) {
     for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + layout.element(p), p);
   }
-  multiply_slopes(e, z, d);
+  multiply_slopes<T>(e, z, d);
 }
 
 // The sum of P packs, and the sum of their products, as a tree.

@@ -30,8 +30,12 @@ class LayerBackward : Call<T, BackwardCall> {
   T* dx_ = static_cast<T*>(args.dx);
   T* dresidual_ = static_cast<T*>(args.dresidual);
   const int64_t mask_row_ = mask_row_bytes(g.D(), args.dtype);
-  const bool params_ = args.dweight || args.dbias;
+  const bool params_ = args.dweight || args.dbias, applies_ = dx_ || dresidual_;
   const int64_t chunks_ = std::clamp<int64_t>(g.N / (params_ ? kMinSamples : 1), std::min<int64_t>(g.N, 2), kMaxChunks);
+
+  // The sets that go through a pass together, and the d that it keeps of them.
+  const int64_t batch_ = sets_per_batch(2 * g.D()), cached_set_ = div_up(g.D(), L) * L;
+  const bool caches_d_ = applies_ && Base::caches_slopes(batch_ * cached_set_);
 
   // Adds w d and w d xhat of a set to `sums`, and the set's part of dweight and dbias to those.
   struct SumPacks {
@@ -39,12 +43,16 @@ class LayerBackward : Call<T, BackwardCall> {
     const ElementCoefs<A>& coefs;
     const Epilogue<A>& epilogue;
     A *dweight, *dbias;  // or both null
+    A* cached;           // receives d for the second pass; or null
     GradSums<PackD>& sums;
 
     template <int P, class Access>
     FASTNORM_INLINE void packs(int64_t i, Access access) const {
       Pack<A> d[P], centered[P], wd[P];
       load_grad(s, i, coefs, epilogue, access, Adjacent<A>{}, d, centered);
+      if (cached) {
+        for (int p = 0; p < P; ++p) store(cached + i + p * L, d[p]);
+      }
       for (int p = 0; p < P; ++p) {
         const int64_t at = i + p * L;
         wd[p] = access.zero_past_end(d[p] * load(coefs.weight + at), p);
@@ -91,10 +99,11 @@ class LayerBackward : Call<T, BackwardCall> {
       std::fill_n(static_cast<A*>(sums), 2 * pitch, A(0));
     }
     A *dbias = params_ ? static_cast<A*>(sums) : nullptr, *dweight = params_ ? sums + pitch : nullptr;
+    const Buffer<A> cached(caches_d_ ? batch_ * cached_set_ : 0);
     const int64_t flush = params_ ? kFlushSamples : end - begin;
     for (int64_t first = begin; first < end; first += flush) {
       const int64_t last = std::min(first + flush, end);
-      run_sets(first * g.G, last * g.G, dweight, dbias);
+      run_sets(first * g.G, last * g.G, dweight, dbias, caches_d_ ? static_cast<A*>(cached) : nullptr);
       if (!params_) continue;
       for (int64_t c = 0; c < g.C; ++c) {
         partial[c] += dbias[c];
@@ -104,26 +113,33 @@ class LayerBackward : Call<T, BackwardCall> {
     }
   }
 
-  void run_sets(int64_t begin, int64_t end, A* dweight, A* dbias) const {
-    const int64_t batch = sets_per_batch(2 * g.D());
+  void run_sets(int64_t begin, int64_t end, A* dweight, A* dbias, A* cached) const {
+    const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
     SharedTerms<A> terms[kMaxBatch];
-    for (int64_t first = begin; first < end; first += batch) {
-      const int64_t last = std::min(first + batch, end);
-      for (int64_t set = first; set < last; ++set) terms[set - first] = reduce(set, dweight, dbias);
-      if (!dx_ && !dresidual_) continue;
+    for (int64_t first = begin; first < end; first += batch_) {
+      const int64_t last = std::min(first + batch_, end);
       for (int64_t set = first; set < last; ++set) {
-        backward_span(span(set), g.D(), Base::element_coefs(set), terms[set - first], epilogue);
+        terms[set - first] = reduce(set, dweight, dbias, cached ? cached + (set - first) * cached_set_ : nullptr);
+      }
+      for (int64_t set = first; set < last && applies_; ++set) {
+        const BackwardSpan<T> s = span(set);
+        if (cached) {
+          backward_span(s.with_d(cached + (set - first) * cached_set_), g.D(), Base::element_coefs(set),
+                        terms[set - first], none);
+        } else {
+          backward_span(s, g.D(), Base::element_coefs(set), terms[set - first], epilogue);
+        }
       }
     }
   }
 
-  SharedTerms<A> reduce(int64_t set, A* dweight, A* dbias) const {
+  SharedTerms<A> reduce(int64_t set, A* dweight, A* dbias, A* cached) const {
     const int64_t c = first_channel(g, set);
     const BackwardSpan<T> s = span(set);
     const ElementCoefs<A> coefs = Base::element_coefs(set);
     GradSums<PackD> lanes{PackD(0), PackD(0)};
-    for_packs<A>(g.D(),
-                 SumPacks{s, coefs, epilogue, dweight ? dweight + c : nullptr, dbias ? dbias + c : nullptr, lanes});
+    for_packs<A>(g.D(), SumPacks{s, coefs, epilogue, dweight ? dweight + c : nullptr, dbias ? dbias + c : nullptr,
+                                 cached, lanes});
     const GradSums<double> sums{sum_lanes(lanes.d), sum_lanes(lanes.d_centered)};
     return Base::set_terms(set, sums.d, Base::xhat_sum(set, sums));
   }

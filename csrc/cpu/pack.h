@@ -62,10 +62,12 @@ struct Pack {
 };
 
 // Sets r.part[k] = expr for every part k.
-#define FASTNORM_PARTWISE(Result, r, expr)           \
-  Result r;                                          \
-  for (int k = 0; k < kParts; ++k) r.part[k] = expr; \
-  return r
+#define FASTNORM_PARTWISE(Result, r, expr)             \
+  {                                                    \
+    Result r;                                          \
+    for (int k = 0; k < kParts; ++k) r.part[k] = expr; \
+    return r;                                          \
+  }
 
 template <class A>
 FASTNORM_INLINE Pack<A> operator+(Pack<A> a, Pack<A> b) {
@@ -74,6 +76,10 @@ FASTNORM_INLINE Pack<A> operator+(Pack<A> a, Pack<A> b) {
 template <class A>
 FASTNORM_INLINE Pack<A> operator-(Pack<A> a, Pack<A> b) {
   FASTNORM_PARTWISE(Pack<A>, r, a.part[k] - b.part[k]);
+}
+template <class A>
+FASTNORM_INLINE Pack<A> operator-(Pack<A> a) {
+  FASTNORM_PARTWISE(Pack<A>, r, -a.part[k]);
 }
 template <class A>
 FASTNORM_INLINE Pack<A> operator*(Pack<A> a, Pack<A> b) {
@@ -131,6 +137,26 @@ FASTNORM_INLINE Vector<double, kVectorBytes> fma_part(Vector<double, kVectorByte
 template <class A>
 FASTNORM_INLINE Pack<A> fma(Pack<A> a, Pack<A> b, Pack<A> c) {
   FASTNORM_PARTWISE(Pack<A>, r, fma_part(a.part[k], b.part[k], c.part[k]));
+}
+
+// The smaller and the larger of two packs, lane by lane. Where either is NaN the result is b.
+template <class A>
+FASTNORM_INLINE Pack<A> min(Pack<A> a, Pack<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) FASTNORM_PARTWISE(Pack<A>, r, _mm512_min_ps(a.part[k], b.part[k]));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) FASTNORM_PARTWISE(Pack<A>, r, _mm256_min_ps(a.part[k], b.part[k]));
+#endif
+  FASTNORM_PARTWISE(Pack<A>, s, a.part[k] < b.part[k] ? a.part[k] : b.part[k]);
+}
+template <class A>
+FASTNORM_INLINE Pack<A> max(Pack<A> a, Pack<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) FASTNORM_PARTWISE(Pack<A>, r, _mm512_max_ps(a.part[k], b.part[k]));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) FASTNORM_PARTWISE(Pack<A>, r, _mm256_max_ps(a.part[k], b.part[k]));
+#endif
+  FASTNORM_PARTWISE(Pack<A>, s, a.part[k] > b.part[k] ? a.part[k] : b.part[k]);
 }
 
 template <class A>

@@ -88,6 +88,8 @@ struct Stats {
 };
 
 constexpr int64_t kShortRunBytes = 2048;
+// Numbers that fill a half of a common L2 and a quarter of a common L3, as float32.
+constexpr int64_t kCachedInL2 = 1 << 17, kCachedInL3 = 1 << 21;
 
 // The arguments that forward and backward share.
 template <class T, class Args>
@@ -125,6 +127,12 @@ struct Call {
   SetTerms<A> set_terms(int64_t set, double d, double d_xhat) const {
     const double rstd = stats.rstd[set], low = stats.mean_low[set];
     return fastnorm::set_terms<A>(d, d_xhat, rstd, low, rstd / static_cast<double>(g.set_size()));
+  }
+
+  // Whether backward computes d in its first pass and keeps it for the second, where it has to keep so many: a
+  // derivative that takes more than a load and a store is computed once.
+  bool caches_slopes(int64_t elements, int64_t most = kCachedInL2) const {
+    return is_smooth(args.activation) && !args.frozen && elements <= most;
   }
 
   // Whether batch norm walks several sets side by side, run by run: its runs end before the prefetcher has found their
