@@ -23,7 +23,7 @@ FASTNORM_INLINE PackF polynomial(PackF x, const float (&c)[n]) {
 
 FASTNORM_INLINE PackF absolute(PackF x) {
   Mask<float> bits = bits_of(x);
-  for (int k = 0; k < kParts; ++k) bits.part[k] &= 0x7fffffff;
+  for_each_index<kParts>([&](auto k) FASTNORM_LAMBDA { bits.part[k] &= 0x7fffffff; });
   return from_bits<float>(bits);
 }
 
@@ -31,7 +31,8 @@ FASTNORM_INLINE PackF absolute(PackF x) {
 FASTNORM_INLINE PackF copy_sign(PackF magnitude, PackF sign) {
   Mask<float> bits = bits_of(magnitude);
   const Mask<float> sign_bits = bits_of(sign);
-  for (int k = 0; k < kParts; ++k) bits.part[k] = (bits.part[k] & 0x7fffffff) | (sign_bits.part[k] & ~0x7fffffff);
+  for_each_index<kParts>(
+      [&](auto k) FASTNORM_LAMBDA { bits.part[k] = (bits.part[k] & 0x7fffffff) | (sign_bits.part[k] & ~0x7fffffff); });
   return from_bits<float>(bits);
 }
 
@@ -52,15 +53,15 @@ struct Nearest {
 // v * 2^n. It is right below the normal range and where the result is Inf.
 FASTNORM_INLINE PackF times_power_of_two(PackF v, const Nearest& nearest) {
 #if defined(__AVX512F__)
-  v.part[0] = _mm512_scalef_ps(v.part[0], nearest.n.part[0]);
+  for_each_index<kParts>([&](auto k) FASTNORM_LAMBDA { v.part[k] = _mm512_scalef_ps(v.part[k], nearest.n.part[k]); });
   return v;
 #else
   Mask<float> half = bits_of(nearest.shifted), rest;  // two factors; each is a normal number
-  for (int k = 0; k < kParts; ++k) {
+  for_each_index<kParts>([&](auto k) FASTNORM_LAMBDA {
     const auto exponent = half.part[k] - 0x4b400000;
     half.part[k] = ((exponent >> 1) + 127) << 23;
     rest.part[k] = (exponent - (exponent >> 1) + 127) << 23;
-  }
+  });
   return v * from_bits<float>(half) * from_bits<float>(rest);
 #endif
 }
