@@ -143,8 +143,8 @@ FASTNORM_INLINE PackF gelu(PackF z) {
 
 // ---- activations of 16-bit elements ----
 
-// A pack whose exponential and normal distribution have a relative error of 2^-17. The element is rounded to 2^-9
-// (bfloat16) or 2^-12 (float16) afterwards.
+// A pack whose exponential and normal distribution have a relative error of 2^-21. The element is rounded to 2^-9
+// (bfloat16) or 2^-12 (float16) afterwards, but the gradients of float32 weights are not.
 struct Approx : PackF {
   using PackF::PackF;
   FASTNORM_INLINE Approx(PackF v) : PackF(v) {}
@@ -155,8 +155,9 @@ FASTNORM_INLINE PackF approx_exp(PackF x, double factor) {
   const double log2e = 1.44269504088896341 * factor;
   const Nearest nearest(x, log2e);
   const PackF f = fma(x, PackF(log2e), -nearest.n);
-  return times_power_of_two(
-      polynomial(f, {0.009570096619f, 0.055917862803f, 0.240247443318f, 0.693121790886f, 0.999999284744f}), nearest);
+  const PackF p = polynomial(
+      f, {0.00132764713f, 0.00967554189f, 0.0555071309f, 0.240221202f, 0.693146944f, 1.00000012f});  // 2^-23.7
+  return times_power_of_two(p, nearest);
 }
 FASTNORM_INLINE Approx exp_of_minus(Approx z) { return approx_exp(clamp(z, 110), -1); }
 
@@ -164,10 +165,11 @@ FASTNORM_INLINE PackF approx_bell(PackF a) { return approx_exp(a * a, -0.5); }
 FASTNORM_INLINE Approx normal_density(Approx z) {
   return PackF(0.39894228040143267794) * approx_bell(bell_argument(z));
 }
-// Mills' ratio itself: 2^-17.7.
+// Mills' ratio itself: 2^-22.5.
 FASTNORM_INLINE PackF approx_mills(PackF a) {
-  const PackF t = PackF(1) / fma(a, PackF(0.31), PackF(1));
-  return t * polynomial(t, {-0.07392922f, 0.18045062f, 0.01574438f, 0.13342997f, 0.12044123f, 0.12386071f});
+  const PackF t = PackF(1) / fma(a, PackF(0.3), PackF(1));
+  return t * polynomial(t, {0.0354237743f, -0.156158566f, 0.204556927f, -0.0520340800f, 0.127691776f, 0.100175962f,
+                            0.120712131f, 0.119632006f});
 }
 FASTNORM_INLINE Approx normal_cdf(Approx z) {
   const PackF a = bell_argument(z);
