@@ -73,29 +73,29 @@ FASTNORM_HOST_DEVICE void dispatch_plain(Activation a, F&& f) {
 #undef FASTNORM_OTHER
 
 template <class V>
-FASTNORM_HOST_DEVICE V exp_of_minus(V z) {
+FASTNORM_FORMULA V exp_of_minus(V z) {
   using std::exp;
   return exp(V(0) - z);
 }
 template <class V>
-FASTNORM_HOST_DEVICE V sigmoid(V z) {
+FASTNORM_FORMULA V sigmoid(V z) {
   return V(1) / (V(1) + exp_of_minus(z));
 }
 
 // The standard normal distribution: P(Z <= z), and its density at z.
 template <class V>
-FASTNORM_HOST_DEVICE V normal_cdf(V z) {
+FASTNORM_FORMULA V normal_cdf(V z) {
   using std::erf;
   return V(0.5) * (V(1) + erf(z * V(0.70710678118654752440)));
 }
 template <class V>
-FASTNORM_HOST_DEVICE V normal_density(V z) {
+FASTNORM_FORMULA V normal_density(V z) {
   using std::exp;
   return V(0.39894228040143267794) * exp(V(-0.5) * z * z);
 }
 
 template <class V>
-FASTNORM_HOST_DEVICE V gelu(V z) {
+FASTNORM_FORMULA V gelu(V z) {
   return z * normal_cdf(z);
 }
 
@@ -105,7 +105,7 @@ constexpr double kGeluTanhCubic = 0.044715;
 
 // act(z). `param` is leaky_relu's slope.
 template <Activation kAct, class V>
-FASTNORM_HOST_DEVICE V activate(V z, V param) {
+FASTNORM_FORMULA V activate(V z, V param) {
   using std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu)
     return select(z <= V(0), V(0), z);  // NaN stays NaN
@@ -133,7 +133,7 @@ FASTNORM_HOST_DEVICE V activate(V z, V param) {
 
 // d act(z) / dz.
 template <Activation kAct, class V>
-FASTNORM_HOST_DEVICE V activation_slope(V z, V param) {
+FASTNORM_FORMULA V activation_slope(V z, V param) {
   using std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu)
     return select(z <= V(0), V(0), V(1));
