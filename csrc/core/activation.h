@@ -1,7 +1,7 @@
 // Activations and their derivatives, written once for any value type V: a float in a CUDA thread, a pack of lanes on
 // the CPU. V needs + - * /, comparisons that give a mask, and, found by argument-dependent lookup, select(mask, a, b),
-// exp or exp_of_minus, tanh, fma, and erf or normal_cdf with normal_density or gelu_slope. At a kink the values are
-// those of torch.nn.
+// exp or exp_of_minus, tanh, fma, and erf, or gelu with gelu_slope, or normal_cdf with normal_density. At a kink the
+// values are those of torch.nn.
 #pragma once
 
 #include <cmath>
@@ -73,28 +73,32 @@ FASTNORM_HOST_DEVICE void dispatch_plain(Activation a, F&& f) {
 #undef FASTNORM_OTHER
 
 template <class V>
-FASTNORM_HOST_DEVICE V exp_of_minus(V z) {
+FASTNORM_FORMULA V exp_of_minus(V z) {
   using std::exp;
   return exp(V(0) - z);
 }
 template <class V>
-FASTNORM_HOST_DEVICE V sigmoid(V z) {
+FASTNORM_FORMULA V sigmoid(V z) {
   return V(1) / (V(1) + exp_of_minus(z));
 }
 
 // The standard normal distribution: P(Z <= z), and its density at z.
 template <class V>
-FASTNORM_HOST_DEVICE V normal_cdf(V z) {
+FASTNORM_FORMULA V normal_cdf(V z) {
   using std::erf;
   return V(0.5) * (V(1) + erf(z * V(0.70710678118654752440)));
 }
 template <class V>
-FASTNORM_HOST_DEVICE V normal_density(V z) {
+FASTNORM_FORMULA V normal_density(V z) {
   using std::exp;
   return V(0.39894228040143267794) * exp(V(-0.5) * z * z);
 }
 template <class V>
-FASTNORM_HOST_DEVICE V gelu_slope(V z) {
+FASTNORM_FORMULA V gelu(V z) {
+  return z * normal_cdf(z);
+}
+template <class V>
+FASTNORM_FORMULA V gelu_slope(V z) {
   using std::fma;
   return fma(z, normal_density(z), normal_cdf(z));
 }
@@ -105,7 +109,7 @@ constexpr double kGeluTanhCubic = 0.044715;
 
 // act(z). `param` is leaky_relu's slope.
 template <Activation kAct, class V>
-FASTNORM_HOST_DEVICE V activate(V z, V param) {
+FASTNORM_FORMULA V activate(V z, V param) {
   using std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu)
     return select(z <= V(0), V(0), z);  // NaN stays NaN
@@ -114,7 +118,7 @@ FASTNORM_HOST_DEVICE V activate(V z, V param) {
   else if constexpr (kAct == Activation::kSilu)
     return z / (V(1) + exp_of_minus(z));
   else if constexpr (kAct == Activation::kGelu)
-    return z * normal_cdf(z);
+    return gelu(z);
   else if constexpr (kAct == Activation::kGeluTanh) {
     const V inner = V(kGeluTanhScale) * fma(V(kGeluTanhCubic) * z * z, z, z);
     return V(0.5) * z * (V(1) + tanh(inner));
@@ -133,7 +137,7 @@ FASTNORM_HOST_DEVICE V activate(V z, V param) {
 
 // d act(z) / dz.
 template <Activation kAct, class V>
-FASTNORM_HOST_DEVICE V activation_slope(V z, V param) {
+FASTNORM_FORMULA V activation_slope(V z, V param) {
   using std::fma, std::tanh;
   if constexpr (kAct == Activation::kRelu)
     return select(z <= V(0), V(0), V(1));

@@ -10,6 +10,14 @@
 #define FASTNORM_HOST_DEVICE
 #endif
 
+// Marks the formulas of the CPU kernels' loops: GCC leaves some of them out of line, and then a pack goes by
+// memory.
+#if defined(FASTNORM_CPU_CAPABILITY)
+#define FASTNORM_FORMULA inline __attribute__((always_inline))
+#else
+#define FASTNORM_FORMULA FASTNORM_HOST_DEVICE
+#endif
+
 namespace fastnorm {
 
 enum class DType : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };

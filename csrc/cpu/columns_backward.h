@@ -2,21 +2,43 @@
 //
 // What: takes the sums of d and d (x - mean) of each channel (reduce) and their weighted means over each set (fold),
 //   then computes dx (apply).
-// Who: a task takes a tile of channels over all positions; in a split plan it takes a chunk of positions in each of two
-//   passes.
-// Traffic: reads dy and x from memory once while a tile fits the cache, twice otherwise; writes dx once. When an
+// Who: a task takes a sample (batch norm: the batch) or, in a split plan, a chunk of its positions in each of two
+// passes. Traffic: reads dy and x twice, the second time from the cache as far as they stayed there; writes dx once.
+// When an
 //   activation follows a residual add, it also reads a bit per element or the residual.
-// Numerics: four positions are added as a tree in A, block_positions positions in A, and everything beyond in double,
-//   in order.
+// Numerics: kBlockPositions positions are added in A, and everything beyond in double, in order.
 #pragma once
 
-#include "task.h"
+#include "columns_forward.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-struct TileSums {
-  double *d, *d_centered;
-  TileSums from(int64_t i) const { return {d + i, d_centered + i}; }
+// Adds d and d (x - mean) to the sums of the channels in rows.
+template <class T, class E>
+struct ColumnGradSums {
+  using A = Accum<T>;
+  const BackwardSpan<T> s;
+  const ChannelCoefs<A>& coefs;
+  const E& epilogue;
+  A* cached;  // receives d for the second pass; or null
+  A *sum, *sum_centered;
+  int64_t ahead;  // the distance of what will be read after these rows
+
+  template <int P, class Access>
+  FASTNORM_INLINE void packs(int64_t i, Access access, Strided layout) const {
+    Pack<A> total = load(sum + i), total_centered = load(sum_centered + i);
+    for (int p = 0; p < P; ++p) {
+      Pack<A> d[1], centered[1];
+      load_grad(s, i, coefs, epilogue, access, Single<Strided>{layout, p}, d, centered);
+      if (cached) store(cached + i + layout.kept(p), d[0]);
+      total = total + d[0];
+      total_centered = fma(d[0], centered[0], total_centered);
+      prefetch(s.x + i + layout.element(p) + ahead);
+      prefetch(s.dy + i + layout.element(p) + ahead);
+    }
+    store(sum + i, total);
+    store(sum_centered + i, total_centered);
+  }
 };
 
 template <class T>
@@ -24,176 +46,154 @@ class ColumnsBackward : Call<T, BackwardCall> {
   using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
-  static constexpr int64_t L = kLanes<A>;
 
   const T* dy_ = static_cast<const T*>(args.dy);
   const T* x_ = static_cast<const T*>(args.x);
   const T* residual_ = static_cast<const T*>(args.residual);
   T* dx_ = static_cast<T*>(args.dx);
   T* dresidual_ = static_cast<T*>(args.dresidual);
-  const int64_t D_ = g.set_channels();
-  const int64_t positions_ = g.positions(), outer_ = g.outer();
-  const int64_t tile_ = args.plan.tile, tiles_ = div_up(g.C, tile_);
+  const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
   const bool sums_ = !args.frozen || args.dweight || args.dbias;
   const bool applies_ = args.dx || args.dresidual;
-  const Arrays<A, 2> terms_{outer_ * g.C};  // rstd mean(w d) and rstd mean(w d xhat) of the set of each channel
+  const bool caches_d_ = sums_ && applies_ && Base::caches_slopes(outer_ * positions_ * lanes_, kCachedInL3);
+  const Buffer<A> cached_{caches_d_ ? outer_ * positions_ * lanes_ : 0};
+  const ChannelArrays<T> coefs_{g};
+  const Arrays<A, 2> terms_{outer_ * lanes_};  // rstd mean(w d) and rstd mean(w d xhat) of the set of each channel
+
+  // The sums of a part of a sample, in the order of lanes.
+  struct Sums {
+    double *d, *d_centered;
+    Sums part(int64_t i) const { return {d + i, d_centered + i}; }
+  };
 
  public:
   using Base::Base;
 
   void run() {
-    const ChannelArrays<A> coefs(g);
-    coefs.fill_all(*this);
-    const Arrays<double, 2> sums(outer_ * g.C);
-    const TileSums all{sums[0], sums[1]};
+    coefs_.fill_all(*this);
+    const int64_t sample = chunks_ * lanes_;
+    const Arrays<double, 2> arrays(sums_ ? outer_ * sample : 0);
+    const Sums sums{arrays[0], arrays[1]};
     if (args.plan.split) {
-      if (sums_) reduce_split(coefs, all);
-      for (int64_t n = 0; n < outer_ && !args.frozen; ++n) fold(n, 0, g.C, all);
+      const int64_t tasks = outer_ * chunks_;
+      if (sums_) {
+        for_each_task(args.parallel, tasks,
+                      [&](int64_t t) { reduce(t / chunks_, t % chunks_, sums.part(t * lanes_)); });
+        for_each_task(Base::parallel_over(outer_ * sample), outer_, [&](int64_t n) { fold(n, sums.part(n * sample)); });
+      }
       if (applies_) {
-        for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-          const int64_t back = outer_ * chunks_ - 1 - t, chunk = back % chunks_;  // reduce left it in the cache
-          apply(coefs, back / chunks_, 0, g.C, chunk * chunk_, chunk_end(chunk));
+        for_each_task(args.parallel, tasks, [&](int64_t t) {
+          const int64_t back = tasks - 1 - t;  // reduce left it in the cache
+          apply(back / chunks_, back % chunks_);
         });
       }
     } else {
-      for_each_tile(args.parallel, [&](int64_t n, int64_t first, int64_t channels) {
+      for_each_task(args.parallel, outer_, [&](int64_t n) {
         if (sums_) {
-          const Arrays<double, 2> chunk(channels);
-          for (int64_t k = 0; k < chunks_; ++k) {
-            reduce(coefs, n, k, first, channels, {chunk[0], chunk[1]});
-            merge(k == 0, channels, {chunk[0], chunk[1]}, all.from(n * g.C + first));
-          }
+          for (int64_t k = 0; k < chunks_; ++k) reduce(n, k, sums.part(n * sample + k * lanes_));
+          fold(n, sums.part(n * sample));
         }
-        if (!args.frozen) fold(n, first, channels, all);
-        if (applies_) apply(coefs, n, first, channels, 0, positions_);
+        for (int64_t k = chunks_; k-- > 0 && applies_;) apply(n, k);
       });
     }
-    if (sums_) sum_over_samples(all);
+    if (sums_) sum_over_samples(sums, sample);
   }
 
  private:
-  template <class F>
-  void for_each_tile(const Parallel& parallel, F&& f) const {
-    for_each_task(parallel, outer_ * tiles_, [&](int64_t t) { f(t / tiles_, t % tiles_ * tile_, width(t % tiles_)); });
-  }
-  int64_t width(int64_t tile) const { return std::min(tile_, g.C - tile * tile_); }
   int64_t chunk_end(int64_t chunk) const { return std::min((chunk + 1) * chunk_, positions_); }
 
-  static void merge(bool first, int64_t channels, TileSums from, TileSums into) {
-    for (int64_t i = 0; i < channels; ++i) {
-      into.d[i] = first ? from.d[i] : into.d[i] + from.d[i];
-      into.d_centered[i] = first ? from.d_centered[i] : into.d_centered[i] + from.d_centered[i];
-    }
-  }
-
-  void reduce_split(const ChannelArrays<A>& coefs, TileSums all) const {
-    const Arrays<double, 2> partials(outer_ * chunks_ * g.C);
-    const TileSums partial{partials[0], partials[1]};
-    for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-      for (int64_t tile = 0; tile < tiles_; ++tile) {
-        const int64_t first = tile * tile_;
-        reduce(coefs, t / chunks_, t % chunks_, first, width(tile), partial.from(t * g.C + first));
-      }
-    });
-    for_each_tile(Base::parallel_over(outer_ * chunks_ * g.C), [&](int64_t n, int64_t first, int64_t channels) {
-      for (int64_t k = 0; k < chunks_; ++k) {
-        merge(k == 0, channels, partial.from((n * chunks_ + k) * g.C + first), all.from(n * g.C + first));
-      }
-    });
-  }
-
-  BackwardSpan<T> span(int64_t n, int64_t position, int64_t first) const {
-    const int64_t row = n * positions_ + position, at = row * g.C + first;
+  BackwardSpan<T> span(int64_t row) const {
+    const int64_t at = row * g.C;
     return {dy_ + at,
             x_ + at,
             residual_ ? residual_ + at : nullptr,
-            args.mask ? args.mask + row * mask_row_ + first / 8 : nullptr,
+            args.mask ? args.mask + row * mask_row_ : nullptr,
             dx_ ? dx_ + at : nullptr,
             dresidual_ ? dresidual_ + at : nullptr,
             args.plan.stream};
   }
 
-  void reduce(const ChannelArrays<A>& arrays, int64_t n, int64_t chunk, int64_t first, int64_t channels,
-              TileSums out) const {
-    const ChannelCoefs<A> coefs = arrays.at(n, first);
-    std::fill_n(out.d, channels, 0.0);
-    std::fill_n(out.d_centered, channels, 0.0);
-    const int64_t end = chunk_end(chunk);
-    for (int64_t p = chunk * chunk_; p < end; p += args.plan.block_positions) {
-      const int64_t rows = std::min(args.plan.block_positions, end - p);
-      int64_t i = 0;
-      for (; i + L <= channels; i += L) reduce_column(n, p, rows, first, i, channels, coefs, Whole{}, out);
-      if (i < channels) reduce_column(n, p, rows, first, i, channels, coefs, Edge{channels - i}, out);
+  void reduce(int64_t n, int64_t chunk, Sums out) const {
+    const ChannelCoefs<A> coefs = coefs_.at(n);
+    const Arrays<A, 2> block(lanes_);
+    std::fill_n(out.d, lanes_, 0.0);
+    std::fill_n(out.d_centered, lanes_, 0.0);
+    const bool together = args.plan.rows_together;
+    const int64_t end = chunk_end(chunk), ahead = (together ? kRowGroup : 1) * g.C;
+    for (int64_t p = chunk * chunk_; p < end; p += kBlockPositions) {
+      std::fill_n(block[0], lanes_, A(0));
+      std::fill_n(block[1], lanes_, A(0));
+      const int64_t row = n * positions_ + p;
+      const BackwardSpan<T> s = span(row);
+      with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+        const auto at_row = [&](int64_t r) {
+          A* const cached = caches_d_ ? cached_ + (row + r) * lanes_ : nullptr;
+          return ColumnGradSums<T, std::decay_t<decltype(e)>>{
+              s.moved(r * g.C, r * g.C, r * mask_row_), coefs, e, cached, block[0], block[1], ahead};
+        };
+        for_rows<A>(std::min(kBlockPositions, end - p), g.C, together, Strided{g.C, mask_row_, g.C, lanes_}, at_row);
+      });
+      for (int64_t i = 0; i < lanes_; ++i) out.d[i] += block[0][i];
+      for (int64_t i = 0; i < lanes_; ++i) out.d_centered[i] += block[1][i];
     }
   }
 
-  // Adds the sums of one pack of channels over `rows` positions from p on.
-  template <class Access>
-  FASTNORM_INLINE void reduce_column(int64_t n, int64_t p, int64_t rows, int64_t first, int64_t i, int64_t channels,
-                                     const ChannelCoefs<A>& coefs, Access access, TileSums out) const {
-    const SharedCoefs<A> fixed(coefs.at(i));
-    const Strided<A> strided{g.C, mask_row_};
-    Pack<A> sum(0), sum_centered(0);
-    for_fours(rows, [&](int64_t q, auto fours) {
-      Pack<A> d[fours.value], centered[fours.value];
-      const BackwardSpan<T> s = span(n, p + q, first);
-      load_grad(s, i, fixed, epilogue, access, strided, d, centered);
-      for (int k = 0; k < fours.value; ++k) {  // of the next block
-        __builtin_prefetch(s.x + i + (k + rows) * g.C);
-        __builtin_prefetch(s.dy + i + (k + rows) * g.C);
-      }
-      sum = sum + tree_sum(d);
-      sum_centered = sum_centered + tree_dot(d, centered);
-    });
-    alignas(kPackBytes) A lane[2][L];
-    store(lane[0], sum);
-    store(lane[1], sum_centered);
-    for (int64_t k = 0; k < std::min(L, channels - i); ++k) {
-      out.d[i + k] += lane[0][k];
-      out.d_centered[i + k] += lane[1][k];
+  // Writes dx and dresidual at the positions of a chunk.
+  void apply(int64_t n, int64_t chunk) const {
+    const int64_t begin = chunk * chunk_, rows = chunk_end(chunk) - begin, row = n * positions_ + begin;
+    const bool together = args.plan.rows_together;
+    const ChannelCoefs<A> coefs = coefs_.at(n);
+    const ChannelTerms<A> terms{terms_[0] + n * lanes_, terms_[1] + n * lanes_};
+    const BackwardSpan<T> s = span(row);
+    if (caches_d_) {
+      const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
+      backward_rows(s.with_d(cached_ + row * lanes_), rows, g.C, g.C, lanes_, mask_row_, coefs, terms, none, together);
+    } else if (args.frozen) {
+      backward_rows(s, rows, g.C, g.C, g.C, mask_row_, coefs, FrozenTerms<A>{}, epilogue, together);
+    } else {
+      backward_rows(s, rows, g.C, g.C, g.C, mask_row_, coefs, terms, epilogue, together);
     }
   }
 
-  // Writes dx and dresidual at the positions [begin, end) of a tile.
-  void apply(const ChannelArrays<A>& arrays, int64_t n, int64_t first, int64_t channels, int64_t begin,
-             int64_t end) const {
-    const ChannelCoefs<A> coefs = arrays.at(n, first);
-    const ChannelTerms<A> terms{terms_[0] + n * g.C + first, terms_[1] + n * g.C + first};
-    for (int64_t p = begin; p < end; ++p) {
-      const BackwardSpan<T> s = span(n, p, first);
-      if (args.frozen) {
-        backward_span(s, channels, coefs, FrozenTerms<A>{}, epilogue);
-      } else {
-        backward_span(s, channels, coefs, terms, epilogue);
-      }
+  // Adds the chunks of a sample up, in the first, and turns the sums of its channels into the terms of their sets.
+  void fold(int64_t n, Sums sums) const {
+    for (int64_t k = 1; k < chunks_; ++k) {
+      const Sums chunk = sums.part(k * lanes_);
+      for (int64_t i = 0; i < lanes_; ++i) sums.d[i] += chunk.d[i];
+      for (int64_t i = 0; i < lanes_; ++i) sums.d_centered[i] += chunk.d_centered[i];
     }
-  }
-
-  // Turns the sums of the channels into the terms of their sets.
-  void fold(int64_t n, int64_t first, int64_t channels, TileSums all) const {
-    const int64_t at = n * g.C + first;
-    for (int64_t i = 0; i < channels; i += D_) {
-      const int64_t set = (at + i) / D_;
+    if (args.frozen) return;
+    const int64_t D = g.set_channels();
+    for (int64_t c = 0; c < g.C; c += D) {
+      const int64_t set = (n * g.C + c) / D;
+      const double low = Base::center(set).low;
       double d = 0, d_xhat = 0;
-      for (int64_t c = i; c < i + D_; ++c) {
-        const double w = weight[first + c];
-        d += w * all.d[at + c];
-        d_xhat += w * Base::xhat_sum(set, {all.d[at + c], all.d_centered[at + c]});
+      for (int64_t i = c; i < c + D; ++i) {
+        const int64_t lane = lane_of<T>(i);
+        const double w = weight[i];
+        d += w * sums.d[lane];
+        d_xhat += w * Base::xhat_sum(set, {sums.d[lane], sums.d_centered[lane]}, low);
       }
-      const SetTerms<A> terms = Base::set_terms(set, d, d_xhat);
-      std::fill_n(terms_[0] + at + i, D_, terms.offset);
-      std::fill_n(terms_[1] + at + i, D_, terms.slope);
+      const SetTerms<A> terms = Base::set_terms(set, d, d_xhat, low);
+      for (int64_t i = c; i < c + D; ++i) {
+        terms_[0][n * lanes_ + lane_of<T>(i)] = terms.offset;
+        terms_[1][n * lanes_ + lane_of<T>(i)] = terms.slope;
+      }
+    }
+    for (int64_t i = g.C; i < lanes_; ++i) {  // numbers that no store writes
+      terms_[0][n * lanes_ + lane_of<T>(i)] = terms_[1][n * lanes_ + lane_of<T>(i)] = 0;
     }
   }
 
-  void sum_over_samples(TileSums all) const {
+  void sum_over_samples(Sums sums, int64_t sample) const {
     for (int64_t c = 0; c < g.C; ++c) {
       double d = 0, d_xhat = 0;
-      for (int64_t i = c; i < outer_ * g.C; i += g.C) {
-        d += all.d[i];
-        d_xhat += Base::xhat_sum(i / D_, {all.d[i], all.d_centered[i]});
+      for (int64_t n = 0; n < outer_; ++n) {
+        const int64_t lane = n * sample + lane_of<T>(c), set = (n * g.C + c) / g.set_channels();
+        d += sums.d[lane];
+        d_xhat += Base::xhat_sum(set, {sums.d[lane], sums.d_centered[lane]}, Base::center(set).low);
       }
       if (args.dbias) args.dbias[c] = d;
       if (args.dweight) args.dweight[c] = d_xhat;

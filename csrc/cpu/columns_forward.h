@@ -1,88 +1,47 @@
 // Forward where neighbouring channels lie next to each other: channels_last, and batch norm of (N, C).
 //
 // What: does what rows_forward.h does.
-// Who: a task takes a tile of channels (whole groups) over all positions of a sample or, for batch norm, of the batch.
-//   When such a tile does not fit the cache, or when there are few tiles, the plan is split: a task takes a chunk of
-//   positions in each of two passes, and the second pass takes the chunks in the opposite order.
-// Traffic: reads x from memory once while a tile fits the cache, twice otherwise; reads the residual and writes y once.
-// Numerics: each channel has an accumulator. Blocks of plan.block_positions are reduced as in rows_forward.h and merged
-//   in double, in order; then each group merges its channels, in order.
-// Why not one pass with Welford's recurrence: it takes a division per element, and its error grows with the number of
-//   steps.
+// Who: a task takes a sample (batch norm: the batch) or, in a split plan, a chunk of its positions in each of two
+// passes,
+//   of which the second takes the chunks in the opposite order. A task walks whole rows: all channels of a position.
+// Traffic: reads x twice, the second time from the cache as far as it stayed there; reads the residual and writes y
+// once. Numerics: every channel has its pivot and its sums (moments.h), in A over kBlockPositions positions, beyond in
+// double,
+//   in order; then each group merges its channels, in order.
 #pragma once
 
+#include <atomic>
+
+#include "moments.h"
 #include "task.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-// The moments of a tile's channels as arrays. Means are relative to the origin of each channel.
-struct TileMoments {
-  double *mean, *m2;
+// So many positions are summed in A. With 64 the variance of 60 numbers was off by 2.7 epsilons, torch's by 0.7.
+constexpr int64_t kBlockPositions = 32;
 
-  void clear(int64_t channels) const {
-    std::fill_n(mean, channels, 0.0);
-    std::fill_n(m2, channels, 0.0);
-  }
-
-  // Merges other_count values per channel into the `count` values that are there, for the channels from i on: eight of
-  // them, or fewer at the end of the tile.
-  FASTNORM_INLINE void merge(int64_t i, int64_t channels, const Moments<PackD>& other, double count,
-                             double other_count) const {
-    const int64_t rest = channels - i;
-    const bool whole = rest >= PackD::kLanes;
-    Moments<PackD> total{whole ? load(mean + i) : load_first(mean + i, rest),
-                         whole ? load(m2 + i) : load_first(m2 + i, rest)};
-    total.merge(other, count, other_count);
-    if (whole) {
-      store(mean + i, total.mean);
-      store(m2 + i, total.m2);
-    } else {
-      store_first(mean + i, total.mean, rest);
-      store_first(m2 + i, total.m2, rest);
-    }
-  }
-};
-
-// The moments of one pack of channels over `positions` rows that lie `stride` apart, taken about a pivot as in
-// rows_forward.h.
+// Adds x - pivot and its square to the sums of the channels in rows. Lanes past the last channel have zeros.
 template <class T>
-struct ColumnMoments {
+struct ColumnDeviations {
   using A = Accum<T>;
-  Pack<A> pivot, delta, square;
+  const T* x;
+  const A* pivot;
+  A *delta, *square;
+  int64_t ahead;  // the distance of what will be read after these rows
 
-  template <class Access>
-  FASTNORM_INLINE ColumnMoments(const T* x, int64_t positions, int64_t stride, Access access)
-      : pivot(0), delta(0), square(0) {
-    for_fours(positions, [&](int64_t p, auto fours) {
-      Pack<A> v[fours.value];
-      for (int k = 0; k < fours.value; ++k) v[k] = access.get(x + (p + k) * stride, k);
-      pivot = pivot + tree_sum(v);
-    });
-    pivot = round_to<T>(pivot * Pack<A>(1.0 / static_cast<double>(positions)));
-    for_fours(positions, [&](int64_t p, auto fours) {
-      Pack<A> d[fours.value];
-      for (int k = 0; k < fours.value; ++k) {
-        d[k] = access.get(x + (p + k) * stride, k) - pivot;
-        __builtin_prefetch(x + (p + k + positions) * stride);  // of the next block, while this one is in L1
-      }
-      delta = delta + tree_sum(d);
-      square = square + tree_dot(d, d);
-    });
-  }
-
-  // Merges these moments into those of the tile's channels from i on.
-  FASTNORM_INLINE void merge_into(const TileMoments& total, int64_t i, int64_t channels, const double* origin,
-                                  double count, double positions) const {
-    const auto half = [&](int64_t at, PackD about, PackD sum, PackD squares) {
-      const PackD shift = sum * PackD(1 / positions), m2 = squares - sum * shift;
-      // When the mean is infinite, shift is NaN: the infinite mean must stay.
-      const PackD mean = select(about * PackD(0) >= PackD(0), (about - load(origin + at)) + shift, about);
-      total.merge(at, channels, {mean, select(m2 <= PackD(0), PackD(0), m2)}, count, positions);
-    };
-    half(i, widen_lower(pivot), widen_lower(delta), widen_lower(square));
-    if constexpr (sizeof(A) == 4) {
-      if (i + 8 < channels) half(i + 8, widen_upper(pivot), widen_upper(delta), widen_upper(square));
+  template <int P, class Access>
+  FASTNORM_INLINE void packs(int64_t i, Access access, Strided layout) const {
+    const Pack<A> about = load(pivot + i);
+    Pack<A> sum = load(delta + i), squares = load(square + i);
+    for (int p = 0; p < P; ++p) {
+      const T* at = x + i + layout.element(p);
+      const Pack<A> d = access.get(at) - about;
+      sum = sum + d;
+      squares = fma(d, d, squares);
+      prefetch(at + ahead);
     }
+    store(delta + i, sum);
+    store(square + i, squares);
   }
 };
 
@@ -91,124 +50,148 @@ class ColumnsForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue;
+  static constexpr int64_t kFoldChannels = 512;  // of a task, about
 
   const T* x_ = static_cast<const T*>(args.x);
   const T* residual_ = static_cast<const T*>(args.residual);
   T* y_ = static_cast<T*>(args.y);
-  const int64_t positions_ = g.positions(), outer_ = g.outer();
-  const int64_t tile_ = args.plan.tile, tiles_ = div_up(g.C, tile_);
+  const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
+  const Buffer<A> pivots_{outer_ * lanes_};
+  const ChannelArrays<T> coefs_{g};
+
+  // The sums of a part of a sample, in the order of lanes.
+  struct Sums {
+    double *delta, *square;
+    Sums part(int64_t i) const { return {delta + i, square + i}; }
+  };
 
  public:
   using Base::Base;
 
   void run() {
-    const ChannelArrays<A> coefs(g);
     if (args.plan.split) {
-      const Arrays<double, 2> partials(outer_ * chunks_ * g.C);
-      for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-        for (int64_t tile = 0; tile < tiles_; ++tile) {
-          const int64_t first = tile * tile_, at = t * g.C + first;
-          reduce(t / chunks_, t % chunks_, first, width(tile), {partials[0] + at, partials[1] + at});
-        }
-      });
-      for_each_tile(Base::parallel_over(outer_ * chunks_ * g.C), [&](int64_t n, int64_t first, int64_t channels) {
-        fold(n, first, channels, [&](int64_t chunk) {
-          const int64_t at = (n * chunks_ + chunk) * g.C + first;
-          return TileMoments{partials[0] + at, partials[1] + at};
-        });
-        coefs.fill(*this, n, first, channels);
-      });
-      for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-        const int64_t back = outer_ * chunks_ - 1 - t, chunk = back % chunks_;  // reduce left it in the cache
-        apply(coefs, back / chunks_, 0, g.C, chunk * chunk_, chunk_end(chunk));
-      });
+      run_split();
       return;
     }
-    for_each_tile(args.parallel, [&](int64_t n, int64_t first, int64_t channels) {
-      const Arrays<double, 2> partial(channels);
-      fold(n, first, channels, [&](int64_t chunk) {
-        reduce(n, chunk, first, channels, {partial[0], partial[1]});
-        return TileMoments{partial[0], partial[1]};
-      });
-      coefs.fill(*this, n, first, channels);
-      apply(coefs, n, first, channels, 0, positions_);
+    for_each_task(args.parallel, outer_, [&](int64_t n) {
+      const Arrays<double, 2> arrays(chunks_ * lanes_);
+      const Sums sums{arrays[0], arrays[1]};
+      choose_pivots(n);
+      for (bool again : {false, true}) {
+        for (int64_t k = 0; k < chunks_; ++k) reduce(n, k, sums.part(k * lanes_));
+        if (!fold(n, 0, g.C, sums) || again) break;
+      }
+      for (int64_t k = chunks_; k-- > 0;) apply(n, k);
     });
   }
 
  private:
-  template <class F>
-  void for_each_tile(const Parallel& parallel, F&& f) const {
-    for_each_task(parallel, outer_ * tiles_, [&](int64_t t) { f(t / tiles_, t % tiles_ * tile_, width(t % tiles_)); });
+  void run_split() {
+    const int64_t sample = chunks_ * lanes_;
+    const Arrays<double, 2> arrays(outer_ * sample);
+    const Sums sums{arrays[0], arrays[1]};
+    for (int64_t n = 0; n < outer_; ++n) choose_pivots(n);
+    const int64_t D = g.set_channels(), width = div_up(kFoldChannels, D) * D, parts = div_up(g.C, width);
+    for (bool again : {false, true}) {
+      for_each_task(args.parallel, outer_ * chunks_,
+                    [&](int64_t t) { reduce(t / chunks_, t % chunks_, sums.part(t * lanes_)); });
+      std::atomic<bool> far_off{false};
+      for_each_task(Base::parallel_over(outer_ * sample), outer_ * parts, [&](int64_t t) {
+        const int64_t n = t / parts, first = t % parts * width;
+        if (fold(n, first, std::min(width, g.C - first), sums.part(n * sample))) far_off = true;
+      });
+      if (!far_off || again) break;
+    }
+    for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
+      const int64_t back = outer_ * chunks_ - 1 - t;  // reduce left it in the cache
+      apply(back / chunks_, back % chunks_);
+    });
   }
-  int64_t width(int64_t tile) const { return std::min(tile_, g.C - tile * tile_); }
+
+  // The pivots of a sample's channels, from positions that are spread over it.
+  void choose_pivots(int64_t n) const {
+    constexpr int64_t L = kLanes<A>, kSample = 8;
+    const int64_t sample = std::min(kSample, positions_);
+    for (int64_t i = 0; i < g.C; i += L) {
+      Pack<A> sum(0);
+      for (int64_t k = 0; k < sample; ++k) {
+        const T* at = x_ + (n * positions_ + positions_ * k / sample) * g.C + i;
+        sum = sum + (g.C - i < L ? load_first(at, g.C - i) : load(at));
+      }
+      const Pack<A> pivot = round_to<T>(sum * Pack<A>(1.0 / static_cast<double>(sample)));
+      // Sums about an infinite pivot would lose the infinities of x.
+      store(pivots_ + n * lanes_ + i, select(pivot * Pack<A>(0) >= Pack<A>(0), pivot, Pack<A>(0)));
+    }
+  }
+
   int64_t chunk_end(int64_t chunk) const { return std::min((chunk + 1) * chunk_, positions_); }
-  double chunk_count(int64_t chunk) const { return static_cast<double>(chunk_end(chunk) - chunk * chunk_); }
 
-  void read_origins(int64_t n, int64_t first, int64_t channels, double* origin) const {
-    const T* row = x_ + n * positions_ * g.C + first;
-    for (int64_t i = 0; i < channels; ++i) origin[i] = origin_of(row + i);
-  }
-
-  void reduce(int64_t n, int64_t chunk, int64_t first, int64_t channels, TileMoments out) const {
-    constexpr int64_t L = kLanes<A>;
-    const Buffer<double> origin(channels);
-    read_origins(n, first, channels, origin);
-    out.clear(channels);
-    const int64_t begin = chunk * chunk_, end = chunk_end(chunk);
-    for (int64_t p = begin; p < end; p += args.plan.block_positions) {
-      const int64_t rows = std::min(args.plan.block_positions, end - p);
-      const T* block = x_ + (n * positions_ + p) * g.C + first;
-      const auto column = [&](int64_t i, auto access) {
-        ColumnMoments<T>(block + i, rows, g.C, access)
-            .merge_into(out, i, channels, origin, static_cast<double>(p - begin), static_cast<double>(rows));
-      };
-      int64_t i = 0;
-      for (; i + L <= channels; i += L) column(i, Whole{});
-      if (i < channels) column(i, Edge{channels - i});
+  void reduce(int64_t n, int64_t chunk, Sums out) const {
+    const Arrays<A, 2> block(lanes_);
+    std::fill_n(out.delta, lanes_, 0.0);
+    std::fill_n(out.square, lanes_, 0.0);
+    const bool together = args.plan.rows_together;
+    const int64_t end = chunk_end(chunk), ahead = (together ? kRowGroup : 1) * g.C;
+    for (int64_t p = chunk * chunk_; p < end; p += kBlockPositions) {
+      std::fill_n(block[0], lanes_, A(0));
+      std::fill_n(block[1], lanes_, A(0));
+      const T* x = x_ + (n * positions_ + p) * g.C;
+      for_rows<A>(std::min(kBlockPositions, end - p), g.C, together, Strided{g.C, 0, 0, 0}, [&](int64_t r) {
+        return ColumnDeviations<T>{x + r * g.C, pivots_ + n * lanes_, block[0], block[1], ahead};
+      });
+      for (int64_t i = 0; i < lanes_; ++i) out.delta[i] += block[0][i];
+      for (int64_t i = 0; i < lanes_; ++i) out.square[i] += block[1][i];
     }
   }
 
-  // Merges chunks into channels and channels into sets, and writes the statistics of the sets.
-  template <class F>
-  void fold(int64_t n, int64_t first, int64_t channels, F&& partial) const {
-    const Arrays<double, 2> arrays(channels);
-    const TileMoments total{arrays[0], arrays[1]};
-    total.clear(channels);
-    double count = 0;
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      const TileMoments other = partial(chunk);
-      for (int64_t i = 0; i < channels; i += PackD::kLanes) {
-        total.merge(i, channels, {load(other.mean + i), load(other.m2 + i)}, count, chunk_count(chunk));
-      }
-      count += chunk_count(chunk);
-    }
-    const Buffer<double> origin(channels);
-    read_origins(n, first, channels, origin);
+  // Merges chunks into channels and channels into sets, and writes the statistics and coefficients of the sets. True
+  // where a pivot was far off; it is a better one then.
+  bool fold(int64_t n, int64_t first, int64_t channels, Sums sums) const {
     const int64_t D = g.set_channels();
-    for (int64_t i = 0; i < channels; i += D) {
-      Moments<double> set{total.mean[i], total.m2[i]};
-      for (int64_t c = 1; c < D; ++c) {
-        const double mean = (origin[i + c] - origin[i]) + total.mean[i + c];
-        set.merge({mean, total.m2[i + c]}, count * static_cast<double>(c), count);
+    const double count = static_cast<double>(positions_), set_count = count * static_cast<double>(D);
+    A* const pivots = pivots_ + n * lanes_;
+    const Buffer<PivotSums> total(D);
+    const Buffer<double> mean(D);
+    bool far_off = false;
+    for (int64_t c = first; c < first + channels; c += D) {
+      Moments<double> set{0, 0};
+      for (int64_t i = 0; i < D; ++i) {
+        const int64_t lane = lane_of<T>(c + i);
+        total[i] = {0, 0};
+        for (int64_t k = 0; k < chunks_; ++k) {
+          total[i].merge({sums.delta[k * lanes_ + lane], sums.square[k * lanes_ + lane]});
+        }
+        const Moments<double> channel = total[i].moments(pivots[lane], count);
+        mean[i] = channel.mean;
+        set.mean += channel.mean / static_cast<double>(D);
+        set.m2 += channel.m2;
       }
-      set.mean += origin[i];
-      stats.finish((n * g.C + first + i) / D, set, count * static_cast<double>(D), args.eps);
+      for (int64_t i = 0; i < D && D > 1; ++i) set.m2 += count * (mean[i] - set.mean) * (mean[i] - set.mean);
+      for (int64_t i = 0; i < D; ++i) {
+        if (!total[i].far_off(set, count, set_count)) continue;
+        pivots[lane_of<T>(c + i)] = round_pivot<T>(mean[i]);
+        far_off = true;
+      }
+      stats.finish((n * g.C + c) / D, set, set_count, args.eps);
     }
+    coefs_.fill(*this, n, first, channels);
+    return far_off;
   }
 
-  // Writes y at the positions [begin, end) of a tile.
-  void apply(const ChannelArrays<A>& arrays, int64_t n, int64_t first, int64_t channels, int64_t begin,
-             int64_t end) const {
+  // Writes y at the positions of a chunk.
+  void apply(int64_t n, int64_t chunk) const {
     if (!y_) return;  // the caller wants only the statistics
-    const ChannelCoefs<A> coefs = arrays.at(n, first);
-    for (int64_t p = begin; p < end; ++p) {
-      const int64_t row = n * positions_ + p, at = row * g.C + first;
-      uint8_t* mask = args.mask ? args.mask + row * mask_row_ + first / 8 : nullptr;
-      forward_span<T>({x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream}, channels, coefs,
-                      epilogue);
-    }
+    const int64_t begin = chunk * chunk_;
+    forward_rows(span(n * positions_ + begin), chunk_end(chunk) - begin, g.C, g.C, mask_row_, coefs_.at(n), epilogue,
+                 args.plan.rows_together);
+  }
+
+  ForwardSpan<T> span(int64_t row) const {
+    const int64_t at = row * g.C;
+    uint8_t* mask = args.mask ? args.mask + row * mask_row_ : nullptr;
+    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};
   }
 };
 

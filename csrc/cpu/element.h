@@ -20,33 +20,43 @@ struct Affine {
   Pack<A> mean, rstd, scale, bias;
 };
 
-// Coefficients that every element of a run shares: those of one channel, or of one pack of channels while a kernel
-// walks down the positions. Where a channel has one mean, the part of it that rounding cut off goes into the bias.
+// Coefficients that every element of a run shares. Where a channel has one mean, the part of it that rounding cut off
+// goes into the bias.
 template <class A>
 struct SharedCoefs {
   Affine<A> all;
-  explicit SharedCoefs(const Affine<A>& coefs) : all(coefs) {}
   SharedCoefs(A mean, A mean_low, A rstd, A weight, A bias)
       : all{Pack<A>(mean), Pack<A>(rstd), Pack<A>(rstd * weight), Pack<A>(bias - mean_low * (rstd * weight))} {}
-  FASTNORM_INLINE Affine<A> at(int64_t) const { return all; }
+  FASTNORM_INLINE Affine<A> at(int64_t, int) const { return all; }
 };
 
-// Coefficients of neighbouring channels, as arrays that can be read a pack past their end.
+// Coefficients of neighbouring channels, as arrays in the order of lanes, of whole packs.
 template <class A>
 struct ChannelCoefs {
   const A *mean, *rstd, *scale, *bias;
-  FASTNORM_INLINE Affine<A> at(int64_t i) const {
+  FASTNORM_INLINE Affine<A> at(int64_t i, int) const {
     return {load(mean + i), load(rstd + i), load(scale + i), load(bias + i)};
   }
 };
 
-// Coefficients of one set in which every element has its own weight (LayerNorm).
-template <class A>
+// Coefficients of sets, one below the other, in which every element has its own weight (LayerNorm): of up to P sets,
+// whose packs are the packs of a group. weight and bias are in the order of lanes.
+template <class A, int P>
 struct ElementCoefs {
-  Pack<A> mean, rstd;
+  Pack<A> mean[P], rstd[P];
   const A *weight, *bias;
-  ElementCoefs(A mean, A rstd, const A* weight, const A* bias) : mean(mean), rstd(rstd), weight(weight), bias(bias) {}
-  FASTNORM_INLINE Affine<A> at(int64_t i) const { return {mean, rstd, rstd * load(weight + i), load(bias + i)}; }
+  ElementCoefs(const A* means, const A* rstds, const A* weight, const A* bias) : weight(weight), bias(bias) {
+    for (int p = 0; p < P; ++p) mean[p] = Pack<A>(means[p]), rstd[p] = Pack<A>(rstds[p]);
+  }
+  ElementCoefs moved(int64_t offset) const {
+    ElementCoefs r = *this;
+    r.weight += offset;
+    r.bias += offset;
+    return r;
+  }
+  FASTNORM_INLINE Affine<A> at(int64_t i, int p) const {
+    return {mean[p], rstd[p], rstd[p] * load(weight + i), load(bias + i)};
+  }
 };
 
 template <class A>
@@ -54,23 +64,30 @@ struct SharedTerms {
   Pack<A> offset, slope;
   SharedTerms() = default;
   SharedTerms(SetTerms<A> terms) : offset(terms.offset), slope(terms.slope) {}
-  FASTNORM_INLINE Pack<A> dx(int64_t, const Affine<A>& c, Pack<A> d, Pack<A> centered) const {
+  FASTNORM_INLINE Pack<A> dx(int64_t, int, const Affine<A>& c, Pack<A> d, Pack<A> centered) const {
     return c.scale * d - fma(centered * c.rstd, slope, offset);
+  }
+};
+template <class A, int P>
+struct ElementTerms {
+  Pack<A> offset[P], slope[P];
+  FASTNORM_INLINE Pack<A> dx(int64_t, int p, const Affine<A>& c, Pack<A> d, Pack<A> centered) const {
+    return c.scale * d - fma(centered * c.rstd, slope[p], offset[p]);
   }
 };
 template <class A>
 struct ChannelTerms {
   const A *offset, *slope;
-  FASTNORM_INLINE Pack<A> dx(int64_t i, const Affine<A>& c, Pack<A> d, Pack<A> centered) const {
+  FASTNORM_INLINE Pack<A> dx(int64_t i, int, const Affine<A>& c, Pack<A> d, Pack<A> centered) const {
     return c.scale * d - fma(centered * c.rstd, load(slope + i), load(offset + i));
   }
 };
 template <class A>
 struct FrozenTerms {
-  FASTNORM_INLINE Pack<A> dx(int64_t, const Affine<A>& c, Pack<A> d, Pack<A>) const { return c.scale * d; }
+  FASTNORM_INLINE Pack<A> dx(int64_t, int, const Affine<A>& c, Pack<A> d, Pack<A>) const { return c.scale * d; }
 };
 
-// ---- activation of P packs: one branch serves all of them ----
+// ---- activation of P packs ----
 
 template <class A>
 struct Epilogue {
@@ -78,54 +95,96 @@ struct Epilogue {
   Pack<A> param;
 };
 
-// These are not inlined, so that one copy of the long polynomials serves every kernel.
-template <int P, class A>
-__attribute__((noinline)) void smooth_value(const Epilogue<A>& e, Pack<A> (&z)[P]) {
-  dispatch_smooth(e.activation, [&](auto kind) {
-    for (int p = 0; p < P; ++p) z[p] = activate<decltype(kind)::value>(z[p], e.param);
-  });
+// An activation that the code of a loop is compiled for, kNone among them.
+template <Activation kAct, class A>
+struct FixedEpilogue {
+  static constexpr Activation activation = kAct;
+  Pack<A> param;
+};
+template <class E>
+constexpr bool kIsFixed = requires { std::bool_constant<(E::activation == E::activation)>{}; };
+template <class E>
+constexpr bool kActivates = true;
+template <class A>
+constexpr bool kActivates<FixedEpilogue<Activation::kNone, A>> = false;
+
+// Calls f with the epilogue, or with its absence.
+template <class A, class F>
+FASTNORM_INLINE void with_activation(const Epilogue<A>& e, F&& f) {
+  if (e.activation == Activation::kNone) {
+    f(FixedEpilogue<Activation::kNone, A>{e.param});
+  } else {
+    f(e);
+  }
 }
-template <int P, class A>
-__attribute__((noinline)) void smooth_slope(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
-  dispatch_smooth(e.activation, [&](auto kind) {
-    for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<decltype(kind)::value>(z[p], e.param);
-  });
+// The same for the passes that most of the time with SiLU and GELU goes to: in their loops these are fixed, too.
+template <class A, class F>
+FASTNORM_INLINE void with_smooth_activation(const Epilogue<A>& e, F&& f) {
+  if constexpr (sizeof(A) == 4 && kParts <= 4) {
+    if (e.activation == Activation::kSilu) return f(FixedEpilogue<Activation::kSilu, A>{e.param});
+    if (e.activation == Activation::kGelu) return f(FixedEpilogue<Activation::kGelu, A>{e.param});
+  }
+  with_activation(e, f);
 }
 
-template <int P, class A>
-FASTNORM_INLINE void activate_packs(const Epilogue<A>& e, Pack<A> (&z)[P]) {
-  switch (e.activation) {
-    case Activation::kNone: return;
-    case Activation::kRelu:
-      for (int p = 0; p < P; ++p) z[p] = activate<Activation::kRelu>(z[p], e.param);
-      return;
-    case Activation::kLeakyRelu:
-      for (int p = 0; p < P; ++p) z[p] = activate<Activation::kLeakyRelu>(z[p], e.param);
-      return;
-    default:
-      Pack<A> copy[P];  // so that z itself may stay in registers
-      for (int p = 0; p < P; ++p) copy[p] = z[p];
-      smooth_value(e, copy);
-      for (int p = 0; p < P; ++p) z[p] = copy[p];
+// z = act(z), and d = d * act'(z).
+template <Activation kAct, class T, int P, class A = Accum<T>>
+FASTNORM_INLINE void activate_each(Pack<A> param, Pack<A> (&z)[P]) {
+  using V = ActivationValue<T>;
+  for (int p = 0; p < P; ++p) z[p] = activate<kAct>(V(z[p]), V(param));
+}
+template <Activation kAct, class T, int P, class A = Accum<T>>
+FASTNORM_INLINE void multiply_each(Pack<A> param, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
+  using V = ActivationValue<T>;
+  for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<kAct>(V(z[p]), V(param));
+}
+
+// These are not inlined, so that one copy of the long polynomials serves the kernels that do not fix them.
+template <class T, int P, class A = Accum<T>>
+__attribute__((noinline)) void activate_out_of_line(const Epilogue<A>& e, Pack<A> (&z)[P]) {
+  dispatch_smooth(e.activation, [&](auto kind) { activate_each<decltype(kind)::value, T>(e.param, z); });
+}
+template <class T, int P, class A = Accum<T>>
+__attribute__((noinline)) void multiply_out_of_line(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
+  dispatch_smooth(e.activation, [&](auto kind) { multiply_each<decltype(kind)::value, T>(e.param, z, d); });
+}
+
+template <class T, class E, int P, class A = Accum<T>>
+FASTNORM_INLINE void activate_packs(const E& e, Pack<A> (&z)[P]) {
+  if constexpr (kIsFixed<E>) {
+    activate_each<E::activation, T>(e.param, z);
+  } else {
+    switch (e.activation) {
+      case Activation::kRelu: return activate_each<Activation::kRelu, T>(e.param, z);
+      case Activation::kLeakyRelu: return activate_each<Activation::kLeakyRelu, T>(e.param, z);
+      default:
+        Pack<A> copy[P];  // so that z itself may stay in registers
+        for (int p = 0; p < P; ++p) copy[p] = z[p];
+        activate_out_of_line<T>(e, copy);
+        for (int p = 0; p < P; ++p) z[p] = copy[p];
+    }
   }
 }
 
 // Multiplies d by act'(z).
-template <int P, class A>
-FASTNORM_INLINE void multiply_slopes(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
-  switch (e.activation) {
-    case Activation::kNone: return;
-    case Activation::kRelu:
-      for (int p = 0; p < P; ++p) d[p] = select(z[p] <= Pack<A>(0), Pack<A>(0), d[p]);
-      return;
-    case Activation::kLeakyRelu:
-      for (int p = 0; p < P; ++p) d[p] = select(z[p] > Pack<A>(0), d[p], d[p] * e.param);
-      return;
-    default:
-      Pack<A> z_copy[P], d_copy[P];
-      for (int p = 0; p < P; ++p) z_copy[p] = z[p], d_copy[p] = d[p];
-      smooth_slope(e, z_copy, d_copy);
-      for (int p = 0; p < P; ++p) d[p] = d_copy[p];
+template <class T, class E, int P, class A = Accum<T>>
+FASTNORM_INLINE void multiply_slopes(const E& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
+  if constexpr (kIsFixed<E>) {
+    multiply_each<E::activation, T>(e.param, z, d);
+  } else {
+    switch (e.activation) {
+      case Activation::kRelu:
+        for (int p = 0; p < P; ++p) d[p] = select(z[p] <= Pack<A>(0), Pack<A>(0), d[p]);
+        return;
+      case Activation::kLeakyRelu:
+        for (int p = 0; p < P; ++p) d[p] = select(z[p] > Pack<A>(0), d[p], d[p] * e.param);
+        return;
+      default:
+        Pack<A> z_copy[P], d_copy[P];
+        for (int p = 0; p < P; ++p) z_copy[p] = z[p], d_copy[p] = d[p];
+        multiply_out_of_line<T>(e, z_copy, d_copy);
+        for (int p = 0; p < P; ++p) d[p] = d_copy[p];
+    }
   }
 }
 
@@ -146,39 +205,55 @@ struct ForwardSpan {
   bool stream;  // y is too large to stay in the cache
 };
 
-template <class T, class Coefs>
+template <class T, class Coefs, class E>
 struct ForwardPacks {
   using A = Accum<T>;
-  const ForwardSpan<T>& s;
+  const ForwardSpan<T> s;
   const Coefs& coefs;
-  const Epilogue<A>& epilogue;
+  const E& epilogue;
 
-  template <int P, class Access>
-  FASTNORM_INLINE void packs(int64_t i, Access access) const {
-    constexpr int64_t L = kLanes<A>;
+  template <int P, class Access, class Layout>
+  FASTNORM_INLINE void packs(int64_t i, Access access, Layout layout) const {
     Pack<A> z[P];
     for (int p = 0; p < P; ++p) {
-      const Affine<A> c = coefs.at(i + p * L);
-      z[p] = fma(access.get(s.x + i + p * L, p) - c.mean, c.scale, c.bias);
+      const Affine<A> c = coefs.at(i + layout.coef(p), layout.row(p));
+      z[p] = fma(access.get(s.x + i + layout.element(p)) - c.mean, c.scale, c.bias);
     }
     if (s.residual) {
-      for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + p * L, p);
+      for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + layout.element(p));
     }
-    if (s.mask) {
+    if (kActivates<E> && s.mask) {
       for (int p = 0; p < P; ++p) {
-        store_mask(s.mask + (i / L + p) * kMaskBytes<A>,
-                   access.zero_past_end(upper_side(epilogue.activation, z[p]), p));
+        access.template put_mask<T>(s.mask + i / kLanes<A> * kMaskBytes<A> + layout.mask(p),
+                                    upper_side(epilogue.activation, z[p]));
       }
     }
-    activate_packs(epilogue, z);
-    for (int p = 0; p < P; ++p) access.put(s.y + i + p * L, z[p], p);
+    if constexpr (kActivates<E>) activate_packs<T>(epilogue, z);
+    for (int p = 0; p < P; ++p) access.put(s.y + i + layout.element(p), z[p]);
   }
 };
 
 template <class T, class Coefs>
 FASTNORM_INLINE void forward_span(const ForwardSpan<T>& s, int64_t n, const Coefs& coefs,
                                   const Epilogue<Accum<T>>& epilogue) {
-  for_packs<Accum<T>>(n, ForwardPacks<T, Coefs>{s, coefs, epilogue}, s.stream && can_stream(s.y));
+  with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+    for_packs<Accum<T>>(n, ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s, coefs, e}, s.stream && can_stream(s.y));
+  });
+}
+
+// The same over rows of n elements that lie `stride` apart, like their masks mask_row.
+template <class T, class Coefs>
+FASTNORM_INLINE void forward_rows(const ForwardSpan<T>& s, int64_t rows, int64_t n, int64_t stride, int64_t mask_row,
+                                  const Coefs& coefs, const Epilogue<Accum<T>>& epilogue, bool together) {
+  with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+    const auto at_row = [&](int64_t r) {
+      const int64_t at = r * stride;
+      const ForwardSpan<T> row{s.x + at, s.residual ? s.residual + at : nullptr, s.y + at,
+                               s.mask ? s.mask + r * mask_row : nullptr, s.stream};
+      return ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{row, coefs, e};
+    };
+    for_rows<Accum<T>>(rows, n, together, Strided{stride, mask_row, 0, 0}, at_row, s.stream && can_stream(s.y));
+  });
 }
 
 // ---- backward ----
@@ -193,49 +268,54 @@ struct BackwardSpan {
   T* dx;
   T* dresidual;
   bool stream;  // dx and dresidual are too large to stay in the cache
-};
 
-// Where pack p of a group lies: behind the one before it, or below it at the next position.
-template <class A>
-struct Adjacent {
-  FASTNORM_INLINE int64_t element(int p) const { return p * kLanes<A>; }
-  FASTNORM_INLINE int64_t coef(int p) const { return p * kLanes<A>; }
-  FASTNORM_INLINE int64_t mask(int p) const { return p * kMaskBytes<A>; }
-};
-template <class A>
-struct Strided {
-  int64_t stride, mask_stride;
-  FASTNORM_INLINE int64_t element(int p) const { return p * stride; }
-  FASTNORM_INLINE int64_t coef(int) const { return 0; }
-  FASTNORM_INLINE int64_t mask(int p) const { return p * mask_stride; }
+  // The same span for a second pass that finds d in `cached`.
+  BackwardSpan<T, Accum<T>> with_d(const Accum<T>* cached) const {
+    return {cached, x, nullptr, nullptr, dx, dresidual, stream};
+  }
+  // The span `at` elements further on; d_at of dy, mask_at bytes of the mask.
+  BackwardSpan moved(int64_t at, int64_t d_at, int64_t mask_at) const {
+    return {dy + d_at,
+            x + at,
+            residual ? residual + at : nullptr,
+            mask ? mask + mask_at : nullptr,
+            dx ? dx + at : nullptr,
+            dresidual ? dresidual + at : nullptr,
+            stream};
+  }
 };
 
 // Loads P packs at element i and gives d = dy * act'(z) and x - mean.
-template <int P, class T, class D, class Coefs, class Access, class Layout, class A = Accum<T>>
-FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coefs& coefs, const Epilogue<A>& e,
-                               Access access, Layout layout, Pack<A> (&d)[P], Pack<A> (&centered)[P]) {
+template <int P, class T, class D, class Coefs, class E, class Access, class Layout, class A = Accum<T>>
+FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coefs& coefs, const E& e, Access access,
+                               Layout layout, Pack<A> (&d)[P], Pack<A> (&centered)[P]) {
   for (int p = 0; p < P; ++p) {
-    centered[p] = access.get(s.x + i + layout.element(p), p) - coefs.at(i + layout.coef(p)).mean;
-    d[p] = access.get(s.dy + i + layout.element(p), p);
-  }
-  if (e.activation == Activation::kNone) return;
-  if (s.mask) {
-    const Pack<A> lower = e.activation == Activation::kRelu ? Pack<A>(0) : e.param;
-    for (int p = 0; p < P; ++p) {
-      const Mask<A> upper = load_mask<A>(s.mask + i / kLanes<A> * kMaskBytes<A> + layout.mask(p));
-      d[p] = select(upper, d[p], e.activation == Activation::kRelu ? lower : d[p] * lower);
+    centered[p] = access.get(s.x + i + layout.element(p)) - coefs.at(i + layout.coef(p), layout.row(p)).mean;
+    if constexpr (std::is_same_v<D, T>) {
+      d[p] = access.get(s.dy + i + layout.dy(p));
+    } else {
+      d[p] = load(s.dy + i + layout.dy(p));  // in the order of lanes, whole packs
     }
-    return;
   }
-  Pack<A> z[P];
-  for (int p = 0; p < P; ++p) {
-    const Affine<A> c = coefs.at(i + layout.coef(p));
-    z[p] = fma(centered[p], c.scale, c.bias);
+  if constexpr (kActivates<E>) {
+    if (s.mask) {
+      const Pack<A> lower = e.activation == Activation::kRelu ? Pack<A>(0) : e.param;
+      for (int p = 0; p < P; ++p) {
+        const Mask<A> upper = access.template get_mask<T>(s.mask + i / kLanes<A> * kMaskBytes<A> + layout.mask(p));
+        d[p] = select(upper, d[p], e.activation == Activation::kRelu ? lower : d[p] * lower);
+      }
+      return;
+    }
+    Pack<A> z[P];
+    for (int p = 0; p < P; ++p) {
+      const Affine<A> c = coefs.at(i + layout.coef(p), layout.row(p));
+      z[p] = fma(centered[p], c.scale, c.bias);
+    }
+    if (s.residual) {
+      for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + layout.element(p));
+    }
+    multiply_slopes<T>(e, z, d);
   }
-  if (s.residual) {
-    for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + layout.element(p), p);
-  }
-  multiply_slopes(e, z, d);
 }
 
 // The sum of P packs, and the sum of their products, as a tree.
@@ -243,72 +323,68 @@ template <int P, class A>
 FASTNORM_INLINE Pack<A> tree_sum(const Pack<A> (&v)[P]) {
   if constexpr (P == 1) return v[0];
   if constexpr (P == 2) return v[0] + v[1];
-  if constexpr (P == 3) return (v[0] + v[1]) + v[2];
   if constexpr (P == 4) return (v[0] + v[1]) + (v[2] + v[3]);
 }
 template <int P, class A>
 FASTNORM_INLINE Pack<A> tree_dot(const Pack<A> (&a)[P], const Pack<A> (&b)[P]) {
   if constexpr (P == 1) return a[0] * b[0];
   if constexpr (P == 2) return fma(a[0], b[0], a[1] * b[1]);
-  if constexpr (P == 3) return fma(a[0], b[0], a[1] * b[1]) + a[2] * b[2];
   if constexpr (P == 4) return fma(a[0], b[0], a[1] * b[1]) + fma(a[2], b[2], a[3] * b[3]);
 }
 
-// Adds d and d (x - mean) over a span of one channel to `sums`. Four packs are added in A, then widened. With kExact
-// the second sum is in double from the difference on, as in torch.nn's planar batch norm; it costs 0.8 ns a pack. The
-// rounding of x - mean is the same for all half-precision x of one binade, so it does not average out.
-template <class T, bool kExact>
+// Adds d and d (x - mean) over a part of one channel to sums in A. With kWide the second is in double from the product
+// on, for a spread so small that the products lose digits in A.
+template <class T, bool kWide, class E>
 struct SharedGradSums {
   using A = Accum<T>;
   const BackwardSpan<T>& s;
   const SharedCoefs<A>& coefs;
-  const Epilogue<A>& epilogue;
+  const E& epilogue;
   A* cached;  // receives d for the second pass; or null
-  GradSums<PackD>& sums;
+  HalfSum<A>&sum, &sum_centered;
+  PackD& wide;
 
-  template <int P, class Access>
-  FASTNORM_INLINE void packs(int64_t i, Access access) const {
+  template <int P, class Access, class Layout>
+  FASTNORM_INLINE void packs(int64_t i, Access access, Layout layout) const {
     Pack<A> d[P], centered[P];
-    load_grad(s, i, coefs, epilogue, access, Adjacent<A>{}, d, centered);
+    load_grad(s, i, coefs, epilogue, access, layout, d, centered);
     // Past the end dy is zero, but the slope can be Inf or NaN, and their product is NaN.
-    for (int p = 0; p < P; ++p) d[p] = access.zero_past_end(d[p], p);
+    for (int p = 0; p < P; ++p) d[p] = access.template zero_past_end<T>(d[p]);
     if (cached) {
-      for (int p = 0; p < P; ++p) store(cached + i + p * kLanes<A>, d[p]);
+      for (int p = 0; p < P; ++p) store(cached + i + layout.kept(p), d[p]);
     }
-    sums.d = sums.d + widen_halves(tree_sum(d));
-    if constexpr (kExact) {
-      const PackD mean = widen_lower(coefs.all.mean);
-      PackD dot(0);
-      for (int p = 0; p < P; ++p) dot = widen_dot(d[p], access.get(s.x + i + p * kLanes<A>, p), mean, dot);
-      sums.d_centered = sums.d_centered + dot;
-    } else {
-      sums.d_centered = sums.d_centered + widen_halves(tree_dot(d, centered));
+    for (int p = 0; p < P; ++p) {
+      sum.add(d[p]);
+      if constexpr (kWide) {
+        wide = widen_dot(d[p], centered[p], wide);
+      } else {
+        sum_centered.add_product(d[p], centered[p]);
+      }
     }
   }
 };
 
 // Writes dx and dresidual over a span.
-template <class T, class D, class Coefs, class Terms>
+template <class T, class D, class Coefs, class Terms, class E>
 struct BackwardPacks {
   using A = Accum<T>;
-  const BackwardSpan<T, D>& s;
+  const BackwardSpan<T, D> s;
   const Coefs& coefs;
   const Terms& terms;
-  const Epilogue<A>& epilogue;
+  const E& epilogue;
 
-  template <int P, class Access>
-  FASTNORM_INLINE void packs(int64_t i, Access access) const {
-    constexpr int64_t L = kLanes<A>;
-    Pack<A> d[P], centered[P];
-    load_grad(s, i, coefs, epilogue, access, Adjacent<A>{}, d, centered);
-    if (s.dresidual) {
-      for (int p = 0; p < P; ++p) access.put(s.dresidual + i + p * L, d[p], p);
+  template <int P, class Access, class Layout>
+  FASTNORM_INLINE void packs(int64_t i, Access access, Layout layout) const {
+    Pack<A> dx[P];
+    for (int p = 0; p < P; ++p) {  // pack by pack: d and x - mean of a group would not fit the registers
+      Pack<A> d[1], centered[1];
+      load_grad(s, i, coefs, epilogue, access, Single<Layout>{layout, p}, d, centered);
+      if (s.dresidual) access.put(s.dresidual + i + layout.element(p), d[0]);
+      const int64_t at = i + layout.coef(p);
+      dx[p] = terms.dx(at, layout.row(p), coefs.at(at, layout.row(p)), d[0], centered[0]);
     }
-    if (s.dx) {
-      for (int p = 0; p < P; ++p) {
-        access.put(s.dx + i + p * L, terms.dx(i + p * L, coefs.at(i + p * L), d[p], centered[p]), p);
-      }
-    }
+    if (!s.dx) return;
+    for (int p = 0; p < P; ++p) access.put(s.dx + i + layout.element(p), dx[p]);
   }
 };
 
@@ -316,7 +392,23 @@ template <class T, class D, class Coefs, class Terms>
 FASTNORM_INLINE void backward_span(const BackwardSpan<T, D>& s, int64_t n, const Coefs& coefs, const Terms& terms,
                                    const Epilogue<Accum<T>>& epilogue) {
   const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
-  for_packs<Accum<T>>(n, BackwardPacks<T, D, Coefs, Terms>{s, coefs, terms, epilogue}, stream);
+  with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+    for_packs<Accum<T>>(n, BackwardPacks<T, D, Coefs, Terms, std::decay_t<decltype(e)>>{s, coefs, terms, e}, stream);
+  });
+}
+
+// The same over rows of n elements, as forward_rows. Rows of a cached d are d_row apart.
+template <class T, class D, class Coefs, class Terms>
+FASTNORM_INLINE void backward_rows(const BackwardSpan<T, D>& s, int64_t rows, int64_t n, int64_t stride, int64_t d_row,
+                                   int64_t mask_row, const Coefs& coefs, const Terms& terms,
+                                   const Epilogue<Accum<T>>& epilogue, bool together) {
+  const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
+  with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+    using Packs = BackwardPacks<T, D, Coefs, Terms, std::decay_t<decltype(e)>>;
+    for_rows<Accum<T>>(
+        rows, n, together, Strided{stride, mask_row, d_row, 0},
+        [&](int64_t r) { return Packs{s.moved(r * stride, r * d_row, r * mask_row), coefs, terms, e}; }, stream);
+  });
 }
 
 }  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

@@ -3,8 +3,10 @@
 #include "columns_forward.h"
 #include "eval_forward.h"
 #include "layer_backward.h"
+#include "layer_forward.h"
 #include "rows_backward.h"
 #include "rows_forward.h"
+#include "short_runs.h"
 
 #define FASTNORM_STRING_(s) #s
 #define FASTNORM_STRING(s) FASTNORM_STRING_(s)
@@ -18,6 +20,10 @@ static void forward(const ForwardCall& args) {
       EvalForward<T>(args).run();
     } else if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsForward<T>(args).run();
+    } else if (has_short_runs<T>(args)) {
+      ShortRunsForward<T>(args).run();
+    } else if (args.geometry.per_element() && args.geometry.D() <= kBlock * kChunkBlocks) {
+      LayerForward<T>(args).run();
     } else {
       RowsForward<T>(args).run();
     }
@@ -29,6 +35,8 @@ static void backward(const BackwardCall& args) {
     using T = typename decltype(tag)::type;
     if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsBackward<T>(args).run();
+    } else if (has_short_runs<T>(args)) {
+      ShortRunsBackward<T>(args).run();
     } else if (args.geometry.per_element()) {
       LayerBackward<T>(args).run();
     } else {

@@ -2,11 +2,13 @@
 //
 // What: takes the means of w d and w d xhat over each set, then computes dx as rows_backward.h does. dweight and dbias
 //   are sums over the sets.
-// Who: a task takes a chunk of samples and has its own row of partial dweight and dbias; the rows are folded in order
+// Who: a task takes a chunk of samples, kRowGroup sets at a time where they are short, and has its own row of partial
+// dweight and dbias; the rows are folded in order
 //   at the end.
 // Traffic: reads dy and x from memory once while a set fits the cache, twice otherwise; writes dx once; writes and
 //   reads the partials.
-// Numerics: dweight and dbias are summed in A over kFlushSamples samples, then in double. The number of chunks depends
+// Numerics: the sums of a set are taken in A over kBlock elements, in double beyond. dweight and dbias are summed in A
+// over kFlushSamples samples, then in double. The number of chunks depends
 //   on the sizes alone.
 #pragma once
 
@@ -18,45 +20,61 @@ template <class T>
 class LayerBackward : Call<T, BackwardCall> {
   using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
-  static constexpr int64_t L = kLanes<A>;
+  using Base::args, Base::g, Base::stats, Base::epilogue;
   static constexpr int64_t kFlushSamples = 32;
   // Each row of partials costs memory traffic, so at least kMinSamples samples share one; 64 rows feed any machine.
   static constexpr int64_t kMinSamples = 64, kMaxChunks = 64;
 
+  const ElementParams<T> weights_{g, Base::weight}, biases_{g, Base::bias};
   const T* dy_ = static_cast<const T*>(args.dy);
   const T* x_ = static_cast<const T*>(args.x);
   const T* residual_ = static_cast<const T*>(args.residual);
   T* dx_ = static_cast<T*>(args.dx);
   T* dresidual_ = static_cast<T*>(args.dresidual);
   const int64_t mask_row_ = mask_row_bytes(g.D(), args.dtype);
-  const bool params_ = args.dweight || args.dbias;
+  const int64_t lanes_ = g.G * lane_pitch<A>(g.D());  // of dweight or dbias
+  const bool params_ = args.dweight || args.dbias, applies_ = dx_ || dresidual_;
   const int64_t chunks_ = std::clamp<int64_t>(g.N / (params_ ? kMinSamples : 1), std::min<int64_t>(g.N, 2), kMaxChunks);
 
-  // Adds w d and w d xhat of a set to `sums`, and the set's part of dweight and dbias to those.
+  // Sets that go through a pass together, and the d that it keeps of them.
+  const bool together_ = g.G == 1 && 2 * kRowGroup * g.D() * static_cast<int64_t>(sizeof(T)) <= kRowsInL1;
+  const int64_t set_lanes_ = lane_pitch<A>(g.D());
+  const bool caches_d_ = applies_ && Base::caches_slopes((together_ ? kRowGroup : 1) * set_lanes_);
+
+  // Adds w d and w d (x - mean) of each set to its sums, and the sets' part of dweight and dbias to those. Asks for the
+  // sets after these.
+  template <int kRows, class E>
   struct SumPacks {
-    const BackwardSpan<T>& s;
-    const ElementCoefs<A>& coefs;
-    const Epilogue<A>& epilogue;
+    const BackwardSpan<T> s;
+    const ElementCoefs<A, kRows>& coefs;
+    const E& epilogue;
     A *dweight, *dbias;  // or both null
-    GradSums<PackD>& sums;
+    A* cached;           // receives d for the second pass; or null
+    HalfSum<A> (&sum)[kRows], (&sum_centered)[kRows];
 
     template <int P, class Access>
-    FASTNORM_INLINE void packs(int64_t i, Access access) const {
-      Pack<A> d[P], centered[P], wd[P];
-      load_grad(s, i, coefs, epilogue, access, Adjacent<A>{}, d, centered);
+    FASTNORM_INLINE void packs(int64_t i, Access access, Strided layout) const {
+      const Pack<A> weight = load(coefs.weight + i);
+      Pack<A> weights(0), biases(0);
+      if (dweight) weights = load(dweight + i), biases = load(dbias + i);
       for (int p = 0; p < P; ++p) {
-        const int64_t at = i + p * L;
-        wd[p] = access.zero_past_end(d[p] * load(coefs.weight + at), p);
-        if (dweight) {
-          // The lanes past the end belong to the next set's channels, and d or xhat can be NaN there: add zero.
-          d[p] = access.zero_past_end(d[p], p);
-          store(dweight + at, fma(d[p], access.zero_past_end(centered[p] * coefs.rstd, p), load(dweight + at)));
-          store(dbias + at, load(dbias + at) + d[p]);
-        }
+        Pack<A> d[1], centered[1];
+        load_grad(s, i, coefs, epilogue, access, Single<Strided>{layout, p}, d, centered);
+        if (cached) store(cached + i + layout.kept(p), d[0]);
+        prefetch(s.x + i + layout.element(p) + P * layout.stride);
+        prefetch(s.dy + i + layout.element(p) + P * layout.stride);
+        // Past the end d or x - mean can be NaN, which would spoil the sums.
+        d[0] = access.template zero_past_end<T>(d[0]);
+        centered[0] = access.template zero_past_end<T>(centered[0]);
+        const Pack<A> wd = d[0] * weight;
+        sum[p].add(wd);
+        sum_centered[p].add_product(wd, centered[0]);
+        weights = fma(d[0], centered[0] * coefs.rstd[p], weights);
+        biases = biases + d[0];
       }
-      sums.d = sums.d + widen_halves(tree_sum(wd));
-      sums.d_centered = sums.d_centered + widen_halves(tree_dot(wd, centered));
+      if (!dweight) return;
+      store(dweight + i, weights);
+      store(dbias + i, biases);
     }
   };
 
@@ -64,68 +82,100 @@ class LayerBackward : Call<T, BackwardCall> {
   using Base::Base;
 
   void run() {
-    Buffer<double> partials(params_ ? 2 * chunks_ * g.C : 0);
+    Buffer<double> partials(params_ ? chunks_ * 2 * lanes_ : 0);
     for_each_task(args.parallel, chunks_, [&](int64_t t) {
-      run_chunk(g.N * t / chunks_, g.N * (t + 1) / chunks_, partials + (params_ ? 2 * t * g.C : 0));
+      run_chunk(g.N * t / chunks_, g.N * (t + 1) / chunks_, partials + (params_ ? t * 2 * lanes_ : 0));
     });
     if (!params_) return;
-    for_each_task(args.parallel, div_up(g.C, kBlock), [&](int64_t t) {
-      for (int64_t c = t * kBlock; c < std::min((t + 1) * kBlock, g.C); ++c) {
-        double dbias = 0, dweight = 0;
-        for (int64_t k = 0; k < chunks_; ++k) {
-          dbias += partials[2 * k * g.C + c];
-          dweight += partials[(2 * k + 1) * g.C + c];
+    for_each_task(Base::parallel_over(chunks_ * 2 * lanes_), div_up(lanes_, kBlock), [&](int64_t t) {
+      for (int64_t i = t * kBlock; i < std::min((t + 1) * kBlock, lanes_); ++i) {
+        for (int64_t k = 1; k < chunks_; ++k) {
+          partials[i] += partials[k * 2 * lanes_ + i];
+          partials[lanes_ + i] += partials[(k * 2 + 1) * lanes_ + i];
         }
-        if (args.dbias) args.dbias[c] = dbias;
-        if (args.dweight) args.dweight[c] = dweight;
       }
     });
+    for (int64_t c = 0; c < g.C; ++c) {
+      const int64_t lane = c / g.D() * set_lanes_ + lane_of<T>(c % g.D());
+      if (args.dbias) args.dbias[c] = partials[lane];
+      if (args.dweight) args.dweight[c] = partials[lanes_ + lane];
+    }
   }
 
  private:
   void run_chunk(int64_t begin, int64_t end, double* partial) const {
-    const int64_t pitch = div_up(g.C, L) * L + L;
-    Buffer<A> sums(params_ ? 2 * pitch : 0);
+    Buffer<A> sums(params_ ? 2 * lanes_ : 0);
     if (params_) {
-      std::fill_n(partial, 2 * g.C, 0.0);
-      std::fill_n(static_cast<A*>(sums), 2 * pitch, A(0));
+      std::fill_n(partial, 2 * lanes_, 0.0);
+      std::fill_n(static_cast<A*>(sums), 2 * lanes_, A(0));
     }
-    A *dbias = params_ ? static_cast<A*>(sums) : nullptr, *dweight = params_ ? sums + pitch : nullptr;
+    A *dbias = params_ ? static_cast<A*>(sums) : nullptr, *dweight = params_ ? sums + lanes_ : nullptr;
+    const Buffer<A> cached(caches_d_ ? (together_ ? kRowGroup : 1) * set_lanes_ : 0);
     const int64_t flush = params_ ? kFlushSamples : end - begin;
     for (int64_t first = begin; first < end; first += flush) {
       const int64_t last = std::min(first + flush, end);
-      run_sets(first * g.G, last * g.G, dweight, dbias);
+      run_sets(first * g.G, last * g.G, dweight, dbias, caches_d_ ? static_cast<A*>(cached) : nullptr);
       if (!params_) continue;
-      for (int64_t c = 0; c < g.C; ++c) {
-        partial[c] += dbias[c];
-        partial[g.C + c] += dweight[c];
-      }
-      std::fill_n(static_cast<A*>(sums), 2 * pitch, A(0));
+      for (int64_t i = 0; i < 2 * lanes_; ++i) partial[i] += sums[i];
+      std::fill_n(static_cast<A*>(sums), 2 * lanes_, A(0));
     }
   }
 
-  void run_sets(int64_t begin, int64_t end, A* dweight, A* dbias) const {
-    const int64_t batch = sets_per_batch(2 * g.D());
-    SharedTerms<A> terms[kMaxBatch];
-    for (int64_t first = begin; first < end; first += batch) {
-      const int64_t last = std::min(first + batch, end);
-      for (int64_t set = first; set < last; ++set) terms[set - first] = reduce(set, dweight, dbias);
-      if (!dx_ && !dresidual_) continue;
-      for (int64_t set = first; set < last; ++set) {
-        backward_span(span(set), g.D(), Base::element_coefs(set), terms[set - first], epilogue);
+  void run_sets(int64_t set, int64_t end, A* dweight, A* dbias, A* cached) const {
+    if constexpr (kRowGroup > 1) {
+      for (; together_ && set + kRowGroup <= end; set += kRowGroup) {
+        run_group<kRowGroup>(set, dweight, dbias, cached);
       }
     }
+    for (; set < end; ++set) run_group<1>(set, dweight, dbias, cached);
   }
 
-  SharedTerms<A> reduce(int64_t set, A* dweight, A* dbias) const {
-    const int64_t c = first_channel(g, set);
+  template <int kRows>
+  void run_group(int64_t set, A* dweight, A* dbias, A* cached) const {
+    const int64_t D = g.D(), group = set % g.G;
     const BackwardSpan<T> s = span(set);
-    const ElementCoefs<A> coefs = Base::element_coefs(set);
-    GradSums<PackD> lanes{PackD(0), PackD(0)};
-    for_packs<A>(g.D(),
-                 SumPacks{s, coefs, epilogue, dweight ? dweight + c : nullptr, dbias ? dbias + c : nullptr, lanes});
-    const GradSums<double> sums{sum_lanes(lanes.d), sum_lanes(lanes.d_centered)};
-    return Base::set_terms(set, sums.d, Base::xhat_sum(set, sums));
+    const ElementCoefs<A, kRows> coefs(stats.mean + set, stats.rstd + set, weights_.of_group(group),
+                                       biases_.of_group(group));
+    const Strided layout{D, mask_row_, D, set_lanes_};
+    GradSums<double> total[kRows] = {};
+    for (int64_t offset = 0; offset < D; offset += kBlock) {
+      HalfSum<A> sum[kRows], sum_centered[kRows];
+      const int64_t first = group * set_lanes_ + offset;
+      const ElementCoefs<A, kRows> moved = coefs.moved(offset);
+      with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+        const SumPacks<kRows, std::decay_t<decltype(e)>> packs{s.moved(offset, offset, offset / 8),
+                                                               moved,
+                                                               e,
+                                                               dweight ? dweight + first : nullptr,
+                                                               dbias ? dbias + first : nullptr,
+                                                               cached ? cached + offset : nullptr,
+                                                               sum,
+                                                               sum_centered};
+        across_rows<kRows, A>(std::min(kBlock, D - offset), packs, layout, false);
+      });
+      for (int p = 0; p < kRows; ++p) total[p].merge({sum_lanes(sum[p]), sum_lanes(sum_centered[p])});
+    }
+    if (!applies_) return;
+    ElementTerms<A, kRows> terms;
+    for (int p = 0; p < kRows; ++p) {
+      const double low = stats.mean_low[set + p];
+      const SetTerms<A> own = Base::set_terms(set + p, total[p].d, Base::xhat_sum(set + p, total[p], low), low);
+      terms.offset[p] = Pack<A>(own.offset), terms.slope[p] = Pack<A>(own.slope);
+    }
+    const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
+    using Coefs = ElementCoefs<A, kRows>;
+    using Terms = ElementTerms<A, kRows>;
+    if (cached) {
+      using E = FixedEpilogue<Activation::kNone, A>;
+      const E none{Pack<A>(0)};
+      const BackwardPacks<T, A, Coefs, Terms, E> packs{s.with_d(cached), coefs, terms, none};
+      across_rows<kRows, A>(D, packs, Strided{D, 0, set_lanes_, 0}, stream);
+    } else {
+      with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+        const BackwardPacks<T, T, Coefs, Terms, std::decay_t<decltype(e)>> packs{s, coefs, terms, e};
+        across_rows<kRows, A>(D, packs, layout, stream);
+      });
+    }
   }
 
   BackwardSpan<T> span(int64_t set) const {

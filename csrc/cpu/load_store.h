@@ -1,67 +1,93 @@
-// Loads and stores of packs: conversion of half precision, partial packs, stores past the cache, masks as bits.
+// Loads and stores of packs: conversion of half precision, partial packs, stores past the cache.
+//
+// A pack of bfloat16 has the even elements of its line in its lower lanes and the odd ones in the upper: a shift and a
+// mask make floats of 32 elements, where an order that is that of memory takes six instructions. Everything that meets
+// the elements of such a pack lane by lane (coefficients of channels, sums of weights' gradients) is in the order of
+// lanes, too; lane_of says which lane has which element.
 #pragma once
 
 #include "pack.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
+template <class A>
+constexpr int64_t kLanes = Pack<A>::kLanes;
+
+// The place of element i in an array in the order of lanes that begins with a whole pack.
+template <class T>
+constexpr int64_t lane_of(int64_t i) {
+  if constexpr (!std::is_same_v<T, BFloat16>) return i;
+  return i / 32 * 32 + i % 2 * 16 + i % 32 / 2;
+}
+
+// A pack of numbers from the order of elements to that of lanes, and back.
+template <class T, class A>
+FASTNORM_INLINE void to_lanes(const A* elements, A* lanes) {
+  constexpr int64_t L = kLanes<A>, kStep = std::is_same_v<T, BFloat16> ? 2 : 1;
+  for (int64_t i = 0; i < L / kStep; ++i) lanes[i] = elements[i * kStep];
+  for (int64_t i = 0; i < L / kStep && kStep > 1; ++i) lanes[L / kStep + i] = elements[i * kStep + 1];
+}
+template <class T, class A>
+FASTNORM_INLINE void from_lanes(const A* lanes, A* elements) {
+  constexpr int64_t L = kLanes<A>, kStep = std::is_same_v<T, BFloat16> ? 2 : 1;
+  for (int64_t i = 0; i < L / kStep; ++i) {
+    elements[i * kStep] = lanes[i];
+    if constexpr (kStep > 1) elements[i * kStep + 1] = lanes[L / kStep + i];
+  }
+}
+
 // ---- conversion of one part of a pack to storage type T and back ----
 
-// The bits of kPartLanes half-precision numbers.
-#if defined(__AVX512F__)
-using HalfPart = __m256i;
-#elif defined(__AVX2__)
-using HalfPart = __m128i;
-#else
-using HalfPart = Vector<uint16_t, kVectorBytes / 2>;
-#endif
 using FloatPart = Vector<float, kVectorBytes>;
 using WidePart = Vector<uint32_t, kVectorBytes>;
 
-FASTNORM_INLINE WidePart zero_extend(HalfPart h) {
-#if defined(__AVX512F__)
-  return (WidePart)_mm512_cvtepu16_epi32(h);
-#elif defined(__AVX2__)
-  return (WidePart)_mm256_cvtepu16_epi32(h);
-#else
-  return __builtin_convertvector(h, WidePart);
+// Two parts, those of the even and of the odd elements, to the bits of a line in memory, rounded to nearest even. On
+// all 16-bit words at once: a word is rounded up where what is cut off, plus one if the word is odd, is more than a
+// half. A NaN keeps its upper bits, so its lower ones have to be zeros: those of a bfloat16's and of the processor's
+// own NaN are, and read_params sees to those of parameters.
+FASTNORM_INLINE WidePart join_bfloat16(FloatPart even, FloatPart odd) {
+  const WidePart a = (WidePart)even, b = (WidePart)odd;
+#if defined(__AVX2__)
+  const WidePart upper = (a >> 16) | (b & 0xffff0000), lower = (a & 0xffff) | (b << 16);
 #endif
-}
-FASTNORM_INLINE HalfPart low_halves(WidePart w) {
 #if defined(__AVX512F__)
-  return _mm512_cvtepi32_epi16((__m512i)w);
+  const __m512i word = (__m512i)upper, one = _mm512_set1_epi16(1);
+  const __m512i cut = _mm512_adds_epu16((__m512i)lower, _mm512_and_si512(word, one));
+  const __mmask32 up = _mm512_cmpgt_epu16_mask(cut, _mm512_set1_epi16(static_cast<int16_t>(0x8000)));
+  return (WidePart)_mm512_mask_add_epi16(word, up, word, one);
 #elif defined(__AVX2__)
-  return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)w), _mm256_extracti128_si256((__m256i)w, 1));
+  const __m256i word = (__m256i)upper, one = _mm256_set1_epi16(1);
+  const __m256i cut = _mm256_adds_epu16((__m256i)lower, _mm256_and_si256(word, one));
+  const __m256i excess = _mm256_subs_epu16(cut, _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
+  return (WidePart)_mm256_add_epi16(word, _mm256_min_epu16(excess, one));
 #else
-  return __builtin_convertvector(w, HalfPart);
+  const auto rounded = [](WidePart u) { return (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000; };
+  const WidePart lower = (even == even ? rounded(a) : a) >> 16;
+  return lower | (odd == odd ? rounded(b) : b & 0xffff0000);
 #endif
 }
 
-FASTNORM_INLINE FloatPart to_float(Tag<BFloat16>, HalfPart h) { return (FloatPart)(zero_extend(h) << 16); }
-FASTNORM_INLINE HalfPart from_float(Tag<BFloat16>, FloatPart v) {
-  const WidePart u = (WidePart)v;
-  const WidePart rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;  // to nearest even
-  return low_halves(v == v ? rounded : WidePart{} + 0x7fc0);
-}
+// The bits of kPartLanes float16 numbers.
+using HalfPart = Vector<uint16_t, kVectorBytes / 2>;
 
-FASTNORM_INLINE FloatPart to_float(Tag<Float16>, HalfPart h) {
+FASTNORM_INLINE FloatPart from_float16(HalfPart h) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(h);
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(h);
+  return _mm512_cvtph_ps((__m256i)h);
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps((__m128i)h);
 #else
   // It is exact to shift exponent and mantissa into place and to scale by 2^112, for subnormals too.
-  const WidePart wide = zero_extend(h);
+  const WidePart wide = __builtin_convertvector(h, WidePart);
   const WidePart finite = (WidePart)((FloatPart)((wide & 0x7fff) << 13) * 0x1p112f);
   const WidePart magnitude = (wide & 0x7c00) == 0x7c00 ? (finite | 0x7f800000) : finite;  // Inf and NaN
   return (FloatPart)(magnitude | (wide & 0x8000) << 16);
 #endif
 }
-FASTNORM_INLINE HalfPart from_float(Tag<Float16>, FloatPart v) {  // to nearest even
+FASTNORM_INLINE HalfPart to_float16(FloatPart v) {  // to nearest even
 #if defined(__AVX512F__)
-  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__F16C__)
-  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  return (HalfPart)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (HalfPart)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 #else
   const WidePart u = (WidePart)v & 0x7fffffff;
   const WidePart normal = (u + 0xfff + (u >> 13 & 1)) >> 13;
@@ -69,67 +95,102 @@ FASTNORM_INLINE HalfPart from_float(Tag<Float16>, FloatPart v) {  // to nearest 
   WidePart half = u < 0x38800000 ? subnormal : normal - (112 << 10);
   half = u >= 0x477ff000 ? WidePart{} + 0x7c00 : half;  // rounds to Inf
   half = u > 0x7f800000 ? WidePart{} + 0x7e00 : half;   // NaN
-  return low_halves(half | ((WidePart)v >> 16 & 0x8000));
+  return __builtin_convertvector(half | ((WidePart)v >> 16 & 0x8000), HalfPart);
 #endif
 }
 
-// ---- load and store ----
+// ---- the lines of a pack in memory ----
+
+// What a pack of T is in memory: as many vectors as the pack has parts, of half the size for float16, half as many for
+// bfloat16.
+template <class T>
+struct Lines {
+  using Line =
+      std::conditional_t<std::is_same_v<T, Float16>, HalfPart,
+                         std::conditional_t<std::is_same_v<T, BFloat16>, WidePart, typename Pack<Accum<T>>::Part>>;
+  static constexpr int kCount = std::is_same_v<T, BFloat16> ? kParts / 2 : kParts;
+  static constexpr int kElements = sizeof(Line) / sizeof(T);
+  Line line[kCount];
+
+  FASTNORM_INLINE Pack<Accum<T>> unpack() const {
+    Pack<Accum<T>> r;
+    for_each_index<kCount>([&](auto k) FASTNORM_LAMBDA {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        r.part[k] = (FloatPart)(line[k] << 16);
+        r.part[k + kCount] = (FloatPart)(line[k] & 0xffff0000);
+      } else if constexpr (std::is_same_v<T, Float16>) {
+        r.part[k] = from_float16(line[k]);
+      } else {
+        r.part[k] = line[k];
+      }
+    });
+    return r;
+  }
+  FASTNORM_INLINE explicit Lines(Pack<Accum<T>> v) {
+    for_each_index<kCount>([&](auto k) FASTNORM_LAMBDA {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        line[k] = join_bfloat16(v.part[k], v.part[k + kCount]);
+      } else if constexpr (std::is_same_v<T, Float16>) {
+        line[k] = to_float16(v.part[k]);
+      } else {
+        line[k] = v.part[k];
+      }
+    });
+  }
+  Lines() = default;
+};
 
 template <class T>
 FASTNORM_INLINE Pack<Accum<T>> load(const T* p) {
-  using A = Accum<T>;
-  Pack<A> r;
-  for (int k = 0; k < kParts; ++k) {
-    const T* part = p + k * Pack<A>::kPartLanes;
-    if constexpr (std::is_same_v<T, A>) {
-      std::memcpy(&r.part[k], part, kVectorBytes);
-    } else {
-      HalfPart h;
-      std::memcpy(&h, part, sizeof h);
-      r.part[k] = to_float(Tag<T>{}, h);
-    }
-  }
-  return r;
+  Lines<T> lines;  // line by line: GCC would copy an array by way of the stack
+  for_each_index<Lines<T>::kCount>(
+      [&](auto k) FASTNORM_LAMBDA { std::memcpy(&lines.line[k], p + k * Lines<T>::kElements, sizeof lines.line[k]); });
+  return lines.unpack();
 }
 
 template <class T>
 FASTNORM_INLINE void store(T* p, Pack<Accum<T>> v) {
-  using A = Accum<T>;
-  for (int k = 0; k < kParts; ++k) {
-    T* part = p + k * Pack<A>::kPartLanes;
-    if constexpr (std::is_same_v<T, A>) {
-      std::memcpy(part, &v.part[k], kVectorBytes);
-    } else {
-      const HalfPart h = from_float(Tag<T>{}, v.part[k]);
-      std::memcpy(part, &h, sizeof h);
-    }
+  const Lines<T> lines(v);
+  for_each_index<Lines<T>::kCount>(
+      [&](auto k) FASTNORM_LAMBDA { std::memcpy(p + k * Lines<T>::kElements, &lines.line[k], sizeof lines.line[k]); });
+}
+
+// Asks for the memory of a pack.
+template <class T>
+FASTNORM_INLINE void prefetch(const T* p) {
+  for (size_t byte = 0; byte < kLanes<Accum<T>> * sizeof(T); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
   }
 }
 
 // Stores without reading the line into the cache first. can_stream(p) must hold.
 template <class T>
 FASTNORM_INLINE void store_past_cache(T* p, Pack<Accum<T>> v) {
+  const Lines<T> lines(v);
+  for_each_index<Lines<T>::kCount>([&](auto k) FASTNORM_LAMBDA {
+    [[maybe_unused]] T* const at = p + k * Lines<T>::kElements;
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(p, v.part[0]);
-  if constexpr (std::is_same_v<T, double>) return _mm512_stream_pd(p, v.part[0]);
-  if constexpr (sizeof(T) == 2)
-    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), from_float(Tag<T>{}, v.part[0]));
+    if constexpr (sizeof lines.line[k] == 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(at), (__m512i)lines.line[k]);
+    } else {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(at), (__m256i)lines.line[k]);
+    }
 #elif defined(__AVX2__)
-  for (int k = 0; k < kParts; ++k) {
-    T* part = p + k * Pack<Accum<T>>::kPartLanes;
-    if constexpr (std::is_same_v<T, float>) _mm256_stream_ps(part, v.part[k]);
-    if constexpr (std::is_same_v<T, double>) _mm256_stream_pd(part, v.part[k]);
-    if constexpr (sizeof(T) == 2) _mm_stream_si128(reinterpret_cast<__m128i*>(part), from_float(Tag<T>{}, v.part[k]));
-  }
+    if constexpr (sizeof lines.line[k] == 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(at), (__m256i)lines.line[k]);
+    } else {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(at), (__m128i)lines.line[k]);
+    }
 #else
-  store(p, v);
+    std::memcpy(at, &lines.line[k], sizeof lines.line[k]);
 #endif
+  });
 }
 
 // Whether packs from p on are aligned for store_past_cache. A null p is.
 template <class T>
 FASTNORM_INLINE bool can_stream(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (Pack<Accum<T>>::kLanes * sizeof(T)) == 0;
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
 // Makes this thread's streamed stores visible before its next ordinary store.
@@ -142,96 +203,54 @@ FASTNORM_INLINE void finish_streaming() {
 // v rounded to what T can represent.
 template <class T>
 FASTNORM_INLINE Pack<Accum<T>> round_to(Pack<Accum<T>> v) {
-  if constexpr (sizeof(T) == 2) {
-    for (int k = 0; k < kParts; ++k) v.part[k] = to_float(Tag<T>{}, from_float(Tag<T>{}, v.part[k]));
-  }
+  if constexpr (sizeof(T) == 2) return Lines<T>(v).unpack();
   return v;
 }
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-#define FASTNORM_MASKED_ACCESS 1
-#endif
-
-// The first n lanes, 0 < n < kLanes. Lanes past n are zero, and their memory is not touched.
+// The first n elements, 0 < n <= kLanes. Lanes of others are zero, and their memory is not touched.
 template <class T>
 FASTNORM_INLINE Pack<Accum<T>> load_first(const T* p, int64_t n) {
-#if defined(FASTNORM_MASKED_ACCESS)
-  const auto lanes = static_cast<__mmask16>((1u << n) - 1);
-  Pack<Accum<T>> r;
-  if constexpr (std::is_same_v<T, float>) {
-    r.part[0] = _mm512_maskz_loadu_ps(lanes, p);
-  } else if constexpr (std::is_same_v<T, double>) {
-    r.part[0] = _mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), p);
-  } else {
-    r.part[0] = to_float(Tag<T>{}, _mm256_maskz_loadu_epi16(lanes, p));
-  }
-  return r;
+  Lines<T> lines;
+#if defined(__AVX512F__)
+  const uint64_t mask = (uint64_t(1) << n) - 1;
+  for_each_index<Lines<T>::kCount>([&](auto k) FASTNORM_LAMBDA {
+    const uint64_t m = mask >> k * Lines<T>::kElements;
+    const T* at = p + k * Lines<T>::kElements;
+    if constexpr (sizeof(T) == 8) lines.line[k] = _mm512_maskz_loadu_pd(static_cast<__mmask8>(m), at);
+    if constexpr (sizeof(T) == 4) lines.line[k] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(m), at);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      lines.line[k] = (WidePart)_mm512_maskz_loadu_epi16(static_cast<__mmask32>(m), at);
+    }
+    if constexpr (std::is_same_v<T, Float16>) {
+      lines.line[k] = (HalfPart)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(m), at);
+    }
+  });
 #else
-  alignas(kPackBytes) T copy[Pack<Accum<T>>::kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) copy[i] = p[i];
-  return load(copy);
+  std::memset(lines.line, 0, sizeof lines.line);
+  std::memcpy(lines.line, p, n * sizeof(T));
 #endif
+  return lines.unpack();
 }
 
 template <class T>
 FASTNORM_INLINE void store_first(T* p, Pack<Accum<T>> v, int64_t n) {
-#if defined(FASTNORM_MASKED_ACCESS)
-  const auto lanes = static_cast<__mmask16>((1u << n) - 1);
-  if constexpr (std::is_same_v<T, float>) {
-    _mm512_mask_storeu_ps(p, lanes, v.part[0]);
-  } else if constexpr (std::is_same_v<T, double>) {
-    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lanes), v.part[0]);
-  } else {
-    _mm256_mask_storeu_epi16(p, lanes, from_float(Tag<T>{}, v.part[0]));
-  }
+  const Lines<T> lines(v);
+#if defined(__AVX512F__)
+  const uint64_t mask = (uint64_t(1) << n) - 1;
+  for_each_index<Lines<T>::kCount>([&](auto k) FASTNORM_LAMBDA {
+    const uint64_t m = mask >> k * Lines<T>::kElements;
+    T* at = p + k * Lines<T>::kElements;
+    if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(at, static_cast<__mmask8>(m), lines.line[k]);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(at, static_cast<__mmask16>(m), lines.line[k]);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      _mm512_mask_storeu_epi16(at, static_cast<__mmask32>(m), (__m512i)lines.line[k]);
+    }
+    if constexpr (std::is_same_v<T, Float16>)
+      _mm256_mask_storeu_epi16(at, static_cast<__mmask16>(m), (__m256i)lines.line[k]);
+  });
 #else
-  alignas(kPackBytes) T copy[Pack<Accum<T>>::kLanes];
-  store(copy, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = copy[i];
+  std::memcpy(p, lines.line, n * sizeof(T));
 #endif
-}
-
-// ---- one bit per lane ----
-
-template <class A>
-constexpr int kMaskBytes = Pack<A>::kLanes / 8;
-
-template <class A>
-FASTNORM_INLINE void store_mask(uint8_t* p, Mask<A> m) {
-  uint32_t bits = 0;
-#if defined(__AVX512DQ__)
-  if constexpr (sizeof(A) == 4) bits = _mm512_movepi32_mask((__m512i)m.part[0]);
-  if constexpr (sizeof(A) == 8) bits = _mm512_movepi64_mask((__m512i)m.part[0]);
-#elif defined(__AVX2__)
-  for (int k = 0; k < kParts; ++k) {
-    if constexpr (sizeof(A) == 4) bits |= static_cast<uint32_t>(_mm256_movemask_ps((__m256)m.part[k])) << 8 * k;
-    if constexpr (sizeof(A) == 8) bits |= static_cast<uint32_t>(_mm256_movemask_pd((__m256d)m.part[k])) << 4 * k;
-  }
-#else
-  for (int i = 0; i < Pack<A>::kLanes; ++i) {
-    bits |= (m.part[i / Pack<A>::kPartLanes][i % Pack<A>::kPartLanes] & 1u) << i;
-  }
-#endif
-  std::memcpy(p, &bits, kMaskBytes<A>);  // little-endian, as every machine torch runs on
-}
-
-template <class A>
-FASTNORM_INLINE Mask<A> load_mask(const uint8_t* p) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, p, kMaskBytes<A>);
-  Mask<A> m;
-#if defined(__AVX512DQ__)
-  if constexpr (sizeof(A) == 4) m.part[0] = (Vector<int32_t, 64>)_mm512_movm_epi32(static_cast<__mmask16>(bits));
-  if constexpr (sizeof(A) == 8) m.part[0] = (Vector<int64_t, 64>)_mm512_movm_epi64(static_cast<__mmask8>(bits));
-#else
-  using Part = Vector<Bits<A>, kVectorBytes>;
-  for (int k = 0; k < kParts; ++k) {
-    Part lane_bit;
-    for (int i = 0; i < Pack<A>::kPartLanes; ++i) lane_bit[i] = Bits<A>(1) << (k * Pack<A>::kPartLanes + i);
-    m.part[k] = ((Part{} + static_cast<Bits<A>>(bits)) & lane_bit) == lane_bit;
-  }
-#endif
-  return m;
 }
 
 }  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

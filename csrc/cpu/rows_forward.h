@@ -5,85 +5,15 @@
 // Who: a task takes whole sets, one after the other; apply follows reduce while the set is in the task's cache. When
 //   there are few sets, the plan is split: a task takes one chunk of a set in each of two passes.
 // Traffic: reads x from memory once while a set fits the cache, twice otherwise; reads the residual and writes y once.
-// Numerics: each block of kBlock elements takes its own mean first, then the squares about it and the correction of the
-//   mean, in A. Blocks and chunks are merged in double, in the order of their elements.
+// Numerics: moments are sums of x - pivot and of its square (moments.h). A block of kBlock elements is added in A,
+// blocks
+//   and chunks in double, in the order of their elements.
 #pragma once
 
+#include "moments.h"
 #include "task.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
-
-// Adds packs of x to `sum`.
-template <class T>
-struct SumPacks {
-  using A = Accum<T>;
-  const T* x;
-  Pack<A>& sum;
-  template <int P, class Access>
-  FASTNORM_INLINE void packs(int64_t i, Access access) const {
-    Pack<A> v[P];
-    for (int p = 0; p < P; ++p) v[p] = access.get(x + i + p * kLanes<A>, p);
-    sum = sum + tree_sum(v);
-  }
-};
-
-// Adds x - pivot to `delta` and (x - pivot)^2 to `square`; lanes past the end add zero. Four packs are added in A, then
-// widened, as everywhere: with A alone the mean of heavy-tailed float16 was off by half an epsilon of the spread.
-template <class T>
-struct DeviationPacks {
-  using A = Accum<T>;
-  const T* x;
-  const Pack<A> pivot;
-  PackD &delta, &square;
-  template <int P, class Access>
-  FASTNORM_INLINE void packs(int64_t i, Access access) const {
-    Pack<A> d[P];
-    for (int p = 0; p < P; ++p) d[p] = access.zero_past_end(access.get(x + i + p * kLanes<A>, p) - pivot, p);
-    // Prefetches the next block while this one is in L1.
-    for (int64_t byte = 0; byte < P * kLanes<A> * int64_t(sizeof(T)); byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + byte);
-    }
-    delta = delta + widen_halves(tree_sum(d));
-    square = square + widen_halves(tree_dot(d, d));
-  }
-};
-
-// The moments of one block of each of `sets` sets that lie set_stride apart: all sets' first run, then all sets'
-// second, and so on. The means are relative to the origins.
-template <class T>
-void block_moments(const T* first, int64_t sets, int64_t set_stride, const Block& block, int64_t run_stride,
-                   const double* origin, Moments<double>* out) {
-  using A = Accum<T>;
-  const double inverse = 1 / static_cast<double>(block.size());
-  Pack<A> pivot[kMaxBatch];
-  PackD delta[kMaxBatch], square[kMaxBatch];
-  for (int64_t s = 0; s < sets; ++s) pivot[s] = Pack<A>(0), delta[s] = PackD(0), square[s] = PackD(0);
-  const auto for_runs = [&](auto&& each) {
-    for (int64_t r = 0; r < block.runs; ++r) {
-      for (int64_t s = 0; s < sets; ++s) each(first + r * run_stride + s * set_stride, s);
-    }
-  };
-  for_runs([&](const T* x, int64_t s) {
-    Pack<A> sum = pivot[s];
-    for_packs<A>(block.length, SumPacks<T>{x, sum});
-    pivot[s] = sum;
-  });
-  // The pivot is the mean rounded to T, so that differences of half-precision numbers are exact. Their rounding would
-  // be the same for all numbers of one binade and would not average out.
-  for (int64_t s = 0; s < sets; ++s) pivot[s] = round_to<T>(Pack<A>(sum_lanes(pivot[s]) * inverse));
-  for_runs([&](const T* x, int64_t s) {
-    PackD deltas = delta[s], squares = square[s];
-    for_packs<A>(block.length, DeviationPacks<T>{x, pivot[s], deltas, squares});
-    delta[s] = deltas;
-    square[s] = squares;
-  });
-  for (int64_t s = 0; s < sets; ++s) {
-    const double sum = sum_lanes(delta[s]), shift = sum * inverse, about = pivot[s][0];
-    const double m2 = sum_lanes(square[s]) - sum * shift;
-    // When the mean is infinite, shift is NaN: the infinite mean must stay.
-    out[s] = {std::isfinite(about) ? (about - origin[s]) + shift : about, std::max(m2, 0.0)};
-  }
-}
 
 template <class T>
 class RowsForward : Call<T, ForwardCall> {
@@ -91,15 +21,7 @@ class RowsForward : Call<T, ForwardCall> {
   using A = Accum<T>;
   using Base::args, Base::g, Base::stats, Base::epilogue;
 
-  struct Partial {
-    double count;
-    Moments<double> moments;
-    void merge(const Partial& other) {
-      moments.merge(other.moments, count, other.count);
-      count += other.count;
-    }
-  };
-
+  const ElementParams<T> weights_{g, Base::weight}, biases_{g, Base::bias};
   const T* x_ = static_cast<const T*>(args.x);
   const T* residual_ = static_cast<const T*>(args.residual);
   T* y_ = static_cast<T*>(args.y);
@@ -113,11 +35,13 @@ class RowsForward : Call<T, ForwardCall> {
   void run() {
     if (args.plan.split) {
       const int64_t chunks = stat_blocks_.chunks(), apply_chunks = weight_blocks_.chunks();
-      Buffer<Partial> partials(g.sets() * chunks);
+      Buffer<PivotSums> partials(g.sets() * chunks);
+      Buffer<A> pivots(g.sets());
+      for (int64_t set = 0; set < g.sets(); ++set) pivots[set] = pivot_of(set);
       for_each_task(args.parallel, g.sets() * chunks,
-                    [&](int64_t t) { reduce(t / chunks, 1, t % chunks, partials + t); });
+                    [&](int64_t t) { reduce(t / chunks, 1, t % chunks, pivots + t / chunks, partials + t); });
       for (int64_t set = 0; set < g.sets(); ++set) {
-        fold(set, 1, [&](int64_t k, Partial* out) { *out = partials[set * chunks + k]; });
+        fold(set, 1, pivots + set, [&](int64_t k, PivotSums* out) { *out = partials[set * chunks + k]; });
       }
       for_each_task(args.parallel, g.sets() * apply_chunks, [&](int64_t t) {
         const int64_t back = g.sets() * apply_chunks - 1 - t;  // reduce left it in the cache
@@ -135,7 +59,9 @@ class RowsForward : Call<T, ForwardCall> {
         const int64_t last = std::min(first + batch, end);
         const int64_t reduced = batch > 1 ? last - first : 1, applied = interleaved ? last - first : 1;
         for (int64_t set = first; set < last; set += reduced) {
-          fold(set, reduced, [&](int64_t k, Partial* out) { reduce(set, reduced, k, out); });
+          A pivots[kMaxBatch];
+          for (int64_t s = 0; s < reduced; ++s) pivots[s] = pivot_of(set + s);
+          fold(set, reduced, pivots, [&](int64_t k, PivotSums* out) { reduce(set, reduced, k, pivots, out); });
         }
         for (int64_t set = first; set < last; set += applied) apply(set, applied, 0, weight_blocks_.count());
       }
@@ -143,44 +69,68 @@ class RowsForward : Call<T, ForwardCall> {
   }
 
  private:
-  // Reduces one chunk of `sets` sets side by side.
-  void reduce(int64_t set, int64_t sets, int64_t chunk, Partial* out) const {
-    double origin[kMaxBatch];
-    Moments<double> moments[kMaxBatch];
-    for (int64_t s = 0; s < sets; ++s) origin[s] = origin_of_set(set + s);
+  // The pivot of a set: the mean of some packs that are spread over it.
+  A pivot_of(int64_t set) const {
+    const T* x = x_ + set_base(g, set);
+    PivotSample<T> sample;
+    const int64_t runs = std::min(stat_runs_.count, kPivotPacks), per_run = kPivotPacks / runs;
+    for (int64_t r = 0; r < runs; ++r) {
+      const T* run = x + stat_runs_.count * r / runs * stat_runs_.stride;
+      for (int64_t k = 0; k < per_run; ++k) {
+        const int64_t offset = stat_runs_.length * k / per_run / kLanes<A> * kLanes<A>;
+        sample.add(run + offset, stat_runs_.length - offset);
+      }
+    }
+    return sample.pivot();
+  }
+
+  // Reduces one chunk of `sets` sets side by side: all sets' first run, then all sets' second, and so on.
+  void reduce(int64_t set, int64_t sets, int64_t chunk, const A* pivots, PivotSums* out) const {
+    for (int64_t s = 0; s < sets; ++s) out[s] = {0, 0};
     const int64_t begin = chunk * kChunkBlocks, end = std::min(begin + kChunkBlocks, stat_blocks_.count());
     for (int64_t b = begin; b < end; ++b) {
       const Block k = stat_blocks_[b];
-      const T* first = x_ + set_base(g, set) + k.first_run * stat_runs_.stride + k.offset;
-      block_moments(first, sets, set_base(g, 1), k, stat_runs_.stride, origin, moments);
-      for (int64_t s = 0; s < sets; ++s) {
-        const Partial block{static_cast<double>(k.size()), moments[s]};
-        if (b == begin) {
-          out[s] = block;
-        } else {
-          out[s].merge(block);
+      Pack<A> delta[kMaxBatch], square[kMaxBatch];
+      for (int64_t s = 0; s < sets; ++s) delta[s] = square[s] = Pack<A>(0);
+      for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
+        for (int64_t s = 0; s < sets; ++s) {
+          const T* x = x_ + set_base(g, set + s) + r * stat_runs_.stride + k.offset;
+          Pack<A> d = delta[s], q = square[s];
+          for_packs<A>(k.length, DeviationPacks<T>{x, Pack<A>(pivots[s]), d, q});
+          delta[s] = d, square[s] = q;
         }
       }
+      for (int64_t s = 0; s < sets; ++s) out[s].merge({sum_lanes(delta[s]), sum_lanes(square[s])});
     }
   }
 
-  // Merges chunks into sets and finishes their statistics; partial(k, out) gives the moments of chunk k.
+  // Merges chunks into sets and finishes their statistics; partial(k, out) gives the sums of chunk k.
   template <class F>
-  void fold(int64_t set, int64_t sets, F&& partial) const {
-    Partial total[kMaxBatch], chunk[kMaxBatch];
+  void fold(int64_t set, int64_t sets, const A* pivots, F&& partial) const {
+    const double count = static_cast<double>(g.set_size());
+    PivotSums total[kMaxBatch], chunk[kMaxBatch];
     partial(0, total);
     for (int64_t k = 1; k < stat_blocks_.chunks(); ++k) {
       partial(k, chunk);
       for (int64_t s = 0; s < sets; ++s) total[s].merge(chunk[s]);
     }
     for (int64_t s = 0; s < sets; ++s) {
-      total[s].moments.mean += origin_of_set(set + s);
-      stats.finish(set + s, total[s].moments, total[s].count, args.eps);
+      Moments<double> moments = total[s].moments(pivots[s], count);
+      if (total[s].far_off(moments, count, count)) moments = reduce_again(set + s, moments.mean);
+      stats.finish(set + s, moments, count, args.eps);
     }
   }
 
-  // A set of a single block merges nothing, so it needs no origin.
-  double origin_of_set(int64_t set) const { return stat_blocks_.count() == 1 ? 0 : origin_of(x_ + set_base(g, set)); }
+  // The moments of a set whose pivot was far from its mean.
+  Moments<double> reduce_again(int64_t set, double mean) const {
+    const A pivot = round_pivot<T>(mean);
+    PivotSums total{0, 0}, chunk;
+    for (int64_t k = 0; k < stat_blocks_.chunks(); ++k) {
+      reduce(set, 1, k, &pivot, &chunk);
+      total.merge(chunk);
+    }
+    return total.moments(pivot, static_cast<double>(g.set_size()));
+  }
 
   // Writes y in the blocks [first, end) of `sets` sets side by side.
   void apply(int64_t set, int64_t sets, int64_t first, int64_t end) const {
@@ -196,17 +146,13 @@ class RowsForward : Call<T, ForwardCall> {
   FASTNORM_INLINE void apply_run(int64_t set, int64_t r, int64_t offset, int64_t length) const {
     const ForwardSpan<T> s = span(set_base(g, set) + r * weight_runs_.stride, offset);
     if (g.per_element()) {
-      forward_span(s, length, offset_coefs(Base::element_coefs(set), offset), epilogue);
+      const int64_t group = set % g.G;
+      const A *w = weights_.of_group(group) + offset, *b = biases_.of_group(group) + offset;
+      forward_span(s, length, ElementCoefs<A, 1>(stats.mean + set, stats.rstd + set, w, b), epilogue);
     } else {
       const int64_t c = first_channel(g, set) + (g.kind == Kind::kBatch ? 0 : r);
       forward_span(s, length, Base::shared_coefs(set, c), epilogue);
     }
-  }
-
-  static ElementCoefs<A> offset_coefs(ElementCoefs<A> coefs, int64_t offset) {
-    coefs.weight += offset;
-    coefs.bias += offset;
-    return coefs;
   }
 
   ForwardSpan<T> span(int64_t run, int64_t offset) const {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <new>
 
 #include "api.h"
@@ -47,7 +48,8 @@ void for_each_task(const Parallel& parallel, int64_t tasks, F&& f) {
   parallel.run(tasks, run, &f);
 }
 
-// Reads parameters of any type into an array of A; fills it with `absent` where there are none.
+// Reads parameters of any type into an array of A; fills it with `absent` where there are none. NaNs become the
+// processor's own, as join_bfloat16 needs them.
 template <class A>
 void read_params(const Params& params, int64_t n, A absent, A* out) {
   if (params.data == nullptr) {
@@ -57,15 +59,14 @@ void read_params(const Params& params, int64_t n, A absent, A* out) {
   dispatch(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* p = static_cast<const T*>(params.data);
-    if constexpr (std::is_same_v<Accum<T>, A>) {
-      constexpr int64_t L = kLanes<A>;
-      for (int64_t i = 0; i + L <= n; i += L) store(out + i, load(p + i));
-      if (n % L) store_first(out + n / L * L, load_first(p + n / L * L, n % L), n % L);
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        alignas(kPackBytes) Accum<T> lane[kLanes<Accum<T>>];
-        store(lane, load_first(p + i, 1));
-        out[i] = static_cast<A>(lane[0]);
+    constexpr int64_t L = kLanes<Accum<T>>;
+    for (int64_t i = 0; i < n; i += L) {
+      const int64_t count = std::min(L, n - i);
+      alignas(kPackBytes) Accum<T> lane[L];
+      store(lane, count < L ? load_first(p + i, count) : load(p + i));
+      for (int64_t k = 0; k < count; ++k) {
+        const A value = static_cast<A>(lane[lane_of<T>(k)]);
+        out[i + k] = value == value ? value : std::numeric_limits<A>::quiet_NaN();
       }
     }
   });
@@ -88,6 +89,36 @@ struct Stats {
 };
 
 constexpr int64_t kShortRunBytes = 2048;
+constexpr int64_t kRowsInL1 = 24576;  // bytes of the rows that a layer norm works on at a time
+// Numbers that fill a half of a common L2 and a quarter of a common L3, as float32.
+constexpr int64_t kCachedInL2 = 1 << 17, kCachedInL3 = 1 << 21;
+
+// An array of n numbers in the order of lanes ends with a whole pack.
+template <class A>
+constexpr int64_t lane_pitch(int64_t n) {
+  return div_up(n, kLanes<A>) * kLanes<A>;
+}
+
+// Parameters where every element of a set has its own: those of each of G groups, in the order of lanes.
+template <class T>
+class ElementParams {
+  using A = Accum<T>;
+
+ public:
+  ElementParams(const Geometry& g, const A* params)
+      : pitch_(lane_pitch<A>(g.D())), lanes_(g.per_element() ? g.G * pitch_ : 0) {
+    if (!g.per_element()) return;
+    std::fill_n(static_cast<A*>(lanes_), g.G * pitch_, A(0));
+    for (int64_t group = 0; group < g.G; ++group) {
+      for (int64_t i = 0; i < g.D(); ++i) lanes_[group * pitch_ + lane_of<T>(i)] = params[group * g.D() + i];
+    }
+  }
+  const A* of_group(int64_t group) const { return lanes_ + group * pitch_; }
+
+ private:
+  const int64_t pitch_;
+  const Buffer<A> lanes_;
+};
 
 // The arguments that forward and backward share.
 template <class T, class Args>
@@ -117,14 +148,31 @@ struct Call {
     return parallel;
   }
 
-  // The sum of d xhat from that of d (x - mean), for a set or a part of it.
-  double xhat_sum(int64_t set, const GradSums<double>& sums) const {
-    return fastnorm::xhat_sum<double>(sums.d, sums.d_centered, stats.rstd[set], stats.mean_low[set]);
+  // What a kernel subtracts from x: the mean in a form that leaves no rounding errors, and what it lacks. Differences
+  // from a number of T are exact for half precision; the rounding of others would be the same for all x of one binade.
+  struct Center {
+    A value;
+    double low;
+  };
+  Center center(int64_t set) const {
+    const A value = round_to<T>(Pack<A>(stats.mean[set]))[0];
+    return {value, (static_cast<double>(stats.mean[set]) - value) + stats.mean_low[set]};
+  }
+
+  // The sum of d xhat from that of d (x - center), for a set or a part of it.
+  double xhat_sum(int64_t set, const GradSums<double>& sums, double low) const {
+    return fastnorm::xhat_sum<double>(sums.d, sums.d_centered, stats.rstd[set], low);
   }
   // The terms that dx subtracts. `d` and `d_xhat` are the sums of w d and w d xhat over the set.
-  SetTerms<A> set_terms(int64_t set, double d, double d_xhat) const {
-    const double rstd = stats.rstd[set], low = stats.mean_low[set];
+  SetTerms<A> set_terms(int64_t set, double d, double d_xhat, double low) const {
+    const double rstd = stats.rstd[set];
     return fastnorm::set_terms<A>(d, d_xhat, rstd, low, rstd / static_cast<double>(g.set_size()));
+  }
+
+  // Whether backward computes d in its first pass and keeps it for the second, where it has to keep so many: a
+  // derivative that takes more than a load and a store is computed once.
+  bool caches_slopes(int64_t elements, int64_t most = kCachedInL2) const {
+    return is_smooth(args.activation) && !args.frozen && elements <= most;
   }
 
   // Whether batch norm walks several sets side by side, run by run: its runs end before the prefetcher has found their
@@ -135,11 +183,8 @@ struct Call {
   }
 
   SharedCoefs<A> shared_coefs(int64_t set, int64_t channel) const {
-    return {stats.mean[set], stats.mean_low[set], stats.rstd[set], weight[channel], bias[channel]};
-  }
-  ElementCoefs<A> element_coefs(int64_t set) const {
-    const int64_t c = first_channel(g, set);
-    return {stats.mean[set], stats.rstd[set], weight + c, bias + c};
+    const Center c = center(set);
+    return {c.value, static_cast<A>(c.low), stats.rstd[set], weight[channel], bias[channel]};
   }
 };
 
@@ -156,41 +201,49 @@ class Arrays {
   Buffer<E> storage_;
 };
 
-// The coefficients of every channel of every sample as arrays [outer * C]. The mean and rstd of a set are repeated for
-// each of its channels.
-template <class A>
+// The coefficients of every channel of every sample as arrays in the order of lanes. The mean and rstd of a set are
+// repeated for each of its channels.
+template <class T>
 class ChannelArrays {
+  using A = Accum<T>;
+
  public:
-  explicit ChannelArrays(const Geometry& g) : g_(g), arrays_(g.outer() * g.C) {}
+  explicit ChannelArrays(const Geometry& g) : g_(g), pitch_(lane_pitch<A>(g.C)), arrays_(g.outer() * pitch_) {}
 
   // Fills the channels [first, first + channels) of sample n, which are whole sets.
-  template <class T, class Args>
+  template <class Args>
   void fill(const Call<T, Args>& call, int64_t n, int64_t first, int64_t channels) const {
-    const int64_t D = g_.set_channels(), at = n * g_.C + first;
-    for (int64_t i = 0; i < channels; i += D) {
-      const int64_t set = (at + i) / D;
-      const A mean_low = call.stats.mean_low[set], rstd = call.stats.rstd[set];
-      std::fill_n(arrays_[0] + at + i, D, call.stats.mean[set]);
-      std::fill_n(arrays_[1] + at + i, D, rstd);
-      for (int64_t c = i; c < i + D; ++c) {
-        const A scale = rstd * call.weight[first + c];
-        arrays_[2][at + c] = scale;
-        arrays_[3][at + c] = call.bias[first + c] - mean_low * scale;
+    const int64_t D = g_.set_channels();
+    for (int64_t c = first; c < first + channels; c += D) {
+      const int64_t set = (n * g_.C + c) / D;
+      const auto center = call.center(set);
+      const A rstd = call.stats.rstd[set], low = static_cast<A>(center.low);
+      for (int64_t i = c; i < c + D; ++i) {
+        const int64_t lane = n * pitch_ + lane_of<T>(i);
+        const A scale = rstd * call.weight[i];
+        arrays_[0][lane] = center.value;
+        arrays_[1][lane] = rstd;
+        arrays_[2][lane] = scale;
+        arrays_[3][lane] = call.bias[i] - low * scale;
       }
     }
+    for (int64_t i = g_.C; i < pitch_ && first + channels == g_.C; ++i) {  // numbers that no store writes
+      for (int k = 0; k < 4; ++k) arrays_[k][n * pitch_ + lane_of<T>(i)] = 0;
+    }
   }
-  template <class T, class Args>
+  template <class Args>
   void fill_all(const Call<T, Args>& call) const {
     for (int64_t n = 0; n < g_.outer(); ++n) fill(call, n, 0, g_.C);
   }
 
-  ChannelCoefs<A> at(int64_t n, int64_t first) const {
-    const int64_t i = n * g_.C + first;
+  ChannelCoefs<A> at(int64_t n) const {
+    const int64_t i = n * pitch_;
     return {arrays_[0] + i, arrays_[1] + i, arrays_[2] + i, arrays_[3] + i};
   }
 
  private:
   const Geometry g_;
+  const int64_t pitch_;
   const Arrays<A, 4> arrays_;
 };
 
@@ -198,16 +251,6 @@ class ChannelArrays {
 // result while it still reads the next set (LayerNorm of 96 float32: 14 ns a pack one by one, 9 in batches).
 constexpr int64_t kMaxBatch = 8;
 inline int64_t sets_per_batch(int64_t set_size) { return std::clamp<int64_t>(kBlock / set_size, 1, kMaxBatch); }
-
-// ---- origins ----
-
-// Means are merged relative to the origin of a set, its first element. They are then as small as the spread, and the
-// error of the mean's last digit does not enter the variance where the mean is large.
-template <class T>
-FASTNORM_INLINE double origin_of(const T* x) {
-  const double value = load_first(x, 1)[0];
-  return std::isfinite(value) ? value : 0;
-}
 
 // ---- blocks ----
 

@@ -1,5 +1,7 @@
-// exp, erf and tanh of a pack. For float these are polynomials without branches; tests/test_activation.py checks their
-// largest errors over all floats (exp 1, tanh 2, erf 1.5 ulp). For double the C library computes lane by lane.
+// exp, tanh and the normal distribution of a pack. For float these are polynomials without branches; for elements of 16
+// bits there are shorter ones (Approx). For double the C library computes lane by lane. tests/test_activation.py holds
+// the activations made of them to errors in ulp. No instruction here gives other bits on another processor: reciprocals
+// are divisions, which take place beside the multiplications.
 #pragma once
 
 #include <cmath>
@@ -21,7 +23,7 @@ FASTNORM_INLINE PackF polynomial(PackF x, const float (&c)[n]) {
 
 FASTNORM_INLINE PackF absolute(PackF x) {
   Mask<float> bits = bits_of(x);
-  for (int k = 0; k < kParts; ++k) bits.part[k] &= 0x7fffffff;
+  for_each_index<kParts>([&](auto k) FASTNORM_LAMBDA { bits.part[k] &= 0x7fffffff; });
   return from_bits<float>(bits);
 }
 
@@ -29,41 +31,62 @@ FASTNORM_INLINE PackF absolute(PackF x) {
 FASTNORM_INLINE PackF copy_sign(PackF magnitude, PackF sign) {
   Mask<float> bits = bits_of(magnitude);
   const Mask<float> sign_bits = bits_of(sign);
-  for (int k = 0; k < kParts; ++k) bits.part[k] = (bits.part[k] & 0x7fffffff) | (sign_bits.part[k] & ~0x7fffffff);
+  for_each_index<kParts>(
+      [&](auto k) FASTNORM_LAMBDA { bits.part[k] = (bits.part[k] & 0x7fffffff) | (sign_bits.part[k] & ~0x7fffffff); });
   return from_bits<float>(bits);
 }
 
-// v * 2^n for an integer n = biased - 1.5 * 2^23. It is right below the normal range and where the result is Inf.
-FASTNORM_INLINE PackF times_power_of_two(PackF v, PackF n, PackF biased) {
+// x within [-limit, limit]. NaN passes.
+FASTNORM_INLINE PackF clamp(PackF x, double limit) { return max(PackF(-limit), min(PackF(limit), x)); }
+
+// ---- powers: 2^n for an integer n, times a factor of the order of one ----
+
+// The integer next to x, and the sum that rounds to it: adding 1.5 * 2^23 leaves no place for a fraction.
+struct Nearest {
+  PackF n, shifted;
+  // Of x * factor.
+  FASTNORM_INLINE Nearest(PackF x, double factor) : shifted(fma(x, PackF(factor), PackF(0x1.8p23))) {
+    n = shifted - PackF(0x1.8p23);
+  }
+};
+
+// v * 2^n. It is right below the normal range and where the result is Inf.
+FASTNORM_INLINE PackF times_power_of_two(PackF v, const Nearest& nearest) {
 #if defined(__AVX512F__)
-  (void)biased;
-  v.part[0] = _mm512_scalef_ps(v.part[0], n.part[0]);
+  for_each_index<kParts>([&](auto k) FASTNORM_LAMBDA { v.part[k] = _mm512_scalef_ps(v.part[k], nearest.n.part[k]); });
   return v;
 #else
-  (void)n;
-  Mask<float> half = bits_of(biased), rest;  // two factors; each is a normal number
-  for (int k = 0; k < kParts; ++k) {
+  Mask<float> half = bits_of(nearest.shifted), rest;  // two factors; each is a normal number
+  for_each_index<kParts>([&](auto k) FASTNORM_LAMBDA {
     const auto exponent = half.part[k] - 0x4b400000;
     half.part[k] = ((exponent >> 1) + 127) << 23;
     rest.part[k] = (exponent - (exponent >> 1) + 127) << 23;
-  }
+  });
   return v * from_bits<float>(half) * from_bits<float>(rest);
 #endif
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln2 / 2; the polynomial is Cephes' expf (Moshier 1989).
-FASTNORM_INLINE PackF exp(PackF x) {
-  x = select(x > PackF(89), PackF(89), select(x <= PackF(-105), PackF(-105), x));  // NaN passes
-  const PackF kRound(12582912.0);  // 1.5 * 2^23: adding it rounds to an integer
-  const PackF shifted = fma(x, PackF(1.44269504088896341), kRound);
-  const PackF n = shifted - kRound;
-  PackF r = fma(n, PackF(-0.693359375), x);
-  r = fma(n, PackF(2.12194440e-4), r);
-  const PackF p = polynomial(
-      r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
-  const PackF e = fma(p, r * r, r) + PackF(1);
-  return times_power_of_two(e, n, shifted);
+// exp(x) = 2^n exp(r), |r| <= ln2 / 2. The polynomial is Cephes' expf (Moshier 1989).
+struct ExpArgument {
+  Nearest nearest;
+  PackF r;
+  FASTNORM_INLINE explicit ExpArgument(PackF x) : nearest(x, 1.44269504088896341) {
+    r = fma(nearest.n, PackF(2.12194440e-4), fma(nearest.n, PackF(-0.693359375), x));
+  }
+  // exp(r) - 1
+  FASTNORM_INLINE PackF expm1() const {
+    const PackF p = polynomial(r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                   1.6666665459e-1f, 5.0000001201e-1f});
+    return fma(p, r * r, r);
+  }
+};
+FASTNORM_INLINE PackF exp(const ExpArgument& x) { return times_power_of_two(x.expm1() + PackF(1), x.nearest); }
+// y exp(x), with one rounding less.
+FASTNORM_INLINE PackF times_exp(PackF y, const ExpArgument& x) {
+  return times_power_of_two(fma(x.expm1(), y, y), x.nearest);
 }
+FASTNORM_INLINE PackF exp(PackF x) { return exp(ExpArgument(clamp(x, 110))); }
+FASTNORM_INLINE PackF exp_of_minus(PackF x) { return exp(-x); }
 
 FASTNORM_INLINE PackF tanh(PackF x) {
   const PackF a = absolute(x);
@@ -75,18 +98,91 @@ FASTNORM_INLINE PackF tanh(PackF x) {
   return select(a > PackF(0.625), copy_sign(large, x), small);  // NaN takes `small`
 }
 
-// Two polynomials after N. Juffa's erff: an odd one like Taylor's near zero, 1 - exp(polynomial) further out.
-FASTNORM_INLINE PackF erf(PackF x) {
-  const PackF a = absolute(x);
-  const PackF square = x * x;
-  const PackF near = polynomial(
-      square, {-5.96761703e-4f, 4.99119423e-3f, -2.67681349e-2f, 1.12819925e-1f, -3.76125336e-1f, 1.28379166e-1f});
-  const PackF small = fma(near, x, x);
-  const PackF far = polynomial(a, {-1.72853470e-5f, 3.83197126e-4f, -3.88396438e-3f, 2.42546219e-2f, -1.06777877e-1f,
-                                   -6.34846687e-1f, -1.28717512e-1f});
-  const PackF large = PackF(1) - exp(fma(far, a, PackF(0) - a));
-  return select(a > PackF(0.927734375), copy_sign(large, x), small);
+// ---- the normal distribution: P(Z <= -a) = bell(a) t p, with bell(a) = exp(-a^2 / 2), t = 1 / (1 + k a) ----
+//
+// t p is Mills' ratio, which varies little, so that the tail keeps its digits where 1 + erf cancels. p is a polynomial,
+// a fit of the least largest relative error over a <= 14.5. Value and slope of GELU share the exponential.
+
+// |z|, where bell is not yet 0. NaN passes.
+FASTNORM_INLINE PackF bell_argument(PackF z) { return min(PackF(15), absolute(z)); }
+
+// -a^2 / 2, with what rounding cuts off the square.
+FASTNORM_INLINE ExpArgument bell_exponent(PackF a) {
+  const PackF half = a * PackF(-0.5), square = half * a;
+  ExpArgument x(square);
+  x.r = x.r + fma(half, a, -square);
+  return x;
 }
+
+constexpr double kMills = 0.4;
+FASTNORM_INLINE PackF mills_t(PackF a) { return PackF(1) / fma(a, PackF(kMills), PackF(1)); }
+// q of p = 0.5 + u q(u), u = a t. The relative error of p is 2^-25.8.
+FASTNORM_INLINE PackF mills_q(PackF u) {
+  return polynomial(u, {-8.34646744e-06f, 7.31300024e-05f, -0.000204594515f, 0.000224541422f, -0.000611587602f,
+                        0.000572667748f, 0.00747218123f, 0.0108548002f, -0.198942751f});
+}
+
+FASTNORM_INLINE PackF normal_density(PackF z) {
+  return PackF(0.39894228040143267794) * exp(bell_exponent(bell_argument(z)));
+}
+FASTNORM_INLINE PackF cdf_of_tail(PackF z, PackF tail) { return select(z <= PackF(0), tail, PackF(1) - tail); }
+FASTNORM_INLINE PackF normal_cdf(PackF z) {
+  const PackF a = bell_argument(z), t = mills_t(a), u = a * t;
+  return cdf_of_tail(z, exp(bell_exponent(a)) * (t * fma(mills_q(u), u, PackF(0.5))));
+}
+// max(z, 0) - |z| P(Z <= -|z|), which is z P(Z <= z). -Inf gives NaN, as it does in torch.
+FASTNORM_INLINE PackF gelu_of_tail(PackF z, PackF a_tail) {
+  return fma(z, select(z <= PackF(0), PackF(0), PackF(1)), -a_tail);
+}
+FASTNORM_INLINE PackF gelu(PackF z) {
+  const PackF a = bell_argument(z), t = mills_t(a), rough = a * t;
+  // A step of Newton's method: the errors of 1 + k a and of the division would be half of the result's.
+  const PackF u = fma(fma(a * PackF(-kMills), rough, a - rough), t, rough);
+  return gelu_of_tail(z, times_exp(fma(u * u, mills_q(u), u * PackF(0.5)), bell_exponent(a)));
+}
+
+// ---- activations of 16-bit elements ----
+
+// A pack whose exponential and normal distribution have a relative error of 2^-21. The element is rounded to 2^-9
+// (bfloat16) or 2^-12 (float16) afterwards, but the gradients of float32 weights are not.
+struct Approx : PackF {
+  using PackF::PackF;
+  FASTNORM_INLINE Approx(PackF v) : PackF(v) {}
+};
+
+// exp(x * factor) for |x * factor * log2(e)| < 2^22.
+FASTNORM_INLINE PackF approx_exp(PackF x, double factor) {
+  const double log2e = 1.44269504088896341 * factor;
+  const Nearest nearest(x, log2e);
+  const PackF f = fma(x, PackF(log2e), -nearest.n);
+  const PackF p = polynomial(
+      f, {0.00132764713f, 0.00967554189f, 0.0555071309f, 0.240221202f, 0.693146944f, 1.00000012f});  // 2^-23.7
+  return times_power_of_two(p, nearest);
+}
+FASTNORM_INLINE Approx exp_of_minus(Approx z) { return approx_exp(clamp(z, 110), -1); }
+
+FASTNORM_INLINE PackF approx_bell(PackF a) { return approx_exp(a * a, -0.5); }
+FASTNORM_INLINE Approx normal_density(Approx z) {
+  return PackF(0.39894228040143267794) * approx_bell(bell_argument(z));
+}
+// Mills' ratio itself: 2^-22.5.
+FASTNORM_INLINE PackF approx_mills(PackF a) {
+  const PackF t = PackF(1) / fma(a, PackF(0.3), PackF(1));
+  return t * polynomial(t, {0.0354237743f, -0.156158566f, 0.204556927f, -0.0520340800f, 0.127691776f, 0.100175962f,
+                            0.120712131f, 0.119632006f});
+}
+FASTNORM_INLINE Approx normal_cdf(Approx z) {
+  const PackF a = bell_argument(z);
+  return cdf_of_tail(z, approx_bell(a) * approx_mills(a));
+}
+FASTNORM_INLINE Approx gelu(Approx z) {
+  const PackF a = bell_argument(z);
+  return gelu_of_tail(z, a * approx_bell(a) * approx_mills(a));
+}
+
+// The type that an activation of elements of T is computed in.
+template <class T>
+using ActivationValue = std::conditional_t<sizeof(T) == 2, Approx, Pack<Accum<T>>>;
 
 #define FASTNORM_LANEWISE(name)                     \
   inline PackD name(PackD x) {                      \

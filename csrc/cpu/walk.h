@@ -1,104 +1,141 @@
-// How a kernel walks over elements: four packs at a time, and at the end the lanes that are left.
+// How a kernel walks over elements: some packs at a time, and at the end the elements that are left.
 #pragma once
 
 #include <type_traits>
 
-#include "load_store.h"
+#include "lane_mask.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-template <class A>
-constexpr int64_t kLanes = Pack<A>::kLanes;
+// ---- access: which elements of a group of packs exist ----
 
-// ---- access: which lanes of a group of packs exist ----
-
-// All of them exist. With `stream`, stores go past the cache.
+// All of them. With `stream`, stores go past the cache.
 struct Whole {
   bool stream = false;
   template <class T>
-  FASTNORM_INLINE Pack<Accum<T>> get(const T* p, int) const {
+  FASTNORM_INLINE Pack<Accum<T>> get(const T* p) const {
     return load(p);
   }
   template <class T>
-  FASTNORM_INLINE void put(T* p, Pack<Accum<T>> v, int) const {
+  FASTNORM_INLINE void put(T* p, Pack<Accum<T>> v) const {
     if (stream) {
       store_past_cache(p, v);
     } else {
       store(p, v);
     }
   }
-  template <class V>
-  FASTNORM_INLINE V zero_past_end(V v, int) const {
+  template <class T>
+  FASTNORM_INLINE Mask<Accum<T>> get_mask(const uint8_t* p) const {
+    return load_mask<T>(p);
+  }
+  template <class T>
+  FASTNORM_INLINE void put_mask(uint8_t* p, Mask<Accum<T>> m) const {
+    store_mask<T>(p, m);
+  }
+  template <class T>
+  FASTNORM_INLINE Pack<Accum<T>> zero_past_end(Pack<Accum<T>> v) const {
     return v;
   }
 };
-// Of the last pack only the first n lanes exist, 0 < n <= kLanes.
-template <int kLast>
+// The first n of every pack, 0 < n < kLanes.
 struct Tail {
   int64_t n;
-  bool stream;
   template <class T>
-  FASTNORM_INLINE Pack<Accum<T>> get(const T* p, int pack) const {
-    return pack == kLast && n < kLanes<Accum<T>> ? load_first(p, n) : load(p);
-  }
-  template <class T>
-  FASTNORM_INLINE void put(T* p, Pack<Accum<T>> v, int pack) const {
-    if (pack == kLast && n < kLanes<Accum<T>>) {
-      store_first(p, v, n);
-    } else {
-      Whole{stream}.put(p, v, pack);
-    }
-  }
-  // v with zero in the lanes that do not exist.
-  template <class A>
-  FASTNORM_INLINE Pack<A> zero_past_end(Pack<A> v, int pack) const {
-    return pack == kLast ? select(first_lanes<A>(n), v, Pack<A>(0)) : v;
-  }
-  template <class A>
-  FASTNORM_INLINE Mask<A> zero_past_end(Mask<A> m, int pack) const {
-    return pack == kLast ? m & first_lanes<A>(n) : m;
-  }
-};
-
-// Of every pack only the first n lanes exist: packs below one another at the edge of a tile.
-struct Edge {
-  int64_t n;
-  template <class T>
-  FASTNORM_INLINE Pack<Accum<T>> get(const T* p, int) const {
+  FASTNORM_INLINE Pack<Accum<T>> get(const T* p) const {
     return load_first(p, n);
   }
+  template <class T>
+  FASTNORM_INLINE void put(T* p, Pack<Accum<T>> v) const {
+    store_first(p, v, n);
+  }
+  template <class T>
+  FASTNORM_INLINE Mask<Accum<T>> get_mask(const uint8_t* p) const {
+    return load_mask<T>(p, n);
+  }
+  template <class T>
+  FASTNORM_INLINE void put_mask(uint8_t* p, Mask<Accum<T>> m) const {
+    store_mask<T>(p, m & first_elements<T>(n), n);
+  }
+  // v with zero in the lanes of elements that do not exist.
+  template <class T>
+  FASTNORM_INLINE Pack<Accum<T>> zero_past_end(Pack<Accum<T>> v) const {
+    return select(first_elements<T>(n), v, Pack<Accum<T>>(0));
+  }
 };
 
-// Calls f(p, count) for four positions from p on at a time, then for single ones; count is a compile-time constant.
-template <class F>
-FASTNORM_INLINE void for_fours(int64_t n, F&& f) {
-  int64_t p = 0;
-  for (; p + 4 <= n; p += 4) f(p, std::integral_constant<int, 4>{});
-  for (; p < n; ++p) f(p, std::integral_constant<int, 1>{});
-}
+// Where pack p of a group lies: behind the one before it, or below it in the next row; of x, of the coefficients, of
+// the mask, of an array that a kernel keeps for its second pass.
+template <class A>
+struct Adjacent {
+  FASTNORM_INLINE int64_t element(int p) const { return p * kLanes<A>; }
+  FASTNORM_INLINE int64_t coef(int p) const { return p * kLanes<A>; }
+  FASTNORM_INLINE int row(int) const { return 0; }
+  FASTNORM_INLINE int64_t mask(int p) const { return p * kMaskBytes<A>; }
+  FASTNORM_INLINE int64_t dy(int p) const { return p * kLanes<A>; }
+  FASTNORM_INLINE int64_t kept(int p) const { return p * kLanes<A>; }
+};
+struct Strided {
+  int64_t stride, mask_stride, dy_stride, kept_stride;
+  FASTNORM_INLINE int64_t element(int p) const { return p * stride; }
+  FASTNORM_INLINE int64_t coef(int) const { return 0; }
+  FASTNORM_INLINE int row(int p) const { return p; }
+  FASTNORM_INLINE int64_t mask(int p) const { return p * mask_stride; }
+  FASTNORM_INLINE int64_t dy(int p) const { return p * dy_stride; }
+  FASTNORM_INLINE int64_t kept(int p) const { return p * kept_stride; }
+};
 
-// Calls f.template packs<P>(i, access) over n elements: four packs at a time, then the rest as one group. The portable
-// build, where a pack is four registers already, takes single packs: groups of four would only double the compile time.
+// Pack p alone of a group.
+template <class Layout>
+struct Single {
+  const Layout& group;
+  int p;
+  FASTNORM_INLINE int64_t element(int) const { return group.element(p); }
+  FASTNORM_INLINE int64_t coef(int) const { return group.coef(p); }
+  FASTNORM_INLINE int row(int) const { return group.row(p); }
+  FASTNORM_INLINE int64_t mask(int) const { return group.mask(p); }
+  FASTNORM_INLINE int64_t dy(int) const { return group.dy(p); }
+};
+
+// So many packs are worked on at a time. The portable build, where a pack is eight registers already, takes single
+// ones: more would only double the compile time.
+constexpr int kGroup = kParts > 4 ? 1 : 2;
+
+// Calls f.template packs<P>(i, access, layout) over n adjacent elements: kGroup packs at a time, then single ones, then
+// what is left.
 template <class A, class F>
 FASTNORM_INLINE void for_packs(int64_t n, const F& f, bool stream = false) {
   constexpr int64_t L = kLanes<A>;
+  constexpr Adjacent<A> layout{};
   int64_t i = 0;
-  if constexpr (kParts > 2) {
-    for (; i + L <= n; i += L) f.template packs<1>(i, Whole{stream});
-    if (i < n) f.template packs<1>(i, Tail<0>{n - i, stream});
-    return;
+  for (; i + kGroup * L <= n; i += kGroup * L) f.template packs<kGroup>(i, Whole{stream}, layout);
+  if constexpr (kGroup > 1) {
+    for (; i + L <= n; i += L) f.template packs<1>(i, Whole{stream}, layout);
   }
-  for (; i + 4 * L <= n; i += 4 * L) f.template packs<4>(i, Whole{stream});
-  const int64_t rest = n - i;
-  if (rest > 3 * L) {
-    f.template packs<4>(i, Tail<3>{rest - 3 * L, stream});
-  } else if (rest > 2 * L) {
-    f.template packs<3>(i, Tail<2>{rest - 2 * L, stream});
-  } else if (rest > L) {
-    f.template packs<2>(i, Tail<1>{rest - L, stream});
-  } else if (rest > 0) {
-    f.template packs<1>(i, Tail<0>{rest, stream});
+  if (i < n) f.template packs<1>(i, Tail{n - i}, layout);
+}
+
+// So many rows are worked on at a time, as far as registers go: they share coefficients and sums.
+constexpr int kRowGroup = kParts > 4 ? 1 : kParts > 2 ? 2 : 4;
+
+// Calls f.template packs<P>(i, access, layout) over P rows of n elements, pack by pack.
+template <int P, class A, class F>
+FASTNORM_INLINE void across_rows(int64_t n, const F& f, Strided layout, bool stream) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) f.template packs<P>(i, Whole{stream}, layout);
+  if (i < n) f.template packs<P>(i, Tail{n - i}, layout);
+}
+// The same over any number of rows, `together` or one by one; at_row(r) makes the f of row r.
+template <class A, class F>
+FASTNORM_INLINE void for_rows(int64_t rows, int64_t n, bool together, Strided layout, const F& at_row,
+                              bool stream = false) {
+  int64_t r = 0;
+  if constexpr (kRowGroup > 1) {
+    for (; together && r + kRowGroup <= rows; r += kRowGroup) {
+      across_rows<kRowGroup, A>(n, at_row(r), layout, stream);
+    }
   }
+  for (; r < rows; ++r) across_rows<1, A>(n, at_row(r), layout, stream);
 }
 
 }  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

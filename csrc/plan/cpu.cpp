@@ -1,7 +1,6 @@
 #include "cpu.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "core/formulas.h"
 
@@ -12,10 +11,11 @@ namespace {
 // A task takes at least this many elements: to hand out a smaller one costs more than it does (about 1 us a task).
 constexpr int64_t kTaskElements = 32768;
 
-// The rows of a tile are at least this wide; else the walk down the positions waits for memory. 32x1024x14x14 float32
-// forward took 11.8 ms in tiles of 64 bytes and 2.8 split; 32x2048x7x7 took 1.8 in tiles of 320 bytes and 1.2 split
-// (one thread).
-constexpr int64_t kMinTileBytes = 512;
+// Columns. The sums of a chunk take 16 bytes a channel, which so many positions make a small part of the traffic.
+constexpr int64_t kMinChunkPositions = 128;
+// Rows share coefficients and sums in registers while the tensor stays in the cache. Memory itself wants one stream, so
+// that beyond it only rows that are a line or two go together: four rows of 512 bytes at a time took 1.3 times as long.
+constexpr int64_t kTogetherBytes = 512;
 
 CpuPlan plan_rows(const Geometry& g, CpuPlan plan, const CpuInfo& cpu) {
   plan.sets_per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, g.set_size()));
@@ -25,29 +25,21 @@ CpuPlan plan_rows(const Geometry& g, CpuPlan plan, const CpuInfo& cpu) {
 }
 
 CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, const CpuInfo& cpu) {
-  // A tile holds whole groups and whole bytes of the mask.
-  const int64_t unit = std::lcm(g.set_channels(), int64_t(16));
-  const int64_t channel_bytes = std::max<int64_t>(1, g.positions() * size_of(dtype) * streams);
-  const int64_t fitting = cpu.l2_bytes / 2 / channel_bytes / unit * unit;
-  plan.tile = std::min(g.C, std::clamp<int64_t>(fitting, unit, div_up(512, unit) * unit));
-  const int64_t tasks = g.outer() * div_up(g.C, plan.tile);
-  const bool narrow = plan.tile * size_of(dtype) < kMinTileBytes && plan.tile < g.C;
-  plan.split = fitting < unit || narrow || (cpu.threads > 1 && tasks < 2 * cpu.threads);
-  if (plan.split) plan.tile = std::min(g.C, div_up(512, unit) * unit);
-  // These depend on C and not on the tile, which a split changes: sums must not depend on the number of threads.
-  plan.block_positions = std::clamp<int64_t>(2 * kBlock / std::max<int64_t>(1, g.C) / 4 * 4, 16, 64);
-  plan.chunk_positions =
-      div_up(std::max<int64_t>(1, kBlock * kChunkBlocks / g.C), plan.block_positions) * plan.block_positions;
+  const int64_t C = std::max<int64_t>(1, g.C), row_bytes = C * size_of(dtype);
+  plan.chunk_positions = std::max(kMinChunkPositions, kBlock * kChunkBlocks / C);
+  plan.split = cpu.threads > 1 && g.outer() < 4 * cpu.threads && g.positions() > plan.chunk_positions;
+  const bool cached = g.numel() * size_of(dtype) * streams < cpu.l3_bytes / 2;
+  plan.rows_together = 4 * row_bytes <= kTogetherBytes || cached;
   return plan;
 }
 
 }  // namespace
 
 CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, const CpuInfo& cpu) {
-  // An output larger than half the last cache has left it before anyone reads it. Only runs of whole packs are
-  // streamed, because it is slow to stream half-written lines.
-  const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2 && g.mask_run() % 16 == 0;
-  const CpuPlan plan{g.traversal(), false, stream, 1, g.C, 16, g.positions()};
+  // An output larger than half the last cache has left it before anyone reads it. Only runs of whole lines are
+  // streamed, because it is slow to stream half-written ones.
+  const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2 && g.mask_run() * size_of(dtype) % 64 == 0;
+  const CpuPlan plan{g.traversal(), false, stream, 1, g.positions(), false};
   return g.traversal() == Traversal::kRows ? plan_rows(g, plan, cpu) : plan_columns(g, dtype, streams, plan, cpu);
 }
 
@@ -55,8 +47,8 @@ std::string to_string(const CpuPlan& p) {
   const std::string split = std::string(p.split ? ", split" : "") + (p.stream ? ", streaming" : "");
   if (p.traversal == Traversal::kRows)
     return "rows" + split + ", " + std::to_string(p.sets_per_task) + " sets per task";
-  return "columns" + split + ", tile " + std::to_string(p.tile) + ", blocks of " + std::to_string(p.block_positions) +
-         " positions, chunks of " + std::to_string(p.chunk_positions);
+  return "columns" + split + ", chunks of " + std::to_string(p.chunk_positions) + " positions" +
+         (p.rows_together ? ", rows together" : "");
 }
 
 }  // namespace fastnorm

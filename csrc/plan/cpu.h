@@ -16,8 +16,7 @@ struct CpuInfo {
   int threads;
 };
 
-// So many elements are reduced together while they are in the L1 cache (16 KB of float32): first their own mean, then
-// the squares.
+// So many elements are summed in float before the sums go on in double.
 constexpr int64_t kBlock = 4096;
 // So many blocks are folded into one partial. A chunk is the smallest part of a set that another thread may take.
 constexpr int64_t kChunkBlocks = 16;
@@ -33,9 +32,8 @@ struct CpuPlan {
   bool split;
   bool stream;              // stores go past the cache
   int64_t sets_per_task;    // rows, unless split
-  int64_t tile;             // columns: channels of a tile
-  int64_t block_positions;  // columns: positions of a block
   int64_t chunk_positions;  // columns: positions of a chunk
+  bool rows_together;       // columns: several positions are worked on at a time
 
   bool operator==(const CpuPlan&) const = default;
 };

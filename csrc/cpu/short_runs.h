@@ -1,0 +1,254 @@
+// Planar batch norm whose runs are short (7x7, 14x14): a sample is a row of channels * S columns.
+//
+// What: does what rows_forward.h and rows_backward.h do, by the loops of columns_forward.h and columns_backward.h: runs
+//   of 49 elements would cost a tail each, and their streams end before the processor has found them.
+// Who: a task takes a tile of channels, whose columns lie side by side, in all samples.
+// Traffic: reads x (backward: dy and x) from memory once while a tile fits the cache; writes y (dx) once.
+// Numerics: a column is summed over kBlockPositions samples in A; then a channel sums its columns in double.
+#pragma once
+
+#include <numeric>
+
+#include "columns_backward.h"
+
+namespace fastnorm::FASTNORM_CPU_CAPABILITY {
+
+// Whether runs are short and samples are many enough to expand the coefficients of channels into those of columns. The
+// mask of a two-sided activation behind a residual has a row for each run, which rows_forward.h writes.
+template <class T, class Args>
+bool has_short_runs(const Args& args, int64_t bytes = 1024) {
+  constexpr int64_t kSamples = 8;
+  const Geometry& g = args.geometry;
+  return g.kind == Kind::kBatch && g.traversal() == Traversal::kRows && g.N >= kSamples &&
+         g.S * static_cast<int64_t>(sizeof(T)) <= bytes && args.mask == nullptr;
+}
+
+// The channels of a tile, and their columns in the order of lanes.
+template <class T>
+class ColumnMap {
+  using A = Accum<T>;
+
+ public:
+  static constexpr int64_t kColumns = 1600;
+
+  explicit ColumnMap(int64_t S) : S_(S) {
+    const int64_t whole = kLanes<A> / std::gcd(S, kLanes<A>);  // channels that make whole packs
+    const int64_t most = std::max<int64_t>(1, kColumns / S);
+    channels_ = most >= whole ? most / whole * whole : most;
+  }
+  int64_t channels() const { return channels_; }
+  int64_t lanes() const { return lane_pitch<A>(channels_ * S_); }
+
+  // Sets out[lane of column i] = value[channel of i] for `channels` channels. line: lanes() numbers to work in.
+  void expand(int64_t channels, const A* value, A* line, A* out) const {
+    for (int64_t c = 0; c < channels; ++c) std::fill_n(line + c * S_, S_, value[c]);
+    const int64_t columns = channels * S_, lanes = lane_pitch<A>(columns);
+    std::fill_n(line + columns, lanes - columns, A(0));  // numbers that no store writes
+    for (int64_t i = 0; i < lanes; i += kLanes<A>) to_lanes<T>(line + i, out + i);
+  }
+  // Adds the columns of each channel up: out[c] += their sum.
+  void fold(int64_t channels, const A* in, A* line, double* out) const {
+    for (int64_t i = 0; i < channels * S_; i += kLanes<A>) from_lanes<T>(in + i, line + i);
+    for (int64_t c = 0; c < channels; ++c) {
+      HalfSum<A> sum;
+      const A* p = line + c * S_;
+      int64_t i = 0;
+      for (; i + kLanes<A> <= S_; i += kLanes<A>) sum.add(load(p + i));
+      if (i < S_) sum.add(load_first(p + i, S_ - i));
+      out[c] += sum_lanes(sum);
+    }
+  }
+
+ private:
+  int64_t S_, channels_;
+};
+
+// Expands the coefficients of a tile's channels: center, rstd, scale, bias.
+template <class T, class Args>
+void expand_coefs(const Call<T, Args>& call, const ColumnMap<T>& map, int64_t first, int64_t channels,
+                  const Arrays<Accum<T>, 4>& arrays, Accum<T>* line) {
+  const Arrays<Accum<T>, 4> own(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const Affine<Accum<T>> coefs = call.shared_coefs(first + c, first + c).all;
+    own[0][c] = coefs.mean[0], own[1][c] = coefs.rstd[0], own[2][c] = coefs.scale[0], own[3][c] = coefs.bias[0];
+  }
+  for (int k = 0; k < 4; ++k) map.expand(channels, own[k], line, arrays[k]);
+}
+
+// Also with given statistics, which EvalForward has put in their place then.
+template <class T>
+class ShortRunsForward : Call<T, ForwardCall> {
+  using Base = Call<T, ForwardCall>;
+  using A = Accum<T>;
+  using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight, Base::bias;
+
+  const T* x_ = static_cast<const T*>(args.x);
+  const T* residual_ = static_cast<const T*>(args.residual);
+  T* y_ = static_cast<T*>(args.y);
+  const ColumnMap<T> map_{g.S};
+  const int64_t row_ = g.C * g.S, lanes_ = map_.lanes();
+
+ public:
+  using Base::Base;
+
+  void run() {
+    for_each_task(args.parallel, div_up(g.C, map_.channels()), [&](int64_t t) {
+      const int64_t first = t * map_.channels();
+      run_tile(first, std::min(map_.channels(), g.C - first));
+    });
+  }
+
+ private:
+  void run_tile(int64_t first, int64_t channels) const {
+    const Arrays<A, 4> arrays(lanes_);
+    const Buffer<A> line(lanes_);
+    if (args.running_mean.data == nullptr) take_statistics(first, channels, arrays, line);
+    if (!y_) return;  // the caller wants only the statistics
+    expand_coefs(*this, map_, first, channels, arrays, line);
+    const int64_t at = first * g.S;
+    const ForwardSpan<T> s{x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, nullptr, args.plan.stream};
+    forward_rows(s, g.N, channels * g.S, row_, 0, ChannelCoefs<A>{arrays[0], arrays[1], arrays[2], arrays[3]}, epilogue,
+                 true);
+  }
+
+  void take_statistics(int64_t first, int64_t channels, const Arrays<A, 4>& arrays, A* line) const {
+    const Arrays<double, 2> sums(channels);
+    const Buffer<A> pivots(channels);
+    const double count = static_cast<double>(g.N * g.S);
+    for (int64_t c = 0; c < channels; ++c) pivots[c] = pivot_of(first + c);
+    for (bool again : {false, true}) {
+      std::fill_n(sums[0], channels, 0.0);
+      std::fill_n(sums[1], channels, 0.0);
+      map_.expand(channels, pivots, line, arrays[0]);
+      reduce(first, channels, arrays[0], arrays[1], arrays[2], line, sums[0], sums[1]);
+      bool far_off = false;
+      for (int64_t c = 0; c < channels; ++c) {
+        const PivotSums total{sums[0][c], sums[1][c]};
+        const Moments<double> moments = total.moments(pivots[c], count);
+        stats.finish(first + c, moments, count, args.eps);
+        if (!total.far_off(moments, count, count)) continue;
+        pivots[c] = round_pivot<T>(moments.mean);
+        far_off = true;
+      }
+      if (!far_off || again) break;
+    }
+  }
+
+  // The mean of a channel's first run.
+  A pivot_of(int64_t channel) const {
+    PivotSample<T> sample;
+    for (int64_t i = 0; i < g.S; i += kLanes<A>) sample.add(x_ + channel * g.S + i, g.S - i);
+    return sample.pivot();
+  }
+
+  void reduce(int64_t first, int64_t channels, const A* pivots, A* delta, A* square, A* line, double* deltas,
+              double* squares) const {
+    for (int64_t n = 0; n < g.N; n += kBlockPositions) {
+      std::fill_n(delta, lanes_, A(0));
+      std::fill_n(square, lanes_, A(0));
+      const T* x = x_ + n * row_ + first * g.S;
+      for_rows<A>(std::min(kBlockPositions, g.N - n), channels * g.S, true, Strided{row_, 0, 0, 0}, [&](int64_t r) {
+        return ColumnDeviations<T>{x + r * row_, pivots, delta, square, kRowGroup * row_};
+      });
+      map_.fold(channels, delta, line, deltas);
+      map_.fold(channels, square, line, squares);
+    }
+  }
+};
+
+template <class T>
+class ShortRunsBackward : Call<T, BackwardCall> {
+  using Base = Call<T, BackwardCall>;
+  using A = Accum<T>;
+  using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
+
+  const T* dy_ = static_cast<const T*>(args.dy);
+  const T* x_ = static_cast<const T*>(args.x);
+  const T* residual_ = static_cast<const T*>(args.residual);
+  T* dx_ = static_cast<T*>(args.dx);
+  T* dresidual_ = static_cast<T*>(args.dresidual);
+  const ColumnMap<T> map_{g.S};
+  const int64_t row_ = g.C * g.S, lanes_ = map_.lanes();
+  const bool applies_ = args.dx || args.dresidual;
+  const bool sums_ = !args.frozen || args.dweight || args.dbias;
+  const bool caches_d_ = sums_ && applies_ && Base::caches_slopes(g.N * lanes_);
+
+ public:
+  using Base::Base;
+
+  void run() {
+    for_each_task(args.parallel, div_up(g.C, map_.channels()), [&](int64_t t) {
+      const int64_t first = t * map_.channels();
+      run_tile(first, std::min(map_.channels(), g.C - first));
+    });
+  }
+
+ private:
+  void run_tile(int64_t first, int64_t channels) const {
+    const Arrays<A, 4> arrays(lanes_);
+    const Arrays<A, 2> sums(lanes_);
+    const Buffer<A> line(lanes_), cached(caches_d_ ? g.N * lanes_ : 0);
+    expand_coefs(*this, map_, first, channels, arrays, line);
+    const ChannelCoefs<A> coefs{arrays[0], arrays[1], arrays[2], arrays[3]};
+    const int64_t at = first * g.S, columns = channels * g.S;
+    const BackwardSpan<T> s{dy_ + at,
+                            x_ + at,
+                            residual_ ? residual_ + at : nullptr,
+                            nullptr,
+                            dx_ ? dx_ + at : nullptr,
+                            dresidual_ ? dresidual_ + at : nullptr,
+                            args.plan.stream};
+    if (sums_) {
+      const Arrays<double, 2> totals(channels);
+      std::fill_n(totals[0], channels, 0.0);
+      std::fill_n(totals[1], channels, 0.0);
+      reduce(s, coefs, columns, channels, caches_d_ ? static_cast<A*>(cached) : nullptr, sums, line, totals);
+      const Arrays<A, 2> terms(channels);
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t set = first + c;
+        const double w = weight[set], low = Base::center(set).low, d = totals[0][c];
+        const double d_xhat = Base::xhat_sum(set, {d, totals[1][c]}, low);
+        if (args.dbias) args.dbias[set] = d;
+        if (args.dweight) args.dweight[set] = d_xhat;
+        const SetTerms<A> own = Base::set_terms(set, w * d, w * d_xhat, low);
+        terms[0][c] = own.offset, terms[1][c] = own.slope;
+      }
+      map_.expand(channels, terms[0], line, sums[0]);
+      map_.expand(channels, terms[1], line, sums[1]);
+    }
+    if (!applies_) return;
+    const ChannelTerms<A> terms{sums[0], sums[1]};
+    if (caches_d_) {
+      const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
+      backward_rows(s.with_d(cached), g.N, columns, row_, lanes_, 0, coefs, terms, none, true);
+    } else if (args.frozen) {
+      backward_rows(s, g.N, columns, row_, row_, 0, coefs, FrozenTerms<A>{}, epilogue, true);
+    } else {
+      backward_rows(s, g.N, columns, row_, row_, 0, coefs, terms, epilogue, true);
+    }
+  }
+
+  void reduce(const BackwardSpan<T>& s, const ChannelCoefs<A>& coefs, int64_t columns, int64_t channels, A* cached,
+              const Arrays<A, 2>& sums, A* line, const Arrays<double, 2>& totals) const {
+    for (int64_t n = 0; n < g.N; n += kBlockPositions) {
+      std::fill_n(sums[0], lanes_, A(0));
+      std::fill_n(sums[1], lanes_, A(0));
+      with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+        const auto at_row = [&](int64_t r) {
+          return ColumnGradSums<T, std::decay_t<decltype(e)>>{s.moved((n + r) * row_, (n + r) * row_, 0),
+                                                              coefs,
+                                                              e,
+                                                              cached ? cached + (n + r) * lanes_ : nullptr,
+                                                              sums[0],
+                                                              sums[1],
+                                                              kRowGroup * row_};
+        };
+        for_rows<A>(std::min(kBlockPositions, g.N - n), columns, true, Strided{row_, 0, row_, lanes_}, at_row);
+      });
+      map_.fold(channels, sums[0], line, totals[0]);
+      map_.fold(channels, sums[1], line, totals[1]);
+    }
+  }
+};
+
+}  // namespace fastnorm::FASTNORM_CPU_CAPABILITY
