@@ -8,10 +8,10 @@
 //
 //   A thread reads back what it copied itself, so that staging needs no barrier; except where runs are not whole packs.
 // Traffic: reads x (and residual) once, writes y (and a bit per element) once: the least there is. The gangs of a grid
-//   write 8 bytes per piece and channel, and each block reads all partials of its gang, or its share of them and then the
-//   sums that its peers made (Exchange in plan/types.h). Columns: what a piece has beyond Grid::staged_length is read
-//   twice, the second time from L2 as far as that has kept it.
-// Needs: the pieces of a wave fit shared memory, as far as they are not read twice; the blocks of a gang are co-resident; float32 accumulation.
+//   write 8 bytes per piece and channel, and each block reads all partials of its gang, or its share of them and then
+//   the sums that its peers made (Exchange in plan/types.h). Columns: what a piece has beyond Grid::staged_length is
+//   read twice, the second time from L2 as far as that has kept it.
+// Needs: what is read once fits shared memory; the blocks of a gang are co-resident; float32 accumulation.
 // Numerics: moments as reduce.cuh takes them. Every block merges the partials of its gang in the same order.
 // Why not registers: their number would be a template parameter, and every size of a set a kernel of its own.
 // Why not loads through registers: they bound the bytes under way to 32 KB per SM, and asynchronous copies do not.
