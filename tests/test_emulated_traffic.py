@@ -204,6 +204,27 @@ def test_apply_walks_back_over_what_reduce_left(layout: str, factor: int) -> Non
         assert apply.missed <= 2 * tensor - 0.5 * facts.l2_bytes, f"{apply.missed} of {2 * tensor}"
 
 
+@pytest.mark.parametrize("exchange", ["gather", "scatter"])
+def test_what_pieces_have_beyond_shared_memory_is_found_in_l2(exchange: str) -> None:
+    """A piece's rest is read twice, and comes from memory once."""
+    settings = emulator.load()
+    facts = dataclasses.replace(settings.device("tiny"), shared_per_sm=40 << 10, shared_per_block=39 << 10)
+    facts = dataclasses.replace(facts, num_sms=8, l2_bytes=1 << 20)
+    case = Case(Layer("", "BatchNorm2d", (2, 64, 8, 50), (64,)), "channels_last")
+    call = RawCall(case, make_inputs(case, CPU), torch.ops.fastnorm_emulated)
+    tensor = call.x.numel() * 4
+    forced = {"gang": "grid", "pieces": 8, "blocks_per_sm": 1, "staged_length": 32, "exchange": exchange}
+    with settings.configured(device=facts, forced=forced), settings.modelling_l2():
+        with settings.counting() as forward:
+            saved = call.forward()
+        with settings.counting() as backward:
+            call.backward(saved["stats"], saved["mask"], (True, True, False))
+    for counts, tensors in ((forward, 1), (backward, 2)):
+        (launch,) = counts.launches
+        assert launch.traffic.read_stream > 1.5 * tensors * tensor
+        assert launch.missed < 1.1 * tensors * tensor
+
+
 @pytest.mark.parametrize("layout", ["planar", "channels_last"])
 def test_moments_read_once_and_write_nothing(layout: str, emulated: Backend) -> None:
     layer = Layer("", "BatchNorm2d", (3, 13, 7, 11), (13,))
