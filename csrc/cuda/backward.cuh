@@ -119,7 +119,8 @@ FASTNORM_DEVICE void store_gradients(const Tensors& t, const A (&x)[W], const A 
 // bits.
 template <int W, class Tensors, class At, class Bits>
 FASTNORM_DEVICE auto load_gradient(const Tensors& t, At at, Bits bits) {
-  GradientPacks<std::remove_pointer_t<decltype(t.dx)>, W> packs;
+  // Zero, else what the call lacks would be kept from one pack to the next.
+  GradientPacks<std::remove_pointer_t<decltype(t.dx)>, W> packs{};
   packs.x = load<W>(at(t.x));
   packs.dy = load<W>(at(t.dy));
   if (t.residual != nullptr) packs.residual = load<W>(at(t.residual));

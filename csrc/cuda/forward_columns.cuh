@@ -10,7 +10,7 @@ namespace fastnorm::cuda {
 template <Activation kAct, int W, class Tensors, class T, class A>
 FASTNORM_DEVICE void forward_place(const Tensors& t, const ColumnsPiece<W>& piece, const LaneCoefs<A, W>& coefs,
                                    const PackPlace& place, bool in, const Pack<T, W>& x) {
-  Pack<T, W> residual;
+  Pack<T, W> residual{};  // else that of a call without one would be kept from one place to the next
   if (t.residual != nullptr && in) residual = load<W>(t.residual + place.element);
   forward_pack<kAct>(t, x, residual, in, coefs, place.element, [&] { return piece.mask_byte(t.mask, place.position); });
 }

@@ -45,7 +45,7 @@ struct Staged {
 template <int W, class Tensors, class T, class Piece, class At>
 FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const Tensors& t, const Piece& piece, const Staged<T, W>& staged,
                                                     const At& at) {
-  GradientPacks<T, W> packs;
+  GradientPacks<T, W> packs{};  // as in load_gradient
   packs.x = staged.x[piece.slot(at, t.x)];
   packs.dy = staged.dy[piece.slot(at, t.dy)];
   if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(at, static_cast<const T*>(t.residual))];

@@ -121,6 +121,7 @@ class GangPartials {
     });
     if (totals == nullptr) return;
     sync();
+#pragma unroll 1
     for (int c = thread_index(); c < channels; c += block_threads()) use(c, load_one(totals + c));
   }
 
@@ -147,6 +148,7 @@ class GangPartials {
     const int log_lanes = std::clamp(bit_width(block_threads()) - 1 - bit_width(channels - 1), 0, kMost);
     const int lanes = 1 << log_lanes, lane = thread_index() & (lanes - 1), group = thread_index() >> log_lanes;
     const int groups = block_threads() >> log_lanes;
+#pragma unroll 1
     for (int first = 0; first < channels; first += groups) {
       const bool in = first + group < channels;
       const int channel = first_channel + first + group;
