@@ -19,6 +19,13 @@ struct LaunchConfig {
   bool cooperative = false;  // all blocks resident, sync_grid allowed
 };
 
+// Whether copies to shared memory go through the registers of their threads.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kCopiesThroughRegisters = true;
+#else
+constexpr bool kCopiesThroughRegisters = false;
+#endif
+
 }  // namespace fastnorm::cuda
 
 #if defined(FASTNORM_EMULATE)
@@ -233,12 +240,6 @@ FASTNORM_DEVICE void write_whole_shared(V* p, const V& v) {
   *reinterpret_cast<decltype(word)*>(p) = word;
 }
 
-// Whether copies to shared memory go through the registers of their threads.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-constexpr bool kCopiesThroughRegisters = true;
-#else
-constexpr bool kCopiesThroughRegisters = false;
-#endif
 // Begins to copy kBytes (4, 8 or 16) from global to shared memory, past the registers. Below sm_80 it copies at once.
 template <int kBytes>
 FASTNORM_DEVICE void copy_async(void* place, const void* p) {

@@ -70,7 +70,7 @@ FASTNORM_DEVICE void backward_rows_in_registers(const BackwardTensors<T>& t, con
     const A shift = -stats.low * stats.rstd;
     RowNumbers<Team> xhat, weighted;
     // Else those of packs that the team has not are kept from row to row, and there are too few registers for that.
-    if constexpr (kCopiesThroughRegisters) xhat = weighted = {};
+    if constexpr (kCopiesThroughRegisters) xhat = {}, weighted = {};
     A sums[2] = {};
     ring.wait();
 #pragma unroll
