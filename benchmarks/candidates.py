@@ -158,7 +158,9 @@ class Candidate:
         tile = f", tiles of {f['tile_bytes']} B" if "tile_bytes" in f else ""
         stages = ", 2 stages" if f["stages"] == 2 else ""
         place = ", registers" if f.get("place") == "registers" else ""
-        return f"{f['gang']}{place}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}"
+        kept = f", {f['staged_length']} positions kept" if "staged_length" in f else ""
+        scattered = ", scattered" if f.get("exchange") == "scatter" else ""
+        return f"{f['gang']}{place}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}{kept}{scattered}"
 
 
 def grid_of(plan: Plan) -> _C.Grid:
@@ -196,6 +198,10 @@ def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
         forced["place"] = "registers" if grid.thread_packs > 0 else "shared"
     if grid.traversal == "columns":
         forced["tile_bytes"] = grid.tile * job.call.size
+        if grid.gang == "grid":
+            forced["exchange"] = grid.exchange
+        if grid.staged_length < grid.piece_length:
+            forced["staged_length"] = grid.staged_length
     choices = ({**forced, "blocks_per_sm": blocks_per_sm} for blocks_per_sm in BLOCKS_PER_SM)
     return next((each for each in choices if job.plan(facts, each) == plan), None)
 

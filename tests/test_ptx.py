@@ -88,7 +88,7 @@ def test_the_device_that_plans_are_made_for(name: str) -> None:
     """platform.cuh asks the runtime for every fact: a launch is of the size that the planner says."""
     ptx, call = backend.load(), raw(Case(LAYERS[0], activation="silu"))
     facts = fastnorm._C.DeviceInfo(**dataclasses.asdict(ptx.device(name)))
-    plan = fastnorm._C.plan_forward(call.shape.geometry, "float32", facts)
+    plan = fastnorm._C.plan_forward(call.shape.geometry, "float32", facts, activation="silu")
     with ptx.configured(device=name), ptx.counting() as counts:
         call.forward()
     first = counts.launches[0]

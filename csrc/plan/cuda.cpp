@@ -92,7 +92,9 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, const Sta
           if (staging.rereads && device.cooperative && stages == 1) {
             const int64_t pieces = blocks_per_sm * int64_t(device.num_sms) / sets.count;
             choice.staged_length = forced.staged_length < 0 ? kMostPositions : forced.staged_length;
-            if (pieces > 1) add(choice, Gang::kGrid, {pieces});
+            // Of gangs of other sizes only where it is asked for: the one wave is their point.
+            const bool wanted = forced.staged_length >= 0 || allows(forced.pieces, pieces);
+            if (pieces > 1 && wanted) add(choice, Gang::kGrid, {pieces});
           }
           if (forced.staged_length >= 0) continue;
           choice.staged_length = 0;

@@ -90,7 +90,8 @@ def device_gang_cases(facts: _C.DeviceInfo) -> Iterator[GangCase]:
         ({"gang": "cluster", "pieces": pieces, "stages": stages, "blocks_per_sm": 1}, few_clusters)
         for pieces, stages in itertools.product((2, 5, 16), (1, 2))
     ]
-    gangs += [({"gang": "grid", "stages": 1}, few), ({"gang": "grid", "stages": 2}, few)]
+    # Narrow tiles take several waves of channels, and those of all channels one.
+    gangs += [({"gang": "grid", "stages": stages, "tile_bytes": 64}, few) for stages in (1, 2)]
     gangs += [({"gang": "grid", "stages": 2, "pieces": 3}, few)]
     places = [(layer, layout) for layer in GANG_LAYERS for layout in layer.layouts]
     turns = [(layer, "planar", gang) for layer in MANY_SETS for gang in gangs]

@@ -213,7 +213,7 @@ def runner(variant: str) -> list[str]:
     raise BuildError(f"a program with {SANITIZE[variant]} does not run here: {found}")
 
 
-def run(path: str, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(path: str, *arguments: str, timeout: float = 550) -> subprocess.CompletedProcess[str]:
     """Runs a built program; stdout and stderr come back as one text."""
     variant = path.split("/")[0]
     return subprocess.run(
