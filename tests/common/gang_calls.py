@@ -87,9 +87,12 @@ class GangCall:
         """Whether there is such a plan in both directions."""
         geometry = RawCall(self.case, make_inputs(self.case, CPU)).shape.geometry
         dtype, facts = self.case.precision[0], _C.DeviceInfo(**dataclasses.asdict(self.device))
+        activation = self.case.activation or "none"
         try:
-            _C.plan_forward(geometry, dtype, facts, forced=self.forced)
-            _C.plan_backward(geometry, dtype, facts, residual=self.case.residual, forced=self.forced)
+            _C.plan_forward(geometry, dtype, facts, activation=activation, forced=self.forced)
+            _C.plan_backward(
+                geometry, dtype, facts, residual=self.case.residual, activation=activation, forced=self.forced
+            )
         except ValueError:
             return False
         return True
