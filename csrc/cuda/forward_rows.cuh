@@ -14,7 +14,7 @@ FASTNORM_DEVICE void forward_steps(const Tensors& t, const RowsPiece<W>& piece, 
                                    Read read) {
   using T = std::remove_pointer_t<decltype(t.y)>;
   using A = Accum<T>;
-  Pack<T, W> x[N], residual[N];
+  Pack<T, W> x[N] = {}, residual[N] = {};  // zero where nothing is loaded, or they are kept from an earlier call
   const auto load_residual = [&](int u) {
     if (steps[u].in) residual[u] = load<W>(piece.at(t.residual, steps[u]));
   };
