@@ -45,13 +45,8 @@ template <class T>
 class ColumnsBackward : Call<T, BackwardCall> {
   using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue, Base::weight;
 
-  const T* dy_ = static_cast<const T*>(args.dy);
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* dx_ = static_cast<T*>(args.dx);
-  T* dresidual_ = static_cast<T*>(args.dresidual);
   const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
@@ -104,16 +99,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
  private:
   int64_t chunk_end(int64_t chunk) const { return std::min((chunk + 1) * chunk_, positions_); }
 
-  BackwardSpan<T> span(int64_t row) const {
-    const int64_t at = row * g.C;
-    return {dy_ + at,
-            x_ + at,
-            residual_ ? residual_ + at : nullptr,
-            args.mask ? args.mask + row * mask_row_ : nullptr,
-            dx_ ? dx_ + at : nullptr,
-            dresidual_ ? dresidual_ + at : nullptr,
-            args.plan.stream};
-  }
+  BackwardSpan<T> span(int64_t row) const { return whole.moved(row * g.C, row * g.C, row * mask_row_); }
 
   void reduce(int64_t n, int64_t chunk, Sums out) const {
     const ChannelCoefs<A> coefs = coefs_.at(n);

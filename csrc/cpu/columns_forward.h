@@ -49,12 +49,9 @@ template <class T>
 class ColumnsForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue;
   static constexpr int64_t kFoldChannels = 512;  // of a task, about
 
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* y_ = static_cast<T*>(args.y);
   const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
@@ -117,7 +114,7 @@ class ColumnsForward : Call<T, ForwardCall> {
     for (int64_t i = 0; i < g.C; i += L) {
       Pack<A> sum(0);
       for (int64_t k = 0; k < sample; ++k) {
-        const T* at = x_ + (n * positions_ + positions_ * k / sample) * g.C + i;
+        const T* at = whole.x + (n * positions_ + positions_ * k / sample) * g.C + i;
         sum = sum + (g.C - i < L ? load_first(at, g.C - i) : load(at));
       }
       const Pack<A> pivot = round_to<T>(sum * Pack<A>(1.0 / static_cast<double>(sample)));
@@ -137,7 +134,7 @@ class ColumnsForward : Call<T, ForwardCall> {
     for (int64_t p = chunk * chunk_; p < end; p += kBlockPositions) {
       std::fill_n(block[0], lanes_, A(0));
       std::fill_n(block[1], lanes_, A(0));
-      const T* x = x_ + (n * positions_ + p) * g.C;
+      const T* x = whole.x + (n * positions_ + p) * g.C;
       for_rows<A>(std::min(kBlockPositions, end - p), g.C, together, Strided{g.C, 0, 0, 0}, [&](int64_t r) {
         return ColumnDeviations<T>{x + r * g.C, pivots_ + n * lanes_, block[0], block[1], ahead};
       });
@@ -182,17 +179,13 @@ class ColumnsForward : Call<T, ForwardCall> {
 
   // Writes y at the positions of a chunk.
   void apply(int64_t n, int64_t chunk) const {
-    if (!y_) return;  // the caller wants only the statistics
+    if (!whole.y) return;  // the caller wants only the statistics
     const int64_t begin = chunk * chunk_;
     forward_rows(span(n * positions_ + begin), chunk_end(chunk) - begin, g.C, g.C, mask_row_, coefs_.at(n), epilogue,
                  args.plan.rows_together);
   }
 
-  ForwardSpan<T> span(int64_t row) const {
-    const int64_t at = row * g.C;
-    uint8_t* mask = args.mask ? args.mask + row * mask_row_ : nullptr;
-    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};
-  }
+  ForwardSpan<T> span(int64_t row) const { return whole.moved(row * g.C, row * mask_row_); }
 };
 
 }  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

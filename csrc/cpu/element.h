@@ -203,6 +203,11 @@ struct ForwardSpan {
   T* y;
   uint8_t* mask;
   bool stream;  // y is too large to stay in the cache
+
+  // The span `at` elements further on; mask_at bytes of the mask.
+  ForwardSpan moved(int64_t at, int64_t mask_at) const {
+    return {x + at, residual ? residual + at : nullptr, y + at, mask ? mask + mask_at : nullptr, stream};
+  }
 };
 
 template <class T, class Coefs, class E>
@@ -247,10 +252,7 @@ FASTNORM_INLINE void forward_rows(const ForwardSpan<T>& s, int64_t rows, int64_t
                                   const Coefs& coefs, const Epilogue<Accum<T>>& epilogue, bool together) {
   with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
     const auto at_row = [&](int64_t r) {
-      const int64_t at = r * stride;
-      const ForwardSpan<T> row{s.x + at, s.residual ? s.residual + at : nullptr, s.y + at,
-                               s.mask ? s.mask + r * mask_row : nullptr, s.stream};
-      return ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{row, coefs, e};
+      return ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s.moved(r * stride, r * mask_row), coefs, e};
     };
     for_rows<Accum<T>>(rows, n, together, Strided{stride, mask_row, 0, 0}, at_row, s.stream && can_stream(s.y));
   });

@@ -15,15 +15,12 @@ template <class T>
 class EvalForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue;
   // Without statistics to take, walking memory in its own order is worth more than whole packs, except for tiny runs:
   // 7x7 bfloat16 took 18 cycles a pack run by run and 7 as columns, 7x7 float32 17 and 20.
   static constexpr int64_t kTinyRunBytes = 128;
   static constexpr int64_t kTaskElements = kBlock * kChunkBlocks;
 
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* y_ = static_cast<T*>(args.y);
   const int64_t mask_row_ = mask_row_bytes(g.mask_run(), args.dtype);
 
  public:
@@ -84,9 +81,7 @@ class EvalForward : Call<T, ForwardCall> {
   }
 
   ForwardSpan<T> span(int64_t run, int64_t offset) const {
-    const int64_t at = run * g.mask_run() + offset;
-    uint8_t* mask = args.mask ? args.mask + run * mask_row_ + offset / 8 : nullptr;
-    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};
+    return whole.moved(run * g.mask_run() + offset, run * mask_row_ + offset / 8);
   }
 };
 

@@ -20,20 +20,15 @@ template <class T>
 class LayerBackward : Call<T, BackwardCall> {
   using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue;
   static constexpr int64_t kFlushSamples = 32;
   // Each row of partials costs memory traffic, so at least kMinSamples samples share one; 64 rows feed any machine.
   static constexpr int64_t kMinSamples = 64, kMaxChunks = 64;
 
   const ElementParams<T> weights_{g, Base::weight}, biases_{g, Base::bias};
-  const T* dy_ = static_cast<const T*>(args.dy);
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* dx_ = static_cast<T*>(args.dx);
-  T* dresidual_ = static_cast<T*>(args.dresidual);
   const int64_t mask_row_ = mask_row_bytes(g.D(), args.dtype);
   const int64_t lanes_ = g.G * lane_pitch<A>(g.D());  // of dweight or dbias
-  const bool params_ = args.dweight || args.dbias, applies_ = dx_ || dresidual_;
+  const bool params_ = args.dweight || args.dbias, applies_ = args.dx || args.dresidual;
   const int64_t chunks_ = std::clamp<int64_t>(g.N / (params_ ? kMinSamples : 1), std::min<int64_t>(g.N, 2), kMaxChunks);
 
   // Sets that go through a pass together, and the d that it keeps of them.
@@ -180,13 +175,7 @@ class LayerBackward : Call<T, BackwardCall> {
 
   BackwardSpan<T> span(int64_t set) const {
     const int64_t at = set * g.D();
-    return {dy_ + at,
-            x_ + at,
-            residual_ ? residual_ + at : nullptr,
-            args.mask ? args.mask + set * mask_row_ : nullptr,
-            dx_ ? dx_ + at : nullptr,
-            dresidual_ ? dresidual_ + at : nullptr,
-            args.plan.stream};
+    return whole.moved(at, at, set * mask_row_);
   }
 };
 

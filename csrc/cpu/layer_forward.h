@@ -49,12 +49,9 @@ template <class T>
 class LayerForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue;
 
   const ElementParams<T> weights_{g, Base::weight}, biases_{g, Base::bias};
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* y_ = static_cast<T*>(args.y);
   const int64_t D_ = g.D(), mask_row_ = mask_row_bytes(D_, args.dtype);
 
  public:
@@ -81,7 +78,7 @@ class LayerForward : Call<T, ForwardCall> {
 
   template <int kRows>
   void run_sets(int64_t set) const {
-    const T* x = x_ + set * D_;
+    const T* x = whole.x + set * D_;
     const Strided layout{D_, mask_row_, D_, D_};
     const double count = static_cast<double>(D_);
     double total[kRows] = {};
@@ -101,10 +98,9 @@ class LayerForward : Call<T, ForwardCall> {
       for (int p = 0; p < kRows; ++p) sums[p].merge({sum_lanes(delta[p]), sum_lanes(square[p])});
     });
     for (int p = 0; p < kRows; ++p) stats.finish(set + p, sums[p].moments(pivot[p][0], count), count, args.eps);
-    if (!y_) return;  // the caller wants only the statistics
-    const int64_t at = set * D_, group = set % g.G;
-    const ForwardSpan<T> s{x, residual_ ? residual_ + at : nullptr, y_ + at,
-                           args.mask ? args.mask + set * mask_row_ : nullptr, args.plan.stream};
+    if (!whole.y) return;  // the caller wants only the statistics
+    const int64_t group = set % g.G;
+    const ForwardSpan<T> s = whole.moved(set * D_, set * mask_row_);
     const ElementCoefs<A, kRows> coefs(stats.mean + set, stats.rstd + set, weights_.of_group(group),
                                        biases_.of_group(group));
     with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {

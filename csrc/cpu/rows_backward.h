@@ -18,16 +18,11 @@ template <class T>
 class RowsBackward : Call<T, BackwardCall> {
   using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue, Base::weight;
   using Sums = GradSums<double>;
   static constexpr int64_t kSummedInA = 1024;
   static constexpr A kSmallVariance = 1e-37;  // of deviations that are next to float's denormal numbers
 
-  const T* dy_ = static_cast<const T*>(args.dy);
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* dx_ = static_cast<T*>(args.dx);
-  T* dresidual_ = static_cast<T*>(args.dresidual);
   const bool batch_ = g.kind == Kind::kBatch;
   const Runs cell_runs_ = batch_ ? stat_runs(g) : Runs{1, g.S, 0};
   const CacheBlocks blocks_{cell_runs_};
@@ -104,13 +99,7 @@ class RowsBackward : Call<T, BackwardCall> {
 
   BackwardSpan<T> span(int64_t cell, int64_t run, int64_t offset) const {
     const int64_t base = cell * g.S + run * cell_runs_.stride, at = base + offset;
-    return {dy_ + at,
-            x_ + at,
-            residual_ ? residual_ + at : nullptr,
-            args.mask ? args.mask + base / g.S * mask_row_ + offset / 8 : nullptr,
-            dx_ ? dx_ + at : nullptr,
-            dresidual_ ? dresidual_ + at : nullptr,
-            args.plan.stream};
+    return whole.moved(at, at, base / g.S * mask_row_ + offset / 8);
   }
 
   // Reduces one chunk of `cells` cells side by side. Writes d to `cached`, if that is not null.

@@ -19,12 +19,9 @@ template <class T>
 class RowsForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue;
 
   const ElementParams<T> weights_{g, Base::weight}, biases_{g, Base::bias};
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* y_ = static_cast<T*>(args.y);
   const Runs stat_runs_ = stat_runs(g), weight_runs_ = weight_runs(g);
   const CacheBlocks stat_blocks_{stat_runs_}, weight_blocks_{weight_runs_};
   const int64_t mask_row_ = mask_row_bytes(g.mask_run(), args.dtype);
@@ -71,7 +68,7 @@ class RowsForward : Call<T, ForwardCall> {
  private:
   // The pivot of a set: the mean of some packs that are spread over it.
   A pivot_of(int64_t set) const {
-    const T* x = x_ + set_base(g, set);
+    const T* x = whole.x + set_base(g, set);
     PivotSample<T> sample;
     const int64_t runs = std::min(stat_runs_.count, kPivotPacks), per_run = kPivotPacks / runs;
     for (int64_t r = 0; r < runs; ++r) {
@@ -94,7 +91,7 @@ class RowsForward : Call<T, ForwardCall> {
       for (int64_t s = 0; s < sets; ++s) delta[s] = square[s] = Pack<A>(0);
       for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
         for (int64_t s = 0; s < sets; ++s) {
-          const T* x = x_ + set_base(g, set + s) + r * stat_runs_.stride + k.offset;
+          const T* x = whole.x + set_base(g, set + s) + r * stat_runs_.stride + k.offset;
           Pack<A> d = delta[s], q = square[s];
           for_packs<A>(k.length, DeviationPacks<T>{x, Pack<A>(pivots[s]), d, q});
           delta[s] = d, square[s] = q;
@@ -134,7 +131,7 @@ class RowsForward : Call<T, ForwardCall> {
 
   // Writes y in the blocks [first, end) of `sets` sets side by side.
   void apply(int64_t set, int64_t sets, int64_t first, int64_t end) const {
-    if (!y_) return;  // the caller wants only the statistics
+    if (!whole.y) return;  // the caller wants only the statistics
     for (int64_t b = first; b < end; ++b) {
       const Block k = weight_blocks_[b];
       for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
@@ -156,9 +153,7 @@ class RowsForward : Call<T, ForwardCall> {
   }
 
   ForwardSpan<T> span(int64_t run, int64_t offset) const {
-    const int64_t at = run + offset;
-    uint8_t* mask = args.mask ? args.mask + run / g.mask_run() * mask_row_ + offset / 8 : nullptr;
-    return {x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, mask, args.plan.stream};
+    return whole.moved(run + offset, run / g.mask_run() * mask_row_ + offset / 8);
   }
 };
 

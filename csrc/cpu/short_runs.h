@@ -38,6 +38,14 @@ class ColumnMap {
   }
   int64_t channels() const { return channels_; }
   int64_t lanes() const { return lane_pitch<A>(channels_ * S_); }
+  // Calls each(first, channels) for the tiles of C channels, a task each.
+  template <class F>
+  void for_each_tile(const Parallel& parallel, int64_t C, F&& each) const {
+    for_each_task(parallel, div_up(C, channels_), [&](int64_t t) {
+      const int64_t first = t * channels_;
+      each(first, std::min(channels_, C - first));
+    });
+  }
 
   // Sets out[lane of column i] = value[channel of i] for `channels` channels. line: lanes() numbers to work in.
   void expand(int64_t channels, const A* value, A* line, A* out) const {
@@ -80,11 +88,8 @@ template <class T>
 class ShortRunsForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight, Base::bias;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue, Base::weight, Base::bias;
 
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* y_ = static_cast<T*>(args.y);
   const ColumnMap<T> map_{g.S};
   const int64_t row_ = g.C * g.S, lanes_ = map_.lanes();
 
@@ -92,10 +97,7 @@ class ShortRunsForward : Call<T, ForwardCall> {
   using Base::Base;
 
   void run() {
-    for_each_task(args.parallel, div_up(g.C, map_.channels()), [&](int64_t t) {
-      const int64_t first = t * map_.channels();
-      run_tile(first, std::min(map_.channels(), g.C - first));
-    });
+    map_.for_each_tile(args.parallel, g.C, [&](int64_t first, int64_t channels) { run_tile(first, channels); });
   }
 
  private:
@@ -103,12 +105,11 @@ class ShortRunsForward : Call<T, ForwardCall> {
     const Arrays<A, 4> arrays(lanes_);
     const Buffer<A> line(lanes_);
     if (args.running_mean.data == nullptr) take_statistics(first, channels, arrays, line);
-    if (!y_) return;  // the caller wants only the statistics
+    if (!whole.y) return;  // the caller wants only the statistics
     expand_coefs(*this, map_, first, channels, arrays, line);
     const int64_t at = first * g.S;
-    const ForwardSpan<T> s{x_ + at, residual_ ? residual_ + at : nullptr, y_ + at, nullptr, args.plan.stream};
-    forward_rows(s, g.N, channels * g.S, row_, 0, ChannelCoefs<A>{arrays[0], arrays[1], arrays[2], arrays[3]}, epilogue,
-                 true);
+    forward_rows(whole.moved(at, 0), g.N, channels * g.S, row_, 0,
+                 ChannelCoefs<A>{arrays[0], arrays[1], arrays[2], arrays[3]}, epilogue, true);
   }
 
   void take_statistics(int64_t first, int64_t channels, const Arrays<A, 4>& arrays, A* line) const {
@@ -137,7 +138,7 @@ class ShortRunsForward : Call<T, ForwardCall> {
   // The mean of a channel's first run.
   A pivot_of(int64_t channel) const {
     PivotSample<T> sample;
-    for (int64_t i = 0; i < g.S; i += kLanes<A>) sample.add(x_ + channel * g.S + i, g.S - i);
+    for (int64_t i = 0; i < g.S; i += kLanes<A>) sample.add(whole.x + channel * g.S + i, g.S - i);
     return sample.pivot();
   }
 
@@ -146,7 +147,7 @@ class ShortRunsForward : Call<T, ForwardCall> {
     for (int64_t n = 0; n < g.N; n += kBlockPositions) {
       std::fill_n(delta, lanes_, A(0));
       std::fill_n(square, lanes_, A(0));
-      const T* x = x_ + n * row_ + first * g.S;
+      const T* x = whole.x + n * row_ + first * g.S;
       for_rows<A>(std::min(kBlockPositions, g.N - n), channels * g.S, true, Strided{row_, 0, 0, 0}, [&](int64_t r) {
         return ColumnDeviations<T>{x + r * row_, pivots, delta, square, kRowGroup * row_};
       });
@@ -160,13 +161,8 @@ template <class T>
 class ShortRunsBackward : Call<T, BackwardCall> {
   using Base = Call<T, BackwardCall>;
   using A = Accum<T>;
-  using Base::args, Base::g, Base::stats, Base::epilogue, Base::weight;
+  using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue, Base::weight;
 
-  const T* dy_ = static_cast<const T*>(args.dy);
-  const T* x_ = static_cast<const T*>(args.x);
-  const T* residual_ = static_cast<const T*>(args.residual);
-  T* dx_ = static_cast<T*>(args.dx);
-  T* dresidual_ = static_cast<T*>(args.dresidual);
   const ColumnMap<T> map_{g.S};
   const int64_t row_ = g.C * g.S, lanes_ = map_.lanes();
   const bool applies_ = args.dx || args.dresidual;
@@ -177,10 +173,7 @@ class ShortRunsBackward : Call<T, BackwardCall> {
   using Base::Base;
 
   void run() {
-    for_each_task(args.parallel, div_up(g.C, map_.channels()), [&](int64_t t) {
-      const int64_t first = t * map_.channels();
-      run_tile(first, std::min(map_.channels(), g.C - first));
-    });
+    map_.for_each_tile(args.parallel, g.C, [&](int64_t first, int64_t channels) { run_tile(first, channels); });
   }
 
  private:
@@ -191,13 +184,7 @@ class ShortRunsBackward : Call<T, BackwardCall> {
     expand_coefs(*this, map_, first, channels, arrays, line);
     const ChannelCoefs<A> coefs{arrays[0], arrays[1], arrays[2], arrays[3]};
     const int64_t at = first * g.S, columns = channels * g.S;
-    const BackwardSpan<T> s{dy_ + at,
-                            x_ + at,
-                            residual_ ? residual_ + at : nullptr,
-                            nullptr,
-                            dx_ ? dx_ + at : nullptr,
-                            dresidual_ ? dresidual_ + at : nullptr,
-                            args.plan.stream};
+    const BackwardSpan<T> s = whole.moved(at, at, 0);
     if (sums_) {
       const Arrays<double, 2> totals(channels);
       std::fill_n(totals[0], channels, 0.0);

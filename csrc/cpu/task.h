@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <limits>
 #include <new>
+#include <utility>
 
 #include "api.h"
 #include "core/accum.h"
@@ -120,11 +121,29 @@ class ElementParams {
   const Buffer<A> lanes_;
 };
 
+// The whole tensors of a call.
+template <class T>
+ForwardSpan<T> whole_span(const ForwardCall& args) {
+  return {static_cast<const T*>(args.x), static_cast<const T*>(args.residual), static_cast<T*>(args.y), args.mask,
+          args.plan.stream};
+}
+template <class T>
+BackwardSpan<T> whole_span(const BackwardCall& args) {
+  return {static_cast<const T*>(args.dy),
+          static_cast<const T*>(args.x),
+          static_cast<const T*>(args.residual),
+          args.mask,
+          static_cast<T*>(args.dx),
+          static_cast<T*>(args.dresidual),
+          args.plan.stream};
+}
+
 // The arguments that forward and backward share.
 template <class T, class Args>
 struct Call {
   using A = Accum<T>;
   const Args& args;
+  const decltype(whole_span<T>(std::declval<const Args&>())) whole;
   const Geometry g;
   const Buffer<A> weight, bias;  // [C]
   const Stats<A> stats;
@@ -132,6 +151,7 @@ struct Call {
 
   explicit Call(const Args& call_args)
       : args(call_args),
+        whole(whole_span<T>(args)),
         g(args.geometry),
         weight(g.C),
         bias(g.C),
