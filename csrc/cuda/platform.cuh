@@ -141,17 +141,6 @@ FASTNORM_DEVICE unsigned from_floats(float low, float high) {
 // The bits that a number takes; 0 for 0.
 FASTNORM_DEVICE int bit_width(int v) { return 32 - __clz(v); }
 
-// The larger; NaN where one of them is.
-FASTNORM_DEVICE float max_nan(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-#else
-  return a <= b ? b : a;
-#endif
-}
-
 // One instruction each: errors of 2 ulp and 1 ulp, and denormal numbers count as 0.
 FASTNORM_DEVICE float exp2_approx(float v) {
   float result;
