@@ -13,7 +13,7 @@ import torch
 
 from fastnorm import _C
 from tests.common.cases import Case, Layer
-from tests.common.gangs import FEW, GANG_EPILOGUES, GANG_LAYERS, GANG_PRECISIONS, GangCase
+from tests.common.gangs import FEW, GANG_EPILOGUES, GANG_LAYERS, GANG_PRECISIONS, GangCase, facts_of
 from tests.common.numerics import build, make_inputs, measure, scale_of, truth
 from tests.common.plan_model import DTYPES, Shape
 from tests.common.raw_calls import RawCall, same_bits
@@ -57,10 +57,6 @@ PLACES = (
     {"place": "registers"},
     {"place": "shared", "gang": "block"},
 )
-
-
-def facts_of(device: emulator.Device) -> _C.DeviceInfo:
-    return _C.DeviceInfo(**dataclasses.asdict(device))
 
 
 FACTS = facts_of(FEW)

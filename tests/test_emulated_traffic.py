@@ -10,6 +10,7 @@ import torch
 
 from fastnorm import _C
 from tests.common.cases import BENCH, LAYERS, Case, Layer
+from tests.common.gangs import facts_of
 from tests.common.numerics import make_inputs
 from tests.common.plan_model import DTYPES, Shape, div_up
 from tests.common.raw_calls import RawCall
@@ -26,10 +27,6 @@ EPILOGUES = ((None, False), ("silu", False), ("relu", True), ("silu", True), (No
 @pytest.fixture(params=EMULATED, ids=lambda backend: backend.id)
 def emulated(request: pytest.FixtureRequest) -> Backend:
     return request.param
-
-
-def facts_of(settings: emulator.Emulator, backend: Backend) -> _C.DeviceInfo:
-    return _C.DeviceInfo(**dataclasses.asdict(settings.device(backend.plays)))
 
 
 def cases_of(layer: Layer, frozen: bool) -> list[Case]:
@@ -122,7 +119,7 @@ def check_backward(
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
 def test_bytes_are_the_plans(layer: Layer, emulated: Backend) -> None:
     settings = emulator.load()
-    facts = facts_of(settings, emulated)
+    facts = facts_of(settings.device(emulated.plays))
     tracks = layer.norm.startswith("Batch") and dict(layer.kwargs).get("track_running_stats", True)
     with settings.configured(device=emulated.plays):
         for frozen in {False, bool(tracks)}:
@@ -139,7 +136,7 @@ def test_both_devices_are_of_use() -> None:
     settings = emulator.load()
     seen = set()
     for backend in EMULATED:
-        facts = facts_of(settings, backend)
+        facts = facts_of(settings.device(backend.plays))
         for layer in LAYERS:
             for case in cases_of(layer, frozen=False):
                 call = RawCall(case, make_inputs(case, CPU))
@@ -167,7 +164,7 @@ def test_a_fused_forward_reads_x_once(layer: Layer) -> None:
         nbytes = call.x.numel() * call.x.element_size()
         with settings.configured(device="h200"), settings.counting() as counts:
             saved = call.forward()
-        facts = facts_of(settings, EMULATED[0])
+        facts = facts_of(settings.device(EMULATED[0].plays))
         plan = _C.plan_forward(call.shape.geometry, precision[0], facts, activation="silu")
         fused.append(plan.strategy == "fused")
         assert (counts.traffic.read_stream == nbytes) == fused[-1]

@@ -13,7 +13,8 @@ import torch
 
 import fastnorm
 from tests.common.cases import LAYERS, Case, Layer
-from tests.common.gang_calls import FEW, GangCall, errors_of, gang_calls
+from tests.common.gang_calls import GangCall, errors_of, gang_calls
+from tests.common.gangs import FEW, facts_of
 from tests.common.numerics import build, make_inputs
 from tests.common.raw_calls import RawCall, same_bits
 from tests.conftest import NO_NVCC, PTX
@@ -87,7 +88,7 @@ def test_other_architectures(layer: Layer, device_of_arch: str) -> None:
 def test_the_device_that_plans_are_made_for(name: str) -> None:
     """platform.cuh asks the runtime for every fact: a launch is of the size that the planner says."""
     ptx, call = backend.load(), raw(Case(LAYERS[0], activation="silu"))
-    facts = fastnorm._C.DeviceInfo(**dataclasses.asdict(ptx.device(name)))
+    facts = facts_of(ptx.device(name))
     plan = fastnorm._C.plan_forward(call.shape.geometry, "float32", facts, activation="silu")
     with ptx.configured(device=name), ptx.counting() as counts:
         call.forward()
@@ -110,7 +111,7 @@ def test_a_device_that_refuses_gangs_is_served_without(monkeypatch: pytest.Monke
     monkeypatch.setenv("FASTNORM_STRICT", "0")
     ptx, call = backend.load(), call_on_gangs()
     # One in forward. In backward, clusters that sync as a grid are first tried as clusters alone.
-    facts = fastnorm._C.DeviceInfo(**dataclasses.asdict(FEW))
+    facts = facts_of(FEW)
     refusals = 2 + (fastnorm._C.plan_backward(call.shape.geometry, "float32", facts).reduce.gang == "cluster")
     with ptx.configured(device=dataclasses.replace(FEW, cooperative=False, largest_cluster=1)):
         expected = call.both()

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fastnorm import _C
 from tests.common.cases import Case, Layer
-from tests.common.gangs import FEW
+from tests.common.gangs import FEW, GangCase, facts_of
 from tests.common.numerics import build, make_inputs, measure, scale_of, truth
 from tests.common.raw_calls import RawCall
 from tests.emulator.backend import Device
@@ -85,17 +84,7 @@ class GangCall:
 
     def is_served(self) -> bool:
         """Whether there is such a plan in both directions."""
-        geometry = RawCall(self.case, make_inputs(self.case, CPU)).shape.geometry
-        dtype, facts = self.case.precision[0], _C.DeviceInfo(**dataclasses.asdict(self.device))
-        activation = self.case.activation or "none"
-        try:
-            _C.plan_forward(geometry, dtype, facts, activation=activation, forced=self.forced)
-            _C.plan_backward(
-                geometry, dtype, facts, residual=self.case.residual, activation=activation, forced=self.forced
-            )
-        except ValueError:
-            return False
-        return True
+        return GangCase(self.case, self.forced, 0).plans(facts_of(self.device)) is not None
 
 
 def errors_of(case: Case, results: dict[str, torch.Tensor]) -> list[str]:

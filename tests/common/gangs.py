@@ -3,6 +3,7 @@ and the gangs that their plans are forced to have."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -29,6 +30,12 @@ FEW = Device(
     cooperative=True,
     cooperative_clusters=True,
 )
+
+
+def facts_of(device: Device) -> _C.DeviceInfo:
+    """What plans are made from."""
+    return _C.DeviceInfo(**dataclasses.asdict(device))
+
 
 # Runs that are whole and in parts, pieces of several runs, cells in parts, accesses of every width.
 GANG_LAYERS = (

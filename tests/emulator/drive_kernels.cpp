@@ -122,6 +122,20 @@ class Call {
     const int64_t bytes = case_.offset * size_of(case_.dtype) | 16;
     return static_cast<int>(bytes & -bytes);
   }
+  static const Grid& main_grid(const ForwardPlan& plan) { return plan.grid; }
+  static const Grid& main_grid(const BackwardPlan& plan) { return plan.reduce; }
+  // The plan that make(device) gives; of a device without gangs where the emulator cannot run all threads of one: with
+  // ThreadSanitizer it has few.
+  template <class Make>
+  auto fitting(Make make) const {
+    const auto plan = make(device_);
+    const Grid& grid = main_grid(plan);
+    if (grid.gang == Gang::kBlock || grid.pieces * grid.threads() <= emulator::kMostThreads) return plan;
+    DeviceInfo without = device_;
+    without.cooperative = false;
+    without.largest_cluster = 1;
+    return make(without);
+  }
   // Gangs stay whole.
   void limit(Grid& grid) const {
     const int64_t gang = grid.gang == Gang::kBlock ? 1 : grid.pieces;
@@ -159,8 +173,9 @@ class Call {
     args.activation_param = 0.01;
     Moved moved(case_);
     if (g_.kind == Kind::kBatch && !case_.frozen) args.running = running_args(moved, false);
-    ForwardPlan plan = plan_forward(
-        g_, case_.dtype, {alignment(), true, case_.frozen, case_.residual, case_.activation}, device_, options_);
+    const ForwardNeeds needs{alignment(), true, case_.frozen, case_.residual, case_.activation};
+    ForwardPlan plan =
+        fitting([&](const DeviceInfo& device) { return plan_forward(g_, case_.dtype, needs, device, options_); });
     limit(plan.grid);
     plans_.insert("forward " + text_of(plan.strategy, plan.grid));
     const Buffer workspace(plan.workspace_bytes, 0);
@@ -201,7 +216,8 @@ class Call {
     args.dbias = {case_.affine ? dbias.data() : nullptr, case_.params};
     const BackwardNeeds needs{alignment(),      reads_residual, case_.frozen,    true,
                               writes_dresidual, case_.affine,   case_.activation};
-    BackwardPlan plan = plan_backward(g_, case_.dtype, needs, device_, options_);
+    BackwardPlan plan =
+        fitting([&](const DeviceInfo& device) { return plan_backward(g_, case_.dtype, needs, device, options_); });
     for (Grid* grid : {&plan.reduce, &plan.apply, &plan.params}) limit(*grid);
     const Grid& grid = plan.strategy == Strategy::kApply ? plan.apply : plan.reduce;
     plans_.insert("backward " + text_of(plan.strategy, grid));
