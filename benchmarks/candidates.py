@@ -155,12 +155,13 @@ class Candidate:
         if f["strategy"] != "fused":
             return str(f["strategy"])
         pieces = f" of {f['pieces']}" if "pieces" in f else ""
+        walk = ", columns" if f.get("traversal") == "columns" else ""
         tile = f", tiles of {f['tile_bytes']} B" if "tile_bytes" in f else ""
         stages = ", 2 stages" if f["stages"] == 2 else ""
         place = ", registers" if f.get("place") == "registers" else ""
         kept = f", {f['staged_length']} positions kept" if "staged_length" in f else ""
         scattered = ", scattered" if f.get("exchange") == "scatter" else ""
-        return f"{f['gang']}{place}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}{kept}{scattered}"
+        return f"{f['gang']}{walk}{place}{pieces}, {f['blocks_per_sm']} per SM{tile}{stages}{kept}{scattered}"
 
 
 def grid_of(plan: Plan) -> _C.Grid:
@@ -197,7 +198,7 @@ def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
     else:
         forced["place"] = "registers" if grid.thread_packs > 0 else "shared"
     if grid.traversal == "columns":
-        forced["tile_bytes"] = grid.tile * job.call.size
+        forced |= {"tile_bytes": grid.tile * job.call.size, "traversal": "columns"}
         if grid.gang == "grid":
             forced["exchange"] = grid.exchange
         if grid.staged_length < grid.piece_length:

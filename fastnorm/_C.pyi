@@ -248,8 +248,8 @@ def plan_forward(
     free_sms: int = 0,
 ) -> ForwardPlan:
     """The cheapest plan of a forward call. dtype: "float32", "bfloat16", ...; forced: requirements on strategy, gang,
-    pieces, stages, blocks_per_sm, tile_bytes, place ("registers" or "shared"), staged_length and exchange ("gather" or
-    "scatter"), as csrc/plan/types.h has them.
+    pieces, stages, blocks_per_sm, tile_bytes, place ("registers" or "shared"), staged_length, exchange ("gather" or
+    "scatter") and traversal ("rows" or "columns"), as csrc/plan/types.h has them.
     ValueError for a geometry of no elements, and where no plan is as forced."""
 
 def plan_backward(
@@ -259,6 +259,7 @@ def plan_backward(
     *,
     alignment: int = 16,
     residual: bool = False,
+    mask: bool = False,
     frozen: bool = False,
     input: bool = True,
     dresidual: bool = False,
@@ -267,7 +268,7 @@ def plan_backward(
     forced: Mapping[str, str | int] = {},
     free_sms: int = 0,
 ) -> BackwardPlan:
-    """The cheapest plan of a backward call. residual: it is read again; input: dx or dresidual is wanted; dresidual:
+    """The cheapest plan of a backward call. residual: it is read again; mask: forward has left one; input: dx or dresidual is wanted; dresidual:
     besides dx; params: the gradient of weight or bias is wanted."""
 
 def compare_forward(
@@ -292,6 +293,7 @@ def compare_backward(
     *,
     alignment: int = 16,
     residual: bool = False,
+    mask: bool = False,
     frozen: bool = False,
     input: bool = True,
     dresidual: bool = False,

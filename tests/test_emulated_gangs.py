@@ -46,6 +46,13 @@ CHANNELS_LAYERS = (
     Layer("", "BatchNorm1d", (401, 16), (16,)),
     Layer("", "GroupNorm", (2, 32, 17, 13), (4, 32)),
 )
+# Planar, the samples as rows of columns: packs that lie in two runs, or in several; two tiles.
+SAMPLES_LAYERS = (
+    Layer("", "BatchNorm2d", (9, 16, 7, 7), (16,)),
+    Layer("", "BatchNorm2d", (70, 16, 7, 7), (16,)),
+    Layer("", "BatchNorm1d", (6, 40, 3), (40,)),
+)
+SAMPLES = tuple({"traversal": "columns", **gang} for gang in ({"gang": "block", "stages": 1}, *GANGS))
 # Teams of every kind: part of a warp, a warp, several of several warps, a block; rows that leave lanes idle.
 REGISTER_LAYERS = tuple(
     Layer("", "LayerNorm", (rows, size), (size,))
@@ -77,6 +84,7 @@ def cases() -> Iterator[GangCase]:
         *itertools.product(GANG_LAYERS, GANGS),
         *itertools.product(REGISTER_LAYERS, PLACES),
         *itertools.product(CHANNELS_LAYERS, CHANNELS),
+        *itertools.product(SAMPLES_LAYERS, SAMPLES),
     )
     for layer, gang in turns:
         for layout in layer.layouts:
@@ -181,6 +189,7 @@ def read_again(grid: _C.Grid, shape: Shape) -> int:
     """Elements of a tensor beyond what the blocks keep in shared memory."""
     if grid.traversal == "rows":
         return 0
+    shape = shape.walked_as("columns")
     pieces = (min(grid.piece_length, shape.positions - i * grid.piece_length) for i in range(grid.pieces))
     return shape.outer * shape.C * sum(max(0, positions - grid.staged_length) for positions in pieces)
 
@@ -198,6 +207,7 @@ def test_every_gang_is_met() -> None:
                 (grid.gang, "waves" if waves > 1 else "one wave"),
                 (grid.gang, "runs" if grid.piece_runs > 1 else "parts"),
                 (grid.gang, grid.pack),
+                (case.layout, grid.traversal, grid.gang),
                 (found[1].param_sums, grid.gang),
                 (grid.exchange, "rereads" if 0 < grid.staged_length < grid.piece_length else "staged"),
                 (grid.exchange, grid.pack),
@@ -212,6 +222,7 @@ def test_every_gang_is_met() -> None:
                     ("registers", "full" if grid.threads_x * grid.thread_packs == grid.piece_length else "idle lanes"),
                 }
     walks = {(t, g, b) for t in ("rows", "columns") for g, b in (("cluster", 1), ("grid", 1), ("grid", 2))}
+    walks |= {("planar", "columns", gang) for gang in ("block", "cluster", "grid")}
     gangs = ("cluster", "grid")
     wanted = walks | {(g, w) for g in gangs for w in ("one wave", "runs", "parts", 8, 4, 1)} | {("grid", "waves")}
     wanted |= {(p, g) for p in ("from_cells", "in_gang") for g in gangs}

@@ -89,6 +89,7 @@ def check_backward(
         case.precision[0],
         facts,
         residual=recomputes,
+        mask=masked,
         frozen=call.frozen,
         input=writes > 0,
         dresidual=writes > 1,
@@ -143,7 +144,10 @@ def test_both_devices_are_of_use() -> None:
                 geometry, dtype = call.shape.geometry, case.precision[0]
                 activation = case.activation or "none"
                 forward = _C.plan_forward(geometry, dtype, facts, residual=case.residual, activation=activation)
-                backward = _C.plan_backward(geometry, dtype, facts, dresidual=case.residual, activation=activation)
+                mask = case.residual and activation == "relu"
+                backward = _C.plan_backward(
+                    geometry, dtype, facts, mask=mask, dresidual=case.residual, activation=activation
+                )
                 for plan, grid in ((forward, forward.grid), (backward, backward.reduce)):
                     seen.add((type(plan).__name__, plan.strategy, grid.traversal, case.activation, case.residual))
     plans, strategies = ("ForwardPlan", "BackwardPlan"), ("fused", "split")

@@ -140,13 +140,13 @@ def obeys(plan: Plan, forced: Forced, call: Call, facts: _C.DeviceInfo) -> bool:
     grid = grid_of(plan)
     place = "registers" if grid.thread_packs > 0 else "shared"
     is_so = {"strategy": plan.strategy, "gang": grid.gang, "stages": grid.stages, "place": place}
-    is_so["exchange"] = grid.exchange
+    is_so |= {"exchange": grid.exchange, "traversal": grid.traversal}
     if plan.strategy == "split" and len(forced) > ("strategy" in forced):
         return False
     if any(is_so[key] != forced[key] for key in forced.keys() & is_so.keys()):
         return False
     room = facts.shared_per_sm // int(forced.get("blocks_per_sm", 1)) - RESERVED
-    widest = grid.traversal == "rows" or grid.tile == call.shape.C
+    widest = grid.traversal == "rows" or grid.tile == call.shape.walked_as(grid.traversal).C
     return (
         (grid.gang == "block" or grid.pieces <= int(forced.get("pieces", grid.pieces)))
         and grid.shared_bytes <= room
@@ -166,6 +166,7 @@ def random_forced(r: random.Random) -> Forced:
         "place": ("shared", "registers"),
         "staged_length": (70, 1000),
         "exchange": ("gather", "scatter"),
+        "traversal": ("rows", "columns"),
     }
     return {key: r.choice(choices[key]) for key in r.sample(sorted(choices), r.randint(1, 3))}
 

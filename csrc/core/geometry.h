@@ -63,6 +63,12 @@ struct Geometry {
 };
 FASTNORM_FIELDS(Geometry, kind, N, C, S, G, channels_last)
 
+// Planar batch norm whose samples are seen as rows of C * S columns: the S columns of a channel are a set, as the
+// channels of a group are. Packs of columns go on from channel to channel, so that they divide the rows even of 7x7
+// maps.
+inline bool is_planar_batch(const Geometry& g) { return g.kind == Kind::kBatch && g.traversal() == Traversal::kRows; }
+inline Geometry samples_as_rows(const Geometry& g) { return {Kind::kGroup, 1, g.C * g.S, g.N, g.C, true}; }
+
 // The runs of one set or of one cell: `count` runs of `length` contiguous elements, `stride` apart.
 struct Runs {
   int64_t count, length, stride;

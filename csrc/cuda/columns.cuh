@@ -33,6 +33,7 @@ struct ColumnsShape {
   WideDiv by_fast, by_slow;          // of items: see ColumnsPiece
   FastDiv by_set_channels;
   int64_t mask_row_bytes;
+  bool set_params;     // the channels of a set, which here are the elements of a run, have one weight
   bool per_position;   // every position has statistics of its own: the weights' gradients of a LayerNorm
   bool pieces_adjoin;  // neighbouring items: the pieces of a tile (gangs); else the tiles of a piece, which adjoin in
                        // memory
@@ -40,6 +41,11 @@ struct ColumnsShape {
 };
 
 inline ColumnsShape columns_shape(const Geometry& g, const Grid& grid, DType dtype) {
+  if (is_planar_batch(g)) {
+    ColumnsShape s = columns_shape(samples_as_rows(g), grid, dtype);
+    s.set_params = true;
+    return s;
+  }
   ColumnsShape s{};
   s.C = g.C;
   s.outer = g.outer();
@@ -370,7 +376,14 @@ struct LaneParams {
   template <class T>
   FASTNORM_DEVICE static LaneParams load(const ColumnsPiece<W>& piece, const Params& weight, const Params& bias) {
     LaneParams p{};
-    if (piece.in) {
+    if (piece.in && piece.shape.set_params) {
+      const auto load_of_set = [&](int w) {
+        p.weight[w] = load_param_of<T>(weight, piece.group(w), A(1));
+        p.bias[w] = load_param_of<T>(bias, piece.group(w), A(0));
+      };
+      const auto copy = [&](int w) { p.weight[w] = p.weight[w - 1], p.bias[w] = p.bias[w - 1]; };
+      piece.for_lane_sets(load_of_set, copy);
+    } else if (piece.in) {
       load_params<T>(weight, piece.channel, A(1), p.weight);
       load_params<T>(bias, piece.channel, A(0), p.bias);
     }

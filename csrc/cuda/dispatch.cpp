@@ -6,7 +6,7 @@ namespace fastnorm::cuda {
 int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream) {
   return dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool rows = args.geometry.traversal() == Traversal::kRows;
+    const bool rows = plan.grid.traversal == Traversal::kRows;
     return rows ? forward_of<T, Traversal::kRows>(args, plan, workspace, stream)
                 : forward_of<T, Traversal::kColumns>(args, plan, workspace, stream);
   });
@@ -15,7 +15,7 @@ int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* works
 int launch_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream) {
   return dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const bool rows = args.geometry.traversal() == Traversal::kRows;
+    const bool rows = plan.reduce.traversal == Traversal::kRows;
     return rows ? backward_of<T, Traversal::kRows>(args, plan, workspace, stream)
                 : backward_of<T, Traversal::kColumns>(args, plan, workspace, stream);
   });

@@ -6,20 +6,27 @@
 
 namespace fastnorm::cuda {
 
-// The terms of a tile's sets, from the sums of its channels over all positions.
+// The terms of a tile's sets, from the sums of its channels over all positions. A set of a batch norm has one weight,
+// whose gradient the first of its blocks writes.
 template <int W, class T, class A>
-FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece,
-                                    const GradSums<A>* merged, InputTerms<A>* terms_of) {
+FASTNORM_DEVICE void merge_channels(const BackwardTensors<T>& t, const FusedBackward<A>& f,
+                                    const ColumnsPiece<W>& piece, const GradSums<A>* merged, InputTerms<A>* terms_of) {
   const int set_channels = static_cast<int>(piece.shape.set_channels);
   for_each_set(piece, [&](int s, int lane, int lanes) {
     GradSums<A> total{};
     for (int c = s * set_channels + lane; s >= 0 && c < (s + 1) * set_channels; c += lanes) {
-      const A weight = load_param_of<T>(t.weight, piece.first_channel + c, A(1));
+      const A weight = f.batch ? A(1) : load_param_of<T>(t.weight, piece.first_channel + c, A(1));
       total.merge({weight * merged[c].d, weight * merged[c].d_centered});
     }
     total = reduce_lanes(total, lanes);
     if (s < 0 || lane != 0) return;
-    const SetStats<A> stats = load_stats(t.stats, t.sets, piece.first_set() + s);
+    const int64_t set = piece.first_set() + s;
+    const SetStats<A> stats = load_stats(t.stats, t.sets, set);
+    if (f.batch) {
+      if (piece.piece == 0) store_param_gradients(f, set, total, stats);
+      const A weight = load_param_of<T>(t.weight, set, A(1));
+      total = {weight * total.d, weight * total.d_centered};
+    }
     const A scale = stats.rstd / static_cast<A>(piece.shape.positions * set_channels);
     terms_of[s] =
         t.frozen ? InputTerms<A>{} : InputTerms<A>(set_terms<A>(total, stats.rstd, stats.low, scale), stats.rstd);
@@ -79,10 +86,8 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     });
     const auto take = [&](int c, const GradSums<A>& total) {  // `total` is over all positions
       merged[c] = total;
-      if (piece.piece != 0) return;
-      const int64_t channel = piece.first_channel + c;
-      if (f.sums != nullptr) store_one(f.sums + piece.outer * shape.C + channel, total);
-      if (f.batch) store_param_gradients(f, channel, total, load_stats(t.stats, t.sets, channel));
+      if (piece.piece != 0 || f.sums == nullptr) return;
+      store_one(f.sums + piece.outer * shape.C + piece.first_channel + c, total);
     };
     merge_rows(piece, mine, merged, [&](int c, const GradSums<A>& total) {
       if (gang.is_block()) {
@@ -93,7 +98,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     });
     if (!gang.is_block()) gang.exchange_channels(parity, piece.channels, NoCount{}, take);
     sync_block();
-    merge_channels(t, piece, merged, terms_of);
+    merge_channels(t, f, piece, merged, terms_of);
     sync_block();
     LaneTerms<A, W> terms{};
     piece.values_of_sets(terms_of, terms.lane);

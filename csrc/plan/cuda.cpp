@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
@@ -154,6 +155,24 @@ int64_t gang_bytes(const Grid& grid, DType dtype) {
   return 2 * (grid.blocks + sums) * channels * partial_size(dtype);
 }
 
+// A call's tensors as a fused launch walks them.
+struct View {
+  Geometry geometry;
+  int pack;
+};
+
+// Samples as rows, where runs have no whole packs of 16 bytes and samples do. The kernels have no masks for it: those
+// have a row for each run.
+std::optional<View> view_samples_as_rows(const Geometry& g, DType dtype, int alignment, bool mask) {
+  const auto is_wide = [&](int pack) { return pack * size_of(dtype) == 16; };
+  const bool in_32_bits = g.C <= std::numeric_limits<int32_t>::max() / g.S;
+  if (!is_planar_batch(g) || g.N == 1 || mask || !in_32_bits) return std::nullopt;
+  if (is_wide(pack_width(g, dtype, alignment))) return std::nullopt;
+  const Geometry rows = samples_as_rows(g);
+  const int pack = pack_width(rows, dtype, alignment);
+  return is_wide(pack) ? std::optional(View{rows, pack}) : std::nullopt;
+}
+
 // The inputs of planning a call, forward or backward.
 template <class Needs>
 struct Planner {
@@ -166,13 +185,25 @@ struct Planner {
   const DeviceInfo sync_device =
       without_free_sms(device, options.free_sms);  // for launches whose blocks wait for each other
 
+  // mask: forward writes one, or backward reads it.
+  std::vector<View> views(bool mask) const {
+    std::vector<View> all;
+    const auto add = [&](const View& view) {
+      if (allows(options.forced.traversal, static_cast<int>(view.geometry.traversal()))) all.push_back(view);
+    };
+    add({g, pack});
+    if (const auto rows = view_samples_as_rows(g, dtype, needs.alignment, mask)) add(*rows);
+    return all;
+  }
+
   // Calls make(grid, co-resident blocks, whether it syncs) for all fused launches that fit. grid_sync: the grid syncs
   // at the end, where the device has such a launch. in_registers: whether blocks can keep the sets in registers, and
   // enough of them are on the device.
   template <class Make>
-  void for_each_fused(const Staging& staging, bool persistent, bool grid_sync, bool& in_registers, Make make) const {
+  void for_each_fused(const View& view, const Staging& staging, bool persistent, bool grid_sync, bool& in_registers,
+                      Make make) const {
     const Forced& forced = options.forced;
-    for (FusedChoice choice : fused_choices(g, dtype, staging, persistent, sync_device, forced)) {
+    for (FusedChoice choice : fused_choices(view.geometry, dtype, staging, persistent, sync_device, forced)) {
       const bool cooperates = choice.gang == Gang::kCluster ? device.cooperative_clusters : device.cooperative;
       const bool syncs = grid_sync && cooperates;
       choice.persistent = choice.persistent || syncs;
@@ -180,7 +211,7 @@ struct Planner {
       // Then they do not keep them in shared memory: they would move as many bytes with several times the instructions.
       if (in_registers && choice.gang == Gang::kBlock && choice.place == Place::kShared) continue;
       Grid grid;
-      if (!fused_grid(g, dtype, pack, staging, choice, where, grid)) continue;
+      if (!fused_grid(view.geometry, dtype, view.pack, staging, choice, where, grid)) continue;
       if (!choose_exchange(grid, dtype, device, forced)) continue;
       if (second_stage_idle(grid) && forced.stages != 2) continue;
       // Runs can lead to cluster sizes that are no powers of two, which might fill a device badly.
@@ -197,11 +228,16 @@ struct Planner {
 // ---- forward ----
 
 struct ForwardPlanner : Planner<ForwardNeeds> {
-  const Streams streams{1, needs.output + needs.residual, dtype, g.numel(), g.C};
-  const ElementWork work = element_work(false, g, pack, dtype, needs.activation, needs.residual);
+  Streams streams_of(const Geometry& view) const {
+    return {1, needs.output + needs.residual, dtype, view.numel(), view.C};
+  }
+  ElementWork work_of(const View& view) const {
+    return element_work(false, view.geometry, view.pack, dtype, needs.activation, needs.residual);
+  }
 
   ForwardPlan separate(Strategy strategy) const {
     ForwardPlan plan{strategy, split_grid(g, dtype, pack, device), 0, 1, {}};
+    const ElementWork work = work_of({g, pack});
     int passes = 1;
     double instructions = work.apply;
     if (strategy == Strategy::kSplit) {
@@ -210,23 +246,29 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
       passes = needs.output ? 2 : 1;
       instructions = work.reduce + (needs.output ? work.apply : 0);
     }
-    plan.estimate =
-        estimate_passes(plan.grid, streams, passes, instructions, device) + estimate_launches(plan.launches, false);
+    plan.estimate = estimate_passes(plan.grid, streams_of(g), passes, instructions, device) +
+                    estimate_launches(plan.launches, false);
     return plan;
+  }
+
+  void add_fused(const View& view, std::vector<ForwardPlan>& plans) const {
+    const bool columns = view.geometry.traversal() == Traversal::kColumns;
+    const Staging staging{1, false, false, true, columns};
+    const Streams streams = streams_of(view.geometry);
+    const ElementWork work = work_of(view);
+    bool in_registers = false;
+    for_each_fused(view, staging, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
+      const Estimate estimate =
+          estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
+      plans.push_back({Strategy::kFused, grid, gang_bytes(grid, dtype), 1, estimate});
+    });
   }
 
   std::vector<ForwardPlan> all() const {
     if (needs.frozen) return {separate(Strategy::kApply)};
     std::vector<ForwardPlan> plans;
     if (allows_fused(options.forced)) {
-      bool in_registers = false;
-      const bool columns = g.traversal() == Traversal::kColumns;
-      for_each_fused(
-          {1, false, false, true, columns}, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
-            const Estimate estimate =
-                estimate_fused(grid, streams, work, resident, device) + estimate_launches(1, grid.gang == Gang::kGrid);
-            plans.push_back({Strategy::kFused, grid, gang_bytes(grid, dtype), 1, estimate});
-          });
+      for (const View& view : views(needs.residual && is_two_sided(needs.activation))) add_fused(view, plans);
     }
     if (allows_split(options.forced)) plans.push_back(separate(Strategy::kSplit));
     return plans;
@@ -244,11 +286,16 @@ Geometry cells_of(const Geometry& g) {
 
 struct BackwardPlanner : Planner<BackwardNeeds> {
   const int64_t pair = 2 * accum_size(dtype);
-  const Streams streams{needs.residual ? 3 : 2, needs.input + needs.dresidual, dtype, g.numel(), g.C};
-  const ElementWork work = element_work(true, g, pack, dtype, needs.activation, needs.dresidual);
 
-  BackwardPlan empty(Strategy strategy, ParamSums sums) const {
-    const Grid none = empty_grid(g.traversal(), pack);
+  Streams streams_of(const Geometry& view) const {
+    return {needs.residual ? 3 : 2, needs.input + needs.dresidual, dtype, view.numel(), view.C};
+  }
+  ElementWork work_of(const View& view) const {
+    return element_work(true, view.geometry, view.pack, dtype, needs.activation, needs.dresidual);
+  }
+
+  BackwardPlan empty(Strategy strategy, ParamSums sums, const View& view) const {
+    const Grid none = empty_grid(view.geometry.traversal(), view.pack);
     return {strategy, sums, g, none, none, none, {}, false, 0, 0, 0, 0, 0, {}};
   }
 
@@ -260,37 +307,41 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     plan.params_bytes = plan.params.pieces * g.C * pair;
   }
 
-  void add_fused(ParamSums sums, bool& in_registers, std::vector<BackwardPlan>& plans) const {
+  void add_fused(const View& view, ParamSums sums, bool& in_registers, std::vector<BackwardPlan>& plans) const {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
     // Smooth activations would need more registers than there are.
-    const bool rereads = g.traversal() == Traversal::kColumns && !is_smooth(needs.activation);
+    const bool rereads = view.geometry.traversal() == Traversal::kColumns && !is_smooth(needs.activation);
+    const Streams streams = streams_of(view.geometry);
+    const ElementWork work = work_of(view);
     const Staging staging{streams.read, true, in_gang, !own_launch, rereads};
-    for_each_fused(staging, in_gang, folds, in_registers, [&](const Grid& grid, int64_t resident, bool grid_sync) {
-      BackwardPlan plan = empty(Strategy::kFused, sums);
-      plan.reduce = grid;
-      plan.grid_sync = grid_sync;
-      if (has_units(g, grid)) plan.units = choose_units(grid);
-      if (folds && !in_gang) plan.sums_bytes = g.outer() * run_pieces(g, grid) * g.C * pair;
-      if (in_gang) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
-      add_params(plan);
-      plan.gang_bytes = gang_bytes(grid, dtype);
-      plan.launches = 1 + (own_launch ? 2 : 0) + (folds && !grid_sync);
-      plan.estimate = estimate_fused(grid, streams, work, resident, device) +
-                      estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
-                      estimate_launches(plan.launches, grid_sync || grid.gang == Gang::kGrid);
-      if (grid_sync) plan.estimate = plan.estimate + estimate_grid_sync();
-      if (own_launch) {
-        plan.estimate = plan.estimate +
-                        estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1, work.reduce, device);
-      }
-      plans.push_back(plan);
-    });
+    for_each_fused(
+        view, staging, in_gang, folds, in_registers, [&](const Grid& grid, int64_t resident, bool grid_sync) {
+          BackwardPlan plan = empty(Strategy::kFused, sums, view);
+          plan.reduce = grid;
+          plan.grid_sync = grid_sync;
+          if (has_units(view.geometry, grid)) plan.units = choose_units(grid);
+          if (folds && !in_gang) plan.sums_bytes = g.outer() * run_pieces(g, grid) * g.C * pair;
+          if (in_gang) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
+          add_params(plan);
+          plan.gang_bytes = gang_bytes(grid, dtype);
+          plan.launches = 1 + (own_launch ? 2 : 0) + (folds && !grid_sync);
+          plan.estimate = estimate_fused(grid, streams, work, resident, device) +
+                          estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
+                          estimate_launches(plan.launches, grid_sync || grid.gang == Gang::kGrid);
+          if (grid_sync) plan.estimate = plan.estimate + estimate_grid_sync();
+          if (own_launch) {
+            plan.estimate = plan.estimate + estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1,
+                                                            work.reduce, device);
+          }
+          plans.push_back(plan);
+        });
   }
 
   BackwardPlan split(ParamSums sums) const {
-    BackwardPlan plan = empty(Strategy::kSplit, sums);
+    BackwardPlan plan = empty(Strategy::kSplit, sums, {g, pack});
+    const ElementWork work = work_of({g, pack});
     const bool terms = needs.input && !needs.frozen, own_launch = sums == ParamSums::kOwnLaunch;
     if (terms || sums == ParamSums::kFromCells) {
       plan.cells = cells_of(g);
@@ -307,16 +358,17 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const Grid& main = needs.input ? plan.apply : own_launch ? plan.params : plan.reduce;
     const double instructions =
         (plan.reduce.items > 0 || own_launch ? work.reduce : 0) + (needs.input ? work.apply : 0);
-    plan.estimate = estimate_passes(main, streams, passes, instructions, device) +
+    plan.estimate = estimate_passes(main, streams_of(g), passes, instructions, device) +
                     estimate_launches(plan.launches, false) + estimate_partials(plan.workspace_bytes(), device);
     return plan;
   }
 
   BackwardPlan given() const {
-    BackwardPlan plan = empty(Strategy::kApply, ParamSums::kNone);
+    BackwardPlan plan = empty(Strategy::kApply, ParamSums::kNone, {g, pack});
     plan.apply = split_grid(g, dtype, pack, device);
     plan.launches = 1;
-    plan.estimate = estimate_passes(plan.apply, streams, 1, work.apply, device) + estimate_launches(1, false);
+    plan.estimate =
+        estimate_passes(plan.apply, streams_of(g), 1, work_of({g, pack}).apply, device) + estimate_launches(1, false);
     return plan;
   }
 
@@ -329,8 +381,10 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     std::vector<BackwardPlan> plans;
     if (needs.input && allows_fused(options.forced)) {
       bool in_registers = false;
-      if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(ParamSums::kInGang, in_registers, plans);
-      add_fused(sums, in_registers, plans);
+      for (const View& view : views(needs.mask)) {
+        if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(view, ParamSums::kInGang, in_registers, plans);
+        add_fused(view, sums, in_registers, plans);
+      }
     }
     if (allows_split(options.forced)) plans.push_back(split(sums));
     return plans;

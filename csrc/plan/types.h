@@ -212,6 +212,7 @@ FASTNORM_FIELDS(ForwardNeeds, alignment, output, frozen, residual, activation)
 struct BackwardNeeds {
   int alignment;
   bool residual;  // it is read again, because there is no mask
+  bool mask;
   bool frozen;
   bool input;      // dx or dresidual
   bool dresidual;  // besides dx
@@ -220,7 +221,7 @@ struct BackwardNeeds {
 
   bool operator==(const BackwardNeeds&) const = default;
 };
-FASTNORM_FIELDS(BackwardNeeds, alignment, residual, frozen, input, dresidual, params, activation)
+FASTNORM_FIELDS(BackwardNeeds, alignment, residual, mask, frozen, input, dresidual, params, activation)
 
 // Requirements on a plan, for tests and tuning. -1 leaves the choice to the planner. Where no plan meets them, planning
 // throws std::invalid_argument.
@@ -234,10 +235,12 @@ struct Forced {
   int place = -1;          // Place
   int staged_length = -1;  // columns: pieces go on beyond so many positions in shared memory
   int exchange = -1;       // Exchange
+  int traversal = -1;      // Traversal, where there is a choice
 
   bool operator==(const Forced&) const = default;
 };
-FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes, place, staged_length, exchange)
+FASTNORM_FIELDS(Forced, strategy, gang, pieces, stages, blocks_per_sm, tile_bytes, place, staged_length, exchange,
+                traversal)
 
 struct PlanOptions {
   int free_sms = 0;  // launches whose blocks wait for each other leave so many SMs to other kernels

@@ -241,10 +241,10 @@ void backward(const BackwardArgs& args, at::Device device) {
     alignment = std::min(alignment, common_alignment(args.weight.data, args.bias.data));
   }
   const bool dx = args.dx != nullptr, dresidual = args.dresidual != nullptr;
-  const BackwardNeeds needs{alignment,       args.residual != nullptr,
-                            args.frozen,     dx || dresidual,
-                            dx && dresidual, args.dweight.data != nullptr || args.dbias.data != nullptr,
-                            args.activation};
+  const bool params = args.dweight.data != nullptr || args.dbias.data != nullptr;
+  const BackwardNeeds needs{alignment,   args.residual != nullptr, args.mask != nullptr,
+                            args.frozen, dx || dresidual,          dx && dresidual,
+                            params,      args.activation};
   if (!needs.input && !needs.params) return;
   run_planned<BackwardPlan, BackwardNeeds>(
       {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <map>
+#include <ranges>
+#include <string_view>
 #include <variant>
 
 #include "cpu/api.h"
@@ -76,12 +78,12 @@ ForwardNeeds forward_needs(const Geometry& g, DType dtype, int alignment, bool o
   check_plannable(g, dtype, alignment);
   return {alignment, output, frozen, residual, parse_activation(activation)};
 }
-BackwardNeeds backward_needs(const Geometry& g, DType dtype, int alignment, bool residual, bool frozen, bool input,
-                             bool dresidual, bool params, const std::string& activation) {
+BackwardNeeds backward_needs(const Geometry& g, DType dtype, int alignment, bool residual, bool mask, bool frozen,
+                             bool input, bool dresidual, bool params, const std::string& activation) {
   check_plannable(g, dtype, alignment);
   require(input || params, "neither input nor params is wanted");
   require(input || !dresidual, "dresidual is wanted, and input is not");
-  return {alignment, residual, frozen, input, dresidual, params, parse_activation(activation)};
+  return {alignment, residual, mask, frozen, input, dresidual, params, parse_activation(activation)};
 }
 
 // Requirements on plans: names as plans print them, and numbers.
@@ -103,15 +105,17 @@ PlanOptions make_options(const ForcedByName& forced, int free_sms) {
       f.place = static_cast<int>(value_named("forced place", *name, {Place::kShared, Place::kRegisters}));
     } else if (key == "exchange" && name) {
       f.exchange = static_cast<int>(value_named("forced exchange", *name, {Exchange::kGather, Exchange::kScatter}));
+    } else if (key == "traversal" && name) {
+      f.traversal = static_cast<int>(value_named("forced traversal", *name, {Traversal::kRows, Traversal::kColumns}));
     } else {
+      constexpr std::string_view kNamed[] = {"strategy", "gang", "place", "exchange", "traversal"};
       int* number = nullptr;
       for_each_field(f, [&, &key = key](std::string_view field, int& slot) {
-        if (field == key && field != "strategy" && field != "gang" && field != "place" && field != "exchange")
-          number = &slot;
+        if (field == key && std::ranges::find(kNamed, field) == std::end(kNamed)) number = &slot;
       });
       require(number && !name, "forced has '" + key +
-                                   "', expected names of strategy, gang, place and exchange, numbers of pieces, "
-                                   "stages, blocks_per_sm, tile_bytes and staged_length");
+                                   "', expected names of strategy, gang, place, exchange and traversal, numbers of "
+                                   "pieces, stages, blocks_per_sm, tile_bytes and staged_length");
       *number = std::get<int>(value);
       require(*number >= 1, "forced " + key + " is " + std::to_string(*number) + ", expected 1 or more");
     }
@@ -240,17 +244,17 @@ void add_planner(py::module_& m) {
     m.def(
         name,
         [plan](const Geometry& g, const std::string& dtype, const DeviceInfo& device, int alignment, bool residual,
-               bool frozen, bool input, bool dresidual, bool params, const std::string& activation,
+               bool mask, bool frozen, bool input, bool dresidual, bool params, const std::string& activation,
                const ForcedByName& forced, int free_sms) {
           const DType type = parse_dtype(dtype);
           return plan(g, type,
-                      backward_needs(g, type, alignment, residual, frozen, input, dresidual, params, activation),
+                      backward_needs(g, type, alignment, residual, mask, frozen, input, dresidual, params, activation),
                       device, make_options(forced, free_sms));
         },
         doc, py::arg("geometry"), py::arg("dtype"), py::arg("device"), py::kw_only(), py::arg("alignment") = 16,
-        py::arg("residual") = false, py::arg("frozen") = false, py::arg("input") = true, py::arg("dresidual") = false,
-        py::arg("params") = true, py::arg("activation") = "none", py::arg("forced") = ForcedByName{},
-        py::arg("free_sms") = 0);
+        py::arg("residual") = false, py::arg("mask") = false, py::arg("frozen") = false, py::arg("input") = true,
+        py::arg("dresidual") = false, py::arg("params") = true, py::arg("activation") = "none",
+        py::arg("forced") = ForcedByName{}, py::arg("free_sms") = 0);
   };
   def_forward("plan_forward", "How a forward call is cut into CUDA launches.", &plan_forward);
   def_backward("plan_backward", "How a backward call is cut into CUDA launches.", &plan_backward);

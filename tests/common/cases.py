@@ -134,6 +134,8 @@ BATCH = (
     Layer("whole packs", "BatchNorm2d", (2, 64, 8, 8), (64,)),
     Layer("pack and tail", "BatchNorm2d", (2, 65, 5, 5), (65,)),
     Layer("wide", "BatchNorm2d", (2, 300, 3, 3), (300,)),
+    Layer("packs over runs", "BatchNorm2d", (9, 16, 7, 7), (16,)),
+    Layer("runs in a pack", "BatchNorm1d", (6, 40, 3), (40,)),
     Layer("few channels", "BatchNorm2d", (2, 3, 37, 41), (3,)),
     Layer("one sample", "BatchNorm2d", (1, 4, 6, 10), (4,)),
     Layer("split over threads", "BatchNorm2d", (4, 32, 28, 28), (32,)),

@@ -60,6 +60,7 @@ GANGS: tuple[dict[str, str | int], ...] = (
     {"gang": "grid", "stages": 2},
     {"gang": "grid", "exchange": "scatter"},
     {"gang": "grid", "exchange": "scatter", "staged_length": 64, "pieces": 2},
+    {"gang": "cluster", "pieces": 2, "traversal": "columns"},
 )
 FUSED = tuple({"strategy": "fused", **gang} for gang in GANGS)
 OTHERS: tuple[dict[str, str | int], ...] = (

@@ -140,7 +140,7 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     assert grid.blocks % grid.pieces == 0 and grid.items % grid.pieces == 0
     # In rows the first thread of a gang's block publishes its partial, and whole warps fetch the others.
     assert grid.gang == "block" or not rows or (grid.threads_y == 1 and grid.threads_x >= WARP)
-    assert rows or grid.tile % call.shape.set_channels == 0  # tiles are of whole sets
+    assert rows or grid.tile % call.shape.walked_as(grid.traversal).set_channels == 0  # tiles are of whole sets
     assert grid.gang != "cluster" or grid.pieces <= facts.largest_cluster
     assert grid.stages in (1, 2)
     assert grid.exchange == "gather" or (grid.gang == "grid" and not rows)
@@ -237,10 +237,19 @@ def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: 
     assert estimate.memory * facts.bytes_per_us * share >= least_bytes * (1 - 1e-9)
 
 
+def check_fused_view(grid: _C.Grid, call: Call, mask: bool, strategy: str) -> None:
+    """Samples are rows of columns only where that gives wider packs; columns kernels know no mask of single runs."""
+    shape = call.shape
+    if grid.traversal != shape.traversal:
+        assert shape.kind == BATCH and strategy == "fused" and not mask
+        assert grid.pack * call.size == 16 and shape.S % grid.pack != 0
+
+
 def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: int = 0) -> None:
     grid, four = plan.grid, 4 * call.accum  # a count, then mean and m2 side by side
     assert plan.strategy == "apply" if call.frozen else plan.strategy in ("fused", "split")
-    check_grid(grid, call, call.shape, facts, plan.strategy == "fused")
+    check_fused_view(grid, call, call.mask, plan.strategy)
+    check_grid(grid, call, call.shape.walked_as(grid.traversal), facts, plan.strategy == "fused")
     check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
     if plan.strategy == "fused":
         assert call.size < 8
@@ -332,7 +341,8 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
     cells = shape if fused or grid.items == 0 else shape.cells
     assert plan.cells == cells.geometry
     if grid.items > 0:
-        check_grid(grid, call, cells, facts, fused)
+        check_fused_view(grid, call, call.mask, plan.strategy)
+        check_grid(grid, call, cells.walked_as(grid.traversal), facts, fused)
     if plan.apply.items > 0:
         check_grid(plan.apply, call, shape, facts)
     if sums == "own_launch":

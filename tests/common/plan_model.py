@@ -139,6 +139,13 @@ class Shape:
         channel = rest % self.C if self.last else rest // self.S
         return channel if self.kind == BATCH else sample * self.G + channel // (self.C // self.G)
 
+    def walked_as(self, traversal: str) -> Shape:
+        """Columns of a planar batch norm: the elements of a sample are channels, those of a run a group, and the samples
+        are the positions."""
+        if traversal == self.traversal or self.kind != BATCH:
+            return self
+        return Shape(GROUP, 1, self.C * self.S, self.N, self.C, True)
+
     @property
     def cells(self) -> Shape:
         """The shape in which every cell is a set, where a cell is a run or more."""
@@ -194,13 +201,17 @@ class Call:
         return self.shape.numel * self.size
 
     @property
+    def mask(self) -> bool:
+        return self.adds and self.activation in ("relu", "leaky_relu")
+
+    @property
     def forward_needs(self) -> dict[str, Any]:
         needs = {name: getattr(self, name) for name in ("alignment", "frozen", "activation")}
         return needs | {"output": self.input, "residual": self.residual or self.adds}
 
     @property
     def backward_needs(self) -> dict[str, Any]:
-        names = ("alignment", "residual", "frozen", "input", "params", "activation")
+        names = ("alignment", "residual", "mask", "frozen", "input", "params", "activation")
         needs = {name: getattr(self, name) for name in names}
         return needs | {"dresidual": self.input and (self.residual or self.adds)}
 

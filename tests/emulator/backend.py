@@ -21,12 +21,16 @@ from tests.emulator import build
 ORDERS = ("fifo", "lifo", "random", "priority")
 
 # The fields of csrc/plan/types.h's Forced, and the names of those that are enums.
-FORCED = ("strategy", "gang", "pieces", "stages", "blocks_per_sm", "tile_bytes", "place", "staged_length", "exchange")
+FORCED = (
+    *("strategy", "gang", "pieces", "stages", "blocks_per_sm", "tile_bytes", "place", "staged_length", "exchange"),
+    "traversal",
+)
 NAMES = {
     "strategy": ("fused", "split", "apply"),
     "gang": ("block", "cluster", "grid"),
     "place": ("shared", "registers"),
     "exchange": ("gather", "scatter"),
+    "traversal": ("rows", "columns"),
 }
 FREE = -1
 

@@ -162,6 +162,19 @@ inline std::vector<Case> channel_cases() {
       cases, {choice(-1, -1, Exchange::kScatter), choice(2, 64, Exchange::kGather), choice(3, 64, Exchange::kScatter)});
 }
 
+// For the device `few`: planar, the samples as rows of columns.
+inline std::vector<Case> sample_cases() {
+  const std::vector<Case> cases = {
+      {{Kind::kBatch, 30, 16, 9, 16, false}, DType::kBFloat16, Activation::kRelu},
+      {{Kind::kBatch, 9, 40, 3, 40, false}, DType::kFloat16, Activation::kSilu, true, false, false, DType::kFloat16},
+      {{Kind::kBatch, 5, 8, 25, 8, false}, DType::kFloat32, Activation::kLeakyRelu},
+  };
+  std::vector<Case> all = forced(
+      cases, {forced_gang(Gang::kBlock, -1, 1), forced_gang(Gang::kCluster, 3, 2), forced_gang(Gang::kGrid, 2, 1)});
+  for (Case& c : all) c.forced.traversal = static_cast<int>(Traversal::kColumns);
+  return all;
+}
+
 // For devices with the largest clusters that exist.
 inline std::vector<Case> large_cluster_cases() {
   const std::vector<Case> cases = {
@@ -203,6 +216,7 @@ inline std::vector<Case> cases_of(const std::string& device) {
   if (device == "few") {
     for (const Case& c : row_cases()) all.push_back(c);
     for (const Case& c : channel_cases()) all.push_back(c);
+    for (const Case& c : sample_cases()) all.push_back(c);
   }
   if (device == "h200") {
     for (const Case& c : large_cluster_cases()) all.push_back(c);

@@ -214,8 +214,8 @@ class Call {
     const Buffer dweight(g_.C * size_of(case_.params), 0), dbias(g_.C * size_of(case_.params), 0);
     args.dweight = {case_.affine ? dweight.data() : nullptr, case_.params};
     args.dbias = {case_.affine ? dbias.data() : nullptr, case_.params};
-    const BackwardNeeds needs{alignment(),      reads_residual, case_.frozen,    true,
-                              writes_dresidual, case_.affine,   case_.activation};
+    const BackwardNeeds needs{alignment(), reads_residual,   case_.mask,   case_.frozen,
+                              true,        writes_dresidual, case_.affine, case_.activation};
     BackwardPlan plan =
         fitting([&](const DeviceInfo& device) { return plan_backward(g_, case_.dtype, needs, device, options_); });
     for (Grid* grid : {&plan.reduce, &plan.apply, &plan.params}) limit(*grid);
