@@ -165,10 +165,13 @@ FAMILIES: tuple[Family, ...] = (
     layer_norm(4096, ", shared", fused("block", 2), dtypes=HALF_AND_FULL),
     layer_norm(4096, ", split", SPLIT, dtypes=HALF_AND_FULL),
     # Packs of 8 bytes of a half type, and single elements.
-    Family("BatchNorm 14x14", "BatchNorm2d", "planar", ((64, 32, 14, 14), (128, 32, 14, 14)), fused("block", 2),
-           dtypes=("bfloat16",)),
-    Family("BatchNorm 7x7", "BatchNorm2d", "planar", ((128, 32, 7, 7), (256, 32, 7, 7)), fused("block", 2),
-           dtypes=HALF_AND_FULL),
+    Family("BatchNorm 14x14", "BatchNorm2d", "planar", ((64, 32, 14, 14), (128, 32, 14, 14)),
+           fused("block", 2, traversal="rows"), dtypes=("bfloat16",)),
+    Family("BatchNorm 7x7", "BatchNorm2d", "planar", ((128, 32, 7, 7), (256, 32, 7, 7)),
+           fused("block", 2, traversal="rows"), dtypes=HALF_AND_FULL),
+    # The same maps with samples as rows of columns: half a warp of every two has none.
+    Family("BatchNorm 7x7, columns", "BatchNorm2d", "planar", ((32, 32, 7, 7), (64, 32, 7, 7)),
+           fused("block", 1, traversal="columns"), dtypes=HALF_AND_FULL),
     Family("BatchNorm, odd channels", "BatchNorm2d", "channels_last", ((8, 65, 28, 28), (16, 65, 28, 28)),
            fused("grid", 1, pieces=8, tile_bytes=32), dtypes=HALF_AND_FULL),
     # The other activations, and the layer without one.

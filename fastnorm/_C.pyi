@@ -268,8 +268,8 @@ def plan_backward(
     forced: Mapping[str, str | int] = {},
     free_sms: int = 0,
 ) -> BackwardPlan:
-    """The cheapest plan of a backward call. residual: it is read again; mask: forward has left one; input: dx or dresidual is wanted; dresidual:
-    besides dx; params: the gradient of weight or bias is wanted."""
+    """The cheapest plan of a backward call. residual: it is read again; mask: forward has left one; input: dx or
+    dresidual is wanted; dresidual: besides dx; params: the gradient of weight or bias is wanted."""
 
 def compare_forward(
     geometry: Geometry,

@@ -8,13 +8,18 @@
 namespace fastnorm::cuda {
 
 // From x (and residual) to y (and mask) for N packs, which are read before the first is used. Lanes that share a byte
-// of the mask all take part, `in` or not.
-template <Activation kAct, int N, int W, class Tensors, class Coefs, class Read>
+// of the mask all take part, `in` or not. kClears: packs that are not read are zero; else registers would keep them
+// from an earlier call, for which apply, with several under way, has none left.
+template <Activation kAct, bool kClears, int N, int W, class Tensors, class Coefs, class Read>
 FASTNORM_DEVICE void forward_steps(const Tensors& t, const RowsPiece<W>& piece, const Step (&steps)[N], Coefs& coefs,
                                    Read read) {
   using T = std::remove_pointer_t<decltype(t.y)>;
   using A = Accum<T>;
-  Pack<T, W> x[N] = {}, residual[N] = {};  // zero where nothing is loaded, or they are kept from an earlier call
+  Pack<T, W> x[N], residual[N];
+  if constexpr (kClears) {
+#pragma unroll
+    for (int u = 0; u < N; ++u) x[u] = residual[u] = {};
+  }
   const auto load_residual = [&](int u) {
     if (steps[u].in) residual[u] = load<W>(piece.at(t.residual, steps[u]));
   };
@@ -54,11 +59,11 @@ FASTNORM_DEVICE void forward_rows_with(const ForwardTensors<T>& t, const RowsPie
     if constexpr (kUnroll == 1 && !kFromEnd && (!kShares || is_plain_forward<std::remove_cvref_t<decltype(tensors)>>)) {
       piece.for_steps(range, [&](const Step& step) {
         const Step steps[1] = {step};
-        forward_steps<act.value>(tensors, piece, steps, coefs, read);
+        forward_steps<act.value, kFromEnd>(tensors, piece, steps, coefs, read);
       });
     } else {
       piece.template walk<kUnroll, kFromEnd>(
-          range, [&](const auto& steps) { forward_steps<act.value>(tensors, piece, steps, coefs, read); });
+          range, [&](const auto& steps) { forward_steps<act.value, kFromEnd>(tensors, piece, steps, coefs, read); });
     }
   };
   // Only fused kernels have a loop for plain calls, and only of runs of one channel: of the others most are in

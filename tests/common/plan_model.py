@@ -140,8 +140,8 @@ class Shape:
         return channel if self.kind == BATCH else sample * self.G + channel // (self.C // self.G)
 
     def walked_as(self, traversal: str) -> Shape:
-        """Columns of a planar batch norm: the elements of a sample are channels, those of a run a group, and the samples
-        are the positions."""
+        """Columns of a planar batch norm: the elements of a sample are channels, those of a run are a group, and the
+        samples are the positions."""
         if traversal == self.traversal or self.kind != BATCH:
             return self
         return Shape(GROUP, 1, self.C * self.S, self.N, self.C, True)
