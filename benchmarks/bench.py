@@ -7,13 +7,15 @@
 
 All contestants of a row take turns in one process (timing.py); the numbers are medians. Every op
 here is bound by memory, so next to torch.nn there is one absolute measure: the time that copying the
-least bytes takes (the floor), as a share of ours. On a GPU cuDNN's batch norm runs too, times are the
+least bytes takes (the floor), as a share of ours. On a CPU oneDNN runs too, in the rows that it serves,
+where `pip install onednn-cpu-gomp` has put it (onednn.py). On a GPU cuDNN's batch norm runs too, times are the
 device's alone, and copies of the tensors take turns, enough of them that the cache holds none.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -27,10 +29,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 # Run as a file, only its own folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import onednn
 from benchmarks.contestants import DTYPES, MODES, Arena, Row, copies_for, quick_table, table
 from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe, refusals
-from benchmarks.results import Result, json_text
-from benchmarks.tables import make_console, make_markdown, print_results, print_summary
+from benchmarks.results import Result, json_text, moved
+from benchmarks.tables import make_console, make_markdown, print_moved, print_results, print_summary
 from benchmarks.timing import keep_memory, race
 from fastnorm import _C
 from tests.common import cases
@@ -39,6 +42,7 @@ SHARE = {"forward": 1, "step": 2, "eval": 1}  # of a row's time, by mode
 QUICK_BUDGET_S, FULL_BUDGET_S = 28.0, 900.0
 # Cores busy elsewhere: threads wait for each other, so one that is late by a time slice delays all.
 NOISY_CORES = 0.2
+COMMITTED = Path(__file__).parent / "results" / "cpu-epyc-2core.json"
 LEAST_WEIGHT = 4 << 20  # bytes: small rows need time too, for their repeats
 
 
@@ -69,6 +73,8 @@ def measure(
         for mode in modes:
             start = time.perf_counter()
             calls = arena.calls(mode, compiled)
+            if device == "cpu" and onednn.serves(row):
+                calls["onednn"] = onednn.mode_call(row, mode, arena.x)
             if compiled:
                 calls["compile"]()
                 deadline += time.perf_counter() - start
@@ -118,10 +124,26 @@ def warn_when_busy(console: Console, device: str) -> None:
         console.print(f"[yellow]Other processes keep {busy} of {cpu_cores()} cores busy: do not trust the times below.")
 
 
+def print_how_far_torch_moved(console: Console, results: list[Result], threads: int) -> None:
+    """Compare torch.nn's times with those of the committed run."""
+    saved = json.loads(COMMITTED.read_text())
+    if saved["machine"]["threads"] == threads:
+        print_moved(console, moved(results, saved), f"results/{COMMITTED.name}")
+
+
+def about_this_run(device: str) -> dict[str, object]:
+    """machine.describe, with oneDNN's version where it runs."""
+    about = describe(device)
+    installed = onednn.version() if device == "cpu" else None
+    if installed:
+        about["versions"] = {**about["versions"], "onednn": installed}  # type: ignore[dict-item]
+    return about
+
+
 def as_json(results: list[Result], options: dict[str, object], device: str) -> dict[str, object]:
     """The whole run: machine, versions, commit, date, options and all rows."""
     counts = {"refused_launches": _C.refused_gangs()} if device == "cuda" else {}
-    return describe(device) | counts | {"options": options, "rows": [r.to_json() for r in results]}
+    return about_this_run(device) | counts | {"options": options, "rows": [r.to_json() for r in results]}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -188,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     budget = args.budget or (QUICK_BUDGET_S if args.quick else FULL_BUDGET_S)
 
     console = make_console()
-    about = describe(args.device)
+    about = about_this_run(args.device)
     machine, versions = about["machine"], about["versions"]
     assert isinstance(machine, dict) and isinstance(versions, dict)
     host = f"{machine['cpu']}, {machine['threads']} threads, {machine['fastnorm_capability']}"
@@ -198,12 +220,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{versions['torch']} ({machine['torch_capability']}); "
         f"freed memory {'kept' if kept else 'as malloc does'}"
     )
+    if args.device == "cpu":
+        console.print(
+            f"oneDNN: {versions.get('onednn', f'not installed ({onednn.PACKAGE}): no contestant')}", style="dim"
+        )
     warn_when_busy(console, args.device)
     results = measure_with_bar(rows, budget, args.device, modes, args.compile, args.compile_budget)
     print_results(console, results, modes)
     print_summary(console, results, modes)
     if args.device == "cuda":
         console.print(refusals())
+    else:
+        print_how_far_torch_moved(console, results, int(machine["threads"]))
     if args.json:
         options = {"budget_s": budget, "quick": args.quick, "modes": modes, "memory_kept": kept}
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from benchmarks.contestants import MODES, Row, passes
 from benchmarks.timing import Timing
@@ -18,7 +19,8 @@ COPIES_LINE = {"forward": 1.3, "step": 1.5}
 CUDA_SPEEDUP_LINE = 1.0
 CUDA_COPIES_LINE = {"forward": 1.67, "step": 1.67}
 CLONE_PASSES = 2  # a copy reads and writes
-OTHERS = ("torch", "compile", "cudnn")  # contestants beside fastnorm; every run has the first
+OTHERS = ("torch", "compile", "cudnn", "onednn")  # contestants beside fastnorm; every run has the first
+ONEDNN_LINE = 0.9  # times oneDNN, whose calls include no autograd
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,32 @@ def summary_lines(results: list[Result], modes: tuple[str, ...] = MODES) -> list
             )
             for mode in timed if big
         ),
+        _line(
+            f"at least {ONEDNN_LINE} x oneDNN",
+            [r for r in shapes if all("onednn" in r.times[m] for m in modes)],
+            modes, lambda r, m: r.speedup(m, "onednn"), lambda _: ONEDNN_LINE, True,
+        ),
         _line("a tiny call within torch.nn's host time", tiny, timed, Result.speedup, lambda _: 1.0, True),
     ]  # fmt: skip
     return [line for line in lines if line.rows]
+
+
+def moved(results: Iterable[Result], saved: Mapping[str, Any]) -> list[float]:
+    """torch.nn's times over those of a saved run, in the rows and modes that both have: how far the machine itself has
+    moved."""
+
+    def key(row: Mapping[str, Any]) -> tuple[object, ...]:
+        return row["norm"], tuple(row["shape"]), row["dtype"], row["layout"], row["epilogue"]
+
+    before = {key(row): row["modes"] for row in saved["rows"]}
+    ratios = []
+    for result in results:
+        row = result.row
+        modes = before.get((row.layer.norm, tuple(row.layer.shape), row.dtype, row.layout, row.fused), {})
+        for mode in result.times:
+            if mode in modes:
+                ratios.append(result.seconds(mode, "torch") * 1e6 / modes[mode]["us"]["torch"]["median"])
+    return ratios
 
 
 def means(results: list[Result], mode: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -15,7 +16,15 @@ from benchmarks.results import OTHERS, SPEEDUP_GOAL, Result, geometric_mean, mea
 
 PLAIN_WIDTH = 140  # of a file or a pipe
 LABEL = 26
-WIDTHS = {"us": 9, "torch": 7, "compile": 9, "cudnn": 7, "copies": 7, "floor": 6}  # of the columns of one mode
+WIDTHS = {
+    "us": 9,
+    "torch": 7,
+    "compile": 9,
+    "cudnn": 7,
+    "onednn": 8,
+    "copies": 7,
+    "floor": 6,
+}  # of the columns of one mode
 SHOWN_MISSES = 12
 WRONG_EPSILONS = 64  # ours and torch.nn's roundings differ by a few; more than this is an error
 
@@ -110,6 +119,7 @@ def print_results(console: Console, results: Sequence[Result], modes: Sequence[s
         "torch": "how many times longer torch.nn takes",
         "compile": "likewise torch.compile of torch.nn",
         "cudnn": "likewise cuDNN's batch norm",
+        "onednn": "likewise oneDNN, without autograd",
         "copies": "our time, where copying the least bytes that must move takes 1",
         "floor": "that copy's share of our time",
     }
@@ -135,6 +145,17 @@ def make_markdown(results: Sequence[Result], modes: Sequence[str] = MODES) -> st
     return "\n".join(lines) + "\n"
 
 
+def print_moved(console: Console, ratios: Sequence[float], name: str) -> None:
+    """Print how torch.nn's own times compare with those of a saved run: other times of ours say nothing beyond that."""
+    if not ratios:
+        return
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * [ratios[0]]
+    console.print(
+        f"torch.nn itself takes {middle:.2f} times (quartiles {low:.2f} and {high:.2f}) what it took in {name}: the "
+        f"median of {len(ratios)} figures. Compare ratios, not microseconds."
+    )
+
+
 def print_summary(console: Console, results: list[Result], modes: tuple[str, ...] = MODES) -> None:
     """Print geometric means, then each line to reach with the rows that miss it."""
     console.print("\n[bold]Geometric means[/]")
@@ -143,7 +164,8 @@ def print_summary(console: Console, results: list[Result], modes: tuple[str, ...
         if math.isnan(mean["times_torch"]):
             continue
         text = f"  {MODE_NAMES[mode]:<19} {times(mean['times_torch']):>6} torch.nn"
-        for other, name in (("times_compile", "torch.compile"), ("times_cudnn", "cuDNN")):
+        others = (("times_compile", "torch.compile"), ("times_cudnn", "cuDNN"), ("times_onednn", "oneDNN"))
+        for other, name in others:
             if other in mean:
                 text += f", {times(mean[other])} {name}"
         text += f"; {mean['copies']:.2f} copies"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks import onednn
 from benchmarks.contestants import MODES, Arena, Row, mode_call, passes, quick_table, table
-from benchmarks.results import Result, geometric_mean, json_text, means, summary_lines
-from benchmarks.tables import make_markdown, make_table, print_summary
+from benchmarks.results import Result, geometric_mean, json_text, means, moved, summary_lines
+from benchmarks.tables import make_markdown, make_table, print_moved, print_summary
 from benchmarks.timing import Timing, race, repeats_for
 from tests.common import cases
 
@@ -100,6 +101,63 @@ def test_json_is_a_line_a_row() -> None:
         "}",
     ]
     assert json.loads(json_text(run)) == run
+
+
+def test_moved_compares_torchs_times_in_rows_that_both_runs_have() -> None:
+    saved = {"rows": [result(9, 20, 1).to_json()]}
+    found = moved([result(1, 30, 1), result(1, 50, 1, "act")], saved)
+    assert found == pytest.approx([1.5] * len(MODES))
+    assert moved([result(1, 50, 1, "act")], saved) == []
+
+
+def test_summary_says_how_far_torch_moved() -> None:
+    console = Console(record=True, width=200)
+    print_moved(console, [1.0, 2.0, 4.0], "a.json")
+    assert "2.00 times (quartiles 1.50 and 3.00) what it took in a.json" in console.export_text()
+    print_moved(console, [], "a.json")
+    assert console.export_text() == ""
+
+
+def test_onednn_is_absent_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "PACKAGE", "fastnorm-has-no-such-package")
+    onednn.library.cache_clear()
+    try:
+        assert onednn.version() is None
+        assert not any(onednn.serves(row) for row in table())
+    finally:
+        onednn.library.cache_clear()
+
+
+def test_onednn_serves_channels_last_batch_norm_and_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "library", lambda: object())
+    served = {(r.layer.norm, r.layout, r.fused) for r in table() if onednn.serves(r)}
+    batch = {("BatchNorm2d", "channels_last", fused) for fused in ("plain", "+relu")}
+    assert served == batch | {("LayerNorm", "planar", "plain")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layer", "layout", "epilogue"),
+    [
+        (cases.Layer("", "BatchNorm2d", (4, 24, 5, 6), (24,)), "channels_last", "plain"),
+        (cases.Layer("", "BatchNorm2d", (4, 24, 5, 6), (24,)), "channels_last", "act"),
+        (cases.Layer("", "LayerNorm", (30, 96), (96,)), "planar", "plain"),
+    ],
+    ids=["batch", "batch-relu", "layer"],
+)
+def test_onednn_computes_what_torch_does(layer: cases.Layer, layout: str, epilogue: str, dtype: str) -> None:
+    if onednn.library() is None:
+        pytest.skip(f"{onednn.PACKAGE} is not installed")
+    row = Row(layer, dtype, layout, epilogue)
+    arena = Arena(row)
+    norm = onednn.OneDnnNorm(row, arena.x.detach(), training=True)
+    expected = arena.norms["torch"](arena.x, None)
+    dy = cases.torch.randn_like(expected)
+    (dx,) = cases.torch.autograd.grad(expected, [arena.x], dy)
+    tolerance = {"rtol": 1e-2, "atol": 2e-2} if dtype == "bfloat16" else {"rtol": 1e-4, "atol": 1e-5}
+    cases.torch.testing.assert_close(norm.forward(arena.x.detach()), expected.detach(), **tolerance)
+    cases.torch.testing.assert_close(norm.backward(arena.x.detach(), dy), dx, **tolerance)
+    onednn.mode_call(row, "eval", arena.x)()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)

@@ -39,6 +39,7 @@ def plan(
     l2_bytes: int,
     l3_bytes: int,
     threads: int,
+    outputs: int = 1,
 ) -> str:
     """How a call on the CPU, on (N, C, S), is cut into tasks, on one line."""
 

@@ -115,10 +115,12 @@ def test_as_accurate_as_torch(name: str, dtype: torch.dtype, device: torch.devic
 
 
 # The largest errors of value and slope over all numbers, in ulp; of a slope, in ulp of 1 where it is smaller. Beyond
-# |x| = 64 exp overflows in SiLU, as it does in torch's.
+# |x| = 64 exp overflows in SiLU, as it does in torch's. GELU's 7.4 are those of x < -6; above -3 it is off by 4.6 where
+# torch is by 1,900. (A form of 31 multiplications in place of 24 was off by 3.8; LayerNorm with it was slower than
+# torch's.)
 LARGEST = {
     ("silu", "float32"): (2.5, 8.5),
-    ("gelu", "float32"): (3.8, 1.4),
+    ("gelu", "float32"): (7.4, 1.4),
     ("silu", "bfloat16"): (0.51, 0.51),
     ("gelu", "bfloat16"): (0.51, 0.51),
     ("silu", "float16"): (0.52, 0.52),

@@ -76,6 +76,29 @@ def test_promises(seed: int) -> None:
         assert len(sums) <= 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_two_threads_have_work(seed: int) -> None:
+    """Above two chunks no thread is idle, whatever the number of sets."""
+    r = random.Random(seed)
+    for _ in range(500):
+        kind, n, c, s, groups = geometry = random_geometry(r)
+        sets = {BATCH: c, GROUP: n * groups, LAYER: n}[kind]
+        if n * c * s < 2 * 65536 or (kind == BATCH and n * s < 32):
+            continue
+        last = kind != LAYER and r.random() < 0.5
+        plan = _C.plan(*geometry, last, "float32", 1, MIB, 32 * MIB, 2)
+        outer = 1 if kind == BATCH else n
+        per_task = re.search(r"(\d+) sets per task", plan)
+        tasks = -(-sets // int(per_task[1])) if per_task else outer
+        assert "split" in plan or tasks >= 2, plan
+
+
+def test_all_outputs_count_for_streaming() -> None:
+    geometry = GROUP, 8, 64, 8192, 8  # 16 MiB of float32
+    plans = [_C.plan(*geometry, False, "float32", 2, MIB, 64 * MIB, 2, outputs=n) for n in (1, 2, 3)]
+    assert ["streaming" in plan for plan in plans] == [False, False, True]
+
+
 def test_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"int8.*float32"):
         _C.plan(BATCH, 2, 8, 4, 0, False, "int8", 1, MIB, 32 * MIB, 2)

@@ -14,7 +14,7 @@ from tests.common.numerics import build, differences, make_inputs, run
 from tests.conftest import Backend
 
 AFFINE = (("affine", True), ("track_running_stats", True))
-# Few sets can only be split inside a set, for which it must be larger than two chunks of the plan (131072 elements).
+# Few sets can only be split inside a set, for which it must be larger than two chunks of the plan (65536 elements).
 LAYERS = (
     Layer("many sets", "BatchNorm2d", (8, 64, 28, 28), (64,)),
     Layer("many sets", "BatchNorm2d", (4, 515, 7, 9), (515,)),
@@ -29,6 +29,10 @@ LAYERS = (
     Layer("one set", "InstanceNorm3d", (1, 1, 60, 60, 61), (1,), AFFINE),
     Layer("many rows", "LayerNorm", (5001, 33), (33,)),
     Layer("two rows", "LayerNorm", (2, 200001), (200001,)),
+    Layer("one row", "LayerNorm", (1, 70001), (70001,)),
+    Layer("one set of short cells", "GroupNorm", (1, 200, 25, 26), (1, 200)),
+    Layer("few rows", "BatchNorm1d", (50, 3001), (3001,)),
+    Layer("short runs", "BatchNorm2d", (64, 24, 7, 7), (24,)),
 )
 
 

@@ -174,15 +174,19 @@ class ColumnsBackward : Call<T, BackwardCall> {
   }
 
   void sum_over_samples(Sums sums, int64_t sample) const {
-    for (int64_t c = 0; c < g.C; ++c) {
-      double d = 0, d_xhat = 0;
-      for (int64_t n = 0; n < outer_; ++n) {
-        const int64_t lane = n * sample + lane_of<T>(c), set = (n * g.C + c) / g.set_channels();
-        d += sums.d[lane];
-        d_xhat += Base::xhat_sum(set, {sums.d[lane], sums.d_centered[lane]}, Base::center(set).low);
+    if (args.dbias) std::fill_n(args.dbias, g.C, 0.0);
+    if (args.dweight) std::fill_n(args.dweight, g.C, 0.0);
+    const int64_t D = g.set_channels();
+    for (int64_t n = 0; n < outer_; ++n) {
+      for (int64_t first = 0; first < g.C; first += D) {
+        const int64_t set = (n * g.C + first) / D;
+        const double low = Base::center(set).low;
+        for (int64_t c = first; c < first + D; ++c) {
+          const int64_t lane = n * sample + lane_of<T>(c);
+          if (args.dbias) args.dbias[c] += sums.d[lane];
+          if (args.dweight) args.dweight[c] += Base::xhat_sum(set, {sums.d[lane], sums.d_centered[lane]}, low);
+        }
       }
-      if (args.dbias) args.dbias[c] = d;
-      if (args.dweight) args.dweight[c] = d_xhat;
     }
   }
 };

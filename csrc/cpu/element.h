@@ -40,13 +40,14 @@ struct ChannelCoefs {
 };
 
 // Coefficients of sets, one below the other, in which every element has its own weight (LayerNorm): of up to P sets,
-// whose packs are the packs of a group. weight and bias are in the order of lanes.
+// whose packs are the packs of a group. weight and bias are in the order of lanes. What a set shares are numbers, not
+// packs of several equal registers.
 template <class A, int P>
 struct ElementCoefs {
-  Pack<A> mean[P], rstd[P];
+  A mean[P], rstd[P];
   const A *weight, *bias;
   ElementCoefs(const A* means, const A* rstds, const A* weight, const A* bias) : weight(weight), bias(bias) {
-    for (int p = 0; p < P; ++p) mean[p] = Pack<A>(means[p]), rstd[p] = Pack<A>(rstds[p]);
+    for (int p = 0; p < P; ++p) mean[p] = means[p], rstd[p] = rstds[p];
   }
   ElementCoefs moved(int64_t offset) const {
     ElementCoefs r = *this;
@@ -55,7 +56,8 @@ struct ElementCoefs {
     return r;
   }
   FASTNORM_INLINE Affine<A> at(int64_t i, int p) const {
-    return {mean[p], rstd[p], rstd[p] * load(weight + i), load(bias + i)};
+    const Pack<A> each(rstd[p]);
+    return {Pack<A>(mean[p]), each, each * load(weight + i), load(bias + i)};
   }
 };
 
@@ -70,9 +72,9 @@ struct SharedTerms {
 };
 template <class A, int P>
 struct ElementTerms {
-  Pack<A> offset[P], slope[P];
+  A offset[P], slope[P];
   FASTNORM_INLINE Pack<A> dx(int64_t, int p, const Affine<A>& c, Pack<A> d, Pack<A> centered) const {
-    return c.scale * d - fma(centered * c.rstd, slope[p], offset[p]);
+    return c.scale * d - fma(centered * c.rstd, Pack<A>(slope[p]), Pack<A>(offset[p]));
   }
 };
 template <class A>

@@ -24,6 +24,8 @@ class LayerBackward : Call<T, BackwardCall> {
   static constexpr int64_t kFlushSamples = 32;
   // Each row of partials costs memory traffic, so at least kMinSamples samples share one; 64 rows feed any machine.
   static constexpr int64_t kMinSamples = 64, kMaxChunks = 64;
+  // Fewer sets than this do not keep the cores busy, so that a task takes a range of elements.
+  static constexpr int64_t kFewSets = 8, kRange = kBlock * kChunkBlocks;
 
   const ElementParams<T> weights_{g, Base::weight}, biases_{g, Base::bias};
   const int64_t mask_row_ = mask_row_bytes(g.D(), args.dtype);
@@ -64,7 +66,7 @@ class LayerBackward : Call<T, BackwardCall> {
         const Pack<A> wd = d[0] * weight;
         sum[p].add(wd);
         sum_centered[p].add_product(wd, centered[0]);
-        weights = fma(d[0], centered[0] * coefs.rstd[p], weights);
+        weights = fma(d[0], centered[0] * Pack<A>(coefs.rstd[p]), weights);
         biases = biases + d[0];
       }
       if (!dweight) return;
@@ -77,6 +79,7 @@ class LayerBackward : Call<T, BackwardCall> {
   using Base::Base;
 
   void run() {
+    if (g.sets() < kFewSets && g.D() >= 2 * kRange) return run_ranges();
     Buffer<double> partials(params_ ? chunks_ * 2 * lanes_ : 0);
     for_each_task(args.parallel, chunks_, [&](int64_t t) {
       run_chunk(g.N * t / chunks_, g.N * (t + 1) / chunks_, partials + (params_ ? t * 2 * lanes_ : 0));
@@ -90,11 +93,7 @@ class LayerBackward : Call<T, BackwardCall> {
         }
       }
     });
-    for (int64_t c = 0; c < g.C; ++c) {
-      const int64_t lane = c / g.D() * set_lanes_ + lane_of<T>(c % g.D());
-      if (args.dbias) args.dbias[c] = partials[lane];
-      if (args.dweight) args.dweight[c] = partials[lanes_ + lane];
-    }
+    write_params([&](int64_t lane) { return partials[lane]; });
   }
 
  private:
@@ -127,13 +126,55 @@ class LayerBackward : Call<T, BackwardCall> {
 
   template <int kRows>
   void run_group(int64_t set, A* dweight, A* dbias, A* cached) const {
-    const int64_t D = g.D(), group = set % g.G;
+    GradSums<double> total[kRows] = {};
+    reduce<kRows>(set, 0, g.D(), dweight, dbias, cached, total);
+    if (applies_) apply<kRows>(set, 0, g.D(), total, cached);
+  }
+
+  // A few long sets: a task takes a range of elements, in all of them for the sums, in one of them for dx.
+  void run_ranges() const {
+    const int64_t ranges = div_up(g.D(), kRange), sets = g.sets();
+    const Buffer<A> sums(params_ ? 2 * lanes_ : 0);
+    A *dbias = params_ ? static_cast<A*>(sums) : nullptr, *dweight = params_ ? sums + lanes_ : nullptr;
+    if (params_) std::fill_n(dbias, 2 * lanes_, A(0));
+    const Buffer<GradSums<double>> totals(sets * ranges);
+    std::fill_n(static_cast<GradSums<double>*>(totals), sets * ranges, GradSums<double>{0, 0});
+    for_each_task(args.parallel, ranges, [&](int64_t t) {
+      const int64_t end = std::min((t + 1) * kRange, g.D());
+      for (int64_t set = 0; set < sets; ++set) {
+        reduce<1>(set, t * kRange, end, dweight, dbias, nullptr, totals + set * ranges + t);
+      }
+    });
+    for (int64_t set = 0; set < sets; ++set) {
+      for (int64_t t = 1; t < ranges; ++t) totals[set * ranges].merge(totals[set * ranges + t]);
+    }
+    for_each_task(args.parallel, applies_ ? sets * ranges : 0, [&](int64_t t) {
+      const int64_t back = sets * ranges - 1 - t, set = back / ranges, begin = back % ranges * kRange;
+      apply<1>(set, begin, std::min(begin + kRange, g.D()), totals + set * ranges, nullptr);
+    });
+    write_params([&](int64_t lane) { return static_cast<double>(sums[lane]); });
+  }
+
+  // Writes dbias and dweight; at(lane) gives the sums.
+  template <class F>
+  void write_params(F&& at) const {
+    for (int64_t c = 0; c < g.C && params_; ++c) {
+      const int64_t lane = c / g.D() * set_lanes_ + lane_of<T>(c % g.D());
+      if (args.dbias) args.dbias[c] = at(lane);
+      if (args.dweight) args.dweight[c] = at(lanes_ + lane);
+    }
+  }
+
+  // Adds the sums over the elements [begin, end) of kRows sets to `total`, and to dweight and dbias. begin is that of a
+  // block.
+  template <int kRows>
+  void reduce(int64_t set, int64_t begin, int64_t end, A* dweight, A* dbias, A* cached, GradSums<double>* total) const {
+    const int64_t group = set % g.G;
     const BackwardSpan<T> s = span(set);
     const ElementCoefs<A, kRows> coefs(stats.mean + set, stats.rstd + set, weights_.of_group(group),
                                        biases_.of_group(group));
-    const Strided layout{D, mask_row_, D, set_lanes_};
-    GradSums<double> total[kRows] = {};
-    for (int64_t offset = 0; offset < D; offset += kBlock) {
+    const Strided layout{g.D(), mask_row_, g.D(), set_lanes_};
+    for (int64_t offset = begin; offset < end; offset += kBlock) {
       HalfSum<A> sum[kRows], sum_centered[kRows];
       const int64_t first = group * set_lanes_ + offset;
       const ElementCoefs<A, kRows> moved = coefs.moved(offset);
@@ -146,29 +187,37 @@ class LayerBackward : Call<T, BackwardCall> {
                                                                cached ? cached + offset : nullptr,
                                                                sum,
                                                                sum_centered};
-        across_rows<kRows, A>(std::min(kBlock, D - offset), packs, layout, false);
+        across_rows<kRows, A>(std::min(kBlock, end - offset), packs, layout, false);
       });
       for (int p = 0; p < kRows; ++p) total[p].merge({sum_lanes(sum[p]), sum_lanes(sum_centered[p])});
     }
-    if (!applies_) return;
-    ElementTerms<A, kRows> terms;
+  }
+
+  // Writes dx and dresidual of the elements [begin, end) of kRows sets.
+  template <int kRows>
+  void apply(int64_t set, int64_t begin, int64_t end, const GradSums<double>* total, const A* cached) const {
+    using Coefs = ElementCoefs<A, kRows>;
+    using Terms = ElementTerms<A, kRows>;
+    const int64_t D = g.D(), group = set % g.G;
+    const BackwardSpan<T> s = span(set).moved(begin, begin, begin / 8);
+    const Coefs coefs =
+        Coefs(stats.mean + set, stats.rstd + set, weights_.of_group(group), biases_.of_group(group)).moved(begin);
+    Terms terms;
     for (int p = 0; p < kRows; ++p) {
       const double low = stats.mean_low[set + p];
       const SetTerms<A> own = Base::set_terms(set + p, total[p].d, Base::xhat_sum(set + p, total[p], low), low);
-      terms.offset[p] = Pack<A>(own.offset), terms.slope[p] = Pack<A>(own.slope);
+      terms.offset[p] = own.offset, terms.slope[p] = own.slope;
     }
     const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
-    using Coefs = ElementCoefs<A, kRows>;
-    using Terms = ElementTerms<A, kRows>;
     if (cached) {
       using E = FixedEpilogue<Activation::kNone, A>;
       const E none{Pack<A>(0)};
-      const BackwardPacks<T, A, Coefs, Terms, E> packs{s.with_d(cached), coefs, terms, none};
-      across_rows<kRows, A>(D, packs, Strided{D, 0, set_lanes_, 0}, stream);
+      const BackwardPacks<T, A, Coefs, Terms, E> packs{s.with_d(cached + begin), coefs, terms, none};
+      across_rows<kRows, A>(end - begin, packs, Strided{D, 0, set_lanes_, 0}, stream);
     } else {
       with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
         const BackwardPacks<T, T, Coefs, Terms, std::decay_t<decltype(e)>> packs{s, coefs, terms, e};
-        across_rows<kRows, A>(D, packs, layout, stream);
+        across_rows<kRows, A>(end - begin, packs, Strided{D, mask_row_, D, set_lanes_}, stream);
       });
     }
   }

@@ -31,13 +31,13 @@ template <class T, int kRows>
 struct RowDeviations {
   using A = Accum<T>;
   const T* x;
-  const Pack<A> (&pivot)[kRows];
+  const A (&pivot)[kRows];
   Pack<A> (&delta)[kRows], (&square)[kRows];
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access, Strided layout) const {
     for (int p = 0; p < P; ++p) {
       const T* at = x + i + layout.element(p);
-      const Pack<A> d = access.template zero_past_end<T>(access.get(at) - pivot[p]);
+      const Pack<A> d = access.template zero_past_end<T>(access.get(at) - Pack<A>(pivot[p]));
       delta[p] = delta[p] + d;
       square[p] = fma(d, d, square[p]);
       prefetch(at + P * layout.stride);
@@ -88,16 +88,16 @@ class LayerForward : Call<T, ForwardCall> {
       across_rows<kRows, A>(n, RowSums<T, kRows>{x + offset, sum}, layout, false);
       for (int p = 0; p < kRows; ++p) total[p] += sum_lanes(sum[p]);
     });
-    Pack<A> pivot[kRows];
+    A pivot[kRows];
     PivotSums sums[kRows] = {};
-    for (int p = 0; p < kRows; ++p) pivot[p] = Pack<A>(round_pivot<T>(total[p] / count));
+    for (int p = 0; p < kRows; ++p) pivot[p] = round_pivot<T>(total[p] / count);
     for_blocks([&](int64_t offset, int64_t n) {
       Pack<A> delta[kRows], square[kRows];
       for (int p = 0; p < kRows; ++p) delta[p] = square[p] = Pack<A>(0);
       across_rows<kRows, A>(n, RowDeviations<T, kRows>{x + offset, pivot, delta, square}, layout, false);
       for (int p = 0; p < kRows; ++p) sums[p].merge({sum_lanes(delta[p]), sum_lanes(square[p])});
     });
-    for (int p = 0; p < kRows; ++p) stats.finish(set + p, sums[p].moments(pivot[p][0], count), count, args.eps);
+    for (int p = 0; p < kRows; ++p) stats.finish(set + p, sums[p].moments(pivot[p], count), count, args.eps);
     if (!whole.y) return;  // the caller wants only the statistics
     const int64_t group = set % g.G;
     const ForwardSpan<T> s = whole.moved(set * D_, set * mask_row_);

@@ -66,7 +66,7 @@ struct Pack {
 
   Pack() = default;
   FASTNORM_INLINE explicit Pack(double value) {
-    for_each_index<kParts>([&](auto k) FASTNORM_LAMBDA { part[k] = Part{} + static_cast<A>(value); });
+    for_each_index<kParts>([&](auto k) FASTNORM_LAMBDA { part[k] = static_cast<A>(value) - Part{}; });
   }
   FASTNORM_INLINE A operator[](int lane) const { return part[lane / kPartLanes][lane % kPartLanes]; }
 };

@@ -21,6 +21,8 @@ class RowsBackward : Call<T, BackwardCall> {
   using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue, Base::weight;
   using Sums = GradSums<double>;
   static constexpr int64_t kSummedInA = 1024;
+  static constexpr int64_t kPart = kBlock * kChunkBlocks / 2;
+  static_assert(kShortCell <= kSummedInA);
   static constexpr A kSmallVariance = 1e-37;  // of deviations that are next to float's denormal numbers
 
   const bool batch_ = g.kind == Kind::kBatch;
@@ -33,6 +35,7 @@ class RowsBackward : Call<T, BackwardCall> {
   const bool applies_ = args.dx || args.dresidual;
   const int64_t cached_run_ = div_up(g.S, kLanes<A>) * kLanes<A>, cached_cell_ = cell_runs_.count * cached_run_;
   const bool caches_d_ = sums_ && applies_ && !args.plan.split && Base::caches_slopes(cells_per_set_ * cached_cell_);
+  const bool cells_are_short_ = Base::has_short_cells();
 
  public:
   using Base::Base;
@@ -40,22 +43,7 @@ class RowsBackward : Call<T, BackwardCall> {
   void run() {
     Buffer<Sums> sums(cells_);
     if (args.plan.split && sums_) {
-      const int64_t chunks = blocks_.chunks();
-      Buffer<Sums> partials(cells_ * chunks);
-      for_each_task(args.parallel, cells_ * chunks,
-                    [&](int64_t t) { reduce(t / chunks, 1, t % chunks, partials + t); });
-      for (int64_t cell = 0; cell < cells_; ++cell) {
-        sums[cell] = partials[cell * chunks];
-        for (int64_t k = 1; k < chunks; ++k) sums[cell].merge(partials[cell * chunks + k]);
-      }
-      if (applies_) {
-        for_each_task(args.parallel, cells_ * chunks, [&](int64_t t) {
-          const int64_t back = cells_ * chunks - 1 - t;  // reduce left it in the cache
-          const int64_t cell = back / chunks, first = back % chunks * kChunkBlocks;
-          const SharedTerms<A> terms = fold(cell / cells_per_set_, sums);
-          apply(cell, 1, first, std::min(first + kChunkBlocks, blocks_.count()), &terms);
-        });
-      }
+      run_split(sums);
     } else {
       const int64_t per_task = args.plan.sets_per_task, batch = Base::interleaves_sets(cell_runs_) ? kMaxBatch : 1;
       for_each_task(args.parallel, div_up(g.sets(), per_task), [&](int64_t t) {
@@ -67,11 +55,49 @@ class RowsBackward : Call<T, BackwardCall> {
   }
 
  private:
+  void run_split(Sums* sums) const {
+    // A part has several short cells, or a chunk of one.
+    const int64_t chunks = blocks_.chunks(), cells = cells_are_short_ ? std::max<int64_t>(1, kPart / g.S) : 1;
+    const int64_t parts_of_set = div_up(cells_per_set_, cells) * chunks, parts = g.sets() * parts_of_set;
+    Buffer<Sums> partials(chunks > 1 ? parts : 0);
+    for_each_task(args.parallel, parts, [&](int64_t t) {
+      const int64_t set = t / parts_of_set, first = t % parts_of_set / chunks * cells;
+      if (cells_are_short_) {
+        reduce_cells(set, first, std::min(first + cells, cells_per_set_), sums, nullptr);
+      } else {
+        reduce(t / chunks, 1, t % chunks, chunks > 1 ? partials + t : sums + t);
+      }
+    });
+    for (int64_t cell = 0; cell < cells_ && chunks > 1; ++cell) {
+      sums[cell] = partials[cell * chunks];
+      for (int64_t k = 1; k < chunks; ++k) sums[cell].merge(partials[cell * chunks + k]);
+    }
+    if (!applies_) return;
+    const Buffer<SetTerms<A>> terms(g.sets());
+    for (int64_t set = 0; set < g.sets(); ++set) terms[set] = fold(set, sums);
+    for_each_task(args.parallel, parts, [&](int64_t t) {
+      const int64_t back = parts - 1 - t;  // reduce left it in the cache
+      const int64_t set = back / parts_of_set, first = back % parts_of_set / chunks * cells;
+      const SharedTerms<A> own = terms[set];
+      if (cells_are_short_) {
+        apply_cells(set, first, std::min(first + cells, cells_per_set_), own, nullptr);
+      } else {
+        const int64_t block = back % chunks * kChunkBlocks;
+        apply(back / chunks, 1, block, std::min(block + kChunkBlocks, blocks_.count()), &own);
+      }
+    });
+  }
+
   // Runs one set, or several sets of batch norm (a cell each) side by side.
   void run_sets(int64_t set, int64_t sets, Sums* sums) const {
     const int64_t first = set * cells_per_set_, cells = sets * cells_per_set_;
     const Buffer<A> buffer(caches_d_ ? cells * cached_cell_ : 0);
     A* const cached = caches_d_ ? static_cast<A*>(buffer) : nullptr;
+    if (cells_are_short_) {
+      if (sums_) reduce_cells(set, 0, cells, sums, cached);
+      if (applies_) apply_cells(set, 0, cells, sums_ ? fold(set, sums) : SetTerms<A>{0, 0}, cached);
+      return;
+    }
     for (int64_t cell = first; cell < first + cells && sums_; cell += sets) {
       A* const cell_cached = cached ? cached + (cell - first) * cached_cell_ : nullptr;
       reduce(cell, sets, 0, sums + cell, cell_cached);
@@ -91,6 +117,59 @@ class RowsBackward : Call<T, BackwardCall> {
         apply(cell, sets, 0, blocks_.count(), terms);
       }
     }
+  }
+
+  // Short cells: what those of a set share is not made anew for each. The functions below are out of line for each E:
+  // GCC keeps coefficients in registers in a small function only.
+  void reduce_cells(int64_t set, int64_t begin, int64_t end, Sums* sums, A* cached) const {
+    const int64_t first = set * cells_per_set_;
+    if (stats.var[set] < kSmallVariance) {
+      for (int64_t i = begin; i < end; ++i) {
+        reduce(first + i, 1, 0, sums + first + i, cached ? cached + i * cached_cell_ : nullptr);
+      }
+      return;
+    }
+    with_smooth_activation(
+        epilogue, [&](const auto& e) FASTNORM_LAMBDA { reduce_cells_with(e, set, begin, end, sums + first, cached); });
+  }
+  void apply_cells(int64_t set, int64_t begin, int64_t end, const SharedTerms<A>& terms, const A* cached) const {
+    const auto as_it_is = [](const BackwardSpan<T>& s, int64_t) FASTNORM_LAMBDA { return s; };
+    if (cached) {
+      const auto with_d = [&](const BackwardSpan<T>& s, int64_t i)
+                              FASTNORM_LAMBDA { return s.with_d(cached + i * cached_cell_); };
+      const FixedEpilogue<Activation::kNone, A> none{Pack<A>(0)};
+      apply_cells_with(none, set, begin, end, terms, with_d);
+    } else {
+      with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+        if (args.frozen) {
+          apply_cells_with(e, set, begin, end, FrozenTerms<A>{}, as_it_is);
+        } else {
+          apply_cells_with(e, set, begin, end, terms, as_it_is);
+        }
+      });
+    }
+  }
+  template <class E>
+  __attribute__((noinline)) void reduce_cells_with(const E& e, int64_t set, int64_t begin, int64_t end, Sums* out,
+                                                   A* cached) const {
+    Base::for_cells(set, begin, end, [&](int64_t i, const SharedCoefs<A>& coefs) FASTNORM_LAMBDA {
+      const BackwardSpan<T> s = span(set * cells_per_set_ + i, 0, 0);
+      HalfSum<A> sum, sum_centered;
+      PackD none(0);
+      A* const kept = cached ? cached + i * cached_cell_ : nullptr;
+      for_packs<A>(g.S, SharedGradSums<T, false, E>{s, coefs, e, kept, sum, sum_centered, none});
+      out[i] = {sum_lanes(sum), sum_lanes(sum_centered)};
+    });
+  }
+  template <class E, class Terms, class F>
+  __attribute__((noinline)) void apply_cells_with(const E& e, int64_t set, int64_t begin, int64_t end,
+                                                  const Terms& terms, F&& with_d) const {
+    Base::for_cells(set, begin, end, [&](int64_t i, const SharedCoefs<A>& coefs) FASTNORM_LAMBDA {
+      const auto s = with_d(span(set * cells_per_set_ + i, 0, 0), i);
+      using D = std::remove_cvref_t<decltype(*s.dy)>;
+      const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
+      for_packs<A>(g.S, BackwardPacks<T, D, SharedCoefs<A>, Terms, E>{s, coefs, terms, e}, stream);
+    });
   }
 
   int64_t channel(int64_t cell) const { return cell % g.C; }
@@ -156,13 +235,14 @@ class RowsBackward : Call<T, BackwardCall> {
     }
   }
 
-  SharedTerms<A> fold(int64_t set, const Sums* sums) const {
+  SetTerms<A> fold(int64_t set, const Sums* sums) const {
     const double low = Base::center(set).low;
     double d = 0, d_xhat = 0;
-    for (int64_t cell = set * cells_per_set_; cell < (set + 1) * cells_per_set_; ++cell) {
-      const double w = weight[channel(cell)];
-      d += w * sums[cell].d;
-      d_xhat += w * Base::xhat_sum(set, sums[cell], low);
+    const int64_t first = set * cells_per_set_, first_of_channels = channel(first);
+    for (int64_t i = 0; i < cells_per_set_; ++i) {
+      const double w = weight[first_of_channels + i];
+      d += w * sums[first + i].d;
+      d_xhat += w * Base::xhat_sum(set, sums[first + i], low);
     }
     return Base::set_terms(set, d, d_xhat, low);
   }
@@ -186,15 +266,15 @@ class RowsBackward : Call<T, BackwardCall> {
   }
 
   void sum_over_samples(const Sums* sums) const {
-    for (int64_t c = 0; c < g.C; ++c) {
-      double d = 0, d_xhat = 0;
-      for (int64_t cell = c; cell < cells_; cell += g.C) {
-        d += sums[cell].d;
-        const int64_t set = cell_set(cell);
-        d_xhat += Base::xhat_sum(set, sums[cell], Base::center(set).low);
+    if (args.dbias) std::fill_n(args.dbias, g.C, 0.0);
+    if (args.dweight) std::fill_n(args.dweight, g.C, 0.0);
+    for (int64_t set = 0; set < g.sets(); ++set) {
+      const double low = Base::center(set).low;
+      const int64_t first = set * cells_per_set_, first_of_channels = channel(first);
+      for (int64_t i = 0; i < cells_per_set_; ++i) {
+        if (args.dbias) args.dbias[first_of_channels + i] += sums[first + i].d;
+        if (args.dweight) args.dweight[first_of_channels + i] += Base::xhat_sum(set, sums[first + i], low);
       }
-      if (args.dbias) args.dbias[c] = d;
-      if (args.dweight) args.dweight[c] = d_xhat;
     }
   }
 };

@@ -25,6 +25,7 @@ class RowsForward : Call<T, ForwardCall> {
   const Runs stat_runs_ = stat_runs(g), weight_runs_ = weight_runs(g);
   const CacheBlocks stat_blocks_{stat_runs_}, weight_blocks_{weight_runs_};
   const int64_t mask_row_ = mask_row_bytes(g.mask_run(), args.dtype);
+  const bool cells_are_short_ = Base::has_short_cells();
 
  public:
   using Base::Base;
@@ -132,12 +133,31 @@ class RowsForward : Call<T, ForwardCall> {
   // Writes y in the blocks [first, end) of `sets` sets side by side.
   void apply(int64_t set, int64_t sets, int64_t first, int64_t end) const {
     if (!whole.y) return;  // the caller wants only the statistics
+    if (cells_are_short_) {
+      const Block last = weight_blocks_[end - 1];
+      with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+        for (int64_t s = set; s < set + sets; ++s) {
+          apply_cells(s, weight_blocks_[first].first_run, last.first_run + last.runs, e);
+        }
+      });
+      return;
+    }
     for (int64_t b = first; b < end; ++b) {
       const Block k = weight_blocks_[b];
       for (int64_t r = k.first_run; r < k.first_run + k.runs; ++r) {
         for (int64_t s = set; s < set + sets; ++s) apply_run(s, r, k.offset, k.length);
       }
     }
+  }
+
+  // The same where cells are short: what a set's cells share is not made anew for each. It is out of line for each E:
+  // GCC keeps coefficients in registers in a small function only.
+  template <class E>
+  __attribute__((noinline)) void apply_cells(int64_t set, int64_t begin, int64_t end, const E& e) const {
+    Base::for_cells(set, begin, end, [&](int64_t i, const SharedCoefs<A>& coefs) FASTNORM_LAMBDA {
+      const ForwardSpan<T> s = span(set_base(g, set) + i * g.S, 0);
+      for_packs<A>(g.S, ForwardPacks<T, SharedCoefs<A>, E>{s, coefs, e}, s.stream && can_stream(s.y));
+    });
   }
 
   FASTNORM_INLINE void apply_run(int64_t set, int64_t r, int64_t offset, int64_t length) const {

@@ -13,14 +13,13 @@
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-// Whether runs are short and samples are many enough to expand the coefficients of channels into those of columns. The
-// mask of a two-sided activation behind a residual has a row for each run, which rows_forward.h writes.
+// Whether runs are short and samples are many enough to expand the coefficients of channels into those of columns.
 template <class T, class Args>
 bool has_short_runs(const Args& args, int64_t bytes = 1024) {
   constexpr int64_t kSamples = 8;
   const Geometry& g = args.geometry;
   return g.kind == Kind::kBatch && g.traversal() == Traversal::kRows && g.N >= kSamples &&
-         g.S * static_cast<int64_t>(sizeof(T)) <= bytes && args.mask == nullptr;
+         g.S * static_cast<int64_t>(sizeof(T)) <= bytes;
 }
 
 // The channels of a tile, and their columns in the order of lanes.
@@ -29,15 +28,21 @@ class ColumnMap {
   using A = Accum<T>;
 
  public:
-  static constexpr int64_t kColumns = 1600;
+  // A tile has so many columns; fewer where that makes four of the tensor, for the threads.
+  static constexpr int64_t kColumns = 1600, kLeastColumns = 320;
 
-  explicit ColumnMap(int64_t S) : S_(S) {
-    const int64_t whole = kLanes<A> / std::gcd(S, kLanes<A>);  // channels that make whole packs
-    const int64_t most = std::max<int64_t>(1, kColumns / S);
+  ColumnMap(const Geometry& g, DType dtype) : S_(g.S), dtype_(dtype) {
+    const int64_t whole = kLanes<A> / std::gcd(S_, kLanes<A>);  // channels that make whole packs
+    const int64_t columns = std::clamp(g.C * S_ / 4, kLeastColumns, kColumns);
+    const int64_t most = std::max<int64_t>(1, columns / S_);
     channels_ = most >= whole ? most / whole * whole : most;
   }
   int64_t channels() const { return channels_; }
   int64_t lanes() const { return lane_pitch<A>(channels_ * S_); }
+  // The mask of a two-sided activation behind a residual has tile by tile a row for each sample. It takes no more room
+  // than a row for each run, for which it is allocated.
+  int64_t mask_row(int64_t channels) const { return mask_row_bytes(channels * S_, dtype_); }
+  int64_t mask_at(int64_t first, int64_t samples) const { return first / channels_ * samples * mask_row(channels_); }
   // Calls each(first, channels) for the tiles of C channels, a task each.
   template <class F>
   void for_each_tile(const Parallel& parallel, int64_t C, F&& each) const {
@@ -69,6 +74,7 @@ class ColumnMap {
 
  private:
   int64_t S_, channels_;
+  DType dtype_;
 };
 
 // Expands the coefficients of a tile's channels: center, rstd, scale, bias.
@@ -90,7 +96,7 @@ class ShortRunsForward : Call<T, ForwardCall> {
   using A = Accum<T>;
   using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue, Base::weight, Base::bias;
 
-  const ColumnMap<T> map_{g.S};
+  const ColumnMap<T> map_{g, args.dtype};
   const int64_t row_ = g.C * g.S, lanes_ = map_.lanes();
 
  public:
@@ -98,6 +104,10 @@ class ShortRunsForward : Call<T, ForwardCall> {
 
   void run() {
     map_.for_each_tile(args.parallel, g.C, [&](int64_t first, int64_t channels) { run_tile(first, channels); });
+    if (!whole.mask) return;
+    const int64_t last = (g.C - 1) / map_.channels() * map_.channels();
+    const int64_t used = map_.mask_at(last, g.N) + g.N * map_.mask_row(g.C - last);
+    std::memset(whole.mask + used, 0, mask_bytes(g, args.dtype) - used);  // the same bytes in every run
   }
 
  private:
@@ -108,7 +118,7 @@ class ShortRunsForward : Call<T, ForwardCall> {
     if (!whole.y) return;  // the caller wants only the statistics
     expand_coefs(*this, map_, first, channels, arrays, line);
     const int64_t at = first * g.S;
-    forward_rows(whole.moved(at, 0), g.N, channels * g.S, row_, 0,
+    forward_rows(whole.moved(at, map_.mask_at(first, g.N)), g.N, channels * g.S, row_, map_.mask_row(channels),
                  ChannelCoefs<A>{arrays[0], arrays[1], arrays[2], arrays[3]}, epilogue, true);
   }
 
@@ -163,7 +173,7 @@ class ShortRunsBackward : Call<T, BackwardCall> {
   using A = Accum<T>;
   using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue, Base::weight;
 
-  const ColumnMap<T> map_{g.S};
+  const ColumnMap<T> map_{g, args.dtype};
   const int64_t row_ = g.C * g.S, lanes_ = map_.lanes();
   const bool applies_ = args.dx || args.dresidual;
   const bool sums_ = !args.frozen || args.dweight || args.dbias;
@@ -184,12 +194,13 @@ class ShortRunsBackward : Call<T, BackwardCall> {
     expand_coefs(*this, map_, first, channels, arrays, line);
     const ChannelCoefs<A> coefs{arrays[0], arrays[1], arrays[2], arrays[3]};
     const int64_t at = first * g.S, columns = channels * g.S;
-    const BackwardSpan<T> s = whole.moved(at, at, 0);
+    const BackwardSpan<T> s = whole.moved(at, at, map_.mask_at(first, g.N));
+    const int64_t mask_row = map_.mask_row(channels);
     if (sums_) {
       const Arrays<double, 2> totals(channels);
       std::fill_n(totals[0], channels, 0.0);
       std::fill_n(totals[1], channels, 0.0);
-      reduce(s, coefs, columns, channels, caches_d_ ? static_cast<A*>(cached) : nullptr, sums, line, totals);
+      reduce(s, coefs, columns, channels, mask_row, caches_d_ ? static_cast<A*>(cached) : nullptr, sums, line, totals);
       const Arrays<A, 2> terms(channels);
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t set = first + c;
@@ -209,28 +220,29 @@ class ShortRunsBackward : Call<T, BackwardCall> {
       const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
       backward_rows(s.with_d(cached), g.N, columns, row_, lanes_, 0, coefs, terms, none, true);
     } else if (args.frozen) {
-      backward_rows(s, g.N, columns, row_, row_, 0, coefs, FrozenTerms<A>{}, epilogue, true);
+      backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, FrozenTerms<A>{}, epilogue, true);
     } else {
-      backward_rows(s, g.N, columns, row_, row_, 0, coefs, terms, epilogue, true);
+      backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, terms, epilogue, true);
     }
   }
 
-  void reduce(const BackwardSpan<T>& s, const ChannelCoefs<A>& coefs, int64_t columns, int64_t channels, A* cached,
-              const Arrays<A, 2>& sums, A* line, const Arrays<double, 2>& totals) const {
+  void reduce(const BackwardSpan<T>& s, const ChannelCoefs<A>& coefs, int64_t columns, int64_t channels,
+              int64_t mask_row, A* cached, const Arrays<A, 2>& sums, A* line, const Arrays<double, 2>& totals) const {
     for (int64_t n = 0; n < g.N; n += kBlockPositions) {
       std::fill_n(sums[0], lanes_, A(0));
       std::fill_n(sums[1], lanes_, A(0));
       with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
         const auto at_row = [&](int64_t r) {
-          return ColumnGradSums<T, std::decay_t<decltype(e)>>{s.moved((n + r) * row_, (n + r) * row_, 0),
-                                                              coefs,
-                                                              e,
-                                                              cached ? cached + (n + r) * lanes_ : nullptr,
-                                                              sums[0],
-                                                              sums[1],
-                                                              kRowGroup * row_};
+          return ColumnGradSums<T, std::decay_t<decltype(e)>>{
+              s.moved((n + r) * row_, (n + r) * row_, (n + r) * mask_row),
+              coefs,
+              e,
+              cached ? cached + (n + r) * lanes_ : nullptr,
+              sums[0],
+              sums[1],
+              kRowGroup * row_};
         };
-        for_rows<A>(std::min(kBlockPositions, g.N - n), columns, true, Strided{row_, 0, row_, lanes_}, at_row);
+        for_rows<A>(std::min(kBlockPositions, g.N - n), columns, true, Strided{row_, mask_row, row_, lanes_}, at_row);
       });
       map_.fold(channels, sums[0], line, totals[0]);
       map_.fold(channels, sums[1], line, totals[1]);

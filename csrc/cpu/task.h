@@ -90,6 +90,7 @@ struct Stats {
 };
 
 constexpr int64_t kShortRunBytes = 2048;
+constexpr int64_t kShortCell = 1024;  // elements; their sums stay in A
 constexpr int64_t kRowsInL1 = 24576;  // bytes of the rows that a layer norm works on at a time
 // Numbers that fill a half of a common L2 and a quarter of a common L3, as float32.
 constexpr int64_t kCachedInL2 = 1 << 17, kCachedInL3 = 1 << 21;
@@ -200,6 +201,19 @@ struct Call {
   // another page (32x2048x7x7 float32 backward took 31 ns a pack set by set).
   bool interleaves_sets(const Runs& runs) const {
     return g.kind == Kind::kBatch && runs.count > 1 && runs.length * static_cast<int64_t>(sizeof(T)) <= kShortRunBytes;
+  }
+
+  // Whether the cells of a set are runs so short that what is done once for each takes longer than their elements.
+  bool has_short_cells() const { return g.cells_are_runs() && g.S <= kShortCell; }
+
+  // Calls f(i, coefs) for the cells [begin, end) of a set.
+  template <class F>
+  FASTNORM_INLINE void for_cells(int64_t set, int64_t begin, int64_t end, F&& f) const {
+    const Center c = center(set);
+    const A low = static_cast<A>(c.low), rstd = stats.rstd[set];
+    const int64_t channel = first_channel(g, set);
+    for (int64_t i = begin; i < end; ++i)
+      f(i, SharedCoefs<A>(c.value, low, rstd, weight[channel + i], bias[channel + i]));
   }
 
   SharedCoefs<A> shared_coefs(int64_t set, int64_t channel) const {

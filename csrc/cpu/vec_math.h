@@ -66,25 +66,23 @@ FASTNORM_INLINE PackF times_power_of_two(PackF v, const Nearest& nearest) {
 #endif
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln2 / 2. The polynomial is Cephes' expf (Moshier 1989).
+// exp(r) - 1 for |r| <= ln2 / 2. The polynomial is Cephes' expf (Moshier 1989).
+FASTNORM_INLINE PackF expm1_reduced(PackF r) {
+  const PackF p = polynomial(
+      r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f});
+  return fma(p, r * r, r);
+}
+constexpr double kLog2E = 1.44269504088896341, kLn2Upper = 0.693359375, kLn2Lower = -2.12194440e-4;
+
+// exp(x) = 2^n exp(r), |r| <= ln2 / 2.
 struct ExpArgument {
   Nearest nearest;
   PackF r;
-  FASTNORM_INLINE explicit ExpArgument(PackF x) : nearest(x, 1.44269504088896341) {
-    r = fma(nearest.n, PackF(2.12194440e-4), fma(nearest.n, PackF(-0.693359375), x));
-  }
-  // exp(r) - 1
-  FASTNORM_INLINE PackF expm1() const {
-    const PackF p = polynomial(r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                                   1.6666665459e-1f, 5.0000001201e-1f});
-    return fma(p, r * r, r);
+  FASTNORM_INLINE explicit ExpArgument(PackF x) : nearest(x, kLog2E) {
+    r = fma(nearest.n, PackF(-kLn2Lower), fma(nearest.n, PackF(-kLn2Upper), x));
   }
 };
-FASTNORM_INLINE PackF exp(const ExpArgument& x) { return times_power_of_two(x.expm1() + PackF(1), x.nearest); }
-// y exp(x), with one rounding less.
-FASTNORM_INLINE PackF times_exp(PackF y, const ExpArgument& x) {
-  return times_power_of_two(fma(x.expm1(), y, y), x.nearest);
-}
+FASTNORM_INLINE PackF exp(const ExpArgument& x) { return times_power_of_two(expm1_reduced(x.r) + PackF(1), x.nearest); }
 FASTNORM_INLINE PackF exp(PackF x) { return exp(ExpArgument(clamp(x, 110))); }
 FASTNORM_INLINE PackF exp_of_minus(PackF x) { return exp(-x); }
 
@@ -98,10 +96,11 @@ FASTNORM_INLINE PackF tanh(PackF x) {
   return select(a > PackF(0.625), copy_sign(large, x), small);  // NaN takes `small`
 }
 
-// ---- the normal distribution: P(Z <= -a) = bell(a) t p, with bell(a) = exp(-a^2 / 2), t = 1 / (1 + k a) ----
+// ---- the normal distribution: P(Z <= -a) = bell(a) mills(a), with bell(a) = exp(-a^2 / 2) ----
 //
-// t p is Mills' ratio, which varies little, so that the tail keeps its digits where 1 + erf cancels. p is a polynomial,
-// a fit of the least largest relative error over a <= 14.5. Value and slope of GELU share the exponential.
+// mills, Mills' ratio over sqrt(2 pi), varies little, so that the tail keeps its digits where 1 + erf cancels. It is a
+// quotient of polynomials whose coefficients are all positive, a fit of the least largest relative error over a < 14.6.
+// Value and slope of GELU share the exponential.
 
 // |z|, where bell is not yet 0. NaN passes.
 FASTNORM_INLINE PackF bell_argument(PackF z) { return min(PackF(15), absolute(z)); }
@@ -114,12 +113,12 @@ FASTNORM_INLINE ExpArgument bell_exponent(PackF a) {
   return x;
 }
 
-constexpr double kMills = 0.4;
-FASTNORM_INLINE PackF mills_t(PackF a) { return PackF(1) / fma(a, PackF(kMills), PackF(1)); }
-// q of p = 0.5 + u q(u), u = a t. The relative error of p is 2^-25.8.
-FASTNORM_INLINE PackF mills_q(PackF u) {
-  return polynomial(u, {-8.34646744e-06f, 7.31300024e-05f, -0.000204594515f, 0.000224541422f, -0.000611587602f,
-                        0.000572667748f, 0.00747218123f, 0.0108548002f, -0.198942751f});
+// mills = (1/2 + a above) / (1 + a below). The relative error is 2^-27.
+FASTNORM_INLINE PackF mills_above(PackF a) {
+  return polynomial(a, {0.00409362f, 0.04049578f, 0.18285011f, 0.43781069f});
+}
+FASTNORM_INLINE PackF mills_below(PackF a) {
+  return polynomial(a, {0.01026106f, 0.10151437f, 0.46844728f, 1.20096102f, 1.67350623f});
 }
 
 FASTNORM_INLINE PackF normal_density(PackF z) {
@@ -127,18 +126,23 @@ FASTNORM_INLINE PackF normal_density(PackF z) {
 }
 FASTNORM_INLINE PackF cdf_of_tail(PackF z, PackF tail) { return select(z <= PackF(0), tail, PackF(1) - tail); }
 FASTNORM_INLINE PackF normal_cdf(PackF z) {
-  const PackF a = bell_argument(z), t = mills_t(a), u = a * t;
-  return cdf_of_tail(z, exp(bell_exponent(a)) * (t * fma(mills_q(u), u, PackF(0.5))));
+  const PackF a = bell_argument(z);
+  return cdf_of_tail(z,
+                     exp(bell_exponent(a)) * (fma(mills_above(a), a, PackF(0.5)) / fma(mills_below(a), a, PackF(1))));
 }
 // max(z, 0) - |z| P(Z <= -|z|), which is z P(Z <= z). -Inf gives NaN, as it does in torch.
 FASTNORM_INLINE PackF gelu_of_tail(PackF z, PackF a_tail) {
   return fma(z, select(z <= PackF(0), PackF(0), PackF(1)), -a_tail);
 }
 FASTNORM_INLINE PackF gelu(PackF z) {
-  const PackF a = bell_argument(z), t = mills_t(a), rough = a * t;
-  // A step of Newton's method: the errors of 1 + k a and of the division would be half of the result's.
-  const PackF u = fma(fma(a * PackF(-kMills), rough, a - rough), t, rough);
-  return gelu_of_tail(z, times_exp(fma(u * u, mills_q(u), u * PackF(0.5)), bell_exponent(a)));
+  // exp(a^2 / 2) = exp(r) / 2^n joins the denominator, which has a single rounding near 0 then, as the numerator has.
+  const PackF a = bell_argument(z), half = a * PackF(0.5), square = half * a;
+  const Nearest nearest(square, -kLog2E);
+  const PackF reduced = fma(nearest.n, PackF(kLn2Lower), fma(nearest.n, PackF(kLn2Upper), square));
+  const PackF e = expm1_reduced(reduced + fma(half, a, -square));
+  const PackF above = fma(a * a, mills_above(a), half), below = a * mills_below(a);
+  const PackF quotient = above / (fma(e, below + PackF(1), below) + PackF(1));
+  return gelu_of_tail(z, times_power_of_two(quotient, nearest));
 }
 
 // ---- activations of 16-bit elements ----
@@ -152,7 +156,7 @@ struct Approx : PackF {
 
 // exp(x * factor) for |x * factor * log2(e)| < 2^22.
 FASTNORM_INLINE PackF approx_exp(PackF x, double factor) {
-  const double log2e = 1.44269504088896341 * factor;
+  const double log2e = kLog2E * factor;
   const Nearest nearest(x, log2e);
   const PackF f = fma(x, PackF(log2e), -nearest.n);
   const PackF p = polynomial(
@@ -165,11 +169,10 @@ FASTNORM_INLINE PackF approx_bell(PackF a) { return approx_exp(a * a, -0.5); }
 FASTNORM_INLINE Approx normal_density(Approx z) {
   return PackF(0.39894228040143267794) * approx_bell(bell_argument(z));
 }
-// Mills' ratio itself: 2^-22.5.
+// mills with a relative error of 2^-21.2.
 FASTNORM_INLINE PackF approx_mills(PackF a) {
-  const PackF t = PackF(1) / fma(a, PackF(0.3), PackF(1));
-  return t * polynomial(t, {0.0354237743f, -0.156158566f, 0.204556927f, -0.0520340800f, 0.127691776f, 0.100175962f,
-                            0.120712131f, 0.119632006f});
+  return polynomial(a, {0.0171969787f, 0.120160216f, 0.363063281f, 0.499999799f}) /
+         polynomial(a, {0.0431110987f, 0.301003857f, 0.956446136f, 1.52399126f, 1.0f});
 }
 FASTNORM_INLINE Approx normal_cdf(Approx z) {
   const PackF a = bell_argument(z);

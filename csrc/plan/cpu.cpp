@@ -9,16 +9,21 @@ namespace fastnorm {
 namespace {
 
 // A task takes at least this many elements: to hand out a smaller one costs more than it does (about 1 us a task).
-constexpr int64_t kTaskElements = 32768;
+constexpr int64_t kTaskElements = 16384;
+// Layer norm works on so many sets at a time.
+constexpr int64_t kSetsTogether = 4;
 
-// Columns. The sums of a chunk take 16 bytes a channel, which so many positions make a small part of the traffic.
-constexpr int64_t kMinChunkPositions = 128;
+// Columns. The sums of a chunk take 16 bytes a channel, which so many positions make a small part of the traffic. A
+// quarter of fewer positions is a chunk, so that there is one for each thread of a small machine.
+constexpr int64_t kMinChunkPositions = 128, kLeastChunkPositions = 16;
 // Rows share coefficients and sums in registers while the tensor stays in the cache. Memory itself wants one stream, so
 // that beyond it only rows that are a line or two go together: four rows of 512 bytes at a time took 1.3 times as long.
 constexpr int64_t kTogetherBytes = 512;
+constexpr int64_t kChunkElements = 65536;
 
 CpuPlan plan_rows(const Geometry& g, CpuPlan plan, const CpuInfo& cpu) {
-  plan.sets_per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, g.set_size()));
+  const int64_t sets = kTaskElements / std::max<int64_t>(1, g.set_size());
+  plan.sets_per_task = sets > 1 ? div_up(sets, kSetsTogether) * kSetsTogether : 1;
   const int64_t chunks = g.set_size() / (kBlock * kChunkBlocks);
   plan.split = cpu.threads > 1 && g.sets() < 4 * cpu.threads && chunks > 1;
   return plan;
@@ -26,7 +31,8 @@ CpuPlan plan_rows(const Geometry& g, CpuPlan plan, const CpuInfo& cpu) {
 
 CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, const CpuInfo& cpu) {
   const int64_t C = std::max<int64_t>(1, g.C), row_bytes = C * size_of(dtype);
-  plan.chunk_positions = std::max(kMinChunkPositions, kBlock * kChunkBlocks / C);
+  const int64_t quarter = div_up(g.positions(), 4 * kLeastChunkPositions) * kLeastChunkPositions;
+  plan.chunk_positions = std::max(std::min(quarter, kMinChunkPositions), kChunkElements / C);
   plan.split = cpu.threads > 1 && g.outer() < 4 * cpu.threads && g.positions() > plan.chunk_positions;
   const bool cached = g.numel() * size_of(dtype) * streams < cpu.l3_bytes / 2;
   plan.rows_together = 4 * row_bytes <= kTogetherBytes || cached;
@@ -35,10 +41,11 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
 
 }  // namespace
 
-CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, const CpuInfo& cpu) {
-  // An output larger than half the last cache has left it before anyone reads it. Only runs of whole lines are
+CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, int outputs, const CpuInfo& cpu) {
+  // Outputs larger than half the last cache have left it before anyone reads them. Only runs of whole lines are
   // streamed, because it is slow to stream half-written ones.
-  const bool stream = g.numel() * size_of(dtype) > cpu.l3_bytes / 2 && g.mask_run() * size_of(dtype) % 64 == 0;
+  const bool stream =
+      g.numel() * size_of(dtype) * outputs > cpu.l3_bytes / 2 && g.mask_run() * size_of(dtype) % 64 == 0;
   const CpuPlan plan{g.traversal(), false, stream, 1, g.positions(), false};
   return g.traversal() == Traversal::kRows ? plan_rows(g, plan, cpu) : plan_columns(g, dtype, streams, plan, cpu);
 }

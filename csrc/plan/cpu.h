@@ -19,11 +19,11 @@ struct CpuInfo {
 // So many elements are summed in float before the sums go on in double.
 constexpr int64_t kBlock = 4096;
 // So many blocks are folded into one partial. A chunk is the smallest part of a set that another thread may take.
-constexpr int64_t kChunkBlocks = 16;
+constexpr int64_t kChunkBlocks = 8;
 
-// For fewer elements a parallel region costs more than it saves: waking torch's pool took 5 to 10 us on two cores, and
-// one core moves about this many elements in that time.
-constexpr int64_t kMinParallelElements = 32768;
+// For fewer elements a parallel region costs more than it saves. Torch's pool took 1.3 us to start and join while it
+// spins (mean 1.6 to 3; 20 us after 5 ms of sleep), and one core moves this many elements in 5 to 10 us.
+constexpr int64_t kMinParallelElements = 49152;
 
 struct CpuPlan {
   Traversal traversal;
@@ -38,8 +38,9 @@ struct CpuPlan {
   bool operator==(const CpuPlan&) const = default;
 };
 
-// `streams` is the number of tensors that the second pass over a set reads again: 1 forward, 2 backward.
-CpuPlan plan_cpu(const Geometry& geometry, DType dtype, int streams, const CpuInfo& cpu);
+// `streams` is the number of tensors that the second pass over a set reads again: 1 forward, 2 backward. `outputs` is
+// the number of tensors of x's size that it writes.
+CpuPlan plan_cpu(const Geometry& geometry, DType dtype, int streams, int outputs, const CpuInfo& cpu);
 
 std::string to_string(const CpuPlan& plan);
 

@@ -138,7 +138,7 @@ void update_running_stats(const RunningArgs& args, at::Device) {
 
 void forward(const ForwardArgs& args, at::Device device) {
   const cpu::Parallel parallel = parallel_for(args.geometry);
-  cpu::kernels().forward({args, plan_cpu(args.geometry, args.dtype, 1, cpu_info(parallel.threads)), parallel});
+  cpu::kernels().forward({args, plan_cpu(args.geometry, args.dtype, 1, 1, cpu_info(parallel.threads)), parallel});
   if (args.running.moves()) update_running_stats(args.running, device);
 }
 
@@ -162,7 +162,8 @@ void backward(const BackwardArgs& args, at::Device) {
   std::vector<double> sums(weight || bias ? 2 * C : 0, 0.0);
   double *dweight = weight ? sums.data() : nullptr, *dbias = bias ? sums.data() + C : nullptr;
   const cpu::Parallel parallel = parallel_for(args.geometry);
-  const CpuPlan plan = plan_cpu(args.geometry, args.dtype, 2, cpu_info(parallel.threads));
+  const int outputs = (args.dx != nullptr) + (args.dresidual != nullptr);
+  const CpuPlan plan = plan_cpu(args.geometry, args.dtype, 2, outputs, cpu_info(parallel.threads));
   cpu::kernels().backward({args, plan, parallel, dweight, dbias});
   if (weight) round_sums(dweight, C, args.dweight);
   if (bias) round_sums(dbias, C, args.dbias);

@@ -54,9 +54,10 @@ Geometry make_geometry(const std::string& kind_name, int64_t N, int64_t C, int64
 }
 
 std::string plan(const std::string& kind, int64_t N, int64_t C, int64_t S, int64_t groups, bool channels_last,
-                 const std::string& dtype, int streams, int64_t l2_bytes, int64_t l3_bytes, int threads) {
+                 const std::string& dtype, int streams, int64_t l2_bytes, int64_t l3_bytes, int threads, int outputs) {
   const Geometry g = make_geometry(kind, N, C, S, groups, channels_last);
-  return to_string(g) + " | " + to_string(plan_cpu(g, parse_dtype(dtype), streams, {l2_bytes, l3_bytes, threads}));
+  const CpuInfo cpu{l2_bytes, l3_bytes, threads};
+  return to_string(g) + " | " + to_string(plan_cpu(g, parse_dtype(dtype), streams, outputs, cpu));
 }
 
 // The conditions that the ops check before they plan.
@@ -296,6 +297,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("STATS_ROWS") = static_cast<int>(kStatsRows);
   m.def("plan", &plan, "How a call on the CPU is cut into tasks, on one line.", py::arg("kind"), py::arg("N"),
         py::arg("C"), py::arg("S"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"), py::arg("streams"),
-        py::arg("l2_bytes"), py::arg("l3_bytes"), py::arg("threads"));
+        py::arg("l2_bytes"), py::arg("l3_bytes"), py::arg("threads"), py::arg("outputs") = 1);
   add_planner(m);
 }
