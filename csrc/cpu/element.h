@@ -121,8 +121,8 @@ struct ForwardPacks {
     if (s.residual) {
       for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + layout.element(p));
     }
-    if constexpr (kTwoSided<E>) {
-      for (int p = 0; p < P && s.mask; ++p) {
+    if (kActivates<E> && epilogue.masked) {
+      for (int p = 0; p < P; ++p) {
         access.template put_mask<T>(s.mask + i / kLanes<A> * kMaskBytes<A> + layout.mask(p),
                                     upper_side(epilogue.activation, z[p]));
       }
@@ -193,8 +193,8 @@ FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coe
       d[p] = load(s.dy + i + layout.dy(p));  // in the order of lanes, whole packs
     }
   }
-  if constexpr (kTwoSided<E>) {
-    if (s.mask) {
+  if constexpr (kActivates<E>) {
+    if (e.masked) {
       const Pack<A> lower = e.activation == Activation::kRelu ? Pack<A>(0) : e.param;
       for (int p = 0; p < P; ++p) {
         const Mask<A> upper = access.template get_mask<T>(s.mask + i / kLanes<A> * kMaskBytes<A> + layout.mask(p));
@@ -202,8 +202,6 @@ FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coe
       }
       return;
     }
-  }
-  if constexpr (kActivates<E>) {
     Pack<A> z[P];
     for (int p = 0; p < P; ++p) {
       const Affine<A> c = coefs.at(i + layout.coef(p), layout.row(p));

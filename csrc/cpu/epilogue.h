@@ -13,17 +13,13 @@ template <class A>
 struct Epilogue {
   Activation activation;
   Pack<A> param;
+  bool masked;  // the mask of a two-sided activation is written, or read
 };
-// A two-sided one. A loop with it calls nothing, and GCC keeps more of it in registers.
-template <class A>
-struct TwoSidedEpilogue {
-  Activation activation;
-  Pack<A> param;
-};
-// An activation that the code of a loop is compiled for, kNone among them.
-template <Activation kAct, class A>
+// An activation that the code of a loop is compiled for, kNone among them: it calls nothing and has no branches.
+template <Activation kAct, class A, bool kMasked = false>
 struct FixedEpilogue {
   static constexpr Activation activation = kAct;
+  static constexpr bool masked = kMasked;
   Pack<A> param;
 };
 template <class E>
@@ -33,17 +29,19 @@ constexpr bool kActivates = true;
 template <class A>
 constexpr bool kActivates<FixedEpilogue<Activation::kNone, A>> = false;
 template <class E>
-constexpr bool kTwoSided = false;
-template <class A>
-constexpr bool kTwoSided<TwoSidedEpilogue<A>> = true;
+constexpr bool kIsRelu = false;
+template <class A, bool kMasked>
+constexpr bool kIsRelu<FixedEpilogue<Activation::kRelu, A, kMasked>> = true;
 
-// Calls f with the epilogue, or with its absence.
+// Calls f with the epilogue: with its absence and ReLU fixed.
 template <class A, class F>
 FASTNORM_INLINE void with_activation(const Epilogue<A>& e, F&& f) {
   if (e.activation == Activation::kNone) {
     f(FixedEpilogue<Activation::kNone, A>{e.param});
-  } else if (is_two_sided(e.activation)) {
-    f(TwoSidedEpilogue<A>{e.activation, e.param});
+  } else if (e.activation == Activation::kRelu && e.masked) {
+    f(FixedEpilogue<Activation::kRelu, A, true>{e.param});
+  } else if (e.activation == Activation::kRelu) {
+    f(FixedEpilogue<Activation::kRelu, A>{e.param});
   } else {
     f(e);
   }
@@ -84,12 +82,8 @@ template <class T, class E, int P, class A = Accum<T>>
 FASTNORM_INLINE void activate_packs(const E& e, Pack<A> (&z)[P]) {
   if constexpr (kIsFixed<E>) {
     activate_each<E::activation, T>(e.param, z);
-  } else if constexpr (kTwoSided<E>) {
-    if (e.activation == Activation::kRelu) {
-      activate_each<Activation::kRelu, T>(e.param, z);
-    } else {
-      activate_each<Activation::kLeakyRelu, T>(e.param, z);
-    }
+  } else if (e.activation == Activation::kLeakyRelu) {
+    activate_each<Activation::kLeakyRelu, T>(e.param, z);
   } else {
     Pack<A> copy[P];  // so that z itself may stay in registers
     for (int p = 0; p < P; ++p) copy[p] = z[p];
@@ -101,14 +95,12 @@ FASTNORM_INLINE void activate_packs(const E& e, Pack<A> (&z)[P]) {
 // Multiplies d by act'(z).
 template <class T, class E, int P, class A = Accum<T>>
 FASTNORM_INLINE void multiply_slopes(const E& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
-  if constexpr (kIsFixed<E>) {
+  if constexpr (kIsRelu<E>) {
+    for (int p = 0; p < P; ++p) d[p] = select(z[p] <= Pack<A>(0), Pack<A>(0), d[p]);
+  } else if constexpr (kIsFixed<E>) {
     multiply_each<E::activation, T>(e.param, z, d);
-  } else if constexpr (kTwoSided<E>) {
-    if (e.activation == Activation::kRelu) {
-      for (int p = 0; p < P; ++p) d[p] = select(z[p] <= Pack<A>(0), Pack<A>(0), d[p]);
-    } else {
-      for (int p = 0; p < P; ++p) d[p] = select(z[p] > Pack<A>(0), d[p], d[p] * e.param);
-    }
+  } else if (e.activation == Activation::kLeakyRelu) {
+    for (int p = 0; p < P; ++p) d[p] = select(z[p] > Pack<A>(0), d[p], d[p] * e.param);
   } else {
     Pack<A> z_copy[P], d_copy[P];
     for (int p = 0; p < P; ++p) z_copy[p] = z[p], d_copy[p] = d[p];

@@ -217,7 +217,7 @@ class ShortRunsBackward : Call<T, BackwardCall> {
     if (!applies_) return;
     const ChannelTerms<A> terms{sums[0], sums[1]};
     if (caches_d_) {
-      const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
+      const Epilogue<A> none{Activation::kNone, Pack<A>(0), false};
       backward_rows(s.with_d(cached), g.N, columns, row_, lanes_, 0, coefs, terms, none, true);
     } else if (args.frozen) {
       backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, FrozenTerms<A>{}, epilogue, true);

@@ -158,7 +158,7 @@ struct Call {
         weight(g.C),
         bias(g.C),
         stats(const_cast<void*>(args.stats), g.sets()),
-        epilogue{args.activation, Pack<A>(args.activation_param)} {
+        epilogue{args.activation, Pack<A>(args.activation_param), args.mask != nullptr} {
     read_params<A>(args.weight, g.C, A(1), weight);
     read_params<A>(args.bias, g.C, A(0), bias);
   }
