@@ -6,6 +6,7 @@
 # make build    the extension alone                 make clean    removes what was built, keeps .venv
 # make check-cuda   compiles the CUDA kernels for every architecture and reads their machine code; needs nvcc, no GPU
 # make count-instructions   counts what they execute for an element, and compares; ARGS=--update saves the counts
+# make count-cpu-instructions   the same for the CPU kernels, by single steps on this processor; needs no nvcc
 #
 # Each makes .venv where there is none, installs requirements-dev.txt and torch into it, and builds what has changed.
 #
@@ -23,10 +24,10 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.torch-$(TORCH)
 # There is one fastnorm/_C.*.so, for the torch and the environment named here: naming others builds it anew.
 BUILT := build/.built-$(TORCH)-$(subst /,_,$(VENV))
-NATIVE := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: demo test test-ptx bench build check-cuda count-instructions lint lint-cpp lint-python lint-types format clean
+.PHONY: demo test test-ptx bench build check-cuda count-instructions count-cpu-instructions lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
@@ -50,6 +51,9 @@ check-cuda: $(READY)
 
 count-instructions: $(BUILT)
 	$(PY) benchmarks/count_instructions.py $(ARGS)
+
+count-cpu-instructions: $(BUILT)
+	$(PY) benchmarks/count_cpu_instructions.py $(ARGS)
 
 lint: lint-cpp lint-python lint-types
 lint-cpp: $(READY)

@@ -123,16 +123,16 @@ def print_table(rows: Sequence[Row], saved: Sequence[Row]) -> None:
     print(f"{lines - len(missed)} of {lines} rows within their line")
 
 
-def verdict(found: Comparison) -> int:
-    """Prints what has changed. 1 where a row has risen."""
+def verdict(found: Comparison, target: str = "count-instructions") -> int:
+    """Prints what has changed. 1 where a row has risen. target: of make."""
     for heading, sentences in (("rise", found.rises), ("fall", found.falls)):
         for sentence in sentences:
             print(f"{heading}: {sentence}")
     if found.rises:
-        print("If they have to rise, save them: make count-instructions ARGS=--update")
+        print(f"If they have to rise, save them: make {target} ARGS=--update")
         return 1
     if found.falls:
-        print("Nothing has risen. Save what has fallen: make count-instructions ARGS=--update")
+        print(f"Nothing has risen. Save what has fallen: make {target} ARGS=--update")
     return 0
 
 

@@ -290,7 +290,9 @@ class Comparison:
     falls: list[str]
 
 
-def compare(saved: Sequence[Row], counted: Sequence[Row]) -> Comparison:
+def compare(
+    saved: Sequence[Row], counted: Sequence[Row], key_of: Callable[[Row], tuple[str, ...]] = key_of
+) -> Comparison:
     """A row that was not saved rises, because nothing holds it; one that was and is gone falls."""
     before = {key_of(row): row for row in saved}
     found = Comparison([], [])

@@ -134,7 +134,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
     const ChannelTerms<A> terms{terms_[0] + n * lanes_, terms_[1] + n * lanes_};
     const BackwardSpan<T> s = span(row);
     if (caches_d_) {
-      const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
+      const Epilogue<A> none{Activation::kNone, Pack<A>(0), false};
       backward_rows(s.with_d(cached_ + row * lanes_), rows, g.C, g.C, lanes_, mask_row_, coefs, terms, none, together);
     } else if (args.frozen) {
       backward_rows(s, rows, g.C, g.C, g.C, mask_row_, coefs, FrozenTerms<A>{}, epilogue, together);

@@ -148,6 +148,7 @@ class ColumnsForward : Call<T, ForwardCall> {
   bool fold(int64_t n, int64_t first, int64_t channels, Sums sums) const {
     const int64_t D = g.set_channels();
     const double count = static_cast<double>(positions_), set_count = count * static_cast<double>(D);
+    const double share = 1 / count, set_share = 1 / set_count;
     A* const pivots = pivots_ + n * lanes_;
     const Buffer<PivotSums> total(D);
     const Buffer<double> mean(D);
@@ -160,18 +161,19 @@ class ColumnsForward : Call<T, ForwardCall> {
         for (int64_t k = 0; k < chunks_; ++k) {
           total[i].merge({sums.delta[k * lanes_ + lane], sums.square[k * lanes_ + lane]});
         }
-        const Moments<double> channel = total[i].moments(pivots[lane], count);
+        const Moments<double> channel = total[i].moments(pivots[lane], share);
         mean[i] = channel.mean;
-        set.mean += channel.mean / static_cast<double>(D);
+        set.mean += channel.mean;
         set.m2 += channel.m2;
       }
+      if (D > 1) set.mean /= static_cast<double>(D);
       for (int64_t i = 0; i < D && D > 1; ++i) set.m2 += count * (mean[i] - set.mean) * (mean[i] - set.mean);
       for (int64_t i = 0; i < D; ++i) {
-        if (!total[i].far_off(set, count, set_count)) continue;
+        if (!total[i].far_off(set, share, set_count)) continue;
         pivots[lane_of<T>(c + i)] = round_pivot<T>(mean[i]);
         far_off = true;
       }
-      stats.finish((n * g.C + c) / D, set, set_count, args.eps);
+      stats.finish((n * g.C + c) / D, set, set_share, args.eps);
     }
     coefs_.fill(*this, n, first, channels);
     return far_off;

@@ -6,9 +6,8 @@
 #include <type_traits>
 
 #include "core/accum.h"
-#include "core/activation.h"
 #include "core/formulas.h"
-#include "vec_math.h"
+#include "epilogue.h"
 #include "walk.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
@@ -89,113 +88,6 @@ struct FrozenTerms {
   FASTNORM_INLINE Pack<A> dx(int64_t, int, const Affine<A>& c, Pack<A> d, Pack<A>) const { return c.scale * d; }
 };
 
-// ---- activation of P packs ----
-
-template <class A>
-struct Epilogue {
-  Activation activation;
-  Pack<A> param;
-};
-
-// An activation that the code of a loop is compiled for, kNone among them.
-template <Activation kAct, class A>
-struct FixedEpilogue {
-  static constexpr Activation activation = kAct;
-  Pack<A> param;
-};
-template <class E>
-constexpr bool kIsFixed = requires { std::bool_constant<(E::activation == E::activation)>{}; };
-template <class E>
-constexpr bool kActivates = true;
-template <class A>
-constexpr bool kActivates<FixedEpilogue<Activation::kNone, A>> = false;
-
-// Calls f with the epilogue, or with its absence.
-template <class A, class F>
-FASTNORM_INLINE void with_activation(const Epilogue<A>& e, F&& f) {
-  if (e.activation == Activation::kNone) {
-    f(FixedEpilogue<Activation::kNone, A>{e.param});
-  } else {
-    f(e);
-  }
-}
-// The same for the passes that most of the time with SiLU and GELU goes to: in their loops these are fixed, too.
-template <class A, class F>
-FASTNORM_INLINE void with_smooth_activation(const Epilogue<A>& e, F&& f) {
-  if constexpr (sizeof(A) == 4 && kParts <= 4) {
-    if (e.activation == Activation::kSilu) return f(FixedEpilogue<Activation::kSilu, A>{e.param});
-    if (e.activation == Activation::kGelu) return f(FixedEpilogue<Activation::kGelu, A>{e.param});
-  }
-  with_activation(e, f);
-}
-
-// z = act(z), and d = d * act'(z).
-template <Activation kAct, class T, int P, class A = Accum<T>>
-FASTNORM_INLINE void activate_each(Pack<A> param, Pack<A> (&z)[P]) {
-  using V = ActivationValue<T>;
-  for (int p = 0; p < P; ++p) z[p] = activate<kAct>(V(z[p]), V(param));
-}
-template <Activation kAct, class T, int P, class A = Accum<T>>
-FASTNORM_INLINE void multiply_each(Pack<A> param, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
-  using V = ActivationValue<T>;
-  for (int p = 0; p < P; ++p) d[p] = d[p] * activation_slope<kAct>(V(z[p]), V(param));
-}
-
-// These are not inlined, so that one copy of the long polynomials serves the kernels that do not fix them.
-template <class T, int P, class A = Accum<T>>
-__attribute__((noinline)) void activate_out_of_line(const Epilogue<A>& e, Pack<A> (&z)[P]) {
-  dispatch_smooth(e.activation, [&](auto kind) { activate_each<decltype(kind)::value, T>(e.param, z); });
-}
-template <class T, int P, class A = Accum<T>>
-__attribute__((noinline)) void multiply_out_of_line(const Epilogue<A>& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
-  dispatch_smooth(e.activation, [&](auto kind) { multiply_each<decltype(kind)::value, T>(e.param, z, d); });
-}
-
-template <class T, class E, int P, class A = Accum<T>>
-FASTNORM_INLINE void activate_packs(const E& e, Pack<A> (&z)[P]) {
-  if constexpr (kIsFixed<E>) {
-    activate_each<E::activation, T>(e.param, z);
-  } else {
-    switch (e.activation) {
-      case Activation::kRelu: return activate_each<Activation::kRelu, T>(e.param, z);
-      case Activation::kLeakyRelu: return activate_each<Activation::kLeakyRelu, T>(e.param, z);
-      default:
-        Pack<A> copy[P];  // so that z itself may stay in registers
-        for (int p = 0; p < P; ++p) copy[p] = z[p];
-        activate_out_of_line<T>(e, copy);
-        for (int p = 0; p < P; ++p) z[p] = copy[p];
-    }
-  }
-}
-
-// Multiplies d by act'(z).
-template <class T, class E, int P, class A = Accum<T>>
-FASTNORM_INLINE void multiply_slopes(const E& e, const Pack<A> (&z)[P], Pack<A> (&d)[P]) {
-  if constexpr (kIsFixed<E>) {
-    multiply_each<E::activation, T>(e.param, z, d);
-  } else {
-    switch (e.activation) {
-      case Activation::kRelu:
-        for (int p = 0; p < P; ++p) d[p] = select(z[p] <= Pack<A>(0), Pack<A>(0), d[p]);
-        return;
-      case Activation::kLeakyRelu:
-        for (int p = 0; p < P; ++p) d[p] = select(z[p] > Pack<A>(0), d[p], d[p] * e.param);
-        return;
-      default:
-        Pack<A> z_copy[P], d_copy[P];
-        for (int p = 0; p < P; ++p) z_copy[p] = z[p], d_copy[p] = d[p];
-        multiply_out_of_line<T>(e, z_copy, d_copy);
-        for (int p = 0; p < P; ++p) d[p] = d_copy[p];
-    }
-  }
-}
-
-// The side of a two-sided activation on which z lies: set where the derivative is 1.
-template <class A>
-FASTNORM_INLINE Mask<A> upper_side(Activation activation, Pack<A> z) {
-  return activation == Activation::kRelu ? !(z <= Pack<A>(0)) : z > Pack<A>(0);
-}
-
 // ---- forward over a span of contiguous elements ----
 
 template <class T>
@@ -229,7 +121,7 @@ struct ForwardPacks {
     if (s.residual) {
       for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + layout.element(p));
     }
-    if (kActivates<E> && s.mask) {
+    if (kActivates<E> && epilogue.masked) {
       for (int p = 0; p < P; ++p) {
         access.template put_mask<T>(s.mask + i / kLanes<A> * kMaskBytes<A> + layout.mask(p),
                                     upper_side(epilogue.activation, z[p]));
@@ -302,7 +194,7 @@ FASTNORM_INLINE void load_grad(const BackwardSpan<T, D>& s, int64_t i, const Coe
     }
   }
   if constexpr (kActivates<E>) {
-    if (s.mask) {
+    if (e.masked) {
       const Pack<A> lower = e.activation == Activation::kRelu ? Pack<A>(0) : e.param;
       for (int p = 0; p < P; ++p) {
         const Mask<A> upper = access.template get_mask<T>(s.mask + i / kLanes<A> * kMaskBytes<A> + layout.mask(p));

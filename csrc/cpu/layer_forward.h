@@ -80,7 +80,7 @@ class LayerForward : Call<T, ForwardCall> {
   void run_sets(int64_t set) const {
     const T* x = whole.x + set * D_;
     const Strided layout{D_, mask_row_, D_, D_};
-    const double count = static_cast<double>(D_);
+    const double count = static_cast<double>(D_), share = 1 / count;
     double total[kRows] = {};
     for_blocks([&](int64_t offset, int64_t n) {
       Pack<A> sum[kRows];
@@ -97,7 +97,7 @@ class LayerForward : Call<T, ForwardCall> {
       across_rows<kRows, A>(n, RowDeviations<T, kRows>{x + offset, pivot, delta, square}, layout, false);
       for (int p = 0; p < kRows; ++p) sums[p].merge({sum_lanes(delta[p]), sum_lanes(square[p])});
     });
-    for (int p = 0; p < kRows; ++p) stats.finish(set + p, sums[p].moments(pivot[p], count), count, args.eps);
+    for (int p = 0; p < kRows; ++p) stats.finish(set + p, sums[p].moments(pivot[p], share), share, args.eps);
     if (!whole.y) return;  // the caller wants only the statistics
     const int64_t group = set % g.G;
     const ForwardSpan<T> s = whole.moved(set * D_, set * mask_row_);

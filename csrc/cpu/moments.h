@@ -47,13 +47,14 @@ struct PivotSums {
     delta += other.delta;
     square += other.square;
   }
-  Moments<double> moments(double pivot, double count) const {
-    const double shift = delta / count, m2 = square - delta * shift;
+  // The moments of `1 / share` values.
+  Moments<double> moments(double pivot, double share) const {
+    const double shift = delta * share, m2 = square - delta * shift;
     return {pivot + shift, m2 <= 0 ? 0 : m2};  // NaN stays
   }
-  // Whether the mean of `count` values is far from their pivot, as the moments of their set (of set_count) go.
-  bool far_off(const Moments<double>& set, double count, double set_count) const {
-    const double shift = delta / count;
+  // Whether the mean of them is far from their pivot, as the moments of their set (of set_count values) go.
+  bool far_off(const Moments<double>& set, double share, double set_count) const {
+    const double shift = delta * share;
     return shift * shift * set_count > 4 * set.m2 && std::isfinite(square);
   }
 };

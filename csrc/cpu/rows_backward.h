@@ -258,7 +258,7 @@ class RowsBackward : Call<T, BackwardCall> {
   }
 
   void apply_cached(int64_t cell, int64_t cells, A* cached, const SharedTerms<A>* terms) const {
-    const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
+    const Epilogue<A> none{Activation::kNone, Pack<A>(0), false};
     const auto each = [&](const BackwardSpan<T>& s, int64_t length, int64_t k, int64_t run, int64_t offset) {
       backward_span(s.with_d(cached_at(cached, k, run, offset)), length, coefs(cell + k), terms[k], none);
     };

@@ -105,7 +105,7 @@ class RowsForward : Call<T, ForwardCall> {
   // Merges chunks into sets and finishes their statistics; partial(k, out) gives the sums of chunk k.
   template <class F>
   void fold(int64_t set, int64_t sets, const A* pivots, F&& partial) const {
-    const double count = static_cast<double>(g.set_size());
+    const double count = static_cast<double>(g.set_size()), share = 1 / count;
     PivotSums total[kMaxBatch], chunk[kMaxBatch];
     partial(0, total);
     for (int64_t k = 1; k < stat_blocks_.chunks(); ++k) {
@@ -113,9 +113,9 @@ class RowsForward : Call<T, ForwardCall> {
       for (int64_t s = 0; s < sets; ++s) total[s].merge(chunk[s]);
     }
     for (int64_t s = 0; s < sets; ++s) {
-      Moments<double> moments = total[s].moments(pivots[s], count);
-      if (total[s].far_off(moments, count, count)) moments = reduce_again(set + s, moments.mean);
-      stats.finish(set + s, moments, count, args.eps);
+      Moments<double> moments = total[s].moments(pivots[s], share);
+      if (total[s].far_off(moments, share, count)) moments = reduce_again(set + s, moments.mean);
+      stats.finish(set + s, moments, share, args.eps);
     }
   }
 
@@ -127,7 +127,7 @@ class RowsForward : Call<T, ForwardCall> {
       reduce(set, 1, k, &pivot, &chunk);
       total.merge(chunk);
     }
-    return total.moments(pivot, static_cast<double>(g.set_size()));
+    return total.moments(pivot, 1 / static_cast<double>(g.set_size()));
   }
 
   // Writes y in the blocks [first, end) of `sets` sets side by side.

@@ -13,13 +13,13 @@
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-// Whether runs are short and samples are many enough to expand the coefficients of channels into those of columns.
+// Whether runs are short and samples are many enough to expand the coefficients of channels into those of columns: for
+// longer runs more of them (28x28 bfloat16: 32 samples took 0.62 times the time of run by run, 8 samples 1.6 times).
 template <class T, class Args>
-bool has_short_runs(const Args& args, int64_t bytes = 1024) {
-  constexpr int64_t kSamples = 8;
+bool has_short_runs(const Args& args, int64_t bytes = kShortRunBytes) {
   const Geometry& g = args.geometry;
-  return g.kind == Kind::kBatch && g.traversal() == Traversal::kRows && g.N >= kSamples &&
-         g.S * static_cast<int64_t>(sizeof(T)) <= bytes;
+  const int64_t run = g.S * static_cast<int64_t>(sizeof(T)), samples = run <= kShortRunBytes / 2 ? 8 : 16;
+  return g.kind == Kind::kBatch && g.traversal() == Traversal::kRows && g.N >= samples && run <= bytes;
 }
 
 // The channels of a tile, and their columns in the order of lanes.
@@ -125,7 +125,7 @@ class ShortRunsForward : Call<T, ForwardCall> {
   void take_statistics(int64_t first, int64_t channels, const Arrays<A, 4>& arrays, A* line) const {
     const Arrays<double, 2> sums(channels);
     const Buffer<A> pivots(channels);
-    const double count = static_cast<double>(g.N * g.S);
+    const double count = static_cast<double>(g.N * g.S), share = 1 / count;
     for (int64_t c = 0; c < channels; ++c) pivots[c] = pivot_of(first + c);
     for (bool again : {false, true}) {
       std::fill_n(sums[0], channels, 0.0);
@@ -135,9 +135,9 @@ class ShortRunsForward : Call<T, ForwardCall> {
       bool far_off = false;
       for (int64_t c = 0; c < channels; ++c) {
         const PivotSums total{sums[0][c], sums[1][c]};
-        const Moments<double> moments = total.moments(pivots[c], count);
-        stats.finish(first + c, moments, count, args.eps);
-        if (!total.far_off(moments, count, count)) continue;
+        const Moments<double> moments = total.moments(pivots[c], share);
+        stats.finish(first + c, moments, share, args.eps);
+        if (!total.far_off(moments, share, count)) continue;
         pivots[c] = round_pivot<T>(moments.mean);
         far_off = true;
       }
@@ -217,7 +217,7 @@ class ShortRunsBackward : Call<T, BackwardCall> {
     if (!applies_) return;
     const ChannelTerms<A> terms{sums[0], sums[1]};
     if (caches_d_) {
-      const Epilogue<A> none{Activation::kNone, Pack<A>(0)};
+      const Epilogue<A> none{Activation::kNone, Pack<A>(0), false};
       backward_rows(s.with_d(cached), g.N, columns, row_, lanes_, 0, coefs, terms, none, true);
     } else if (args.frozen) {
       backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, FrozenTerms<A>{}, epilogue, true);

@@ -80,8 +80,9 @@ struct Stats {
   Stats(void* base, int64_t sets)
       : mean(static_cast<A*>(base)), rstd(mean + sets), var(rstd + sets), mean_low(var + sets) {}
 
-  void finish(int64_t set, const Moments<double>& m, double count, double eps) const {
-    const double variance = m.m2 / count;
+  // Of `1 / share` values: divisions took a third of the time of a group norm of 8x8.
+  void finish(int64_t set, const Moments<double>& m, double share, double eps) const {
+    const double variance = m.m2 * share;
     mean[set] = static_cast<A>(m.mean);
     mean_low[set] = static_cast<A>(m.mean - mean[set]);
     var[set] = static_cast<A>(variance);
@@ -157,7 +158,7 @@ struct Call {
         weight(g.C),
         bias(g.C),
         stats(const_cast<void*>(args.stats), g.sets()),
-        epilogue{args.activation, Pack<A>(args.activation_param)} {
+        epilogue{args.activation, Pack<A>(args.activation_param), args.mask != nullptr} {
     read_params<A>(args.weight, g.C, A(1), weight);
     read_params<A>(args.bias, g.C, A(0), bias);
   }

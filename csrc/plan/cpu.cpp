@@ -13,8 +13,9 @@ constexpr int64_t kTaskElements = 16384;
 // Layer norm works on so many sets at a time.
 constexpr int64_t kSetsTogether = 4;
 
-// Columns. The sums of a chunk take 16 bytes a channel, which so many positions make a small part of the traffic. A
-// quarter of fewer positions is a chunk, so that there is one for each thread of a small machine.
+// Columns. The sums of a chunk take 16 bytes a channel, which so many positions make a small part of the traffic. Where
+// positions are few, a chunk has fewer of them: a quarter of the tensor's, so that no thread of a small machine is
+// idle.
 constexpr int64_t kMinChunkPositions = 128, kLeastChunkPositions = 16;
 // Rows share coefficients and sums in registers while the tensor stays in the cache. Memory itself wants one stream, so
 // that beyond it only rows that are a line or two go together: four rows of 512 bytes at a time took 1.3 times as long.
@@ -31,7 +32,8 @@ CpuPlan plan_rows(const Geometry& g, CpuPlan plan, const CpuInfo& cpu) {
 
 CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, const CpuInfo& cpu) {
   const int64_t C = std::max<int64_t>(1, g.C), row_bytes = C * size_of(dtype);
-  const int64_t quarter = div_up(g.positions(), 4 * kLeastChunkPositions) * kLeastChunkPositions;
+  const int64_t rows = std::max<int64_t>(1, g.positions() * g.outer());
+  const int64_t quarter = div_up(rows, 4 * kLeastChunkPositions) * kLeastChunkPositions;
   plan.chunk_positions = std::max(std::min(quarter, kMinChunkPositions), kChunkElements / C);
   plan.split = cpu.threads > 1 && g.outer() < 4 * cpu.threads && g.positions() > plan.chunk_positions;
   const bool cached = g.numel() * size_of(dtype) * streams < cpu.l3_bytes / 2;
