@@ -138,10 +138,12 @@ def build() -> Path:
     place = places[-1].parent
     objects = [str(path) for pattern in OBJECTS for path in sorted(place.glob(f"{pattern}.o"))]
     driver = place / "cpu_instructions"
+    new = driver.with_name(f"{driver.name}.{os.getpid()}")  # another process may run the old one
     command = [compiler().split()[0], "-O2", "-std=c++20", f"-I{ROOT / 'csrc'}", str(DRIVER), *objects]
-    done = subprocess.run([*command, "-o", str(driver)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "-o", str(new)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the driver does not compile:\n{done.stderr}")
+    new.replace(driver)
     return driver
 
 
