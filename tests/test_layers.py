@@ -32,7 +32,7 @@ FOREIGN = {
 }
 EMULATED = {"cuda/platform.cuh": "emulator.h"}  # platform.cuh includes it instead of CUDA's headers
 # The CUDA planner, lowest layer first: a file may include the layers before it, and its own header.
-PLANNER = ("types", "text", "grid", "instructions", "cost", "cuda")
+PLANNER = ("types", "text", "grid", "instructions", "cost", "choices", "cuda")
 
 # A module may import those before it. A new module needs a place in this list.
 MODULES = (
