@@ -261,7 +261,7 @@ struct RowsPiece {
       if constexpr (N == 1) {
         if (steps[0].in) use(steps[0], read(steps[0]));
       } else {
-        decltype(read(steps[0])) what[N];
+        decltype(read(steps[0])) what[N]{};  // zero, else packs that are not read would be kept from an earlier call
 #pragma unroll
         for (int u = 0; u < N; ++u) {
           if (steps[u].in) what[u] = read(steps[u]);
