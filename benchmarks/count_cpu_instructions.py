@@ -13,7 +13,6 @@ otherwise: the table names its own, and is compared with that one's major versio
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -28,8 +27,8 @@ from pathlib import Path
 # Run as a file, only its own folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.count_instructions import verdict
-from benchmarks.instructions import Row, compare, number
+from benchmarks.count_instructions import chosen, parse, verdict
+from benchmarks.instructions import Row, compare, merge, number
 from benchmarks.results import json_text
 from fastnorm import _C
 from fastnorm.activations import CODES
@@ -195,15 +194,9 @@ def print_table(rows: Sequence[Row], saved: Sequence[Row]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", metavar="REGEX", help="only jobs whose name has it")
-    parser.add_argument("--update", action="store_true", help="save the counts")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N")
-    args = parser.parse_args(arguments)
+    args = parse(arguments, __doc__, "the counts")
     start = time.perf_counter()
-    todo = [job for job in jobs() if re.search(args.filter, job.name)]
-    if not todo:
-        sys.exit(f"no job matches --filter {args.filter!r}")
+    todo = chosen(jobs(), args.filter)
     try:
         counted, missing = count_all(todo, args.processes)
     except NotCounted as reason:
@@ -215,9 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(*(f"not counted: {reason}" for reason in sorted(missing)), sep="\n", end="\n" if missing else "")
     print(f"{len(counted)} counts in {time.perf_counter() - start:.0f} s")
     if args.update:
-        known = {key_of(row): row for row in (*rows, *counted)}
-        keys = [key_of(job.row(0)) for job in jobs()]
-        kept = [known[key] for key in keys if key in known]
+        kept = merge(rows, counted, (key_of(job.row(0)) for job in jobs()), key_of)
         SAVED.write_text(json_text({"compiler": compiler(), "rows": kept}))
         print(f"saved {len(kept)} rows in {SAVED.relative_to(ROOT)}")
         return 0

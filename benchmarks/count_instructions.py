@@ -19,10 +19,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 # Run as a file, only its own folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,6 +42,7 @@ from benchmarks.instructions import (
     count_job,
     jobs,
     key_of,
+    merge,
     number,
 )
 from benchmarks.results import json_text
@@ -144,21 +145,37 @@ def save(rows: Sequence[Row]) -> None:
 
 def merged(saved: Sequence[Row], counted: Sequence[Row]) -> list[Row]:
     """All rows in the order of the jobs, counted ones where there are any."""
-    known = {key_of(row): row for row in (*saved, *counted)}
-    keys = [(*job.key, direction) for job in jobs() for direction in DIRECTIONS]
-    return [known[key] for key in keys if key in known]
+    return merge(saved, counted, ((*job.key, direction) for job in jobs() for direction in DIRECTIONS), key_of)
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=Named)
+
+
+def parse(arguments: Sequence[str] | None, description: str | None, saved: str) -> argparse.Namespace:
+    """saved: what --update saves."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filter", default="", metavar="REGEX", help="only jobs whose name has it")
+    parser.add_argument("--update", action="store_true", help=f"save {saved}")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N")
+    return parser.parse_args(arguments)
+
+
+def chosen(among: Iterable[AnyJob], regex: str) -> list[AnyJob]:
+    todo = [job for job in among if re.search(regex, job.name)]
+    if not todo:
+        sys.exit(f"no job matches --filter {regex!r}")
+    return todo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--filter", default="", metavar="REGEX", help="only jobs whose name has it")
-    parser.add_argument("--update", action="store_true", help="save the counts and the planner's constants")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N")
-    args = parser.parse_args(arguments)
+    args = parse(arguments, __doc__, "the counts and the planner's constants")
     start = time.perf_counter()
-    todo = [job for job in jobs() if re.search(args.filter, job.name)]
-    if not todo:
-        sys.exit(f"no job matches --filter {args.filter!r}")
+    todo = chosen(jobs(), args.filter)
     saved = json.loads(SAVED.read_text()) if SAVED.exists() else {"rows": []}
     rows = count_all(todo, args.processes)
     print_table(rows, saved["rows"])

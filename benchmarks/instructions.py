@@ -8,7 +8,7 @@ marginal cost of a large tensor: a large one's minus a smaller one's, over the d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -288,6 +288,17 @@ class Comparison:
 
     rises: list[str]
     falls: list[str]
+
+
+def merge(
+    saved: Sequence[Row],
+    counted: Sequence[Row],
+    keys: Iterable[tuple[str, ...]],
+    key_of: Callable[[Row], tuple[str, ...]],
+) -> list[Row]:
+    """The rows of these keys, counted ones where there are any."""
+    known = {key_of(row): row for row in (*saved, *counted)}
+    return [known[key] for key in keys if key in known]
 
 
 def compare(
