@@ -93,7 +93,14 @@ class ColumnsBackward : Call<T, BackwardCall> {
         for (int64_t k = chunks_; k-- > 0 && applies_;) apply(n, k);
       });
     }
-    if (sums_) sum_over_samples(sums, sample);
+    if (!sums_) return;
+    Base::write_sums_of_channels([&](int64_t set) {
+      const int64_t first = set * g.set_channels(), begin = first / g.C * sample, c = first % g.C;
+      return [=](int64_t i) {
+        const int64_t lane = begin + lane_of<T>(c + i);
+        return GradSums<double>{sums.d[lane], sums.d_centered[lane]};
+      };
+    });
   }
 
  private:
@@ -170,23 +177,6 @@ class ColumnsBackward : Call<T, BackwardCall> {
     }
     for (int64_t i = g.C; i < lanes_; ++i) {  // numbers that no store writes
       terms_[0][n * lanes_ + lane_of<T>(i)] = terms_[1][n * lanes_ + lane_of<T>(i)] = 0;
-    }
-  }
-
-  void sum_over_samples(Sums sums, int64_t sample) const {
-    if (args.dbias) std::fill_n(args.dbias, g.C, 0.0);
-    if (args.dweight) std::fill_n(args.dweight, g.C, 0.0);
-    const int64_t D = g.set_channels();
-    for (int64_t n = 0; n < outer_; ++n) {
-      for (int64_t first = 0; first < g.C; first += D) {
-        const int64_t set = (n * g.C + first) / D;
-        const double low = Base::center(set).low;
-        for (int64_t c = first; c < first + D; ++c) {
-          const int64_t lane = n * sample + lane_of<T>(c);
-          if (args.dbias) args.dbias[c] += sums.d[lane];
-          if (args.dweight) args.dweight[c] += Base::xhat_sum(set, {sums.d[lane], sums.d_centered[lane]}, low);
-        }
-      }
     }
   }
 };

@@ -51,7 +51,9 @@ class RowsBackward : Call<T, BackwardCall> {
         for (int64_t set = t * per_task; set < end; set += batch) run_sets(set, std::min(batch, end - set), sums);
       });
     }
-    if (sums_) sum_over_samples(sums);
+    if (!sums_) return;
+    Base::write_sums_of_channels(
+        [&](int64_t set) { return [of_set = sums + set * cells_per_set_](int64_t i) { return of_set[i]; }; });
   }
 
  private:
@@ -263,19 +265,6 @@ class RowsBackward : Call<T, BackwardCall> {
       backward_span(s.with_d(cached_at(cached, k, run, offset)), length, coefs(cell + k), terms[k], none);
     };
     for_runs(cell, cells, 0, blocks_.count(), each);
-  }
-
-  void sum_over_samples(const Sums* sums) const {
-    if (args.dbias) std::fill_n(args.dbias, g.C, 0.0);
-    if (args.dweight) std::fill_n(args.dweight, g.C, 0.0);
-    for (int64_t set = 0; set < g.sets(); ++set) {
-      const double low = Base::center(set).low;
-      const int64_t first = set * cells_per_set_, first_of_channels = channel(first);
-      for (int64_t i = 0; i < cells_per_set_; ++i) {
-        if (args.dbias) args.dbias[first_of_channels + i] += sums[first + i].d;
-        if (args.dweight) args.dweight[first_of_channels + i] += Base::xhat_sum(set, sums[first + i], low);
-      }
-    }
   }
 };
 

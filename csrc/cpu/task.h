@@ -185,6 +185,23 @@ struct Call {
   double xhat_sum(int64_t set, const GradSums<double>& sums, double low) const {
     return fastnorm::xhat_sum<double>(sums.d, sums.d_centered, stats.rstd[set], low);
   }
+  // Writes dweight and dbias, over all samples. sums_of(set)(i) are the sums of the set's i-th channel.
+  template <class F>
+  void write_sums_of_channels(F&& sums_of) const {
+    if (args.dbias) std::fill_n(args.dbias, g.C, 0.0);
+    if (args.dweight) std::fill_n(args.dweight, g.C, 0.0);
+    const int64_t channels = g.set_channels();
+    for (int64_t set = 0; set < g.sets(); ++set) {
+      const double low = center(set).low;
+      const int64_t first = first_channel(g, set);
+      const auto sums_at = sums_of(set);
+      for (int64_t i = 0; i < channels; ++i) {
+        const GradSums<double> sums = sums_at(i);
+        if (args.dbias) args.dbias[first + i] += sums.d;
+        if (args.dweight) args.dweight[first + i] += xhat_sum(set, sums, low);
+      }
+    }
+  }
   // The terms that dx subtracts. `d` and `d_xhat` are the sums of w d and w d xhat over the set.
   SetTerms<A> set_terms(int64_t set, double d, double d_xhat, double low) const {
     const double rstd = stats.rstd[set];
