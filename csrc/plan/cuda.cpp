@@ -85,6 +85,7 @@ struct Planner {
   const DeviceInfo& device;
   const PlanOptions& options;
   const int pack = pack_width(g, dtype, needs.alignment);
+  const View own{g, pack};
   const DeviceInfo sync_device =
       without_free_sms(device, options.free_sms);  // for launches whose blocks wait for each other
 
@@ -94,7 +95,7 @@ struct Planner {
     const auto add = [&](const View& view) {
       if (allows(options.forced.traversal, static_cast<int>(view.geometry.traversal()))) all.push_back(view);
     };
-    add({g, pack});
+    add(own);
     if (const auto rows = view_samples_as_rows(g, dtype, needs.alignment, mask)) add(*rows);
     return all;
   }
@@ -131,8 +132,8 @@ struct Planner {
 // ---- forward ----
 
 struct ForwardPlanner : Planner<ForwardNeeds> {
-  Streams streams_of(const Geometry& view) const {
-    return {1, needs.output + needs.residual, dtype, view.numel(), view.C};
+  Streams streams_of(const View& view) const {
+    return {1, needs.output + needs.residual, dtype, view.geometry.numel(), view.geometry.C};
   }
   ElementWork work_of(const View& view) const {
     return element_work(false, view.geometry, view.pack, dtype, needs.activation, needs.residual);
@@ -140,7 +141,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
 
   ForwardPlan separate(Strategy strategy) const {
     ForwardPlan plan{strategy, split_grid(g, dtype, pack, device), 0, 1, {}};
-    const ElementWork work = work_of({g, pack});
+    const ElementWork work = work_of(own);
     int passes = 1;
     double instructions = work.apply;
     if (strategy == Strategy::kSplit) {
@@ -149,7 +150,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
       passes = needs.output ? 2 : 1;
       instructions = work.reduce + (needs.output ? work.apply : 0);
     }
-    plan.estimate = estimate_passes(plan.grid, streams_of(g), passes, instructions, device) +
+    plan.estimate = estimate_passes(plan.grid, streams_of(own), passes, instructions, device) +
                     estimate_launches(plan.launches, false);
     return plan;
   }
@@ -157,7 +158,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
   void add_fused(const View& view, std::vector<ForwardPlan>& plans) const {
     const bool columns = view.geometry.traversal() == Traversal::kColumns;
     const Staging staging{1, false, false, true, columns};
-    const Streams streams = streams_of(view.geometry);
+    const Streams streams = streams_of(view);
     const ElementWork work = work_of(view);
     bool in_registers = false;
     for_each_fused(view, staging, false, false, in_registers, [&](const Grid& grid, int64_t resident, bool) {
@@ -190,8 +191,8 @@ Geometry cells_of(const Geometry& g) {
 struct BackwardPlanner : Planner<BackwardNeeds> {
   const int64_t pair = 2 * accum_size(dtype);
 
-  Streams streams_of(const Geometry& view) const {
-    return {needs.residual ? 3 : 2, needs.input + needs.dresidual, dtype, view.numel(), view.C};
+  Streams streams_of(const View& view) const {
+    return {needs.residual ? 3 : 2, needs.input + needs.dresidual, dtype, view.geometry.numel(), view.geometry.C};
   }
   ElementWork work_of(const View& view) const {
     return element_work(true, view.geometry, view.pack, dtype, needs.activation, needs.dresidual);
@@ -216,7 +217,7 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const bool folds = in_gang || (sums == ParamSums::kFromCells && g.kind != Kind::kBatch);
     // Smooth activations would need more registers than there are.
     const bool rereads = view.geometry.traversal() == Traversal::kColumns && !is_smooth(needs.activation);
-    const Streams streams = streams_of(view.geometry);
+    const Streams streams = streams_of(view);
     const ElementWork work = work_of(view);
     const Staging staging{streams.read, true, in_gang, !own_launch, rereads};
     for_each_fused(
@@ -243,8 +244,8 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
   }
 
   BackwardPlan split(ParamSums sums) const {
-    BackwardPlan plan = empty(Strategy::kSplit, sums, {g, pack});
-    const ElementWork work = work_of({g, pack});
+    BackwardPlan plan = empty(Strategy::kSplit, sums, own);
+    const ElementWork work = work_of(own);
     const bool terms = needs.input && !needs.frozen, own_launch = sums == ParamSums::kOwnLaunch;
     if (terms || sums == ParamSums::kFromCells) {
       plan.cells = cells_of(g);
@@ -261,17 +262,17 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const Grid& main = needs.input ? plan.apply : own_launch ? plan.params : plan.reduce;
     const double instructions =
         (plan.reduce.items > 0 || own_launch ? work.reduce : 0) + (needs.input ? work.apply : 0);
-    plan.estimate = estimate_passes(main, streams_of(g), passes, instructions, device) +
+    plan.estimate = estimate_passes(main, streams_of(own), passes, instructions, device) +
                     estimate_launches(plan.launches, false) + estimate_partials(plan.workspace_bytes(), device);
     return plan;
   }
 
   BackwardPlan given() const {
-    BackwardPlan plan = empty(Strategy::kApply, ParamSums::kNone, {g, pack});
+    BackwardPlan plan = empty(Strategy::kApply, ParamSums::kNone, own);
     plan.apply = split_grid(g, dtype, pack, device);
     plan.launches = 1;
     plan.estimate =
-        estimate_passes(plan.apply, streams_of(g), 1, work_of({g, pack}).apply, device) + estimate_launches(1, false);
+        estimate_passes(plan.apply, streams_of(own), 1, work_of(own).apply, device) + estimate_launches(1, false);
     return plan;
   }
 

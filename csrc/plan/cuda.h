@@ -25,6 +25,10 @@ ForwardPlan plan_forward(const Geometry& geometry, DType dtype, const ForwardNee
 BackwardPlan plan_backward(const Geometry& geometry, DType dtype, const BackwardNeeds& needs, const DeviceInfo& device,
                            const PlanOptions& options = {});
 
+// The grid of the launch that tells plans apart.
+inline const Grid& main_grid(const ForwardPlan& plan) { return plan.grid; }
+inline const Grid& main_grid(const BackwardPlan& plan) { return plan.reduce; }
+
 // Elements of the widest access that divides every run and keeps every address aligned.
 int pack_width(const Geometry& geometry, DType dtype, int alignment);
 

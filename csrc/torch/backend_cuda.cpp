@@ -152,8 +152,6 @@ void take_away(const Plan& refused, PlanKey<Needs>& key) {
   key.options = {};
 }
 
-const Grid& main_grid(const ForwardPlan& plan) { return plan.grid; }
-const Grid& main_grid(const BackwardPlan& plan) { return plan.reduce; }
 std::string direction_of(const ForwardPlan&) { return "forward"; }
 std::string direction_of(const BackwardPlan&) { return "backward"; }
 

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <map>
-#include <ranges>
 #include <string_view>
 #include <variant>
 
@@ -97,29 +96,28 @@ PlanOptions make_options(const ForcedByName& forced, int free_sms) {
   Forced& f = options.forced;
   for (const auto& [key, value] : forced) {
     const std::string* name = std::get_if<std::string>(&value);
-    if (key == "strategy" && name) {
-      f.strategy = static_cast<int>(
-          value_named("forced strategy", *name, {Strategy::kFused, Strategy::kSplit, Strategy::kApply}));
-    } else if (key == "gang" && name) {
-      f.gang = static_cast<int>(value_named("forced gang", *name, {Gang::kBlock, Gang::kCluster, Gang::kGrid}));
-    } else if (key == "place" && name) {
-      f.place = static_cast<int>(value_named("forced place", *name, {Place::kShared, Place::kRegisters}));
-    } else if (key == "exchange" && name) {
-      f.exchange = static_cast<int>(value_named("forced exchange", *name, {Exchange::kGather, Exchange::kScatter}));
-    } else if (key == "traversal" && name) {
-      f.traversal = static_cast<int>(value_named("forced traversal", *name, {Traversal::kRows, Traversal::kColumns}));
-    } else {
-      constexpr std::string_view kNamed[] = {"strategy", "gang", "place", "exchange", "traversal"};
-      int* number = nullptr;
-      for_each_field(f, [&, &key = key](std::string_view field, int& slot) {
-        if (field == key && std::ranges::find(kNamed, field) == std::end(kNamed)) number = &slot;
-      });
-      require(number && !name, "forced has '" + key +
-                                   "', expected names of strategy, gang, place, exchange and traversal, numbers of "
-                                   "pieces, stages, blocks_per_sm, tile_bytes and staged_length");
-      *number = std::get<int>(value);
-      require(*number >= 1, "forced " + key + " is " + std::to_string(*number) + ", expected 1 or more");
-    }
+    int* number = nullptr;
+    for_each_field(f, [&, &key = key](std::string_view field, int& slot) {
+      if (field == key) number = &slot;
+    });
+    bool is_enum = false;
+    const auto take = [&, &key = key](int& slot, auto values) {
+      if (&slot != number) return;
+      is_enum = true;
+      if (name) slot = static_cast<int>(value_named("forced " + key, *name, values));
+    };
+    take(f.strategy, std::initializer_list{Strategy::kFused, Strategy::kSplit, Strategy::kApply});
+    take(f.gang, std::initializer_list{Gang::kBlock, Gang::kCluster, Gang::kGrid});
+    take(f.place, std::initializer_list{Place::kShared, Place::kRegisters});
+    take(f.exchange, std::initializer_list{Exchange::kGather, Exchange::kScatter});
+    take(f.traversal, std::initializer_list{Traversal::kRows, Traversal::kColumns});
+    require(number && is_enum == (name != nullptr),
+            "forced has '" + key +
+                "', expected names of strategy, gang, place, exchange and traversal, numbers of pieces, stages, "
+                "blocks_per_sm, tile_bytes and staged_length");
+    if (is_enum) continue;
+    *number = std::get<int>(value);
+    require(*number >= 1, "forced " + key + " is " + std::to_string(*number) + ", expected 1 or more");
   }
   require(f.stages <= 2, "forced stages is " + std::to_string(f.stages) + ", expected 1 or 2");
   return options;

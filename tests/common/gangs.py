@@ -81,7 +81,7 @@ class GangCase(NamedTuple):
                     case.precision[0],
                     facts,
                     residual=recomputes,
-                    mask=case.residual and case.activation in ("relu", "leaky_relu"),
+                    mask=case.residual and case.activation in _C.two_sided_activations(),
                     dresidual=case.activation is not None,
                     **options,
                 ),

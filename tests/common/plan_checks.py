@@ -237,18 +237,18 @@ def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: 
     assert estimate.memory * facts.bytes_per_us * share >= least_bytes * (1 - 1e-9)
 
 
-def check_fused_view(grid: _C.Grid, call: Call, mask: bool, strategy: str) -> None:
+def check_fused_view(grid: _C.Grid, call: Call, strategy: str) -> None:
     """Samples are rows of columns only where that gives wider packs; columns kernels know no mask of single runs."""
     shape = call.shape
     if grid.traversal != shape.traversal:
-        assert shape.kind == BATCH and strategy == "fused" and not mask
+        assert shape.kind == BATCH and strategy == "fused" and not call.mask
         assert grid.pack * call.size == 16 and shape.S % grid.pack != 0
 
 
 def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: int = 0) -> None:
     grid, four = plan.grid, 4 * call.accum  # a count, then mean and m2 side by side
     assert plan.strategy == "apply" if call.frozen else plan.strategy in ("fused", "split")
-    check_fused_view(grid, call, call.mask, plan.strategy)
+    check_fused_view(grid, call, plan.strategy)
     check_grid(grid, call, call.shape.walked_as(grid.traversal), facts, plan.strategy == "fused")
     check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
     if plan.strategy == "fused":
@@ -341,7 +341,7 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
     cells = shape if fused or grid.items == 0 else shape.cells
     assert plan.cells == cells.geometry
     if grid.items > 0:
-        check_fused_view(grid, call, call.mask, plan.strategy)
+        check_fused_view(grid, call, plan.strategy)
         check_grid(grid, call, cells.walked_as(grid.traversal), facts, fused)
     if plan.apply.items > 0:
         check_grid(plan.apply, call, shape, facts)

@@ -202,7 +202,7 @@ class Call:
 
     @property
     def mask(self) -> bool:
-        return self.adds and self.activation in ("relu", "leaky_relu")
+        return self.adds and self.activation in _C.two_sided_activations()
 
     @property
     def forward_needs(self) -> dict[str, Any]:

@@ -22,9 +22,9 @@ ORDERS = ("fifo", "lifo", "random", "priority")
 
 # The fields of csrc/plan/types.h's Forced, and the names of those that are enums.
 FORCED = (
-    *("strategy", "gang", "pieces", "stages", "blocks_per_sm", "tile_bytes", "place", "staged_length", "exchange"),
+    "strategy", "gang", "pieces", "stages", "blocks_per_sm", "tile_bytes", "place", "staged_length", "exchange",
     "traversal",
-)
+)  # fmt: skip
 NAMES = {
     "strategy": ("fused", "split", "apply"),
     "gang": ("block", "cluster", "grid"),

@@ -122,8 +122,6 @@ class Call {
     const int64_t bytes = case_.offset * size_of(case_.dtype) | 16;
     return static_cast<int>(bytes & -bytes);
   }
-  static const Grid& main_grid(const ForwardPlan& plan) { return plan.grid; }
-  static const Grid& main_grid(const BackwardPlan& plan) { return plan.reduce; }
   // The plan that make(device) gives; of a device without gangs where the emulator cannot run all threads of one: with
   // ThreadSanitizer it has few.
   template <class Make>
