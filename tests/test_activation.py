@@ -17,8 +17,10 @@ from tests.conftest import Backend
 pytestmark = pytest.mark.emulated
 
 NAMES = [name for name in ACTIVATIONS if name is not None]
-# Beyond torch's own error in the same binade, in units in the last place.
-SLACK = 1.5
+# Beyond torch's own error in the same binade, in units in the last place. On a GPU expf, tanhf and the division after
+# them are each off by up to 2 (CUDA C++ Programming Guide, mathematical functions), where the C library's are by 1;
+# and where 1 + erf cancels, an error of erf grows with torch's own.
+SLACK, GPU_SLACK, GPU_SHARE = 1.5, 4.0, 1.5
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -94,8 +96,9 @@ def worst_per_binade(errors: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.not_emulated(reason="the emulator has the tanhf of the C library, which is not CUDA's")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_as_accurate_as_torch(name: str, dtype: torch.dtype, device: torch.device) -> None:
+def test_as_accurate_as_torch(name: str, dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
     x = dense_inputs(dtype)
+    on_gpu = backend.name != "cpu"
     ours_both = value_and_slope(activate, name, x.to(device))
     native_both = value_and_slope(apply_torch, name, x.to(device))
     for what, truth, ours, native in zip(
@@ -103,13 +106,17 @@ def test_as_accurate_as_torch(name: str, dtype: torch.dtype, device: torch.devic
     ):
         # Slopes pass through zero by cancellation, and matter as factors of the order of one.
         smallest = torch.finfo(dtype).tiny if what == "value" else 1.0
-        worst = worst_per_binade(errors_in_ulps(ours, truth, smallest), x)
+        errors = errors_in_ulps(ours, truth, smallest)
+        if on_gpu and dtype == torch.bfloat16:  # the approximations of 16-bit elements flush subnormal results to 0
+            errors[(ours == 0) & (truth.abs() < smallest)] = 0
+        worst = worst_per_binade(errors, x)
         torchs = worst_per_binade(errors_in_ulps(native, truth, smallest), x)
-        slack = 4.0 if dtype == torch.float64 else SLACK  # in float64 the truth is rounded too
+        slack = GPU_SLACK if on_gpu or dtype == torch.float64 else SLACK  # in float64 the truth is rounded too
+        share = GPU_SHARE if on_gpu else 1.0
         bad = [
             f"{what} near {'-' if i < 16 else '+'}2^{i % 16 - 9}: {worst[i]:.2f} ulp, torch {torchs[i]:.2f}"
             for i in range(32)
-            if not worst[i] <= torchs[i] + slack
+            if not worst[i] <= torchs[i] * share + slack
         ]
         assert not bad
 

@@ -78,6 +78,13 @@ def test_approximations(
     assert execute(opcode, "32 -> 32", rows) == found
 
 
+@pytest.mark.parametrize("opcode", ["ex2.approx.f32", "ex2.approx.ftz.f32"])
+def test_powers_of_two_are_exact(opcode: str) -> None:
+    exponents = range(-126, 128)
+    found = execute(opcode, "32 -> 32", [(bits_of(float(e)),) for e in exponents])
+    assert [number(result) for (result,) in found] == [2.0**e for e in exponents]
+
+
 @pytest.mark.parametrize("opcode", ["div.approx.f32", "div.approx.ftz.f32", "div.full.f32", "div.full.ftz.f32"])
 def test_approximate_division(opcode: str) -> None:
     rows = list(zip(sizes(-40, 40), sizes(-39, 41), strict=True))
