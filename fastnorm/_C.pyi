@@ -24,6 +24,13 @@ def activations() -> list[str]:
 def two_sided_activations() -> list[str]:
     """Those whose derivative is one of two constants, so that one bit an element tells it: the mask."""
 
+def set_aten_switch(norm: str, device: str, on: bool) -> None:
+    """Whether our kernels answer aten's own operators of a norm ("batch_norm", "group_norm", "layer_norm") on a device
+    ("cpu", "cuda")."""
+
+def aten_switches() -> list[tuple[str, str, bool, int, dict[str, int]]]:
+    """For each norm and device: the names, whether the switch is on, calls served, calls left to torch by reason."""
+
 STATS_ROWS: int
 """Rows of an op's `stats`: mean, rstd, biased variance, what rounding cut off the mean."""
 

@@ -6,6 +6,7 @@ fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + res
 
 from . import cuda, functional
 from .convert import convert, revert, reverted
+from .enable import disable, enable, enabled
 from .functional import moments
 from .modules import (
     BatchNorm1d,
@@ -34,6 +35,9 @@ __all__ = [
     "Row",
     "convert",
     "cuda",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "functional",
     "moments",

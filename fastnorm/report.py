@@ -1,4 +1,4 @@
-"""What fastnorm serves: `report` for a model, layer by layer; `explain` for one call."""
+"""What fastnorm serves: `report` for a model, layer by layer, or for `fastnorm.enable`; `explain` for one call."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ __all__ = ["Report", "Row", "explain", "report"]
 
 @dataclass(frozen=True)
 class Row:
-    """A norm layer of a model.
+    """A norm layer of a model, or one of torch's norms that `fastnorm.enable` is about.
 
-    name, layer: its name in the model and its class. status: "served" where fastnorm can serve it, else "left"; why: by
-    which kernels, or why it is left. served_calls, left_calls: the eager calls so far that the kernels served, and
-    those that they refused and torch computed.
+    name, layer: its name in the model and its class; or torch's name of the norm, and the device. status: "served"
+    where fastnorm can serve it, else "left"; why: by which kernels, or why it is left. served_calls, left_calls: the
+    calls so far that the kernels served, and those that they refused and torch computed: eager calls of a layer; of
+    torch's norms forward and backward calls each by itself.
     """
 
     name: str
@@ -75,9 +76,13 @@ class Report:
         return "\n".join([*lines, summary])
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module | None = None) -> Report:
     """Which norm layers of `model` fastnorm can serve, by which kernels, and why the others are left as they are; and
-    which of their calls so far were served. (Calls under torch.compile are not counted.)"""
+    which of their calls so far were served. (Calls under torch.compile are not counted.)
+
+    Without a model: which of torch's own norms `fastnorm.enable` has turned on, and their calls in this process."""
+    if model is None:
+        return Report(tuple(_aten_rows()), _C.refused_gangs())
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, modules.Norm):
@@ -91,6 +96,16 @@ def report(model: nn.Module) -> Report:
         counts = (vars(module).get(key, 0) for key in modules.CALL_COUNTS)
         rows.append(Row(name, _class_name(module), status, reason, *counts))
     return Report(tuple(rows), _C.refused_gangs())
+
+
+def _aten_rows() -> Iterator[Row]:
+    for norm, device, on, served, left in _C.aten_switches():
+        if device not in ops.DEVICES:
+            continue
+        reasons = "; ".join(f"left {count}: {reason_of(Exception(text))}" for text, count in left.items())
+        why = _device_kernels(torch.device(device)) if on else "fastnorm.enable() would serve it"
+        status: Literal["served", "left"] = "served" if on else "left"
+        yield Row(norm, device, status, "; ".join(filter(None, (why, reasons))), served, sum(left.values()))
 
 
 def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str:
@@ -130,11 +145,15 @@ def _device(*owners: nn.Module) -> torch.device:
 
 def _kernels(module: modules.Norm, device: torch.device) -> str:
     """Whose kernels serve `module` on `device`."""
-    description = f"cpu {_C.cpu_capability()}"
-    if device.type == "cuda":
-        description = "cuda sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    description = _device_kernels(device)
     activation, _ = module._epilogue()
     return description if activation is None else f"{description}, {activation} fused"
+
+
+def _device_kernels(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "cuda sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return f"cpu {_C.cpu_capability()}"
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -47,6 +47,7 @@ MODULES = (
     "functional",
     "modules",
     "convert",
+    "enable",
     "report",
     "cuda",
     "__init__",

@@ -1,6 +1,7 @@
 // The ops' schemas, in one place. What each argument means is said in ops.h.
 #include <torch/library.h>
 
+#include "backend.h"
 #include "ops.h"
 #include "running.h"
 
@@ -35,11 +36,26 @@ FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
 
 namespace fastnorm::ops {
 
+// An operator's output is a tensor, wanted or not.
+template <class Outputs>
+static Outputs defined(Outputs outputs, const Tensor& x) {
+  const auto define = [&](Tensor& t, at::ScalarType type) {
+    if (!t.defined()) t = backend_of(x, "x").make_empty({0}, type, at::MemoryFormat::Contiguous, x.device());
+  };
+  if constexpr (std::is_same_v<Outputs, Forward>) {
+    define(std::get<2>(outputs), at::kByte);
+  } else {
+    std::apply([&](auto&... t) { (define(t, x.scalar_type()), ...); }, outputs);
+  }
+  return outputs;
+}
+
 static Forward flat_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& residual,
                             const OptTensor& mean, const OptTensor& var, int64_t groups, int64_t normalized_dims,
                             double eps, int64_t activation, double activation_param, bool save_mask) {
-  return norm_forward({x, weight, bias, residual}, mean, var,
-                      {groups, normalized_dims, eps, activation, activation_param}, save_mask);
+  return defined(norm_forward({x, weight, bias, residual}, mean, var,
+                              {groups, normalized_dims, eps, activation, activation_param}, save_mask),
+                 x);
 }
 
 static Forward flat_batch_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
@@ -47,16 +63,19 @@ static Forward flat_batch_forward(const Tensor& x, const OptTensor& weight, cons
                                   const OptTensor& running_var, const OptTensor& num_batches_tracked, double eps,
                                   int64_t activation, double activation_param, bool save_mask,
                                   std::optional<double> momentum) {
-  return batch_norm_forward_({x, weight, bias, residual}, {running_mean, running_var, num_batches_tracked, momentum},
-                             {0, 0, eps, activation, activation_param}, save_mask);
+  return defined(
+      batch_norm_forward_({x, weight, bias, residual}, {running_mean, running_var, num_batches_tracked, momentum},
+                          {0, 0, eps, activation, activation_param}, save_mask),
+      x);
 }
 
 static Backward flat_backward(const Tensor& dy, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                               const OptTensor& residual, const Tensor& stats, const Tensor& mask, int64_t groups,
                               int64_t normalized_dims, double eps, int64_t activation, double activation_param,
                               bool frozen, std::array<bool, 3> output_mask) {
-  return norm_backward(dy, {x, weight, bias, residual}, stats, mask,
-                       {groups, normalized_dims, eps, activation, activation_param}, frozen, output_mask);
+  return defined(norm_backward(dy, {x, weight, bias, residual}, stats, mask,
+                               {groups, normalized_dims, eps, activation, activation_param}, frozen, output_mask),
+                 x);
 }
 
 static void implement(torch::Library& m) {

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <variant>
 
+#include "aten_switches.h"
 #include "cpu/api.h"
 #include "cuda/api.h"
 #include "cuda_stream.h"
@@ -276,6 +277,34 @@ void add_planner(py::module_& m) {
       py::arg("dtype"), py::arg("alignment") = 16);
 }
 
+using ops::AtenNorm, ops::AtenDevice, ops::kAtenNorms, ops::kAtenDevices;
+
+template <size_t n>
+int index_of(const char* what, const std::string& name, const char* const (&names)[n]) {
+  const auto found = std::find(std::begin(names), std::end(names), name);
+  require(found != std::end(names), std::string(what) + " is '" + name + "', expected one of aten_switches()");
+  return static_cast<int>(found - std::begin(names));
+}
+
+void set_aten_switch(const std::string& norm, const std::string& device, bool on) {
+  const int n = index_of("norm", norm, kAtenNorms), d = index_of("device", device, kAtenDevices);
+  if (on) ops::register_aten_kernels();
+  ops::aten_switch(static_cast<AtenNorm>(n), static_cast<AtenDevice>(d)).set(on);
+}
+
+using AtenRow = std::tuple<std::string, std::string, bool, int64_t, std::map<std::string, int64_t>>;
+
+std::vector<AtenRow> aten_switches() {
+  std::vector<AtenRow> rows;
+  for (size_t n = 0; n < std::size(kAtenNorms); ++n) {
+    for (size_t d = 0; d < std::size(kAtenDevices); ++d) {
+      const auto& s = ops::aten_switch(static_cast<AtenNorm>(n), static_cast<AtenDevice>(d));
+      rows.emplace_back(kAtenNorms[n], kAtenDevices[d], s.is_on(), s.served(), s.left());
+    }
+  }
+  return rows;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -296,5 +325,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, "How a call on the CPU is cut into tasks, on one line.", py::arg("kind"), py::arg("N"),
         py::arg("C"), py::arg("S"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"), py::arg("streams"),
         py::arg("l2_bytes"), py::arg("l3_bytes"), py::arg("threads"), py::arg("outputs") = 1);
+  m.def("set_aten_switch", &set_aten_switch, "Whether our kernels answer aten's own operators of a norm on a device.",
+        py::arg("norm"), py::arg("device"), py::arg("on"));
+  m.def("aten_switches", &aten_switches,
+        "For each norm and device: the names, whether the switch is on, calls served, calls left to torch by reason.");
   add_planner(m);
 }

@@ -21,13 +21,11 @@ class Allocator {
     return backend_.make_empty(sizes, type, at::MemoryFormat::Contiguous, x_.device());
   }
   Tensor stats(const Geometry& g, DType dtype) const { return empty({kStatsRows, g.sets()}, accum_type(dtype)); }
-  // What an op returns for an output that is not needed.
-  Tensor nothing() const { return empty({0}, x_.scalar_type()); }
   Tensor like_x(bool needed, const View& view) const {
-    return needed ? backend_.make_empty(x_.sizes(), x_.scalar_type(), view.format, x_.device()) : nothing();
+    return needed ? backend_.make_empty(x_.sizes(), x_.scalar_type(), view.format, x_.device()) : Tensor();
   }
   Tensor like_param(bool needed, const OptTensor& param, ParamGrads& grads) const {
-    if (!needed || !present(param)) return nothing();
+    if (!needed || !present(param)) return Tensor();
     Tensor grad = empty(param->sizes(), param->scalar_type());
     grads = {grad.mutable_data_ptr(), dtype_of(grad, "a parameter")};
     return grad;
@@ -96,7 +94,7 @@ Forward run_forward(const Inputs& inputs, const OptTensor& mean, const OptTensor
   Tensor y = allocate.like_x(true, view);
   Tensor stats = allocate.stats(g, dtype);
   const bool masked = save_mask && present(residual) && is_two_sided(args.activation);
-  Tensor mask = allocate.empty({masked ? mask_bytes(g, dtype) : 0}, at::kByte);
+  const Tensor mask = masked ? allocate.empty({mask_bytes(g, dtype)}, at::kByte) : Tensor();
   args.stats = stats.mutable_data_ptr();
   args.running.dtype = dtype_of(stats, "stats");
   args.running.stats = args.stats;
@@ -156,8 +154,8 @@ Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& sta
                      accum_type(dtype), " [", kStatsRows, ", ", g.sets(), "]");
   check_like_x(dy, "dy", x);
   if (present(residual)) check_like_x(*residual, "residual", x);
-  check_on(mask, "mask", x.device());
-  const bool masked = mask.numel() > 0;
+  if (mask.defined()) check_on(mask, "mask", x.device());
+  const bool masked = mask.defined() && mask.numel() > 0;
   FASTNORM_SUPPORTED(!masked || (mask.scalar_type() == at::kByte && mask.is_contiguous() &&
                                  is_two_sided(args.activation) && mask.numel() == mask_bytes(g, dtype)),
                      "mask has dtype ", mask.scalar_type(), " and shape ", mask.sizes(), ", expected uint8 [",
@@ -169,8 +167,8 @@ Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& sta
   Tensor dweight = allocate.like_param(output_mask[1], weight, args.dweight);
   Tensor dbias = allocate.like_param(output_mask[1], bias, args.dbias);
   if (g.numel() == 0) {
-    dweight.zero_();
-    dbias.zero_();
+    if (dweight.defined()) dweight.zero_();
+    if (dbias.defined()) dbias.zero_();
     return {dx, dweight, dbias, dresidual};
   }
   Tensor keep_weight, keep_bias;

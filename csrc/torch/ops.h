@@ -35,7 +35,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dweight, db
 // y = act((x - mean) * rstd * weight + bias + residual).
 //   mean, var     batch norm only: frozen statistics; absent: those of x
 //   save_mask     ask for the mask that saves backward the residual
-// stats is [kStatsRows, sets]; mask is empty unless asked for and of use.
+// stats is [kStatsRows, sets]; mask is undefined unless asked for and of use.
 Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTensor& var, const Config& config,
                      bool save_mask);
 
@@ -44,7 +44,8 @@ Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTenso
 struct Running;  // running.h
 Forward batch_norm_forward_(const Inputs& inputs, const Running& running, const Config& config, bool save_mask);
 
-// output_mask = dx, dweight and dbias, dresidual; an output that is not wanted, or has no parameter, has shape (0,).
+// mask may be undefined. output_mask = dx, dweight and dbias, dresidual; an output that is not wanted, or has no
+// parameter, is undefined.
 Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask,
                        const Config& config, bool frozen, std::array<bool, 3> output_mask);
 
@@ -58,7 +59,7 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
 // Per-channel mean and biased variance over all other dims.
 std::tuple<Tensor, Tensor> moments(const Tensor& x);
 
-// The same ops as the dispatcher calls them, with every field an argument.
+// The same ops as the dispatcher calls them: every field is an argument, and what is undefined here has shape (0,).
 using ForwardSignature = Forward(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                                  const OptTensor&, int64_t, int64_t, double, int64_t, double, bool);
 using BatchForwardSignature = Forward(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
