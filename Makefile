@@ -1,6 +1,7 @@
 # make demo     train small networks with torch.nn and with fastnorm, then time the layers; QUICK=1: a shorter one
 # make test     the whole test suite; ARGS='-k groupnorm' is passed on to pytest
 # make test-ptx all tests of the CUDA kernels on nvcc's PTX, of which `make test` runs a part; needs nvcc, no GPU
+# make test-models  fastnorm in real models (torchvision, timm, diffusers, transformers) and under tools for them
 # make bench    the full benchmark table; ARGS='--filter GroupNorm' is passed on to benchmarks/bench.py
 # make lint     formatting, lint and types          make format   puts formatting right
 # make build    the extension alone                 make clean    removes what was built, keeps .venv
@@ -27,18 +28,22 @@ BUILT := build/.built-$(TORCH)-$(subst /,_,$(VENV))
 NATIVE := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: demo test test-ptx bench build check-cuda count-instructions count-cpu-instructions lint lint-cpp lint-python lint-types format clean
+.PHONY: demo test test-ptx test-models bench build check-cuda count-instructions count-cpu-instructions lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
 
 test: $(BUILT)
 	$(PY) -m tests.prepare $(ARGS)
-	$(PY) -m pytest tests benchmarks/test_bench_results.py benchmarks/test_bench_cuda.py -n $(JOBS) $(ARGS)
+	$(PY) -m pytest tests benchmarks/test_bench_results.py benchmarks/test_bench_cuda.py --ignore tests/models -n $(JOBS) $(ARGS)
 
 test-ptx: $(BUILT)
 	$(PY) -m tests.prepare --backend ptx
-	$(PY) -m pytest tests --backend ptx -n $(JOBS) $(ARGS)
+	$(PY) -m pytest tests --ignore tests/models --backend ptx -n $(JOBS) $(ARGS)
+
+test-models: $(BUILT)
+	$(PY) -m pip install --disable-pip-version-check --quiet torch==$(TORCH) -r requirements-models.txt
+	$(PY) -m pytest tests/models -n $(JOBS) $(ARGS)
 
 bench: $(BUILT)
 	$(PY) benchmarks/bench.py $(ARGS)
