@@ -19,6 +19,7 @@ from .modules import (
     LayerNorm,
 )
 from .report import Report, Row, explain, report
+from .settings import set_autocast_mode, set_compile_mode
 
 __version__ = "0.1.0"
 
@@ -44,4 +45,6 @@ __all__ = [
     "report",
     "revert",
     "reverted",
+    "set_autocast_mode",
+    "set_compile_mode",
 ]

@@ -30,7 +30,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import autograd as autograd  # registers the derivatives
-from . import ops
+from . import ops, settings
 from .ops import OptTensor
 
 __all__ = ["Config", "Unsupported", "entry_for", "fall_back"]
@@ -44,6 +44,10 @@ _logged: set[str] = set()
 
 class Unsupported(NotImplementedError):
     """The kernels do not serve this call; the text says why. Users see it in strict mode alone."""
+
+
+class Decomposed(Unsupported):
+    """torch.compile is to see torch's operators: a choice, and no failure of the kernels."""
 
 
 class Config(NamedTuple):
@@ -91,8 +95,11 @@ def trace_norm(
 ) -> Tensor:
     """A call under torch.compile: functional operators, and all checks beforehand, as none could be caught."""
     groups, normalized_dims, eps, activation, param, use_input_stats, momentum = call
-    settings = (groups, normalized_dims, eps, activation, param)
-    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, settings)
+    pointwise_on_gpu = not use_input_stats and x.device.type == "cuda"
+    if settings.compile_mode == "decompose" or (settings.compile_mode == "auto" and pointwise_on_gpu):
+        raise Decomposed("set_compile_mode has chosen torch's operators")
+    numbers = (groups, normalized_dims, eps, activation, param)
+    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, numbers)
     if refusal is not None:
         raise Unsupported(refusal)
     if not use_input_stats and running_mean is None:
@@ -103,7 +110,7 @@ def trace_norm(
         raise Unsupported("running statistics require grad")
     mean, var = (None, None) if use_input_stats else (running_mean, running_var)
     save_mask = torch.is_grad_enabled()
-    y, stats, _ = ops.norm_forward(x, weight, bias, residual, mean, var, *settings, save_mask)
+    y, stats, _ = ops.norm_forward(x, weight, bias, residual, mean, var, *numbers, save_mask)
     if use_input_stats and (running_mean is not None or num_batches_tracked is not None):
         count = x.numel() // stats.shape[1]
         ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
@@ -130,6 +137,30 @@ def entry_for(x: Tensor) -> Entry:
     if type(x) is FakeTensor and _dispatch_mode(_PROXY) is not None:  # the operator asks where tensors are real
         raise Unsupported("make_fx records torch's operators")
     return run_norm
+
+
+# ---- autocast ----
+
+#: Types of devices on which autocast runs torch's group norm and layer norm in float32.
+WIDENING: frozenset[str] = frozenset(
+    device
+    for device in ops.DEVICES
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::layer_norm", f"Autocast{device.upper()}")
+)
+
+
+def widened(*tensors: OptTensor) -> tuple[Any, ...]:
+    """The arguments of a group or layer norm, the first of them x, as autocast gives them to torch's."""
+    x = tensors[0]
+    if (
+        x is None
+        or x.device.type not in WIDENING
+        or settings.autocast_mode == "keep"
+        or not torch.is_autocast_enabled(x.device.type)
+    ):
+        return tensors
+    halves = (torch.bfloat16, torch.float16)
+    return tuple(t.float() if t is not None and t.dtype in halves else t for t in tensors)
 
 
 # ---- each norm ----
@@ -214,6 +245,8 @@ def fused_group_norm(
     param: float,
 ) -> Tensor:
     """Group norm by the kernels."""
+    if WIDENING:
+        x, weight, bias, residual = widened(x, weight, bias, residual)
     if groups < 1 or x.numel() <= groups:  # torch counts the values of the whole batch
         raise Unsupported(f"groups is {groups}, expected at least 1, and less than x has values")
     return entry(x, weight, bias, residual, None, None, None, *Config(groups, 0, eps, activation, param))
@@ -231,6 +264,8 @@ def fused_layer_norm(
     param: float,
 ) -> Tensor:
     """Layer norm by the kernels."""
+    if WIDENING:
+        x, weight, bias, residual = widened(x, weight, bias, residual)
     if not isinstance(normalized_shape, (tuple, list)):
         raise Unsupported(f"normalized_shape is a {type(normalized_shape).__name__}")
     dims = len(normalized_shape)
@@ -262,7 +297,7 @@ def reason_of(refusal: Exception) -> str:
 def fall_back(name: str, error: Exception, unfused: Callable[[], Any]) -> Any:
     """What `unfused` makes of a call of `name` that the kernels refused with `error`; raises what is no refusal."""
     if is_compiling():
-        if strict or not isinstance(error, NotImplementedError):
+        if (strict and not isinstance(error, Decomposed)) or not isinstance(error, NotImplementedError):
             raise error
         return unfused()
     if not is_refusal(error):

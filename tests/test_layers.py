@@ -39,6 +39,7 @@ MODULES = (
     "_C",
     "extension",
     "activations",
+    "settings",
     "ops",
     "reference",
     "autograd",
