@@ -8,6 +8,7 @@ from . import cuda, functional
 from .convert import convert, revert, reverted
 from .enable import disable, enable, enabled
 from .functional import moments
+from .images import ImageNormalize
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -28,6 +29,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "GroupNorm",
+    "ImageNormalize",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",

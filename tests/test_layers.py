@@ -44,6 +44,7 @@ MODULES = (
     "reference",
     "autograd",
     "dispatch",
+    "images",
     "unfused",
     "functional",
     "modules",

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/args.h"
+#include "core/images.h"
 #include "plan/cpu.h"
 
 namespace fastnorm::cpu {
@@ -26,11 +27,16 @@ struct BackwardCall : BackwardArgs {
   double *dweight, *dbias;  // [C]; instead of BackwardArgs' own
 };
 
+struct ImageCall : ImageArgs {
+  Parallel parallel;
+};
+
 // There is one of these for each instruction set; csrc/cpu/dispatch.cpp picks one at load time.
 struct Kernels {
   const char* name;
   void (*forward)(const ForwardCall&);
   void (*backward)(const BackwardCall&);
+  void (*normalize_images)(const ImageCall&);
 };
 const Kernels& kernels();
 

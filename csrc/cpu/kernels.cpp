@@ -2,6 +2,7 @@
 #include "columns_backward.h"
 #include "columns_forward.h"
 #include "eval_forward.h"
+#include "images.h"
 #include "layer_backward.h"
 #include "layer_forward.h"
 #include "rows_backward.h"
@@ -45,7 +46,13 @@ static void backward(const BackwardCall& args) {
   });
 }
 
+static void normalize_images(const ImageCall& call) {
+  dispatch_image(call, [&](auto in, auto out) {
+    NormalizeImages<typename decltype(in)::type, typename decltype(out)::type>(call).run();
+  });
+}
+
 extern const cpu::Kernels kernels;
-const cpu::Kernels kernels{FASTNORM_STRING(FASTNORM_CPU_CAPABILITY), forward, backward};
+const cpu::Kernels kernels{FASTNORM_STRING(FASTNORM_CPU_CAPABILITY), forward, backward, normalize_images};
 
 }  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

@@ -15,7 +15,7 @@
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-using cpu::BackwardCall, cpu::ForwardCall, cpu::Parallel;
+using cpu::BackwardCall, cpu::ForwardCall, cpu::ImageCall, cpu::Parallel;
 
 // Uninitialised memory that is aligned to a pack and can be read one pack past its end.
 template <class E>

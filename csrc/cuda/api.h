@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "core/images.h"
 #include "plan/types.h"
 
 namespace fastnorm::cuda {
@@ -20,6 +21,7 @@ inline bool is_gang_refused(int error) { return error >= kGangRefused; }
 int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream);
 int launch_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
 int launch_update_running_stats(const RunningArgs& args, void* stream);
+int launch_normalize_images(const ImageArgs& args, void* stream);
 const char* error_string(int error);
 
 // The facts that plans are made from, as the driver gives them. Slow: ask once per device.

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "core/args.h"
+#include "core/images.h"
 
 namespace fastnorm::ops {
 
@@ -13,6 +14,7 @@ struct Backend {
   void (*forward)(const ForwardArgs& args, at::Device device);  // moves args.running too
   void (*backward)(const BackwardArgs& args, at::Device device);
   void (*update_running_stats)(const RunningArgs& args, at::Device device);
+  void (*normalize_images)(const ImageArgs& args, at::Device device);
 };
 
 extern const Backend kCpuBackend;   // backend_cpu.cpp

@@ -60,8 +60,8 @@ void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
   TORCH_CHECK(torch_parallel_for(0, workers, 1, work, &queue) == 0, "fastnorm: a parallel task failed");
 }
 
-cpu::Parallel parallel_for(const Geometry& g) {
-  return {g.numel() < kMinParallelElements ? 1 : at::get_num_threads(), run_tasks};
+cpu::Parallel parallel_for(int64_t elements) {
+  return {elements < kMinParallelElements ? 1 : at::get_num_threads(), run_tasks};
 }
 
 // The size of cache index of the first processor, as Linux tells it; `otherwise` where it does not. (sysconf gave 384
@@ -137,7 +137,7 @@ void update_running_stats(const RunningArgs& args, at::Device) {
 }
 
 void forward(const ForwardArgs& args, at::Device device) {
-  const cpu::Parallel parallel = parallel_for(args.geometry);
+  const cpu::Parallel parallel = parallel_for(args.geometry.numel());
   cpu::kernels().forward({args, plan_cpu(args.geometry, args.dtype, 1, 1, cpu_info(parallel.threads)), parallel});
   if (args.running.moves()) update_running_stats(args.running, device);
 }
@@ -161,7 +161,7 @@ void backward(const BackwardArgs& args, at::Device) {
   const bool weight = args.dweight.data != nullptr, bias = args.dbias.data != nullptr;
   std::vector<double> sums(weight || bias ? 2 * C : 0, 0.0);
   double *dweight = weight ? sums.data() : nullptr, *dbias = bias ? sums.data() + C : nullptr;
-  const cpu::Parallel parallel = parallel_for(args.geometry);
+  const cpu::Parallel parallel = parallel_for(args.geometry.numel());
   const int outputs = (args.dx != nullptr) + (args.dresidual != nullptr);
   const CpuPlan plan = plan_cpu(args.geometry, args.dtype, 2, outputs, cpu_info(parallel.threads));
   cpu::kernels().backward({args, plan, parallel, dweight, dbias});
@@ -169,8 +169,12 @@ void backward(const BackwardArgs& args, at::Device) {
   if (bias) round_sums(dbias, C, args.dbias);
 }
 
+void normalize_images(const ImageArgs& args, at::Device) {
+  cpu::kernels().normalize_images({args, parallel_for(args.numel())});
+}
+
 }  // namespace
 
-const Backend kCpuBackend{make_empty, forward, backward, update_running_stats};
+const Backend kCpuBackend{make_empty, forward, backward, update_running_stats, normalize_images};
 
 }  // namespace fastnorm::ops

@@ -252,9 +252,15 @@ void backward(const BackwardArgs& args, at::Device device) {
       });
 }
 
+void normalize_images(const ImageArgs& args, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  device_info(device);  // refuses a device that the build is not for
+  check_cuda(launch([&] { return cuda::launch_normalize_images(args, current_stream(device)); }));
+}
+
 }  // namespace
 
-const Backend kCudaBackend{make_empty, forward, backward, update_running_stats};
+const Backend kCudaBackend{make_empty, forward, backward, update_running_stats, normalize_images};
 
 }  // namespace fastnorm::ops
 

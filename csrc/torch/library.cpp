@@ -32,6 +32,9 @@ FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
       "update_running_stats_(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
       "Tensor stats, SymInt count, float? momentum) -> ()");
   m.def("moments(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def(
+      "normalize_images(Tensor x, float[] scale, float[] shift, ScalarType dtype, MemoryFormat memory_format) "
+      "-> Tensor");
 }
 
 namespace fastnorm::ops {
@@ -84,6 +87,7 @@ static void implement(torch::Library& m) {
   m.impl("norm_backward", &flat_backward);
   m.impl("update_running_stats_", &update_running_stats_);
   m.impl("moments", &moments);
+  m.impl("normalize_images", &normalize_images);
 }
 
 }  // namespace fastnorm::ops

@@ -59,6 +59,11 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
 // Per-channel mean and biased variance over all other dims.
 std::tuple<Tensor, Tensor> moments(const Tensor& x);
 
+// y = x * scale + shift for images x (N, C, H, W), a number for each channel, in the dtype and memory format asked for
+// (Preserve: x's) and in one pass. x may be uint8.
+Tensor normalize_images(const Tensor& x, at::ArrayRef<double> scale, at::ArrayRef<double> shift, at::ScalarType dtype,
+                        at::MemoryFormat format);
+
 // The same ops as the dispatcher calls them: every field is an argument, and what is undefined here has shape (0,).
 using ForwardSignature = Forward(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                                  const OptTensor&, int64_t, int64_t, double, int64_t, double, bool);

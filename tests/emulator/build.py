@@ -140,7 +140,8 @@ def torch_objects(namespace: str = "fastnorm_emulated") -> list[Object]:
     flags = torch_include_flags(torch_root())
     flags += ["-O1", "-DNDEBUG", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     objects = [
-        plain_object("plain", CSRC / "torch" / f"{name}.cpp", *flags) for name in ("backend", "backend_cuda", "ops")
+        plain_object("plain", CSRC / "torch" / f"{name}.cpp", *flags)
+        for name in ("backend", "backend_cuda", "images", "ops")
     ]
     named = [*flags, f"-DFASTNORM_NAMESPACE={namespace}"]
     return [*objects, plain_object("plain", CSRC / "torch" / "library.cpp", *named, suffix=f".{namespace}")]

@@ -1,0 +1,124 @@
+// Normalizes images: y = x * scale + shift with a scale and a shift for each channel.
+//
+// Who: a thread owns W neighbouring pixels and goes through their channels. In planes its W elements of a channel are a
+// pack, and neighbouring threads read neighbouring packs; channels_last its W * C elements are neighbours, which it
+// takes one by one, and the L1 cache serves what a line holds beside them. Traffic: x is read once, y is written once.
+// Needs: W divides the pixels of an image, and planes are aligned to packs of W elements.
+#include "core/images.h"
+
+#include "launch.cuh"
+#include "pack.cuh"
+
+namespace fastnorm::cuda {
+
+namespace {
+
+constexpr int kImageThreads = 256;
+constexpr int64_t kMaxImageBlocks = 1 << 16;
+
+template <class A>
+struct ImageShape {
+  int64_t groups;  // of W pixels, of all images
+  WideDiv groups_of_image;
+  int64_t C, S;
+  bool x_interleaved, y_interleaved;
+  A scale[kMaxImageChannels], shift[kMaxImageChannels];
+};
+
+template <class A, class T>
+FASTNORM_DEVICE A widen_pixel(T v) {
+  if constexpr (std::is_same_v<T, uint8_t>) {
+    return static_cast<A>(v);
+  } else {
+    return widen<A>(v);
+  }
+}
+
+// The elements of channel c of the W pixels that begin with `pixel`.
+template <int W, class A, class T>
+FASTNORM_DEVICE void load_pixels(const T* image, bool interleaved, int64_t C, int64_t S, int64_t pixel, int64_t c,
+                                 A (&out)[W]) {
+  T lanes[W];
+  if (interleaved || W == 1) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      const T* const p = image + (interleaved ? (pixel + w) * C + c : c * S + pixel);
+      note_read(p, sizeof(T), Access::kStream);
+      lanes[w] = *p;
+    }
+  } else {
+    const auto pack = load<W == 1 ? 4 : W>(image + c * S + pixel);
+    memcpy(lanes, &pack, sizeof lanes);
+  }
+#pragma unroll
+  for (int w = 0; w < W; ++w) out[w] = widen_pixel<A>(lanes[w]);
+}
+template <int W, class A, class T>
+FASTNORM_DEVICE void store_pixels(T* image, bool interleaved, int64_t C, int64_t S, int64_t pixel, int64_t c,
+                                  const A (&values)[W]) {
+  if (interleaved || W == 1) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) {
+      T* const p = image + (interleaved ? (pixel + w) * C + c : c * S + pixel);
+      note_write(p, sizeof(T), Access::kStream);
+      *p = narrow<T>(values[w]);
+    }
+  } else {
+    store<W>(image + c * S + pixel, narrow<T>(values));
+  }
+}
+
+template <class In, class Out, int W>
+FASTNORM_KERNEL(kImageThreads, 2)
+normalize_images(const In* x, Out* y, const ImageShape<ImageAccum<In, Out>> shape) {
+  using A = ImageAccum<In, Out>;
+  const int64_t step = grid_blocks() * block_threads();
+  for (int64_t group = block_index() * block_threads() + thread_index(); group < shape.groups; group += step) {
+    const int64_t image = shape.groups_of_image.divide(group);
+    const int64_t pixel = (group - image * shape.groups_of_image.divisor) * W, base = image * shape.C * shape.S;
+    for (int64_t c = 0; c < shape.C; ++c) {
+      A v[W];
+      load_pixels<W>(x + base, shape.x_interleaved, shape.C, shape.S, pixel, c, v);
+#pragma unroll
+      for (int w = 0; w < W; ++w) v[w] = v[w] * shape.scale[c] + shape.shift[c];
+      store_pixels<W>(y + base, shape.y_interleaved, shape.C, shape.S, pixel, c, v);
+    }
+  }
+}
+
+template <class In, class Out, int W>
+int launch_width(const ImageArgs& args, void* stream) {
+  using A = ImageAccum<In, Out>;
+  ImageShape<A> shape{};
+  shape.groups = args.N * args.S / W;
+  shape.groups_of_image = WideDiv(args.S / W);
+  shape.C = args.C;
+  shape.S = args.S;
+  shape.x_interleaved = args.x_interleaved;
+  shape.y_interleaved = args.y_interleaved;
+  for (int64_t c = 0; c < args.C; ++c) {
+    shape.scale[c] = static_cast<A>(args.scale[c]);
+    shape.shift[c] = static_cast<A>(args.shift[c]);
+  }
+  const int64_t blocks = std::min((shape.groups + kImageThreads - 1) / kImageThreads, kMaxImageBlocks);
+  return launch(normalize_images<In, Out, W>, LaunchConfig{blocks, kImageThreads, 0, stream},
+                static_cast<const In*>(args.x), static_cast<Out*>(args.y), shape);
+}
+
+}  // namespace
+
+int launch_normalize_images(const ImageArgs& args, void* stream) {
+  return dispatch_image(args, [&](auto in, auto out) {
+    using In = typename decltype(in)::type;
+    using Out = typename decltype(out)::type;
+    if constexpr (std::is_same_v<ImageAccum<In, Out>, float>) {
+      const auto aligned = [](const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+      if (args.S % 4 == 0 && aligned(args.x, 4 * sizeof(In)) && aligned(args.y, 4 * sizeof(Out))) {
+        return launch_width<In, Out, 4>(args, stream);
+      }
+    }
+    return launch_width<In, Out, 1>(args, stream);
+  });
+}
+
+}  // namespace fastnorm::cuda

@@ -1,0 +1,117 @@
+"""ImageNormalize: batches of images to normalized tensors of the wanted dtype and layout, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+
+from .dispatch import entry_for, fall_back
+
+__all__ = ["ImageNormalize"]
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FORMATS = (torch.preserve_format, torch.contiguous_format, torch.channels_last)
+
+#: x, scale, shift, dtype, memory_format -> x * scale + shift
+normalize_images = torch.ops.fastnorm.normalize_images.default
+
+
+class ImageNormalize(nn.Module):
+    """(x / 255 - mean) / std of uint8 images, (x - mean) / std of others: torchvision's ToDtype(scale=True) and
+    Normalize, and the change of the memory format, in one pass over memory instead of three or four.
+
+    mean, std: a number for each channel, of images whose values are in [0, 1]. dtype: of the output, float32, float64,
+    bfloat16 or float16; None: float32 for uint8 images, else the input's. memory_format: of the output,
+    torch.contiguous_format, torch.channels_last, or torch.preserve_format for the input's.
+
+    forward(images): (N, C, H, W) or (C, H, W), uint8 or any of the dtypes above. Interleaved images, (N, H, W, C) in
+    memory, are given as `images.permute(0, 3, 1, 2)`, which copies nothing. Floating-point images get a gradient.
+    Arithmetic is in float32, or float64 where the input or the output is.
+
+    ValueError: mean and std of different lengths, a std of 0 or that is not finite, images of another number of
+    channels or dimensions. TypeError: another dtype. More than 32 channels are left to torch's operators.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+    ) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.dtype, self.memory_format = dtype, memory_format
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(
+                f"mean and std have {len(self.mean)} and {len(self.std)} numbers, expected one per channel"
+            )
+        for s in self.std:
+            if s == 0 or not abs(s) < float("inf"):
+                raise ValueError(f"std has {s}, expected finite numbers other than 0")
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"dtype is {dtype}, expected None or one of {', '.join(map(str, FLOATS))}")
+        if memory_format not in FORMATS:
+            raise ValueError(f"memory_format is {memory_format}, expected one of {', '.join(map(str, FORMATS))}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 and images.dtype not in FLOATS:
+            raise TypeError(f"images have dtype {images.dtype}, expected uint8 or one of {', '.join(map(str, FLOATS))}")
+        if images.dim() not in (3, 4) or images.shape[-3] != len(self.mean):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected (N, C, H, W) or (C, H, W) with C = {len(self.mean)}"
+            )
+        if images.dim() == 3:
+            return self.forward(images[None])[0]
+        most = 255.0 if images.dtype == torch.uint8 else 1.0
+        scale = [1 / (most * s) for s in self.std]
+        shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
+        dtype = self.dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
+        arguments = (scale, shift, dtype, self.memory_format)
+        try:
+            entry_for(images)  # refuses where torch has to see its own operators
+            return normalize_images(images, *arguments)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            return fall_back("ImageNormalize", error, lambda: reference(images, *arguments))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        own = f"mean={self.mean}, std={self.std}, dtype={self.dtype}, memory_format={self.memory_format}"
+        return own.replace("torch.", "")
+
+
+def reference(
+    x: Tensor, scale: Sequence[float], shift: Sequence[float], dtype: torch.dtype, memory_format: torch.memory_format
+) -> Tensor:
+    """`normalize_images` in torch's operators."""
+    accum = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
+    a, b = (x.new_tensor(values, dtype=accum).view(-1, 1, 1) for values in (scale, shift))
+    y = (x.to(accum) * a + b).to(dtype)
+    return y.contiguous(memory_format=_format_of(x, memory_format))
+
+
+def _format_of(x: Tensor, memory_format: torch.memory_format) -> torch.memory_format:
+    return suggest_memory_format(x) if memory_format == torch.preserve_format else memory_format
+
+
+def _fake(x: Tensor, scale: Any, shift: Any, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=_format_of(x, memory_format))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.scale, *_ = inputs
+    ctx.dtype, ctx.format = x.dtype, suggest_memory_format(x)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
+    """The same map without the shift, to x's dtype and layout."""
+    zeros = [0.0] * len(ctx.scale)
+    return normalize_images(dy, ctx.scale, zeros, ctx.dtype, ctx.format), None, None, None, None
+
+
+torch.library.register_fake("fastnorm::normalize_images", _fake)
+torch.library.register_autograd("fastnorm::normalize_images", _backward, setup_context=_setup_context)
