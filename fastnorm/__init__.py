@@ -18,6 +18,7 @@ from .modules import (
     LayerNorm,
 )
 from .report import Report, Row, explain, report
+from .skip_init import SkipInit
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "LayerNorm",
     "Report",
     "Row",
+    "SkipInit",
     "convert",
     "cuda",
     "explain",

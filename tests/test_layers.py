@@ -44,6 +44,8 @@ MODULES = (
     "autograd",
     "dispatch",
     "unfused",
+    "statistics",
+    "skip_init",
     "functional",
     "modules",
     "convert",
