@@ -117,7 +117,7 @@ def normalize(
 
     The kernels serve values per channel, in either of the two shapes; torch's operators compute the others.
     TypeError for x of another dtype; ValueError for shapes that do not go with x's, and for a negative eps.
-    Source: tf.nn.batch_normalization.
+    Source: tf.nn.batch_normalization. (torch.nn.functional.normalize is another function: it divides by a p-norm.)
     """
     if x.dtype not in ops.PARAMETER_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
