@@ -5,6 +5,7 @@ fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + res
 """
 
 from . import cuda, functional
+from .calibrate import calibrate
 from .convert import convert, revert, reverted
 from .functional import moments
 from .modules import (
@@ -34,6 +35,7 @@ __all__ = [
     "Report",
     "Row",
     "SkipInit",
+    "calibrate",
     "convert",
     "cuda",
     "explain",
