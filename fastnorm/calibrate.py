@@ -239,15 +239,12 @@ class _Run:
 
     def layer_by_layer(self) -> dict[BatchNorm, _Total]:
         """The same, each normalizing by the population; a pass for every norm that is reached."""
-        found: dict[BatchNorm, _Total] = {}
-        waiting = list(self.norms)
-        while waiting:
-            totals = self._measure(waiting, f"calibrate, norm {len(found) + 1} of {len(found) + len(waiting)}")
-            first, *rest = totals  # those behind it had its old statistics
-            found[first] = totals[first]
+        found = self._measure(list(self.norms), "calibrate")
+        for number, norm in enumerate(found):
+            if number > 0:  # what the first pass found of those behind the first had old statistics before it
+                found |= self._measure([norm], f"calibrate, norm {number + 1} of {len(found)}")
             # As in training, where the batch's own variance is the biased one.
-            found[first].write(first, correction=0)
-            waiting = rest
+            found[norm].write(norm, correction=0)
         return found
 
     def _measure(self, norms: list[BatchNorm], title: str) -> dict[BatchNorm, _Total]:

@@ -361,7 +361,7 @@ def test_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     calibrate(nn.BatchNorm1d(3), batches, progress=False)
     assert len(made) == 2
     calibrate(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), batches, layer_by_layer=True)
-    assert [bar["desc"] for bar in made[2:]] == ["calibrate, norm 1 of 2", "calibrate, norm 2 of 2"]
+    assert [bar["desc"] for bar in made[2:]] == ["calibrate", "calibrate, norm 2 of 2"]
 
 
 def test_does_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
