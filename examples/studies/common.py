@@ -132,9 +132,10 @@ def train(
     batch: int = 64,
     seed: int = 0,
     evaluate_every: int = 0,
-    target: float | None = None,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
 ) -> Training:
-    """`steps` steps on the cross entropy. Stops where the loss is not finite, and where `target` is reached."""
+    """`steps` steps on the cross entropy, fewer where the loss is not finite; the accuracy after every
+    `evaluate_every` of them, and at the end."""
     record = Training()
     model.train()
     batches = data.batches(batch, seed)
@@ -147,11 +148,11 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if schedule is not None:
+            schedule.step()
         record.losses.append(loss.item())
         if step == steps or (evaluate_every and step % evaluate_every == 0):
             record.accuracies.append((step, accuracy(model, data.test_x, data.test_y)))
-            if target is not None and record.accuracies[-1][1] >= target:
-                break
     return record
 
 
@@ -264,15 +265,21 @@ def main(
     name = Path(module.__file__).stem
     parser = argparse.ArgumentParser(description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller form, of some seconds")
+    parser.add_argument("--redraw", action="store_true", help="page and picture from the JSON that is there")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: docs/studies, quick: build/studies")
     args = parser.parse_args(arguments)
     folder = args.out or (ROOT / "build" / "studies" if args.quick else PAGES)
     torch.set_num_threads(1)  # the tensors are small
     start = time.monotonic()
-    # Through JSON, so that the page is what the file says.
-    measured = json.loads(json.dumps(module.measure(args.quick)))
+    if args.redraw:
+        document = json.loads((folder / f"{name}.json").read_text())
+        facts = {key: document[key] for key in ("quick", "seconds", "where")}
+        measured = document["measured"]
+    else:
+        # Through JSON, so that the page is what the file says.
+        measured = json.loads(json.dumps(module.measure(args.quick)))
+        facts = {"quick": args.quick, "seconds": round(time.monotonic() - start, 1), "where": where()}
     report = module.report(measured)
-    facts = {"quick": args.quick, "seconds": round(time.monotonic() - start, 1), "where": where()}
     publish(name, measured, report, module.draw, folder, size, facts)
     for claim in report.claims:
         print(f"{'agrees   ' if claim.agrees else 'DISAGREES'}  {claim.source}\n           {claim.measured}")

@@ -140,6 +140,10 @@ def pick(measured: Measured, activation: str, batch_norm: bool, factor: int) -> 
     )
 
 
+def in_steps(steps: int | None) -> str:
+    return f"never reaches {TARGET:.0%}" if steps is None else f"{steps} steps to {TARGET:.0%}"
+
+
 def fewer(a: int | None, b: int | None) -> bool:
     """a steps are fewer than b, where None is never."""
     return a is not None and (b is None or a < b)
@@ -172,38 +176,40 @@ def report(measured: Measured) -> Report:
         Claim(
             "At the same learning rate a network with batch norm needs less than half the steps "
             "(Ioffe & Szegedy: 13.3 against 31.0 million).",
-            f"ReLU, x1: {show(relu[True, 1]['steps'])} steps to {TARGET:.0%} with, {show(relu[False, 1]['steps'])} "
-            "without",
+            f"ReLU, x1: with, {in_steps(relu[True, 1]['steps'])}; without, {in_steps(relu[False, 1]['steps'])}",
             fewer(2 * (relu[True, 1]["steps"] or 10**9), relu[False, 1]["steps"]),
         ),
         Claim(
             "Five times the learning rate trains it faster still (2.1 million steps, 14 times fewer than without).",
-            f"ReLU, x5: {show(relu[True, 5]['steps'])} steps with; without: {show(relu[False, 1]['steps'])} at x1",
+            f"ReLU with: x1 {in_steps(relu[True, 1]['steps'])}, x5 {in_steps(relu[True, 5]['steps'])}; without, x1 "
+            f"{in_steps(relu[False, 1]['steps'])}",
             fewer(relu[True, 5]["steps"], relu[True, 1]["steps"]),
         ),
         Claim(
             "Thirty times the learning rate still trains with batch norm, somewhat slower at first than x5 "
             "(2.7 million steps).",
-            f"ReLU, x30 with batch norm: {show(relu[True, 30]['steps'])} steps, best {relu[True, 30]['best']:.1%}; "
-            f"x5: {show(relu[True, 5]['steps'])}",
+            f"ReLU with: x30 {in_steps(relu[True, 30]['steps'])}, best {relu[True, 30]['best']:.1%}; x5 "
+            f"{in_steps(relu[True, 5]['steps'])}. Sigmoid with, x30: {in_steps(sigmoid_bn[-1]['steps'])}",
             fewer(relu[True, 5]["steps"], relu[True, 30]["steps"]) and relu[True, 30]["steps"] is not None,
         ),
         Claim(
             "Without batch norm the larger learning rates break the network (x5 did at once).",
-            f"ReLU without: x5 {show(relu[False, 5]['steps'])} steps, best {relu[False, 5]['best']:.1%}; "
-            f"x30 {show(relu[False, 30]['steps'])}, best {relu[False, 30]['best']:.1%}",
+            f"ReLU without: x5 {in_steps(relu[False, 5]['steps'])}, best {relu[False, 5]['best']:.1%}; "
+            f"x30 {in_steps(relu[False, 30]['steps'])}, best {relu[False, 30]['best']:.1%}",
             relu[False, 5]["steps"] is None and relu[False, 30]["steps"] is None,
         ),
         Claim(
             "With sigmoid, batch norm trains what does not train without (69.8% against 0.1% on ImageNet).",
-            f"best accuracy of the three rates: {max(row['best'] for row in sigmoid_bn):.1%} with, "
-            f"{max(row['best'] for row in sigmoid):.1%} without (chance: 10%)",
+            f"at the best rate of each: with, {in_steps(fastest(measured, 'sigmoid', True)['steps'])}; without, "
+            f"{in_steps(fastest(measured, 'sigmoid', False)['steps'])} "
+            f"(accuracies {max(row['best'] for row in sigmoid_bn):.1%} and {max(row['best'] for row in sigmoid):.1%}; "
+            "chance: 10%)",
             all(row["steps"] is None for row in sigmoid) and any(row["steps"] is not None for row in sigmoid_bn),
         ),
         Claim(
             "At the best learning rate of each, batch norm needs fewer steps.",
-            f"ReLU: {show(norm_best['steps'])} at x{norm_best['factor']} with, {show(plain_best['steps'])} at "
-            f"x{plain_best['factor']} without",
+            f"ReLU: with, {in_steps(norm_best['steps'])} at x{norm_best['factor']}; without, "
+            f"{in_steps(plain_best['steps'])} at x{plain_best['factor']}",
             fewer(norm_best["steps"], plain_best["steps"]),
         ),
     ]
