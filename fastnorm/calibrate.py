@@ -59,8 +59,9 @@ def calibrate(
 
     In the meantime all modules are in evaluation (dropout is off, as it will be when the statistics are used), except
     that without layer_by_layer the BatchNorms are in training. All modes and momentum are afterwards what they were.
-    num_batches_tracked becomes the number of batches that were merged, so that training with momentum=None goes on from
-    there. No gradients are recorded; compiled models run uncompiled.
+    num_batches_tracked becomes the number of batches that were merged (of all ranks; calls, where a norm is called more
+    than once), so that training with momentum=None goes on from there. No gradients are recorded; compiled models run
+    uncompiled.
 
     Raises what the model raises, and ValueError where `batches` is empty or no BatchNorm was reached, for inputs of a
     norm that are not finite or are a single value per channel, for an iterator with layer_by_layer, and for a lazy
@@ -235,7 +236,10 @@ class _Run:
         with contextlib.ExitStack() as stack:
             for norm in self.norms:
                 stack.enter_context(_batch_statistics(norm))
-            return self._measure(list(self.norms), "calibrate")
+            found = self._measure(list(self.norms), "calibrate")
+        for norm, total in found.items():
+            total.check(self.norms[norm])
+        return found
 
     def layer_by_layer(self) -> dict[BatchNorm, _Total]:
         """The same, each normalizing by the population; a pass for every norm that is reached."""
@@ -243,6 +247,7 @@ class _Run:
         for number, norm in enumerate(found):
             if number > 0:  # what the first pass found of those behind the first had old statistics before it
                 found |= self._measure([norm], f"calibrate, norm {number + 1} of {len(found)}")
+            found[norm].check(self.norms[norm])
             # As in training, where the batch's own variance is the biased one.
             found[norm].write(norm, correction=0)
         return found
@@ -250,17 +255,16 @@ class _Run:
     def _measure(self, norms: list[BatchNorm], title: str) -> dict[BatchNorm, _Total]:
         """One pass over all batches and ranks: the totals of those of `norms` that were reached, in that order."""
         totals = {norm: _Total.none(norm.num_features, norm.running_mean.device) for norm in norms}  # type: ignore[union-attr]
-        reached = 0
+        reached: set[BatchNorm] = set()
 
         def note(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal reached
             assert isinstance(norm, BatchNorm)
             x, total = args[0] if args else kwargs["input"], totals[norm]
             if x.dim() >= 2 and x.shape[1] != norm.num_features:
                 raise ValueError(f"{self.norms[norm]} got {x.shape[1]} channels, expected {norm.num_features}")
-            if total.batches.item() == 0:
-                total.place.fill_(reached)
-                reached += 1
+            if norm not in reached:
+                total.place.fill_(len(reached))
+                reached.add(norm)
             total.add(x)
 
         hooks = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
@@ -278,8 +282,6 @@ class _Run:
         if not found:
             what = "batches is empty" if number == 0 else f"{number} batches reached no BatchNorm of the model"
             raise ValueError(f"{what}: there is nothing to take statistics of")
-        for norm, total in found.items():
-            total.check(self.norms[norm])
         return found
 
 

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import math
 
-import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import ops
 from .dispatch import Config, Entry, Unsupported, serve
 
 __all__ = ["SkipInit"]
+
+
+def skip_init(residual: Tensor, branch: Tensor, alpha: Tensor) -> Tensor:
+    """residual + alpha * branch; alpha has one element."""
+
+    def fused(entry: Entry, branch: Tensor, residual: Tensor | None) -> Tensor:
+        assert residual is not None
+        x = branch
+        if x.dim() < 2:
+            if residual.shape != x.shape:
+                raise Unsupported(f"residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}")
+            x, residual = x.reshape(1, -1), residual.reshape(1, -1)
+        scale = alpha.to(ops.accumulation_dtype(x)).expand(x.shape[1])
+        mean, var = scale.new_zeros(x.shape[1]), scale.new_ones(x.shape[1])
+        y = entry(x, scale, None, residual, mean, var, None, *Config(0, 0, 0.0, 0, 0.0, use_input_stats=False))
+        return y if x is branch else y.reshape(branch.shape)
+
+    def unfused(branch: Tensor, residual: Tensor | None) -> Tensor:
+        assert residual is not None
+        return residual + alpha.reshape(()) * branch  # a tensor without dimensions does not promote the dtype
+
+    return serve("SkipInit", fused, unfused, branch, residual)
+
+
+torch.fx.wrap("skip_init")  # one node of a traced graph, with alpha as its argument
 
 
 class SkipInit(nn.Module):
@@ -51,25 +76,7 @@ class SkipInit(nn.Module):
 
     def forward(self, residual: Tensor, branch: Tensor) -> Tensor:
         """residual + alpha * branch"""
-        alpha = self.alpha
-
-        def fused(entry: Entry, branch: Tensor, residual: Tensor | None) -> Tensor:
-            assert residual is not None
-            x = branch
-            if x.dim() < 2:
-                if residual.shape != x.shape:
-                    raise Unsupported(f"residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}")
-                x, residual = x.reshape(1, -1), residual.reshape(1, -1)
-            scale = alpha.to(ops.accumulation_dtype(x)).expand(x.shape[1])
-            mean, var = scale.new_zeros(x.shape[1]), scale.new_ones(x.shape[1])
-            y = entry(x, scale, None, residual, mean, var, None, *Config(0, 0, 0.0, 0, 0.0, use_input_stats=False))
-            return y if x is branch else y.reshape(branch.shape)
-
-        def unfused(branch: Tensor, residual: Tensor | None) -> Tensor:
-            assert residual is not None
-            return residual + alpha.reshape(()) * branch  # a tensor without dimensions does not promote the dtype
-
-        return serve("SkipInit", fused, unfused, branch, residual)
+        return skip_init(residual, branch, self.alpha)
 
     def extra_repr(self) -> str:
         return f"init={self.init:g}"

@@ -182,6 +182,17 @@ def test_compiled_model() -> None:
         assert_within_ulps(inner[1].running_var, var, 16)
 
 
+def test_layer_by_layer_does_not_look_at_what_old_statistics_make() -> None:
+    """A model whose statistics are broken is mended: norms behind the first saw NaN in the first pass alone."""
+    model, fresh = deep_net(), deep_net()
+    for norm in norms_of(model):
+        norm.running_var.fill_(torch.nan)
+    for each in (model, fresh):
+        calibrate(each, list(images().split(SIZES)), layer_by_layer=True, progress=False)
+    for ours, theirs in zip(norms_of(model), norms_of(fresh), strict=True):
+        assert torch.equal(ours.running_var, theirs.running_var)
+
+
 # What goes in
 
 

@@ -88,6 +88,27 @@ def test_compiled() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_traced_by_fx() -> None:
+    """A call in the graph, served by the kernels, that learns the same alpha."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.skip = nn.Linear(3, 3), SkipInit(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.skip(x, self.linear(x))
+
+    model = Block()
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target.__name__ for node in traced.graph.nodes if node.op == "call_function"] == ["skip_init"]
+    x = torch.randn(4, 3)
+    y = traced(x)
+    torch.testing.assert_close(y, model(x))
+    y.sum().backward()
+    assert traced.skip.alpha is model.skip.alpha and model.skip.alpha.grad is not None
+
+
 @pytest.mark.fallback(r"residual (is|has)|a torch.func transform")
 def test_what_torch_serves() -> None:
     """A residual that broadcasts or has another dtype, as in torch; vmap."""

@@ -144,13 +144,13 @@ def test_writes_a_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Page, picture and JSON; and again from the JSON alone."""
     module = study(name)
     monkeypatch.setattr(module, "measure", lambda is_quick: quick(name))
-    common.main(module, (8, 5), ["--quick", "--out", str(tmp_path)])
+    common.main(module, (12, 8), ["--quick", "--out", str(tmp_path)])
     names = {f"{name}.md", f"{name}.png", f"{name}.json", "README.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
     before = (tmp_path / f"{name}.md").read_text()
     assert "This is the quick form." in before and f"({name}.md)" in (tmp_path / "README.md").read_text()
     monkeypatch.setattr(module, "measure", None)
-    common.main(module, (8, 5), ["--redraw", "--out", str(tmp_path)])
+    common.main(module, (12, 8), ["--redraw", "--out", str(tmp_path)])
     assert (tmp_path / f"{name}.md").read_text() == before
     torch.set_num_threads(1)
 

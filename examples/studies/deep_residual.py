@@ -163,7 +163,7 @@ def mean_length(shares: list[float]) -> float:
 
 
 def measure(quick: bool) -> Measured:
-    depths, steps = ((4, 100), 30) if quick else ((4, 16, 100, 1000), 60)
+    depths, steps = ((4, 64), 30) if quick else ((4, 16, 100, 1000), 60)
     growth = 200 if quick else 1000
     data = common.load()
     runs = []

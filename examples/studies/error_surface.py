@@ -107,7 +107,7 @@ def base_rate(data: common.Digits, steps: int) -> float:
 
 
 def measure_digits(data: common.Digits, base: float, quick: bool) -> list[dict[str, Any]]:
-    steps, seeds = (300, 1) if quick else (2000, 5)
+    steps, seeds = (200, 1) if quick else (2000, 5)
     rows = []
     for activation, batch_norm, factor in itertools.product(("relu", "sigmoid"), (False, True), FACTORS):
         runs = [run(data, activation, batch_norm, base * factor, steps, seed) for seed in range(seeds)]
@@ -128,7 +128,7 @@ def measure_digits(data: common.Digits, base: float, quick: bool) -> list[dict[s
 
 def measure(quick: bool) -> Measured:
     data = common.load()
-    base = base_rate(data, 400)
+    base = base_rate(data, 250)
     return {"features": measure_features(), "base": base, "digits": measure_digits(data, base, quick)}
 
 

@@ -152,7 +152,7 @@ def report(measured: Measured) -> Report:
         Claim(
             "Merged over batches of any size, the statistics are those of all data at once.",
             f"layer by layer, in batches of {CALIBRATION_BATCH}, the variances differ by {usual[exact]['error']:.0e} "
-            f"from one batch of all; in one pass by {usual['calibrate']['error']:.1e}, since norms behind the first see "
+            f"from one batch of all; in one pass by {usual['calibrate']['error']:.1e}, as norms behind the first see "
             f"other inputs; update_bn's by {usual['update_bn']['error']:.1e}",
             usual[exact]["error"] < 1e-4 and usual[exact]["error"] < usual["update_bn"]["error"],
         ),
@@ -199,7 +199,7 @@ def report(measured: Measured) -> Report:
             )
         ],
         "Left: accuracy by the batch size of the training. Middle: error of the running variances. Right: the same "
-        "network in other light.",
+        "network in other light (dotted: in the light of training).",
     )
 
 
@@ -222,7 +222,7 @@ def draw(figure: Figure, measured: Measured) -> None:
     right.bar(range(len(WAYS)), bars, color=list(colours.values()))
     right.axhline(100 * measured["small"]["32"][WAYS[-1]]["accuracy"], color="grey", ls=":")
     right.set_xticks(range(len(WAYS)), ["running\naverage", "update_bn", "calibrate", "layer\nby layer"])
-    right.set_title("accuracy in other light, in % (dotted: in the first)")
+    right.set_title("accuracy in other light, in %")
 
 
 if __name__ == "__main__":

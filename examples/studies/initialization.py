@@ -149,8 +149,8 @@ def report(measured: Measured) -> Report:
         ),
         Claim(
             "Saturated units have no slope, so the gradient vanishes.",
-            f"tanh, gradient at layer 1: {show(large_tanh['gradients'][0])} times the last layer's. Of the last layer's "
-            f"units {1 - large_tanh['saturated']:.0%} keep a slope, and weights of deviation 1 multiply what passes",
+            f"tanh, gradient at layer 1: {show(large_tanh['gradients'][0])} times the last layer's. In the last layer "
+            f"{1 - large_tanh['saturated']:.0%} of units keep a slope, and weights of deviation 1 multiply what passes",
             large_tanh["gradients"][0] < 0.1,
         ),
         Claim(
