@@ -233,6 +233,15 @@ def write_index(folder: Path) -> None:
     (folder / "README.md").write_text("\n\n".join(text) + "\n")
 
 
+def as_json(document: dict[str, Any], depth: int = 2) -> str:
+    """An entry a line, and those of a dictionary in it; a curve is on one line."""
+    entries = []
+    for key, value in document.items():
+        nested = depth > 1 and isinstance(value, dict)
+        entries.append(f"{json.dumps(key)}: {as_json(value, depth - 1) if nested else json.dumps(value)}")
+    return "{\n" + ",\n".join(entries) + "\n}"
+
+
 def publish(
     name: str,
     measured: Measured,
@@ -246,7 +255,7 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     claims = [vars(claim) for claim in report.claims]
     document = {"title": report.title, **facts, "claims": claims, "measured": measured}
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(as_json(document) + "\n")
     (folder / f"{name}.md").write_text(page(name, report, facts))
     style()
     figure = plt.figure(figsize=size, layout="constrained")
