@@ -3,6 +3,7 @@
 # make test-ptx all tests of the CUDA kernels on nvcc's PTX, of which `make test` runs a part; needs nvcc, no GPU
 # make test-models  fastnorm in real models (torchvision, timm, diffusers, transformers) and under tools for them
 # make bench    the full benchmark table; ARGS='--filter GroupNorm' is passed on to benchmarks/bench.py
+# make studies  the studies of examples/studies, and their pages in docs/studies; QUICK=1: a short form, into build/studies
 # make lint     formatting, lint and types          make format   puts formatting right
 # make build    the extension alone                 make clean    removes what was built, keeps .venv
 # make check-cuda   compiles the CUDA kernels for every architecture and reads their machine code; needs nvcc, no GPU
@@ -28,7 +29,8 @@ BUILT := build/.built-$(TORCH)-$(subst /,_,$(VENV))
 NATIVE := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: demo test test-ptx test-models bench build check-cuda count-instructions count-cpu-instructions lint lint-cpp lint-python lint-types format clean
+.PHONY: demo test test-ptx test-models bench studies build check-cuda count-instructions count-cpu-instructions
+.PHONY: lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
 	$(PY) examples/train_digits.py $(if $(QUICK),--quick) $(ARGS)
@@ -47,6 +49,10 @@ test-models: $(BUILT)
 
 bench: $(BUILT)
 	$(PY) benchmarks/bench.py $(ARGS)
+
+STUDIES := error_surface initialization deep_residual which_axes inference
+studies: $(BUILT)
+	set -e; for study in $(STUDIES); do $(PY) examples/studies/$$study.py $(if $(QUICK),--quick) $(ARGS); done
 
 build: $(BUILT)
 

@@ -5,6 +5,7 @@ fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + res
 """
 
 from . import cuda, functional
+from .calibrate import calibrate
 from .convert import convert, revert, reverted
 from .enable import disable, enable, enabled
 from .functional import moments
@@ -21,6 +22,7 @@ from .modules import (
 )
 from .report import Report, Row, explain, report
 from .settings import set_autocast_mode, set_compile_mode
+from .skip_init import SkipInit
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,8 @@ __all__ = [
     "LayerNorm",
     "Report",
     "Row",
+    "SkipInit",
+    "calibrate",
     "convert",
     "cuda",
     "disable",

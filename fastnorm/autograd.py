@@ -77,6 +77,41 @@ def _forward_with_gradient(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return NormFunction.forward(*args)
 
 
+class MomentsFunction(Function):
+    """`moments` with its gradient."""
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.moments(x)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[0], output[0])
+
+    @staticmethod
+    def backward(ctx: Any, dmean: OptTensor, dvar: OptTensor) -> OptTensor:
+        """dx = dmean / n + (x - mean) * 2 dvar / n: of constants, an affine map, which a norm is that is frozen at
+        variance 1."""
+        x, mean = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        shift = torch.zeros_like(mean) if dmean is None else dmean / count
+        slope = torch.zeros_like(mean) if dvar is None else dvar * (2 / count)
+        if not is_compiling() and not torch.is_grad_enabled() and not _transformed():
+            return ops.norm_forward(x, slope, shift, None, mean, torch.ones_like(mean), 0, 0, 0.0, 0, 0.0, False)[0]  # type: ignore[no-any-return]
+        wide = (-1, *[1] * (x.dim() - 2))
+        dx: Tensor = (x.to(mean.dtype) - mean.view(wide)) * slope.view(wide) + shift.view(wide)
+        return dx.to(x.dtype)
+
+
+@torch.library.impl("fastnorm::moments", "Autograd")
+def _moments_with_gradient(x: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return MomentsFunction.apply(x)  # type: ignore[no-any-return]
+    return MomentsFunction.forward(x)
+
+
 class NormBackwardFunction(Function):
     """`norm_backward` with its gradient: that of `reference.norm_backward`, differentiable any number of times."""
 

@@ -18,25 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import reference
 from .activations import activation_code
-from .dispatch import (
-    Unsupported,
-    entry_for,
-    fall_back,
-    fused_batch_norm,
-    fused_group_norm,
-    fused_instance_norm,
-    fused_layer_norm,
-    serve,
-    trace_norm,
-)
+from .dispatch import fused_batch_norm, fused_group_norm, fused_instance_norm, fused_layer_norm, serve
+from .statistics import moments, normalize
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "moments"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "moments", "normalize"]
 
 
 def batch_norm(
@@ -151,24 +141,3 @@ def layer_norm(
         input,
         residual,
     )
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel, over all the other dimensions.
-
-    x (N, C, *) of any real dtype. Returns two tensors (C,), float32 (float64 for float64 x), NaN where x is empty.
-    ValueError for less than two dimensions.
-    """
-    if x.dim() < 2:
-        raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
-    try:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise Unsupported("moments is differentiated by torch")
-        if entry_for(x) is trace_norm:
-            refusal = ops.why_unsupported(x, *(None,) * 5, (0, 0, 0.0, 0, 0.0))
-            if refusal is not None:
-                raise Unsupported(refusal)
-        mean, var = ops.moments(x)
-        return mean, var
-    except RuntimeError as error:
-        return fall_back("moments", error, lambda: reference.moments(x))  # type: ignore[no-any-return]

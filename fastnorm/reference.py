@@ -115,7 +115,10 @@ def norm_backward(
     return dx, dweight, dbias, d.to(x.dtype)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over all dimensions but the second, in the accumulation dtype."""
-    var, mean = torch.var_mean(x.to(accumulation_dtype(x)), (0, *range(2, x.dim())), correction=0)
+def moments(x: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over `dims` (None: all but the second), in the accumulation dtype."""
+    x = x.to(accumulation_dtype(x))
+    if dims == ():  # torch takes an empty tuple for all
+        return x.clone(), x - x
+    var, mean = torch.var_mean(x, (0, *range(2, x.dim())) if dims is None else dims, correction=0)
     return mean, var

@@ -208,7 +208,7 @@ def strictness(request: pytest.FixtureRequest) -> None:
                 pytest.fail(f"{name} was left to torch: {error}; this test expects {reason!r}")
             return result
 
-        for module in ("dispatch", "functional"):
+        for module in ("dispatch", "statistics"):
             monkeypatch.setattr(f"fastnorm.{module}.fall_back", fall_back)
 
 
