@@ -7,6 +7,7 @@ fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + res
 from . import cuda, functional
 from .convert import convert, revert, reverted
 from .functional import moments
+from .fuse import fuse
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -36,6 +37,7 @@ __all__ = [
     "cuda",
     "explain",
     "functional",
+    "fuse",
     "moments",
     "report",
     "revert",

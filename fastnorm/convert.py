@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import modules
+from .fuse_record import undo
 from .unfused import UNFUSED, forget_activation
 
 __all__ = ["convert", "revert", "reverted"]
@@ -42,7 +43,9 @@ def revert(model: Model) -> Model:
 
     A norm without activation gets its exact torch.nn class. One with an activation becomes a subclass of it that runs
     torch.nn's norm, then adds the residual, then applies the activation. Subclasses of fastnorm's are left alone.
+    What `fastnorm.fuse` has fused is taken apart again.
     """
+    undo(model)
     for module in model.modules():
         if isinstance(module, modules.Norm) and type(module) in _PUBLIC:
             fuses = module._epilogue()[0] is not None

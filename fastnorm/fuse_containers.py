@@ -1,0 +1,118 @@
+"""Containers whose forward is known: nn.Sequential, and timm's norms that have their activation inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from . import modules
+from .fuse_match import is_plain_sequential
+from .fuse_patterns import Act, activation_of_module, has_hooks
+from .fuse_record import KEY, Fusion, Rewriting, rewrite
+from .unfused import TorchNormActivation
+
+__all__ = ["Pair", "fuse_norm_act", "has_activation", "is_norm", "is_norm_act", "pairs", "pass_residual", "tail_of"]
+
+_PASSES_ON = """def forward(self, input, *residual):
+    *before, last = list(self)[:{length}]
+    for module in before:
+        input = module(input)
+    return last(input, *residual)
+"""
+
+
+class Pair(NamedTuple):
+    """A norm and the activation behind it in an nn.Sequential. through: containers, from the one that holds both down
+    to the norm. key, module: the activation's."""
+
+    norm: nn.Module
+    through: list[nn.Module]
+    act: Act
+    key: str
+    module: nn.Module
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity and "forward" not in vars(module) and not has_hooks(module)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm of torch.nn's kind, which includes ours."""
+    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+
+
+def tail_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The way down to the norm at the end of a container, in steps of name and module; empty if there is none."""
+    if not isinstance(module, nn.Sequential):
+        return []
+    for name, child in reversed(list(module._modules.items())):
+        if child is None or _is_identity(child):
+            continue
+        if is_norm(child):
+            return [(name, child)]
+        below = tail_of(child) if is_plain_sequential(child) else []
+        return [(name, child), *below] if below else []
+    return []
+
+
+def pairs(container: nn.Sequential) -> Iterator[Pair]:
+    """Each norm, or container that ends in one, with an activation next to it but for nn.Identity."""
+    children = [(key, child) for key, child in container._modules.items() if child and not _is_identity(child)]
+    for (_, first), (key, second) in zip(children, children[1:], strict=False):
+        act = activation_of_module(second)
+        if act is None:
+            continue
+        below = tail_of(first) if is_plain_sequential(first) else []
+        if is_norm(first):
+            yield Pair(first, [], act, key, second)
+        elif below:
+            yield Pair(below[-1][1], [first, *(module for _, module in below[:-1])], act, key, second)
+
+
+def pass_residual(container: nn.Module) -> None:
+    """Let a container that ends in a norm take a residual, and hand it on."""
+    way = tail_of(container)
+    length = list(container._modules).index(way[0][0]) + 1
+    norm = tuple(name for name, _ in way)
+    rewrite(container, Rewriting((("forward", _PASSES_ON.format(length=length)),), (), (norm,)))
+
+
+# ---- timm ----
+
+_NORM_ACTS = {"BatchNormAct2d": "BatchNorm2d", "GroupNormAct": "GroupNorm", "LayerNormAct": "LayerNorm"}
+
+
+def is_norm_act(module: nn.Module) -> bool:
+    """Whether a module is one of timm's norms with an activation inside."""
+    cls = getattr(type(module), "_original_class", type(module))
+    return cls.__name__ in _NORM_ACTS and cls.__module__.startswith("timm.")
+
+
+def fuse_norm_act(norm: nn.Module) -> str | None:
+    """Fuse one of timm's norms with what is inside it. Returns why not, if not."""
+    drop, act_module = norm._modules.get("drop"), norm._modules.get("act")
+    if drop is None or act_module is None or "forward" in vars(norm) or getattr(norm, "_fast_norm", False):
+        return f"is a {type(norm).__name__} of another form"
+    if not _is_identity(drop):
+        return f"is followed by a {type(drop).__name__}"
+    act = activation_of_module(act_module)
+    if act is None and not _is_identity(act_module):
+        return f"is followed by a {type(act_module).__name__}"
+    if has_hooks(act_module):
+        return f"is followed by a {type(act_module).__name__} with hooks"
+    base = _NORM_ACTS[type(norm).__name__]
+    rewrite(norm, Rewriting((), ("act", "drop"), ((),), base))
+    if act is not None:
+        own = vars(norm)
+        own["_fuses"], own["activation"], own["activation_param"] = True, act.name, act.param
+        own[KEY] = Fusion(act.name, f"itself ({type(norm).__name__})", True)
+    return None
+
+
+def has_activation(module: nn.Module) -> bool:
+    """Whether a norm computes an activation already."""
+    if isinstance(module, (modules.Norm, TorchNormActivation)):
+        return module._epilogue()[0] is not None
+    return is_norm_act(module) and not _is_identity(module._modules["act"])  # type: ignore[arg-type]

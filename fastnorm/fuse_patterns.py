@@ -1,0 +1,139 @@
+"""Activations and sums, as modules, functions and methods: what `fastnorm.fuse` recognises."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["METHODS", "Act", "activation_of_call", "activation_of_method", "activation_of_module", "has_hooks", "is_add"]
+
+
+class Act(NamedTuple):
+    """name, param: as a norm takes them; in_place: it writes into its input."""
+
+    name: str
+    param: float = 0.01
+    in_place: bool = False
+
+
+aten = torch.ops.aten
+
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.LeakyReLU: "leaky_relu",
+    nn.GELU: "gelu",
+}
+#: Function -> activation, and whether it writes into its input always.
+_FUNCTIONS: dict[Callable[..., Any], tuple[str, bool]] = {
+    F.relu: ("relu", False),
+    torch.relu: ("relu", False),
+    F.relu_: ("relu", True),
+    torch.relu_: ("relu", True),
+    F.silu: ("silu", False),
+    F.gelu: ("gelu", False),
+    F.leaky_relu: ("leaky_relu", False),
+    F.leaky_relu_: ("leaky_relu", True),
+    F.hardswish: ("hardswish", False),
+    F.sigmoid: ("sigmoid", False),
+    torch.sigmoid: ("sigmoid", False),
+    torch.sigmoid_: ("sigmoid", True),
+    torch.special.expit: ("sigmoid", False),
+    F.tanh: ("tanh", False),
+    torch.tanh: ("tanh", False),
+    torch.tanh_: ("tanh", True),
+}
+for _name in ("relu", "silu", "gelu", "leaky_relu", "hardswish", "sigmoid", "tanh"):
+    _FUNCTIONS[getattr(aten, _name).default] = (_name, False)
+    if hasattr(aten, f"{_name}_"):
+        _FUNCTIONS[getattr(aten, f"{_name}_").default] = (_name, True)
+
+#: Method of a tensor -> the function.
+METHODS: dict[str, Callable[..., Any]] = {
+    name: getattr(torch, name) for name in ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_")
+}
+#: Parameters after the tensor, in order.
+_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "gelu": ("approximate",),
+    "leaky_relu": ("negative_slope", "inplace"),
+}
+_ADDS: set[Callable[..., Any]] = {
+    operator.add,
+    operator.iadd,
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    aten.add.Tensor,
+    aten.add_.Tensor,
+}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to this module's calls."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def activation_of_module(module: object) -> Act | None:
+    """The activation that a module of torch.nn's is."""
+    name = _MODULES.get(type(module))  # type: ignore[arg-type]
+    if name is None or "forward" in vars(module):
+        return None
+    param = 0.01
+    if isinstance(module, nn.LeakyReLU):
+        param = float(module.negative_slope)
+    if isinstance(module, nn.GELU):
+        if module.approximate not in ("none", "tanh"):
+            return None
+        name = "gelu" if module.approximate == "none" else "gelu_tanh"
+    return Act(name, param, bool(getattr(module, "inplace", False)))
+
+
+def activation_of_call(function: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Act | None:
+    """The activation that `function(tensor, *args, **kwargs)` is; the arguments are constants."""
+    try:
+        found = _FUNCTIONS.get(function)  # type: ignore[arg-type]
+    except TypeError:  # cannot be a key
+        return None
+    if found is None:
+        return None
+    name, in_place = found
+    names = _PARAMETERS.get(name, ("inplace",))
+    if len(args) > len(names):
+        return None
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    if given.keys() - {*names, "inplace"}:
+        return None
+    in_place = in_place or given.get("inplace", False) is True
+    if not isinstance(given.get("inplace", False), bool):
+        return None
+    if name == "gelu":
+        approximate = given.get("approximate", "none")
+        return Act({"none": "gelu", "tanh": "gelu_tanh"}[approximate], 0.01, False) if approximate in ("none", "tanh") else None  # fmt: skip
+    slope = given.get("negative_slope", 0.01)
+    if isinstance(slope, bool) or not isinstance(slope, (int, float)):
+        return None
+    return Act(name, float(slope), in_place)
+
+
+def activation_of_method(name: str) -> Act | None:
+    """The activation that `tensor.name()` is."""
+    return activation_of_call(METHODS[name], (), {}) if name in METHODS else None
+
+
+def is_add(function: object, kwargs: Mapping[str, Any]) -> bool:
+    """Whether `function(a, b, **kwargs)` is a + b."""
+    try:
+        found = function in _ADDS
+    except TypeError:
+        return False
+    return found and not kwargs.keys() - {"alpha"} and kwargs.get("alpha", 1) == 1
