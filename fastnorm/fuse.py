@@ -14,13 +14,13 @@ from torch import nn
 
 from . import modules
 from .convert import convert, why_not_converted
-from .fuse_containers import fuse_norm_act, has_activation, is_norm, is_norm_act, pairs, pass_residual, tail_of
+from .fuse_containers import fuse_norm_act, has_activation, is_last, is_norm_act, pairs, pass_residual
 from .fuse_edit import edited
 from .fuse_graph import fuse_graph
-from .fuse_match import NotProved, Site, is_plain_sequential, match
+from .fuse_match import NotProved, Site, is_plain_sequential, is_returned, match
 from .fuse_patterns import Act, has_hooks
-from .fuse_record import KEY, REFUSAL, Absorbed, Fusion, Rewriting, fusion_of, rewrite
-from .fuse_usage import Usage, path_names, path_text, usage_of
+from .fuse_record import KEY, REFUSAL, Absorbed, Fusion, Rewriting, fusion_of, is_norm, rewrite
+from .fuse_usage import Usage, usage_of
 
 __all__ = ["fuse"]
 
@@ -28,11 +28,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Place(NamedTuple):
-    """Calls of a norm in methods of one module. through: the containers between that module and the norm, innermost
-    first."""
+    """A norm and the calls behind which there is something to fuse: its own, or those of a module that returns what the
+    norm returns.
+
+    through: the modules between, the norm's own container first, each with the site at which it calls what is inside,
+    where it is no nn.Sequential. sites: the calls.
+    """
 
     norm: nn.Module
-    through: list[nn.Module]
+    through: list[tuple[nn.Module, Site | None]]
     sites: list[Site]
 
 
@@ -112,7 +116,8 @@ def _fuse_containers(model: nn.Module, usage: Usage, refusals: dict[int, str]) -
             reason = _why_unfit(norm, usage)
             for inner in (*pair.through, norm):
                 if reason is None and inner is not norm:
-                    reason = "is at the end of a container with hooks" if has_hooks(inner) else usage.why_unproved(inner)
+                    hooks = "is at the end of a container with hooks" if has_hooks(inner) else None
+                    reason = hooks or usage.why_unproved(inner)
                 if reason is None and usage.calls.get(id(inner)):
                     method, _ = usage.calls[id(inner)][0]
                     reason = f"is called by its name too, in {type(method.owner).__name__}.{method.name}"
@@ -129,83 +134,102 @@ def _fuse_containers(model: nn.Module, usage: Usage, refusals: dict[int, str]) -
 
 
 def _fuse_methods(model: nn.Module, usage: Usage, refusals: dict[int, str]) -> None:
-    places: dict[int, list[Place]] = defaultdict(list)
+    places: list[Place] = []
     claimed: set[int] = set()
     for norm in model.modules():
         if not is_norm(norm) or id(norm) in refusals or fusion_of(norm) is not None:
             continue
         try:
             place = _place_of(norm, usage, claimed)
-        except NotProved as reason:
-            refusals[id(norm)] = str(reason)
+        except NotProved as refusal:
+            refusals[id(norm)] = str(refusal)
             continue
-        places[id(place.sites[0].method.owner)].append(place)
+        places.append(place)
         claimed |= {id(node) for site in place.sites for node in (site.sum_node, site.act_node) if node is not None}
-    for of_owner in places.values():
-        try:
-            _rewrite_owner(of_owner)
-        except (NotProved, TypeError, SyntaxError, ValueError) as error:
-            owner = type(of_owner[0].sites[0].method.owner).__name__
-            refusals |= {id(p.norm): f"is called in {owner}, which cannot be rewritten: {error}" for p in of_owner}
-            continue
-        for place in of_owner:
+    sites: dict[int, list[Site]] = defaultdict(list)
+    for place in places:
+        for site in (*place.sites, *(inner for _, inner in place.through if inner is not None)):
+            sites[id(site.method.owner)].append(site)
+    failed = {key: reason for key, of_owner in sites.items() if (reason := _rewrite_owner(of_owner)) is not None}
+    for place in places:
+        reasons = [failed[key] for site in place.sites if (key := id(site.method.owner)) in failed]
+        reasons += [failed[id(module)] for module, _ in place.through if id(module) in failed]
+        if reasons:
+            refusals[id(place.norm)] = reasons[0]
+        else:
             _mark_place(place, usage)
 
 
 def _place_of(norm: nn.Module, usage: Usage, claimed: set[int]) -> Place:
-    """The calls of a norm, or of the containers that end in it, each with what follows. NotProved where one has nothing
-    to fuse, or where they differ."""
+    """The calls of a norm, or of what returns its output, each with what follows. NotProved where one has nothing to
+    fuse, or where they differ."""
     if (reason := _why_unfit(norm, usage)) is not None:
         raise NotProved(reason)
-    target, through = norm, list[nn.Module]()
-    while not usage.calls.get(id(target)) and usage.parents[id(target)]:
-        parent = usage.parents[id(target)][0][0]
-        way = [module for _, module in tail_of(parent)] if is_plain_sequential(parent) else []
-        if not way or way[-1] is not norm:
-            break
+    target, through = norm, list[tuple[nn.Module, Site | None]]()
+    while True:
+        calls = usage.calls.get(id(target), [])
+        inner: Site | None = None
+        if calls:
+            try:
+                sites = [match(method, call) for method, call in calls]
+                break
+            except NotProved:
+                method, call = calls[0]
+                if len(calls) > 1 or not is_returned(method, call):
+                    raise
+                inner, parent = Site(method, call, returned=True), method.owner
+        else:
+            parent = next((parent for parent, _ in usage.parents[id(target)]), target)
+            if not is_last(parent, target):
+                raise NotProved(_what_follows(target, usage))
+        if not usage.parents[id(parent)]:
+            raise NotProved(f"is followed by nothing in the {type(parent).__name__}")
         if (reason := "has hooks" if has_hooks(parent) else usage.why_unproved(parent)) is not None:
-            raise NotProved(f"is at the end of a container that {reason}")
+            raise NotProved(f"is at the end of a {type(parent).__name__} that {reason}")
+        through.append((parent, inner))
         target = parent
-        through.append(parent)
-    calls = usage.calls.get(id(target), [])
-    if not calls:
-        inside = any(is_plain_sequential(parent) for parent, _ in usage.parents[id(target)])
-        raise NotProved("is followed by nothing to fuse in its container" if inside else "is called by no name")
-    sites = [match(method, call) for method, call in calls]
     for site in sites:
         if site.act != sites[0].act or site.in_place is not sites[0].in_place:
             raise NotProved("is called in several places, and followed by different things")
-        if site.method.owner is not sites[0].method.owner:
-            raise NotProved("is called by several modules")
         if any(id(node) in claimed for node in (site.sum_node, site.act_node) if node is not None):
             raise NotProved("is added to the output of another norm, with which the sum is fused")
+    for _, inner in through:
+        if inner is not None:
+            inner.act = sites[0].act
     return Place(norm, through, sites)
 
 
-def _rewrite_owner(places: list[Place]) -> None:
-    """Rewrite the methods of one module, for all the norms that they call."""
-    sites = [site for place in places for site in place.sites]
-    assumed = {name for site in sites for name in (*site.assumed, *site.method.assumed)}
-    paths = []
-    for place in places:
-        below = [name for name, _ in tail_of(place.through[-1])] if place.through else []
-        for site in place.sites:
-            names = path_names(site.method, site.call.func)
-            if names is None:
-                raise NotProved(f"it reaches {path_text(site.call.func)} by another way than its submodules")
-            paths.append((*names, *below))
-    methods = {id(site.method): site.method for site in sites}
-    sources = {m.name: edited(m, [site for site in sites if site.method is m]) for m in methods.values()}
+def _what_follows(norm: nn.Module, usage: Usage) -> str:
+    """Why a norm that no method calls by its name is left."""
+    for parent, key in usage.parents[id(norm)]:
+        if is_plain_sequential(parent):
+            keys = list(parent._modules)
+            behind = parent._modules[keys[keys.index(key) + 1]] if key != keys[-1] else None
+            return f"is followed by {'nothing' if behind is None else f'a {type(behind).__name__}'} in its container"
+    return "is called by no method that names it"
+
+
+def _rewrite_owner(sites: list[Site]) -> str | None:
+    """Rewrite the methods of one module, for all the norms that they call. Returns why that is not possible."""
     owner = sites[0].method.owner
-    rewrite(owner, Rewriting(tuple(sources.items()), tuple(sorted(assumed)), tuple(paths)))
+    assumed = {name for site in sites for name in (*site.assumed, *site.method.assumed)}
+    methods = {id(site.method): site.method for site in sites}
+    try:
+        sources = {m.name: edited(m, [site for site in sites if site.method is m]) for m in methods.values()}
+        rewrite(owner, Rewriting(tuple(sources.items()), tuple(sorted(assumed))))
+    except (TypeError, SyntaxError, ValueError, AttributeError) as error:
+        return f"is called in {type(owner).__name__}, which cannot be rewritten: {error}"
+    return None
 
 
 def _mark_place(place: Place, usage: Usage) -> None:
     summed = next((site for site in place.sites if site.sum_node is not None), None)
     site = summed or place.sites[0]
     fusion = Fusion(site.text, _place_name(usage, site.method.owner))
-    _mark(place.norm, site.act, fusion, site.in_place)
-    for container in place.through:
-        if summed is not None:
-            pass_residual(container)
+    below = place.norm
+    for container, inner in place.through:
+        if inner is None:
+            pass_residual(container, below, site.act)
         vars(container)[KEY] = fusion
+        below = container
+    _mark(place.norm, site.act, fusion, site.in_place)

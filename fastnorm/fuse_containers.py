@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,16 +11,16 @@ from torch import nn
 from . import modules
 from .fuse_match import is_plain_sequential
 from .fuse_patterns import Act, activation_of_module, has_hooks
-from .fuse_record import KEY, Fusion, Rewriting, rewrite
+from .fuse_record import KEY, Fusion, Rewriting, is_norm, rewrite
 from .unfused import TorchNormActivation
 
-__all__ = ["Pair", "fuse_norm_act", "has_activation", "is_norm", "is_norm_act", "pairs", "pass_residual", "tail_of"]
+__all__ = ["Pair", "fuse_norm_act", "has_activation", "is_last", "is_norm_act", "pairs", "pass_residual"]
 
 _PASSES_ON = """def forward(self, input, *residual):
     *before, last = list(self)[:{length}]
     for module in before:
         input = module(input)
-    return last(input, *residual)
+    return fastnorm_call(last, input, residual[0] if residual else None, {activation!r}, {param!r})
 """
 
 
@@ -36,11 +37,6 @@ class Pair(NamedTuple):
 
 def _is_identity(module: nn.Module) -> bool:
     return type(module) is nn.Identity and "forward" not in vars(module) and not has_hooks(module)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm of torch.nn's kind, which includes ours."""
-    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
 
 
 def tail_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -60,7 +56,7 @@ def tail_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def pairs(container: nn.Sequential) -> Iterator[Pair]:
     """Each norm, or container that ends in one, with an activation next to it but for nn.Identity."""
     children = [(key, child) for key, child in container._modules.items() if child and not _is_identity(child)]
-    for (_, first), (key, second) in zip(children, children[1:], strict=False):
+    for (_, first), (key, second) in itertools.pairwise(children):
         act = activation_of_module(second)
         if act is None:
             continue
@@ -71,12 +67,18 @@ def pairs(container: nn.Sequential) -> Iterator[Pair]:
             yield Pair(below[-1][1], [first, *(module for _, module in below[:-1])], act, key, second)
 
 
-def pass_residual(container: nn.Module) -> None:
-    """Let a container that ends in a norm take a residual, and hand it on."""
-    way = tail_of(container)
-    length = list(container._modules).index(way[0][0]) + 1
-    norm = tuple(name for name, _ in way)
-    rewrite(container, Rewriting((("forward", _PASSES_ON.format(length=length)),), (), (norm,)))
+def is_last(container: nn.Module, module: nn.Module) -> bool:
+    """Whether an nn.Sequential returns what `module`, its child, returns."""
+    children = [child for child in container._modules.values() if child is not None and not _is_identity(child)]
+    return is_plain_sequential(container) and bool(children) and children[-1] is module
+
+
+def pass_residual(container: nn.Module, module: nn.Module, act: Act | None) -> None:
+    """Let a container whose last module is `module` take a residual, and hand it on."""
+    length = [child is module for child in container._modules.values()].index(True) + 1
+    name, param = (None, 0.0) if act is None else act[:2]
+    text = _PASSES_ON.format(length=length, activation=name, param=param)
+    rewrite(container, Rewriting((("forward", text),)))
 
 
 # ---- timm ----
@@ -103,7 +105,7 @@ def fuse_norm_act(norm: nn.Module) -> str | None:
     if has_hooks(act_module):
         return f"is followed by a {type(act_module).__name__} with hooks"
     base = _NORM_ACTS[type(norm).__name__]
-    rewrite(norm, Rewriting((), ("act", "drop"), ((),), base))
+    rewrite(norm, Rewriting((), ("act", "drop"), base))
     if act is not None:
         own = vars(norm)
         own["_fuses"], own["activation"], own["activation_param"] = True, act.name, act.param

@@ -13,13 +13,17 @@ from .fuse_source import Method
 __all__ = ["edited"]
 
 
+RESIDUAL = "fastnorm_residual"
+
+
 def edited(method: Method, sites: list[Site]) -> str:
-    """The text of a method with the calls at `sites` fused."""
+    """The text of a method with the calls at `sites` fused. A site that the method returns takes the residual that the
+    method is called with."""
     editor = _Editor(sites)
     tree = editor.visit(method.tree)
-    tree.decorator_list = []
-    text = ast.unparse(ast.fix_missing_locations(tree))
-    return text
+    if any(site.returned for site in sites):
+        tree.args.vararg = ast.arg(RESIDUAL)
+    return ast.unparse(ast.fix_missing_locations(tree))
 
 
 class _Editor(ast.NodeTransformer):
@@ -44,7 +48,10 @@ class _Editor(ast.NodeTransformer):
                 return ast.Assign([node.target], call)
             return call
 
-        if site.sum_node is None:
+        if site.returned:
+            given = ast.parse(f"{RESIDUAL}[0] if {RESIDUAL} else None", mode="eval").body
+            self.edits[id(site.call)] = lambda node: fused(node.args[0], given)
+        elif site.sum_node is None:
             self.edits[id(site.call)] = lambda node: fused(node.args[0], None)
         else:
             self.edits[id(site.sum_node)] = fused_sum
@@ -86,8 +93,8 @@ def _operands(node: Any, norm_on_the_right: bool) -> tuple[ast.expr, ast.expr]:
     """The norm's side of a sum, and the other."""
     if isinstance(node, ast.AugAssign):
         target = copy.copy(node.target)
-        target.ctx = ast.Load()  # type: ignore[union-attr]
-        return target, node.value  # type: ignore[return-value]
+        target.ctx = ast.Load()
+        return target, node.value
     if isinstance(node, ast.BinOp):
         left, right = node.left, node.right
     elif len(node.args) == 2:

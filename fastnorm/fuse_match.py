@@ -20,9 +20,10 @@ from .fuse_patterns import (
     has_hooks,
     is_add,
 )
-from .fuse_source import UNKNOWN, Method, function_of, resolve
+from .fuse_record import is_norm
+from .fuse_source import UNKNOWN, Method, function_of, methods_of, resolve
 
-__all__ = ["NotProved", "Site", "match"]
+__all__ = ["NotProved", "Site", "is_plain_sequential", "is_returned", "match"]
 
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.Return, ast.Expr, ast.AnnAssign)
 _CONDITIONAL = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -43,9 +44,12 @@ class NotProved(Exception):
 
 @dataclass
 class Site:
-    """call: the norm's. residual: what is added, and whether the norm stands on the right of it. in_place: the sum is
-    written into the norm's output. act: the activation. last: the node that computes the result today; through: the
-    statements in which the value was given a name, before the sum, and the mention of that name."""
+    """A call of a norm, and what becomes part of it.
+
+    act, act_node: the activation and its call. residual: what is added, in sum_node; norm_on_the_right: to its right;
+    in_place: the sum is written into the norm's output. named: before the sum (or activation) the value was given these
+    names. returned: instead, the method returns it to a caller that has the rest.
+    """
 
     method: Method
     call: ast.Call
@@ -56,7 +60,8 @@ class Site:
     in_place: bool = False
     sum_node: ast.BinOp | ast.Call | ast.AugAssign | None = None
     assumed: set[str] = field(default_factory=set)
-    named: list[tuple[ast.Assign, ast.expr]] = field(default_factory=list)
+    named: list[ast.Assign] = field(default_factory=list)
+    returned: bool = False
 
     @property
     def text(self) -> str:
@@ -100,7 +105,7 @@ class _Follow:
 
     def run(self) -> None:
         node: ast.AST = self.site.call
-        named: list[tuple[ast.Assign, ast.expr]] = []
+        named: list[ast.Assign] = []
         while self.site.act is None:
             parent = self.method.parent(node)
             if self._activation(node, parent, named) or self._sum(node, parent, named):
@@ -117,7 +122,7 @@ class _Follow:
             if mention is None:
                 break
             if isinstance(parent, ast.Assign):
-                named = [*named, (parent, mention)]
+                named = [*named, parent]
             node = mention
             if isinstance(mention, ast.AugAssign):
                 if self.site.sum_node is not None or not self._take_sum(mention, mention.value, False, True, named):
@@ -128,7 +133,7 @@ class _Follow:
 
     # ---- one step ----
 
-    def _activation(self, node: ast.AST, parent: ast.AST, named: list[tuple[ast.Assign, ast.expr]]) -> bool:
+    def _activation(self, node: ast.AST, parent: ast.AST, named: list[ast.Assign]) -> bool:
         act, call = None, parent
         if isinstance(parent, ast.Attribute) and parent.value is node and parent.attr in METHODS:
             call = self.method.parent(parent)
@@ -139,7 +144,8 @@ class _Follow:
         if act is None or not isinstance(call, ast.Call):
             return False
         statement = self._statement(call)
-        if isinstance(statement, ast.Expr) and statement.value is call and not (act.in_place and isinstance(node, ast.Name)):
+        changes_name = act.in_place and isinstance(node, ast.Name)
+        if isinstance(statement, ast.Expr) and statement.value is call and not changes_name:
             self.end = f"is followed by an activation whose result nobody takes, in {_where(self.method)}"
             return False
         if not self._dead_afterwards(named, statement):
@@ -172,7 +178,7 @@ class _Follow:
                 self.site.assumed.add(node.attr)
             node = node.value
 
-    def _sum(self, node: ast.AST, parent: ast.AST, named: list[tuple[ast.Assign, ast.expr]]) -> bool:
+    def _sum(self, node: ast.AST, parent: ast.AST, named: list[ast.Assign]) -> bool:
         if self.site.sum_node is not None:
             return False
         if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Add):
@@ -200,7 +206,7 @@ class _Follow:
         residual: ast.expr,
         right: bool,
         in_place: bool,
-        named: list[tuple[ast.Assign, ast.expr]],
+        named: list[ast.Assign],
     ) -> bool:
         statement = self._statement(node)
         if isinstance(residual, (ast.Constant, ast.Starred, ast.UnaryOp)) or _broadcasts(residual):
@@ -269,9 +275,9 @@ class _Follow:
         self.end = f"is followed by nothing in its own block, in {_where(self.method)}"
         return None
 
-    def _dead_afterwards(self, named: list[tuple[ast.Assign, ast.expr]], last: ast.stmt) -> bool:
+    def _dead_afterwards(self, named: list[ast.Assign], last: ast.stmt) -> bool:
         """Whether nothing reads the names of the value once `last` has run."""
-        for assign, _ in named:
+        for assign in named:
             target = assign.targets[0]
             assert isinstance(target, ast.Name)
             if isinstance(last, ast.Expr) or (isinstance(last, ast.AugAssign) and _is_name(last.target, target.id)):
@@ -309,14 +315,13 @@ class _Follow:
 
     # ---- moving the norm to where the sum is ----
 
-    def _may_move(self, named: list[tuple[ast.Assign, ast.expr]], last: ast.stmt, residual: ast.expr) -> bool:
+    def _may_move(self, named: list[ast.Assign], last: ast.stmt, residual: ast.expr) -> bool:
         """Whether the norm may run after what stands between it and the sum: the other operand, and statements."""
         between: list[ast.AST] = [residual]
         if named:
-            block = self._block(named[0][0])
+            block = self._block(named[0])
             places = {id(s): i for i, s in enumerate(block)}
-            steps = [assign for assign, _ in named]
-            between += [s for s in block[places[id(steps[0])] + 1 : places[id(last)]] if s not in steps]
+            between += [s for s in block[places[id(named[0])] + 1 : places[id(last)]] if s not in named]
         if any(isinstance(node, _EXITS) for part in between for node in ast.walk(part)):
             self.end = f"is added to after a way out of {_where(self.method)}"
             return False
@@ -324,8 +329,7 @@ class _Follow:
             self.end = f"is renamed before it is added to, in {_where(self.method)}"
             return False
         moved = resolve(self.site.call.func, self.method)
-        if is_plain_sequential(moved):
-            assert isinstance(moved, nn.Module)
+        if isinstance(moved, nn.Module) and moved._modules and not is_norm(moved):
             random = any("drop" in type(m).__name__.lower() for m in moved.modules())
             if any(isinstance(node, ast.Call) for part in between for node in ast.walk(part)) and (
                 random or not is_fresh(moved)
@@ -369,6 +373,8 @@ class _Follow:
     def _is_pure(self, call: ast.Call) -> bool:
         """Whether a call changes none of its arguments: one of torch.nn's modules, none of which works in place."""
         callee = resolve(call.func, self.method)
+        if is_fresh(callee):
+            return isinstance(callee, nn.Module) and not any(has_hooks(m) for m in callee.modules())
         return isinstance(callee, nn.Module) and all(
             type(m).forward.__module__.startswith(("torch.nn.modules.", "fastnorm."))
             and "forward" not in vars(m)
@@ -394,11 +400,52 @@ def _broadcasts(node: ast.expr) -> bool:
 
 
 def is_fresh(module: object) -> bool:
-    """Whether a module's output is new memory, and its input stays as it is."""
+    """Whether a module's input goes into a convolution and nowhere else: so it stays as it is, and the output is new
+    memory."""
+    if not isinstance(module, nn.Module) or "forward" in vars(module):
+        return False
     if is_plain_sequential(module):
-        assert isinstance(module, nn.Sequential)
-        return len(module) > 0 and is_fresh(next(iter(module)))
-    return isinstance(module, nn.Module) and type(module).forward in _FRESH and "forward" not in vars(module)
+        return bool(module._modules) and is_fresh(next(iter(module._modules.values())))
+    if type(module).forward in _FRESH:
+        return True
+    method = next((m for m in methods_of(module)[0] if m.name == "forward" and m.fixed is None), None)
+    if method is None or not _takes_one(method) or not method.tree.body:
+        return False
+    name, first = method.tree.args.args[1].arg, method.tree.body[0]
+    loads = [m for m in _loads_and_stores(method.tree, name) if isinstance(m.ctx, ast.Load)]
+    inside = [m for m in loads if any(m is node for node in ast.walk(first))]
+    call = method.parent(inside[0]) if len(inside) == 1 else None
+    if not isinstance(first, ast.Assign) or not isinstance(call, ast.Call):
+        return False
+    again = len(loads) > 1 and not (len(first.targets) == 1 and _is_name(first.targets[0], name))
+    return not again and call.args == inside and is_fresh(resolve(call.func, method))
+
+
+def _takes_one(method: Method) -> bool:
+    """Whether a method has one parameter besides self."""
+    args = method.tree.args
+    return len(args.args) == 2 and not (args.vararg or args.kwarg or args.kwonlyargs or args.defaults)
+
+
+def is_returned(method: Method, call: ast.Call) -> bool:
+    """Whether `forward(self, x)` returns what `call` gives, on every way through it and unused by anything else."""
+    if method.name != "forward" or method.fixed is not None or not _takes_one(method) or len(call.args) != 1:
+        return False
+    returns = [node for node in ast.walk(method.tree) if isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom))]
+    if len(returns) != 1 or returns[0] is not method.tree.body[-1] or call.keywords:
+        return False
+    follow = _Follow(Site(method, call))
+    node: ast.AST = call
+    while method.parent(node) is not returns[0]:
+        parent = method.parent(node)
+        target = follow._target(node, parent)
+        if target is None or method.parent(parent) is not method.tree:
+            return False
+        mention = follow._next_mention(target, follow._statement(node))
+        if mention is None or isinstance(mention, ast.AugAssign):
+            return False
+        node = mention
+    return isinstance(returns[0], ast.Return)
 
 
 def is_plain_sequential(module: object) -> bool:

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["METHODS", "Act", "activation_of_call", "activation_of_method", "activation_of_module", "has_hooks", "is_add"]
+__all__ = [
+    "METHODS",
+    "Act",
+    "activation_of_call",
+    "activation_of_method",
+    "activation_of_module",
+    "has_hooks",
+    "is_add",
+]
 
 
 class Act(NamedTuple):
@@ -101,7 +109,7 @@ def activation_of_module(module: object) -> Act | None:
 def activation_of_call(function: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Act | None:
     """The activation that `function(tensor, *args, **kwargs)` is; the arguments are constants."""
     try:
-        found = _FUNCTIONS.get(function)  # type: ignore[arg-type]
+        found = _FUNCTIONS.get(function)  # type: ignore[call-overload]
     except TypeError:  # cannot be a key
         return None
     if found is None:
@@ -117,8 +125,8 @@ def activation_of_call(function: object, args: Sequence[Any], kwargs: Mapping[st
     if not isinstance(given.get("inplace", False), bool):
         return None
     if name == "gelu":
-        approximate = given.get("approximate", "none")
-        return Act({"none": "gelu", "tanh": "gelu_tanh"}[approximate], 0.01, False) if approximate in ("none", "tanh") else None  # fmt: skip
+        known = {"none": Act("gelu"), "tanh": Act("gelu_tanh")}
+        return known.get(given.get("approximate", "none"))
     slope = given.get("negative_slope", 0.01)
     if isinstance(slope, bool) or not isinstance(slope, (int, float)):
         return None

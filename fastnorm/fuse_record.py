@@ -1,8 +1,8 @@
 """What `fastnorm.fuse` leaves on a model, and the way back.
 
-    a norm              `_fusion`, beside the attributes that any norm with an activation has
-    an activation       stays registered under its name; in an nn.Sequential, inside an `Absorbed` that passes its input on
-    a module with calls of a norm in its methods    gets a subclass of its class, in which those methods are rewritten
+    a norm          `_fusion`, beside the attributes that any norm with an activation has
+    an activation   stays registered under its name; in an nn.Sequential, inside an `Absorbed` that passes its input on
+    what calls      gets a subclass of its class, in which the methods that call norms are rewritten
 
 All of it is copied and pickled with the model. `undo` takes it away.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import modules, reference
 from .unfused import forget_activation
 
-__all__ = ["Absorbed", "Fusion", "Rewriting", "Rewritten", "fusion_of", "rewrite", "undo"]
+__all__ = ["Absorbed", "Fusion", "Rewriting", "Rewritten", "fusion_of", "is_norm", "rewrite", "undo"]
 
 KEY = "_fusion"
 REFUSAL = "_fusion_refused"
@@ -39,6 +39,11 @@ class Fusion(NamedTuple):
     absorbed: bool = False
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm of torch.nn's kind, which includes ours."""
+    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+
+
 def fusion_of(module: nn.Module) -> Fusion | None:
     """What `fuse` has fused with this norm."""
     fusion: Fusion | None = vars(module).get(KEY)
@@ -50,13 +55,11 @@ class Absorbed(nn.Identity):
 
     def __init__(self, activation: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        # In tuples: they are no submodules of this one.
-        self.__dict__["_absorbed"] = (activation,)
-        self.__dict__["_norm"] = (norm,)
+        self._pair = (activation, norm)  # in a tuple, they are no submodules
         self.training = activation.training
 
     def extra_repr(self) -> str:
-        return f"{self._absorbed[0]!r}, fused with the norm before it"  # type: ignore[index]
+        return f"{self._pair[0]!r}, fused with the norm before it"
 
 
 # ---- rewritten methods ----
@@ -79,12 +82,11 @@ HELPERS: dict[str, Callable[..., Any]] = {"fastnorm_call": call_fused, "fastnorm
 
 
 class Rewriting(NamedTuple):
-    """sources: method and text, in pairs. assumed: attributes of the module that the methods take for granted. norms:
-    the paths from the module to the norms. base: the fastnorm class that it becomes too, by name."""
+    """sources: method and text, in pairs. assumed: attributes of the module that the methods take for granted. base:
+    the fastnorm class that it becomes too, by name."""
 
     sources: tuple[tuple[str, str], ...] = ()
     assumed: tuple[str, ...] = ()
-    norms: tuple[tuple[str, ...], ...] = ()
     base: str | None = None
 
 
@@ -102,7 +104,8 @@ class Rewritten:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class does not exist where the module is loaded: it is made again."""
-        function, args, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
         if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
             function, args = _new, (self._original_class, self._rewriting)
         return (function, args, *rest)
@@ -170,20 +173,9 @@ def rewrite(module: nn.Module, rewriting: Rewriting) -> None:
         rewriting = Rewriting(
             tuple((dict(before.sources) | dict(rewriting.sources)).items()),
             tuple(sorted({*before.assumed, *rewriting.assumed})),
-            (*before.norms, *rewriting.norms),
             before.base or rewriting.base,
         )
     module.__class__ = _subclass(cls, rewriting)
-
-
-def reach(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    """The submodule at a path; None if there is none any more."""
-    for name in path:
-        found = module._modules.get(name)
-        if found is None:
-            return None
-        module = found
-    return module
 
 
 # ---- the way back ----
@@ -196,18 +188,18 @@ def undo(model: nn.Module) -> None:
     freed = {id(m): m for m in inside.values() if (f := fusion_of(m)) is not None and not f.absorbed}
     for module in inside.values():
         for name, child in list(module._modules.items()):
-            if isinstance(child, Absorbed) and id(child._norm[0]) in inside:  # type: ignore[index]
-                activation, norm = child._absorbed[0], child._norm[0]  # type: ignore[index]
+            if isinstance(child, Absorbed) and id(child._pair[1]) in inside:
+                activation, norm = child._pair
                 activation.train(child.training)
                 module._modules[name] = activation
                 freed[id(norm)] = norm
         if isinstance(module, Rewritten):
-            norms = [norm for path in module._rewriting.norms if (norm := reach(module, path)) is not None]
-            freed.update((id(norm), norm) for norm in norms)
-            module.__class__ = module._original_class
+            freed[id(module)] = module
+            module.__class__ = module._original_class  # type: ignore[assignment]
     for module in (*inside.values(), *freed.values()):
         vars(module).pop(REFUSAL, None)
     for norm in freed.values():
         for name in (KEY, "_adds_in_place"):
             vars(norm).pop(name, None)
-        forget_activation(norm)
+        if is_norm(norm):
+            forget_activation(norm)

@@ -26,6 +26,10 @@ from .fuse_patterns import has_hooks
 __all__ = ["UNKNOWN", "Method", "chain", "function_of", "methods_of", "resolve"]
 
 
+#: Overrides of what nn.Module is, not of what it computes.
+_MACHINERY = frozenset(dir(nn.Module)) - {"forward", "__call__", "__getattr__"}
+
+
 class _Unknown:
     """What only a run can tell."""
 
@@ -92,7 +96,7 @@ def _parse(function: Any, cls: str) -> ast.FunctionDef | None:
         return None
     if not isinstance(tree, ast.FunctionDef) or not tree.args.args or tree.args.posonlyargs:
         return None
-    tree = _Mangler(cls).visit(tree)
+    _Mangler(cls).visit(tree)
     tree.returns = None
     every = (*tree.args.args, *tree.args.kwonlyargs, tree.args.vararg, tree.args.kwarg)
     for argument in every:
@@ -106,13 +110,13 @@ def _parse(function: Any, cls: str) -> ast.FunctionDef | None:
 
 def methods_of(module: nn.Module) -> tuple[list[Method], bool]:
     """The methods of all classes of `module` but torch's, as it runs them, and whether the text of all was found."""
-    found, complete, seen = [], True, set()
-    rewritten = type(module).__dict__.get("_sources", {})
+    found, complete, seen = list[Method](), True, set[str]()
+    rewritten = dict(type(module).__dict__["_rewriting"].sources) if "_rewriting" in type(module).__dict__ else {}
     for cls in type(module).__mro__:
         if cls is object or cls.__module__.partition(".")[0] in ("torch", "fastnorm"):
             continue
         for name, value in vars(cls).items():
-            if name.startswith("__") and name not in ("__call__", "__getattr__") or name in rewritten and name in seen:
+            if name in _MACHINERY or (name in rewritten and name in seen):
                 continue
             for function in _functions(value):
                 tree = _parse(function, cls.__name__)
@@ -170,7 +174,7 @@ def chain(node: ast.AST) -> tuple[str, list[str | int]] | None:
 
 def _constant(node: ast.AST) -> str | int | None:
     try:
-        value = ast.literal_eval(node)  # type: ignore[arg-type]
+        value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError):
         return None
     return value if isinstance(value, (str, int)) and not isinstance(value, bool) else None
@@ -223,8 +227,8 @@ def function_of(node: ast.AST, method: Method) -> object:
             return UNKNOWN
     value: object = next((place[name] for place in places if name in place), UNKNOWN)
     for key in steps:
-        module_like = isinstance(value, type(torch)) or value is Tensor or isinstance(value, torch._ops.OpOverloadPacket)
-        if value is UNKNOWN or not isinstance(key, str) or not (module_like or value is torch.ops):
+        namespace = isinstance(value, (type(torch), torch._ops.OpOverloadPacket)) or value in (Tensor, torch.ops)
+        if value is UNKNOWN or not isinstance(key, str) or not namespace:
             return UNKNOWN
         value = getattr(value, key, UNKNOWN)
     return value
@@ -240,12 +244,41 @@ def _specialised(method: Method, changing: set[str]) -> Method:
     return method
 
 
+def _aliases(method: Method) -> dict[str, ast.expr]:
+    """Local names that are given an attribute of the module, and nothing else."""
+    stores: dict[str, int] = {}
+    for node in ast.walk(method.tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            stores[node.id] = stores.get(node.id, 0) + 1
+    return {
+        node.targets[0].id: node.value
+        for node in ast.walk(method.tree)
+        if isinstance(node, ast.Assign)
+        and len(node.targets) == 1
+        and isinstance(node.targets[0], ast.Name)
+        and stores[node.targets[0].id] == 1
+        and _asked_for(node.value, method) is not None
+    }
+
+
+def _asked_for(node: ast.expr, method: Method) -> str | None:
+    """The attribute that `getattr(self, "name", default)` asks for."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "getattr":
+        return None
+    if len(node.args) not in (2, 3) or node.keywords:
+        return None
+    owner, name = node.args[:2]
+    named = isinstance(owner, ast.Name) and owner.id == method.self_name and isinstance(name, ast.Constant)
+    return name.value if named and isinstance(name.value, str) else None  # type: ignore[attr-defined]
+
+
 class _Specialiser(ast.NodeTransformer):
     """Decides tests of settings, and takes exact nn.Identity out."""
 
     def __init__(self, method: Method, changing: set[str]) -> None:
         self.method = method
         self.changing = changing
+        self.aliases = _aliases(method)
 
     def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         result: list[ast.stmt] = []
@@ -324,13 +357,23 @@ class _Specialiser(ast.NodeTransformer):
             except TypeError:
                 return UNKNOWN
         value = self._value(node)
-        # A container may be empty.
-        return UNKNOWN if value is UNKNOWN or isinstance(value, nn.Module) and hasattr(value, "__len__") else bool(value)
+        may_be_empty = isinstance(value, nn.Module) and hasattr(value, "__len__")
+        return UNKNOWN if value is UNKNOWN or may_be_empty else bool(value)
 
     def _value(self, node: ast.expr) -> Any:
         """Of a constant, or of an attribute of the module that only its construction sets."""
         if isinstance(node, ast.Constant):
             return node.value
+        if isinstance(node, ast.Name) and node.id in self.aliases:
+            node = self.aliases[node.id]
+        if isinstance(node, ast.Call):
+            if (name := _asked_for(node, self.method)) is None:
+                return UNKNOWN
+            on_class = inspect.getattr_static(type(self.method.owner), name, UNKNOWN)
+            if len(node.args) == 3 and on_class is UNKNOWN and step(self.method.owner, name) is UNKNOWN:
+                self.method.assumed.add(name)
+                return self._value(node.args[2])
+            node = ast.Attribute(node.args[0], name, ast.Load())
         found = chain(node)
         if found is None or len(found[1]) != 1 or found[1][0] in ("training", *self.changing):
             return UNKNOWN

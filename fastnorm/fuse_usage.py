@@ -11,19 +11,20 @@ from torch import nn
 
 from .convert import has_own_forward
 from .fuse_record import Absorbed
-from .fuse_source import UNKNOWN, Method, chain, methods_of, resolve, step
+from .fuse_source import Method, chain, methods_of, step
 
-__all__ = ["Usage", "path_text", "usage_of"]
+__all__ = ["Usage", "usage_of"]
 
 #: Methods and attributes through which a module's children are reached without their names.
-_ITERATING = frozenset(
-    "children named_children modules named_modules _modules get_submodule __dict__ apply items values keys".split()
-)
+_ITERATING = {
+    *("children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__", "apply"),
+    *("items", "values", "keys"),
+}
 #: Attributes of a norm that only tell what it is.
-_HARMLESS = frozenset(
-    "weight bias eps running_mean running_var num_batches_tracked training momentum affine num_features num_groups "
-    "num_channels normalized_shape elementwise_affine track_running_stats".split()
-)
+_HARMLESS = {
+    *("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "training", "eps", "momentum", "affine"),
+    *("num_features", "num_groups", "num_channels", "normalized_shape", "elementwise_affine", "track_running_stats"),
+}
 _ONLY_ASK = frozenset(("isinstance", "hasattr", "super", "type", "id"))
 
 
@@ -71,8 +72,8 @@ def usage_of(model: nn.Module) -> Usage:
         for key, child in module._modules.items():
             if child is not None:
                 usage.parents[id(child)].append((module, key))
-                for hidden in getattr(child, "_absorbed", ()) if isinstance(child, Absorbed) else ():
-                    usage.parents[id(hidden)].append((module, key))
+                if isinstance(child, Absorbed):
+                    usage.parents[id(child._pair[0])].append((module, key))
     for module in model.modules():
         where = type(module).__name__
         if has_own_forward(module) and module._modules:
@@ -148,8 +149,14 @@ def _record(usage: Usage, method: Method, node: ast.expr, reached: bool) -> None
         return
     if isinstance(parent, ast.Compare) or (isinstance(parent, (ast.If, ast.IfExp)) and parent.test is node):
         return
-    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id in _ONLY_ASK:
-        return
+    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
+        if parent.func.id in _ONLY_ASK:
+            return
+        if parent.func.id == "getattr" and len(parent.args) > 1 and isinstance(parent.args[1], ast.Constant):
+            named = step(module, str(parent.args[1].value))
+            if isinstance(named, nn.Module):
+                usage.hand_on(named, f"is handed on in {where}")
+            return
     if not isinstance(getattr(node, "ctx", None), ast.Load):
         return  # it is set
     if module is not method.owner or reached:
@@ -157,7 +164,7 @@ def _record(usage: Usage, method: Method, node: ast.expr, reached: bool) -> None
 
 
 def _called(method: Method, node: ast.AST) -> bool:
-    """Whether a container is only iterated over, and what comes out is only called: `for m in self.layers: x = m(x)`."""
+    """Whether a container is only iterated over, and what comes out is only called (`for m in self.layers: m(x)`)."""
     parent = method.parents.get(node)
     skipped = 0
     while isinstance(parent, ast.Call) or (isinstance(parent, ast.Attribute) and parent.attr in _ITERATING):
@@ -179,26 +186,3 @@ def _called(method: Method, node: ast.AST) -> bool:
                 if not (isinstance(caller, ast.Call) and caller.func is use):
                     return False
     return True
-
-
-def path_text(node: ast.AST) -> str:
-    """A chain as it stands in the text."""
-    return ast.unparse(node)
-
-
-def path_names(method: Method, node: ast.AST) -> tuple[str, ...] | None:
-    """A chain from `self` to a module as names in `_modules`."""
-    found = chain(node)
-    if found is None or resolve(node, method) is UNKNOWN:
-        return None
-    module: nn.Module = method.owner
-    names: list[str] = []
-    for key in found[1]:
-        if isinstance(key, int):
-            key = list(module._modules)[key]
-        child = module._modules.get(key)
-        if child is None:
-            return None
-        names.append(key)
-        module = child
-    return tuple(names)
