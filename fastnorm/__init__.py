@@ -5,7 +5,7 @@ fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + res
 """
 
 from . import cuda, functional
-from .convert import convert, revert, reverted
+from .convert import convert, revert
 from .functional import moments
 from .fuse import fuse
 from .modules import (
@@ -19,6 +19,7 @@ from .modules import (
     LayerNorm,
 )
 from .report import Report, Row, explain, report
+from .reverted import reverted
 
 __version__ = "0.1.0"
 

@@ -12,13 +12,11 @@ from typing import NamedTuple, TypeVar
 import torch.fx
 from torch import nn
 
-from . import modules
-from .convert import convert, why_not_converted
-from .fuse_containers import fuse_norm_act, has_activation, is_last, is_norm_act, pairs, pass_residual
+from .fuse_containers import fuse_norm_act, is_last, is_norm_act, mark, pairs, pass_residual, why_unfit
 from .fuse_edit import edited
 from .fuse_graph import fuse_graph
 from .fuse_match import NotProved, Site, is_plain_sequential, is_returned, match
-from .fuse_patterns import Act, has_hooks
+from .fuse_patterns import has_hooks
 from .fuse_record import KEY, REFUSAL, Absorbed, Fusion, Rewriting, fusion_of, is_norm, rewrite
 from .fuse_usage import Usage, usage_of
 
@@ -70,26 +68,7 @@ def fuse(model: Model) -> Model:
 
 def _why_unfit(norm: nn.Module, usage: Usage) -> str | None:
     """Why nothing can be fused with this norm, wherever it is called."""
-    if has_activation(norm):
-        return "has an activation of its own"
-    ours = isinstance(norm, modules.Norm) and type(norm) is norm._public_class
-    if not ours and not is_norm_act(norm) and (reason := why_not_converted(norm)) is not None:
-        return reason
-    if has_hooks(norm):
-        return "has hooks, which would see another output"
-    return usage.why_unproved(norm)
-
-
-def _mark(norm: nn.Module, act: Act | None, fusion: Fusion, in_place: bool = False) -> None:
-    """Make a norm the one that computes `act`."""
-    if not is_norm_act(norm):
-        convert(norm)
-    own = vars(norm)
-    if act is not None:
-        own["_fuses"], own["activation"], own["activation_param"] = True, act.name, act.param
-    if in_place:
-        own["_adds_in_place"] = True
-    own[KEY] = fusion
+    return why_unfit(norm) or usage.why_unproved(norm)
 
 
 def _place_name(usage: Usage, module: nn.Module) -> str:
@@ -102,7 +81,7 @@ def _place_name(usage: Usage, module: nn.Module) -> str:
 
 def _fuse_containers(model: nn.Module, usage: Usage, refusals: dict[int, str]) -> None:
     for module in list(model.modules()):
-        if is_norm_act(module) and fusion_of(module) is None:
+        if is_norm_act(module) and fusion_of(module) is None and id(module) not in refusals:
             reason = "has hooks" if has_hooks(module) else fuse_norm_act(module)
             if reason is not None:
                 refusals[id(module)] = reason
@@ -111,7 +90,7 @@ def _fuse_containers(model: nn.Module, usage: Usage, refusals: dict[int, str]) -
         assert isinstance(module, nn.Sequential)
         for pair in list(pairs(module)):
             norm = pair.norm
-            if fusion_of(norm) is not None:
+            if fusion_of(norm) is not None or id(norm) in refusals:
                 continue
             reason = _why_unfit(norm, usage)
             for inner in (*pair.through, norm):
@@ -126,7 +105,7 @@ def _fuse_containers(model: nn.Module, usage: Usage, refusals: dict[int, str]) -
             if reason is not None:
                 refusals[id(norm)] = reason
                 continue
-            _mark(norm, pair.act, Fusion(pair.act.name, _place_name(usage, module), True))
+            mark(norm, pair.act, Fusion(pair.act.name, _place_name(usage, module), True))
             module._modules[pair.key] = Absorbed(pair.module, norm)
 
 
@@ -232,4 +211,4 @@ def _mark_place(place: Place, usage: Usage) -> None:
             pass_residual(container, below, site.act)
         vars(container)[KEY] = fusion
         below = container
-    _mark(place.norm, site.act, fusion, site.in_place)
+    mark(place.norm, site.act, fusion, site.in_place)

@@ -9,12 +9,13 @@ from typing import NamedTuple
 from torch import nn
 
 from . import modules
+from .convert import convert, why_not_converted
 from .fuse_match import is_plain_sequential
 from .fuse_patterns import Act, activation_of_module, has_hooks
 from .fuse_record import KEY, Fusion, Rewriting, is_norm, rewrite
 from .unfused import TorchNormActivation
 
-__all__ = ["Pair", "fuse_norm_act", "has_activation", "is_last", "is_norm_act", "pairs", "pass_residual"]
+__all__ = ["Pair", "fuse_norm_act", "is_last", "is_norm_act", "mark", "pairs", "pass_residual", "why_unfit"]
 
 _PASSES_ON = """def forward(self, input, *residual):
     *before, last = list(self)[:{length}]
@@ -107,14 +108,34 @@ def fuse_norm_act(norm: nn.Module) -> str | None:
     base = _NORM_ACTS[type(norm).__name__]
     rewrite(norm, Rewriting((), ("act", "drop"), base))
     if act is not None:
-        own = vars(norm)
-        own["_fuses"], own["activation"], own["activation_param"] = True, act.name, act.param
-        own[KEY] = Fusion(act.name, f"itself ({type(norm).__name__})", True)
+        mark(norm, act, Fusion(act.name, f"itself ({type(norm).__name__})", True))
     return None
 
 
-def has_activation(module: nn.Module) -> bool:
-    """Whether a norm computes an activation already."""
-    if isinstance(module, (modules.Norm, TorchNormActivation)):
-        return module._epilogue()[0] is not None
-    return is_norm_act(module) and not _is_identity(module._modules["act"])  # type: ignore[arg-type]
+# ---- norms ----
+
+
+def why_unfit(norm: nn.Module) -> str | None:
+    """Why nothing can be fused with this norm, whatever follows it."""
+    if isinstance(norm, (modules.Norm, TorchNormActivation)):
+        has_activation = norm._epilogue()[0] is not None
+    else:
+        has_activation = is_norm_act(norm) and not _is_identity(norm.act)  # type: ignore[arg-type]
+    if has_activation:
+        return "has an activation of its own"
+    ours = is_norm_act(norm) or (isinstance(norm, modules.Norm) and type(norm) is norm._public_class)
+    reason = None if ours else why_not_converted(norm)
+    return "has hooks, which would see another output" if reason is None and has_hooks(norm) else reason
+
+
+def mark(norm: nn.Module, act: Act | None, fusion: Fusion, in_place: bool = False) -> None:
+    """Make a norm the one that computes `act`, after a sum if it is called with a residual. in_place: the sum was
+    written into the norm's output, and has its dtype and shape."""
+    if not is_norm_act(norm):
+        convert(norm)
+    own = vars(norm)
+    if act is not None:
+        own["_fuses"], own["activation"], own["activation_param"] = True, act.name, act.param
+    if in_place:
+        own["_adds_in_place"] = True
+    own[KEY] = fusion

@@ -19,9 +19,11 @@ from .fuse_patterns import (
     activation_of_module,
     has_hooks,
     is_add,
+    is_torchs_own,
 )
 from .fuse_record import is_norm
 from .fuse_source import UNKNOWN, Method, function_of, methods_of, resolve
+from .modules import Norm
 
 __all__ = ["NotProved", "Site", "is_plain_sequential", "is_returned", "match"]
 
@@ -376,10 +378,7 @@ class _Follow:
         if is_fresh(callee):
             return isinstance(callee, nn.Module) and not any(has_hooks(m) for m in callee.modules())
         return isinstance(callee, nn.Module) and all(
-            type(m).forward.__module__.startswith(("torch.nn.modules.", "fastnorm."))
-            and "forward" not in vars(m)
-            and not getattr(m, "inplace", False)
-            and not has_hooks(m)
+            (is_torchs_own(m) or isinstance(m, Norm)) and not getattr(m, "inplace", False) and not has_hooks(m)
             for m in callee.modules()
         )
 

@@ -18,6 +18,7 @@ __all__ = [
     "activation_of_module",
     "has_hooks",
     "is_add",
+    "is_torchs_own",
 ]
 
 
@@ -89,6 +90,12 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_torchs_own(module: nn.Module) -> bool:
+    """Whether a module computes what one of torch.nn's does: its forward is torch's."""
+    where = getattr(type(module).forward, "__module__", None) or ""
+    return where.startswith("torch.nn.modules.") and "forward" not in vars(module)
 
 
 def activation_of_module(module: object) -> Act | None:

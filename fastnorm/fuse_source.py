@@ -27,7 +27,7 @@ __all__ = ["UNKNOWN", "Method", "chain", "function_of", "methods_of", "resolve"]
 
 
 #: Overrides of what nn.Module is, not of what it computes.
-_MACHINERY = frozenset(dir(nn.Module)) - {"forward", "__call__", "__getattr__"}
+_MACHINERY = frozenset([*dir(nn.Module), "device", "dtype"]) - {"forward", "__call__", "__getattr__"}
 
 
 class _Unknown:

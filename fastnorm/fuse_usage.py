@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .convert import has_own_forward
+from .fuse_patterns import is_torchs_own
 from .fuse_record import Absorbed
 from .fuse_source import Method, chain, methods_of, step
 
@@ -80,7 +81,7 @@ def usage_of(model: nn.Module) -> Usage:
             usage.hand_on(module, f"is inside a {where} whose forward was replaced on the instance")
         if not module._modules:
             continue
-        if type(module).forward.__module__.startswith("torch.nn.modules.") and not _is_iterable(module):
+        if is_torchs_own(module) and not _is_iterable(module):
             usage.hand_on(module, f"is inside torch's own {where}")
         methods, complete = methods_of(module)
         if not complete:
