@@ -14,10 +14,12 @@ from torch import nn
 
 from .fuse_containers import fuse_norm_act, is_last, is_norm_act, mark, pairs, pass_residual, why_unfit
 from .fuse_edit import edited
+from .fuse_flow import NotProved
+from .fuse_fresh import is_plain_sequential
 from .fuse_graph import fuse_graph
-from .fuse_match import NotProved, Site, is_plain_sequential, is_returned, match
+from .fuse_match import Site, is_returned, match
 from .fuse_patterns import has_hooks
-from .fuse_record import KEY, REFUSAL, Absorbed, Fusion, Rewriting, fusion_of, is_norm, rewrite
+from .fuse_record import BONDS, KEY, REFUSAL, Absorbed, Bond, Fusion, Rewriting, fusion_of, is_norm, rewrite
 from .fuse_usage import Usage, usage_of
 
 __all__ = ["fuse"]
@@ -204,7 +206,10 @@ def _rewrite_owner(sites: list[Site]) -> str | None:
 def _mark_place(place: Place, usage: Usage) -> None:
     summed = next((site for site in place.sites if site.sum_node is not None), None)
     site = summed or place.sites[0]
-    fusion = Fusion(site.text, _place_name(usage, site.method.owner))
+    bond = Bond()
+    fusion = Fusion(site.text, _place_name(usage, site.method.owner), bond=bond)
+    for owner in {id(s.method.owner): s.method.owner for s in place.sites}.values():
+        vars(owner).setdefault(BONDS, []).append(bond)
     below = place.norm
     for container, inner in place.through:
         if inner is None:

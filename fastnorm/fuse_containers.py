@@ -10,7 +10,7 @@ from torch import nn
 
 from . import modules
 from .convert import convert, why_not_converted
-from .fuse_match import is_plain_sequential
+from .fuse_fresh import is_plain_sequential
 from .fuse_patterns import Act, activation_of_module, has_hooks
 from .fuse_record import KEY, Fusion, Rewriting, is_norm, rewrite
 from .unfused import TorchNormActivation

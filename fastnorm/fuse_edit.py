@@ -57,6 +57,8 @@ class _Editor(ast.NodeTransformer):
             self.edits[id(site.sum_node)] = fused_sum
             if site.named:
                 self.edits[id(site.call)] = lambda node: node.args[0]
+        if site.add_statement is not None:
+            self.edits[id(site.add_statement)] = _assigned(site)
         if site.act_node is not None:
             self.edits[id(site.act_node)] = _subject
 
@@ -79,6 +81,12 @@ class _Editor(ast.NodeTransformer):
 
 def _call(function: str, args: list[ast.expr]) -> ast.Call:
     return ast.Call(ast.Name(function, ast.Load()), args, [])
+
+
+def _assigned(site: Site) -> Callable[[Any], ast.AST]:
+    """`y.add_(residual)` as a statement that gives y its new value."""
+    name = site.named[-1].targets[0]
+    return lambda statement: ast.Assign([copy.copy(name)], statement.value)
 
 
 def _subject(call: ast.Call) -> ast.expr:

@@ -105,7 +105,7 @@ def fuse_graph(graph: torch.fx.GraphModule, refusals: dict[int, str]) -> None:
             refusals[id(module)] = reason
         elif module is None:
             name = getattr(node.target, "__name__", str(node.target))
-            notes[node.name] = (name, f"not fused: {reason}" if reason else f"fused with {found.text}")  # type: ignore[union-attr]
+            notes[node.name] = (name, f"not fused: {reason}" if reason else f"fused with {found.text} from the graph")  # type: ignore[union-attr]
     if notes:
         graph.meta[NOTES] = {**notes, **graph.meta.get(NOTES, {})}
     if changed:

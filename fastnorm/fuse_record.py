@@ -22,21 +22,28 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from . import modules, reference
-from .unfused import forget_activation
+from .unfused import TorchNormActivation, forget_activation
 
-__all__ = ["Absorbed", "Fusion", "Rewriting", "Rewritten", "fusion_of", "is_norm", "rewrite", "undo"]
+__all__ = ["Absorbed", "Bond", "Fusion", "Rewriting", "Rewritten", "fusion_of", "is_norm", "rewrite", "undo"]
 
 KEY = "_fusion"
 REFUSAL = "_fusion_refused"
+BONDS = "_fusion_bonds"
+
+
+class Bond:
+    """Ties a norm to the module whose methods call it, in copies and pickles too."""
 
 
 class Fusion(NamedTuple):
     """text: what is fused with a norm, "add + relu"; place: where, in the terms of the model. absorbed: what followed
-    the norm is not computed elsewhere when the norm forgets it: an `Absorbed` stands there."""
+    the norm is not computed elsewhere when the norm forgets it: an `Absorbed` stands there. bond: that of the module
+    that was rewritten."""
 
     text: str
     place: str
     absorbed: bool = False
+    bond: Bond | None = None
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -99,8 +106,10 @@ class Rewritten:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._rewriting.assumed and getattr(self, name, self) is not value:
-            undo(self)  # type: ignore[arg-type]
-        super().__setattr__(name, value)
+            _undo_calls(self)
+            setattr(self, name, value)  # by the class that it has now
+        else:
+            super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class does not exist where the module is loaded: it is made again."""
@@ -196,10 +205,32 @@ def undo(model: nn.Module) -> None:
         if isinstance(module, Rewritten):
             freed[id(module)] = module
             module.__class__ = module._original_class  # type: ignore[assignment]
-    for module in (*inside.values(), *freed.values()):
+    for module in inside.values():
         vars(module).pop(REFUSAL, None)
+        vars(module).pop(BONDS, None)
     for norm in freed.values():
-        for name in (KEY, "_adds_in_place"):
-            vars(norm).pop(name, None)
-        if is_norm(norm):
-            forget_activation(norm)
+        _free(norm)
+
+
+def _undo_calls(module: Any) -> None:
+    """Take back what `fuse` has done with the calls in this module's own methods."""
+    bonds = vars(module).pop(BONDS, [])
+    module.__class__ = module._original_class
+    for called in module.modules():
+        fusion = fusion_of(called)
+        if fusion is not None and any(fusion.bond is bond for bond in bonds):
+            _free(called)
+            if isinstance(called, Rewritten):  # it hands the residual on
+                _undo_calls(called)
+    if is_norm(module):
+        _free(module)
+
+
+def _free(module: nn.Module) -> None:
+    """Take from a norm, or from a module that hands a residual on, what `fuse` has left there."""
+    for name in (KEY, "_adds_in_place"):
+        vars(module).pop(name, None)
+    if is_norm(module):
+        forget_activation(module)
+    if isinstance(module, TorchNormActivation):  # it was reverted without what follows it
+        module.__class__ = module.torch_class  # type: ignore[assignment]

@@ -52,6 +52,8 @@ MODULES = (
     "fuse_patterns",
     "fuse_source",
     "fuse_usage",
+    "fuse_flow",
+    "fuse_fresh",
     "fuse_match",
     "fuse_containers",
     "fuse_edit",

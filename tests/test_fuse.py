@@ -1,0 +1,377 @@
+"""fastnorm.fuse: what is fused, in the forms that models are written in, computes what it did."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastnorm
+from tests.test_convert import BLOCKS, ConvNeXtBlock, ResNetBlock, StyleBlock, UNetBlock, train
+
+FUSED = {
+    ResNetBlock: {"bn1": "relu", "bn2": "add + relu"},
+    UNetBlock: {"norm1": "silu", "norm2": "silu"},
+    ConvNeXtBlock: {},
+    StyleBlock: {"norm": "leaky_relu"},
+}
+
+
+def fused(model: nn.Module) -> dict[str, str]:
+    """Norm -> what is fused with it, by the report."""
+    found = {row.name: re.search(r"(^|; )fused with (.+?) from ", row.why) for row in fastnorm.report(model)}
+    return {name: match[2] for name, match in found.items() if match}
+
+
+def refusals(model: nn.Module) -> dict[str, str]:
+    """Norm -> why nothing is fused with it, by the report."""
+    found = {row.name: re.search(r"(^|; )not fused: (.+)", row.why) for row in fastnorm.report(model)}
+    return {name: match[2] for name, match in found.items() if match}
+
+
+def compare(model: nn.Module, *inputs: Tensor, fuse: Callable[[nn.Module], nn.Module] = fastnorm.fuse) -> nn.Module:
+    """Fuses a copy in float64, and compares outputs, gradients, statistics and keys, in training and evaluation; then
+    takes it apart. Returns a fused copy."""
+    torch.set_default_dtype(torch.float64)
+    native = copy.deepcopy(model).double()
+    for norm in native.modules():
+        if isinstance(norm, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) and norm.weight is not None:
+            nn.init.normal_(norm.weight, 1, 0.3)
+            nn.init.normal_(norm.bias, 0, 0.3)
+    ours = fuse(copy.deepcopy(native))
+    assert list(ours.state_dict()) == list(native.state_dict())
+    names = ([name for name, _ in m.named_modules(remove_duplicate=False)] for m in (ours, native))
+    assert next(names) == next(names)
+    for training in (True, False):
+        results = []
+        for m in (ours, native):
+            m.train(training)
+            torch.manual_seed(1)
+            xs = [x.double().requires_grad_() for x in inputs]
+            y = m(*xs)
+            y.square().sum().backward()
+            results.append((y, [x.grad for x in xs], [p.grad for p in m.parameters()], m.state_dict()))
+        torch.testing.assert_close(*results)
+    taken_apart = fastnorm.revert(copy.deepcopy(ours))
+    assert [type(m) for m in taken_apart.modules()] == [type(m) for m in native.modules()]
+    assert repr(taken_apart) == repr(native)
+    torch.testing.assert_close(taken_apart(*inputs_like(inputs)), native(*inputs_like(inputs)))
+    return ours
+
+
+def inputs_like(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [x.double() for x in inputs]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks(block: type[nn.Module]) -> None:
+    ours = compare(block(), torch.randn(2, 6, 8, 8))
+    assert fused(ours) == FUSED[block]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_trains_as_torch_does(block: type[nn.Module]) -> None:
+    native = block()
+    ours = fastnorm.fuse(copy.deepcopy(native))
+    losses = train(native, torch.channels_last)
+    assert train(ours, torch.channels_last) == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(ours.state_dict(), native.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+# ---- forms ----
+
+ACTS = {
+    "nn.ReLU": (nn.ReLU(), "relu"),
+    "nn.ReLU in place": (nn.ReLU(True), "relu"),
+    "nn.SiLU": (nn.SiLU(), "silu"),
+    "nn.GELU": (nn.GELU(), "gelu"),
+    "nn.GELU tanh": (nn.GELU("tanh"), "gelu_tanh"),
+    "nn.LeakyReLU": (nn.LeakyReLU(0.3, True), "leaky_relu"),
+    "nn.Hardswish": (nn.Hardswish(True), "hardswish"),
+    "nn.Sigmoid": (nn.Sigmoid(), "sigmoid"),
+    "nn.Tanh": (nn.Tanh(), "tanh"),
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.GroupNorm(2, 6), nn.InstanceNorm2d(6), nn.LayerNorm(5)])
+def test_sequential(name: str, norm: nn.Module) -> None:
+    """Without its text; an nn.Identity in between is looked through."""
+    act, expected = ACTS[name]
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), copy.deepcopy(norm), nn.Identity(), copy.deepcopy(act))
+    assert fused(compare(model, torch.randn(2, 3, 7, 7))) == {"1": expected}
+
+
+class Form(nn.Module):
+    """A norm, a residual, and a forward of one of the forms below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop_path = nn.Identity()
+        self.layers = nn.ModuleList([nn.BatchNorm2d(4), nn.ReLU()])
+        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True))
+        self.se: nn.Module | None = None
+        self.mode = "default"
+
+
+def form(text: str) -> Form:
+    """A module whose forward has these statements; x and r are its inputs."""
+    lines = ["def forward(self, x, r):"] + ["    " + line for line in text.splitlines()]
+    filename = f"<form {hash(text)}>"
+    linecache.cache[filename] = (1, None, [line + "\n" for line in lines], filename)
+    namespace: dict[str, object] = {}
+    exec(compile("\n".join(lines), filename, "exec"), globals(), namespace)
+    return type("Form", (Form,), {"forward": namespace["forward"], "__module__": __name__})()
+
+
+ONE = {
+    "return F.relu(self.norm(x)) + r": "relu",
+    "return torch.relu(self.norm(x)) + r": "relu",
+    "return self.norm(x).relu() + r": "relu",
+    "return self.norm(x).relu_() + r": "relu",
+    "return torch.relu_(self.norm(x)) + r": "relu",
+    "return F.relu(self.norm(x), True) + r": "relu",
+    "return F.relu(self.norm(x), inplace=True) + r": "relu",
+    "return F.gelu(self.norm(x), approximate='tanh') + r": "gelu_tanh",
+    "return F.leaky_relu(self.norm(x), 0.2) + r": "leaky_relu",
+    "return torch.nn.functional.silu(self.norm(x)) + r": "silu",
+    "return torch.sigmoid(self.norm(x)) + self.norm.eps * r": "sigmoid",
+    "return self.layers[1](self.layers[0](x)) + r": "relu",
+    "y = self.norm(x)\ny = self.relu(y)\nreturn y + r": "relu",
+    "y = self.norm(x)\nself.relu(y)\nreturn y + r": "relu",
+    "y = self.norm(x)\nz = y.tanh()\nreturn z + r": "tanh",
+    "x = self.norm(x)\nx = self.drop_path(x)\nreturn r + self.relu(x)": "relu",
+    "return self.relu(self.norm(self.conv(x)) + r)": "add + relu",
+    "return self.relu(r + self.norm(self.conv(x)))": "add + relu",
+    "return F.silu(torch.add(self.norm(x), r))": "add + silu",
+    "return F.silu(torch.add(r, self.norm(x), alpha=1))": "add + silu",
+    "return self.norm(x).add(r).relu()": "add + relu",
+    "return self.norm(x).add_(r).relu_()": "add + relu",
+    "y = self.norm(x)\ny.add_(r)\nreturn self.relu(y)": "add + relu",
+    "y = self.norm(x)\ny += r\nreturn self.relu(y)": "add + relu",
+    "y = self.norm(x)\ny = r + y\ny = self.relu(y)\nreturn y": "add + relu",
+    "y = self.conv(x)\ny = self.norm(y)\nr = self.downsample(r)\ny += r\nreturn F.gelu(y)": "add + gelu",
+    "y = self.norm(self.conv(x)) + self.downsample(r)\nreturn y.sigmoid()": "add + sigmoid",
+    "y = self.downsample(r) + self.norm(self.conv(x))\nreturn torch.tanh(y)": "add + tanh",
+    "y = self.norm(x)\nif self.se is not None:\n    y = self.se(y)\ny += r\nreturn self.relu(y)": "add + relu",
+    "if self.mode == 'default':\n    x = self.norm(x)\nelse:\n    x = self.norm(x) * 2\nreturn F.silu(x) + r": "silu",
+    "return self.norm(x) + r": "add",
+    "y = self.norm(x) + r\nreturn F.relu(y) + y": "add",
+    "for _ in range(2):\n    x = F.relu(self.norm(self.conv(x)))\nreturn x + r": "relu",
+    "if x.sum() > 0:\n    x = self.relu(self.norm(x))\nreturn x + r": "relu",
+    "if self.training:\n    return F.relu(self.norm(x)) + r\nreturn F.relu(self.norm(x)) - r": "relu",
+}
+
+
+@pytest.mark.parametrize("text", ONE)
+def test_forms(text: str) -> None:
+    model = form(text)
+    ours = compare(model, torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5))
+    assert list(fused(ours).values()) == [ONE[text]], refusals(ours)
+    assert isinstance(ours, type(model)) and type(ours).__name__ == "Form"
+
+
+LEFT = {
+    "y = self.norm(x)\nreturn F.relu(y) + y + r": "is used in line",
+    "y = self.norm(x)\nz = F.relu(y)\nreturn z + y + r": "is used again after",
+    "y = self.norm(x)\nz = F.relu(y)\nfor _ in range(2):\n    z = z + y\nreturn z + r": "is used again after",
+    "y = self.norm(x)\ny = y if r is None else F.relu(y)\nreturn y": "is used in line",
+    "y = self.norm(x)\nif r.sum() > 0:\n    y = F.relu(y)\nreturn y": "is used in line",
+    "y = self.norm(x)\nlater = lambda: F.relu(y)\nreturn later() + r": "is used under a condition",
+    "return F.relu(self.norm(x) * 2) + r": "is not followed by",
+    "return F.relu(F.dropout(self.norm(x), 0.5)) + r": "is followed by `F.dropout`",
+    "return F.relu6(self.norm(x)) + r": "is followed by `F.relu6`",
+    "return F.relu(self.norm(x)) + F.silu(self.norm(r))": "followed by different things",
+    "return F.relu(self.norm(x)) + self.norm(r)": "which may change what it reads",
+    "return getattr(self, 'no' + 'rm')(x).relu() + r": "is handed on in",
+    "n = self.norm\nreturn n(x).relu() + r": "is handed on in",
+    "for layer in self.layers:\n    x = layer(x)\nreturn x + r": "is handed on in",
+    "return self.norm(x) + 1 + r": "what has another shape",
+    "return self.norm(x) + r[:, :, :1, :1].mean((2, 3))[:, :, None, None]": "what has another shape",
+    "r += self.norm(x)\nreturn r": "is not followed by",
+    "y = self.norm(x)\nx = self.relu(x)\ny = y + x\nreturn y": "which may change what it reads",
+    "y = self.norm(x)\nx += 1\ny = y + r\nreturn y": "which may change what it reads",
+    "y = self.norm(x)\nif r.sum() > 1e9:\n    return r\ny = y + r\nreturn y": "after a way out",
+    "y = self.norm(x)\nlocals()\nreturn F.relu(y) + r": "reaches its own variables",
+    "y = self.norm(x)\ndef f():\n    return self.norm(r)\nreturn F.relu(y) + f()": "in a function inside",
+}
+
+
+@pytest.mark.parametrize("text", LEFT)
+def test_what_is_not_proved_is_left(text: str) -> None:
+    model = form(text)
+    before = type(model)
+    ours = fastnorm.fuse(copy.deepcopy(model))
+    assert type(ours) is before and not fused(ours)
+    assert any(LEFT[text] in reason for reason in refusals(ours).values()), refusals(ours)
+    assert not any(isinstance(m, fastnorm.BatchNorm2d) for m in ours.modules())
+
+
+def test_two_norms_share_a_sum() -> None:
+    """One of them takes it."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.BatchNorm2d(4), nn.GroupNorm(2, 4)
+
+        def forward(self, x: Tensor, r: Tensor) -> Tensor:
+            return F.silu(self.a(x) + self.b(r))
+
+    ours = compare(Two(), torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3))
+    assert fused(ours) == {"a": "add + silu"} and "another norm" in refusals(ours)["b"]
+
+
+# ---- containers, and modules that return a norm's output ----
+
+
+class ConvBN(nn.Module):
+    def __init__(self, stride: int = 1) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, stride, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class Residual(nn.Module):
+    """Both branches end in a norm that somebody else calls."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.relu = branch, nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        y = y + x
+        return self.relu(y)
+
+
+@pytest.mark.parametrize(
+    ("branch", "norm"),
+    [
+        (ConvBN(), "branch.bn"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.BatchNorm2d(4)), "branch.1"),
+        (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(ConvBN(), nn.Identity())), "branch.1.0.bn"),
+    ],
+)
+def test_a_residual_reaches_the_norm_at_the_end_of_a_module(branch: nn.Module, norm: str) -> None:
+    ours = compare(Residual(branch), torch.randn(2, 4, 5, 5))
+    assert fused(ours) == {norm: "add + relu"}
+    assert "branch" in dict(ours.named_modules())
+    seen: list[int] = []
+    ours.branch.register_forward_hook(lambda module, args, output: seen.append(len(args)))
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    expected = fastnorm.revert(copy.deepcopy(ours).eval())(x)
+    torch.testing.assert_close(ours.eval()(x), expected)
+    assert seen  # a hook added later is called
+
+
+def test_a_module_behind_a_module() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.ReLU())
+    assert fused(compare(model, torch.randn(2, 4, 5, 5))) == {"0.1": "relu"}
+
+
+def test_a_shared_activation_module_stays_where_it_is_needed() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.bn1, self.bn2, self.act = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.bn1(self.conv1(x)))
+            y = self.act(y + x)
+            return self.act(self.bn2(self.conv2(y)) + x)
+
+    assert fused(compare(Shared(), torch.randn(2, 4, 5, 5))) == {"bn1": "silu", "bn2": "add + silu"}
+    act = nn.SiLU()
+    model = nn.Sequential(nn.BatchNorm2d(4), act, nn.Conv2d(4, 4, 1), act, nn.BatchNorm2d(4), act)
+    assert fused(compare(model, torch.randn(2, 4, 5, 5))) == {"0": "silu", "4": "silu"}
+
+
+class Tapped(nn.Module):
+    """Iterates over an nn.Sequential, as perceptual losses do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps = []
+        for layer in self.features:
+            x = layer(x)
+            taps.append(x)
+        return sum(taps)
+
+
+class Sliced(Tapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features[:2](x) + self.features(x)
+
+
+class Indexed(Tapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features[1](x) + self.features(x)
+
+
+class ByChildren(Tapped):
+    def forward(self, x: Tensor) -> Tensor:
+        for _, child in self.named_children():
+            for layer in child.children():
+                x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("cls", [Tapped, Sliced, Indexed, ByChildren])
+def test_a_container_that_is_taken_apart_is_left(cls: type[nn.Module]) -> None:
+    model = cls()
+    x = torch.randn(2, 4, 5, 5)
+    ours = fastnorm.fuse(copy.deepcopy(model))
+    torch.testing.assert_close(ours(x), model(x))
+    assert not fused(ours) and refusals(ours)
+
+
+def test_a_norm_that_others_reach_into() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.bn(self.conv(x)))
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = Encoder()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder.bn(x) - self.encoder(x)
+
+    model, x = Decoder(), torch.randn(2, 4, 5, 5)
+    ours = fastnorm.fuse(copy.deepcopy(model))
+    torch.testing.assert_close(ours(x), model(x))
+    assert not fused(ours)
+
+
+def test_fuse_says_nothing_and_takes_modules_only() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = ResNetBlock()
+        assert fastnorm.fuse(model) is model and fastnorm.fuse(model) is model
+    assert fused(model) == FUSED[ResNetBlock]
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, but got int"):
+        fastnorm.fuse(3)  # type: ignore[type-var]
+    assert pickle.loads(pickle.dumps(model)) is not None
