@@ -30,6 +30,9 @@ __all__ = ["UNKNOWN", "Method", "chain", "function_of", "methods_of", "resolve"]
 _MACHINERY = frozenset([*dir(nn.Module), "device", "dtype"]) - {"forward", "__call__", "__getattr__"}
 
 
+OVERRIDDEN = "is called in a method that another one overrides"
+
+
 class _Unknown:
     """What only a run can tell."""
 
@@ -121,17 +124,30 @@ def methods_of(module: nn.Module) -> tuple[list[Method], bool]:
             for function in _functions(value):
                 tree = _parse(function, cls.__name__)
                 if tree is None:
-                    complete = complete and function.__code__.co_filename.startswith("<string>")  # of a dataclass
+                    complete = False
                     continue
                 fixed = None
-                if name in seen or function is not value:
-                    fixed = "is called in a method that another one overrides or wraps"
+                if name in seen:
+                    fixed = OVERRIDDEN
+                elif function is not value:
+                    fixed = "is called in a property or a classmethod"
                 elif tree.decorator_list or hasattr(function, "__wrapped__"):
                     fixed = "is called in a method with a decorator"
                 found.append(Method(module, name, copy.deepcopy(tree), function, fixed))
         seen |= vars(cls).keys()
+    by_class = {name for method in found for name in _named_by_class(method)}
+    found = [method for method in found if method.fixed != OVERRIDDEN or method.name in by_class]
     changing = {name for method in found for name in _stored(method)}
     return [_specialised(method, changing) for method in found], complete
+
+
+def _named_by_class(method: Method) -> Iterator[str]:
+    """Methods that a method calls not by its own self: `super().forward`, `Base.forward`."""
+    for node in ast.walk(method.tree):
+        if isinstance(node, ast.Attribute) and not (
+            isinstance(node.value, ast.Name) and node.value.id == method.self_name
+        ):
+            yield node.attr
 
 
 def _stored(method: Method) -> Iterator[str]:

@@ -57,7 +57,7 @@ class Usage:
     def hand_on(self, module: nn.Module, reason: str, called_only: bool = False) -> None:
         """`module` goes where it is not seen, and what iterates over it may take what is inside one by one."""
         self.handed_on.setdefault(id(module), reason)
-        if called_only or id(module) in self._opened or not _is_iterable(module):
+        if called_only or id(module) in self._opened:
             return
         self._opened.add(id(module))
         for child in module.children():
@@ -150,6 +150,8 @@ def _record(usage: Usage, method: Method, node: ast.expr, reached: bool) -> None
         return
     if isinstance(parent, ast.Compare) or (isinstance(parent, (ast.If, ast.IfExp)) and parent.test is node):
         return
+    if isinstance(parent, ast.Call) and parent.args[:1] == [node] and _is_checkpoint(parent.func):
+        return  # it is called there
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
         if parent.func.id in _ONLY_ASK:
             return
@@ -162,6 +164,13 @@ def _record(usage: Usage, method: Method, node: ast.expr, reached: bool) -> None
         return  # it is set
     if module is not method.owner or reached:
         usage.hand_on(module, f"is handed on in {where}", _called(method, node))
+
+
+def _is_checkpoint(function: ast.expr) -> bool:
+    """torch.utils.checkpoint.checkpoint, by one of the names that models have for it; not checkpoint_sequential, which
+    takes a container apart."""
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name in ("checkpoint", "_gradient_checkpointing_func")
 
 
 def _called(method: Method, node: ast.AST) -> bool:

@@ -13,7 +13,7 @@ from . import modules, ops
 from .convert import has_own_forward, why_not_converted
 from .dispatch import carries_metadata, entry_for, is_refusal, reason_of
 from .extension import _C
-from .fuse_record import REFUSAL, fusion_of
+from .fuse_record import REFUSAL, fusion_of, is_norm
 from .fuse_ungraph import NOTES
 
 __all__ = ["Report", "Row", "explain", "report"]
@@ -146,6 +146,8 @@ def _kernels(module: modules.Norm, device: torch.device) -> str:
 
 def _about_fusion(module: nn.Module) -> str:
     """What `fastnorm.fuse` has done with a norm, or why nothing."""
+    if not is_norm(module):
+        return ""
     if (fusion := fusion_of(module)) is not None:
         return f"; fused with {fusion.text} from {fusion.place}"
     refusal = vars(module).get(REFUSAL)

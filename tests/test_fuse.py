@@ -334,13 +334,42 @@ class ByChildren(Tapped):
         return x
 
 
-@pytest.mark.parametrize("cls", [Tapped, Sliced, Indexed, ByChildren])
+class HandedOn(Tapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+    @staticmethod
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        return sum(layer(x) for layer in model.features if not isinstance(layer, nn.ReLU))
+
+
+@pytest.mark.parametrize("cls", [Tapped, Sliced, Indexed, ByChildren, HandedOn])
 def test_a_container_that_is_taken_apart_is_left(cls: type[nn.Module]) -> None:
     model = cls()
     x = torch.randn(2, 4, 5, 5)
     ours = fastnorm.fuse(copy.deepcopy(model))
     torch.testing.assert_close(ours(x), model(x))
     assert not fused(ours) and refusals(ours)
+
+
+class Inherits(Residual):
+    """Its base's forward is out of use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.branch(x) + x)
+
+
+class Extends(Residual):
+    """Its base's forward is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.branch(x)
+
+
+def test_methods_that_are_overridden() -> None:
+    assert fused(compare(Inherits(ConvBN()), torch.randn(2, 4, 5, 5))) == {"branch.bn": "add + silu"}
+    ours = compare(Extends(ConvBN()), torch.randn(2, 4, 5, 5))
+    assert not fused(ours) and list(refusals(ours)) == ["branch.bn"]
 
 
 def test_a_norm_that_others_reach_into() -> None:
