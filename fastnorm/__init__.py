@@ -1,6 +1,7 @@
 """fastnorm: normalization layers for PyTorch that run at memory speed.
 
 model = fastnorm.convert(model)        # torch.nn norms -> fastnorm norms; fastnorm.revert(model) goes back
+model = fastnorm.fuse(model)           # norm (+ residual add) (+ activation) become one call, where that is proved
 fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + residual)
 """
 

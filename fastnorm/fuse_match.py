@@ -23,7 +23,7 @@ from .fuse_patterns import (
     is_add,
 )
 from .fuse_record import is_norm
-from .fuse_source import UNKNOWN, Method, function_of, resolve
+from .fuse_source import UNKNOWN, Method, chain, function_of, resolve
 
 __all__ = ["Site", "is_returned", "match"]
 
@@ -240,6 +240,13 @@ class _Follow(Flow):
             self.end = f"is renamed before it is added to, in {where(self.method)}"
             return False
         moved = resolve(self.site.call.func, self.method)
+        for node in (node for part in between for node in ast.walk(part)):
+            if isinstance(node, ast.Attribute) and resolve(node.value, self.method) is moved:
+                self.end = f"is added to after `{ast.unparse(node)}`, which it may change"
+                return False
+            if isinstance(node, ast.Call) and self._is_method(node.func):
+                self.end = f"is added to after `{ast.unparse(node)}`, which may read what it changes"
+                return False
         if isinstance(moved, nn.Module) and moved._modules and not is_norm(moved):
             random = any("drop" in type(m).__name__.lower() for m in moved.modules())
             if any(isinstance(node, ast.Call) for part in between for node in ast.walk(part)) and (
@@ -258,6 +265,12 @@ class _Follow(Flow):
                     self.end = f"is added to after `{ast.unparse(node)}`, which may change what it reads"
                     return False
         return True
+
+    def _is_method(self, function: ast.expr) -> bool:
+        """Whether a call is of the module's own code."""
+        found = chain(function)
+        own = found is not None and found[0] == self.method.self_name
+        return own and not isinstance(resolve(function, self.method), nn.Module)
 
     def _is_fresh(self, argument: ast.expr) -> bool:
         """Whether the norm's input is what a convolution has just made."""

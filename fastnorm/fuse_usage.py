@@ -77,6 +77,10 @@ def usage_of(model: nn.Module) -> Usage:
                     usage.parents[id(child._pair[0])].append((module, key))
     for module in model.modules():
         where = type(module).__name__
+        if not isinstance(module, Absorbed):
+            for name, value in vars(module).items():
+                for held in _held(value) if name != "_modules" and not isinstance(value, nn.Module) else ():
+                    usage.hand_on(held, f"is held by {where}.{name} too")
         if has_own_forward(module) and module._modules:
             usage.hand_on(module, f"is inside a {where} whose forward was replaced on the instance")
         if not module._modules:
@@ -91,6 +95,15 @@ def usage_of(model: nn.Module) -> Usage:
             for node in _mentions(method):
                 _record(usage, method, node, method.name in reached)
     return usage
+
+
+def _held(value: object, depth: int = 3) -> Iterator[nn.Module]:
+    """The modules in plain lists and dicts: they are reached without being children."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, set, dict)) and depth > 0:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _held(item, depth - 1)
 
 
 def _is_iterable(module: nn.Module) -> bool:

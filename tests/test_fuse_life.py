@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import fastnorm
 from tests.test_convert import ResNetBlock, UNetBlock
-from tests.test_fuse import ConvBN, Residual, fused, refusals
+from tests.test_fuse import fused, refusals
+from tests.test_fuse_containers import ConvBN, Residual
 
 
 class Net(nn.Module):
