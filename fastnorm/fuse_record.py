@@ -10,6 +10,7 @@ All of it is copied and pickled with the model. `undo` takes it away.
 from __future__ import annotations
 
 import ast
+import copy
 import copyreg
 import inspect
 import linecache
@@ -118,6 +119,13 @@ class Rewritten:
         if function is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
             function, args = _new, (self._original_class, self._rewriting)
         return (function, args, *rest)
+
+    def __prepare_scriptable__(self: Any) -> nn.Module:
+        """torch.jit.script compiles the module as it was, with the same Parameters and buffers."""
+        tensors = {id(t): t for t in (*self.parameters(), *self.buffers())}
+        plain: nn.Module = copy.deepcopy(self, tensors)
+        undo(plain)
+        return plain
 
 
 def _new(cls: type[nn.Module], rewriting: Rewriting) -> nn.Module:

@@ -134,6 +134,28 @@ def test_torch_compile() -> None:
     torch._dynamo.reset()
 
 
+TOOLS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "torch.fx": torch.fx.symbolic_trace,
+    "torch.export": lambda m: torch.export.export(m, (X,)).module(),
+    "torch.jit.trace": lambda m: torch.jit.trace(m, X),
+    "torch.jit.script": torch.jit.script,
+    "functional_call": lambda m: lambda x: torch.func.functional_call(m, dict(m.state_dict()), (x,)),
+    "vmap": lambda m: lambda x: torch.vmap(m)(x[None])[0],
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.fallback
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_see_what_the_model_computes(tool: str) -> None:
+    native, ours = pair()
+    expected = native.eval()(X)
+    torch.testing.assert_close(TOOLS[tool](ours.eval())(X), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours(X), expected, rtol=1e-4, atol=1e-5)  # and leave it as it is
+
+
 # ---- hooks ----
 
 
