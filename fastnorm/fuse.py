@@ -1,7 +1,12 @@
 """fuse: a norm, the sum and the activation behind it become one call, in place, where the model's own text proves it.
 
-fuse_usage.py tells who calls a norm, fuse_match.py what follows the call, fuse_containers.py does without text where a
-container's forward is known, fuse_graph.py takes graphs of torch.fx. fuse_record.py has what stays on the model.
+fuse_read, fuse_settings, fuse_source    the text of methods, as one instance runs them
+fuse_usage                               who calls a norm, and what is handed on
+fuse_match, fuse_flow, fuse_fresh        what follows a call, and the proof
+fuse_edit                                the methods with the calls made one
+fuse_containers                          where a container's forward is known: nn.Sequential, timm
+fuse_graph, fuse_ungraph                 graphs of torch.fx and torch.export
+fuse_record                              what stays on the model, and the way back
 """
 
 from __future__ import annotations

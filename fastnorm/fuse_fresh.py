@@ -8,7 +8,8 @@ from torch import nn
 
 from .fuse_flow import is_name, mentions_of
 from .fuse_patterns import has_hooks, is_torchs_own
-from .fuse_source import Method, methods_of, resolve
+from .fuse_read import methods_of
+from .fuse_source import Method, resolve
 from .modules import Norm
 
 __all__ = ["is_fresh", "is_plain_sequential", "is_pure", "takes_one"]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activations import ACTIVATIONS
+
 __all__ = [
     "METHODS",
     "Act",
@@ -32,38 +34,19 @@ class Act(NamedTuple):
 
 aten = torch.ops.aten
 
-_MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.LeakyReLU: "leaky_relu",
-    nn.GELU: "gelu",
-}
-#: Function -> activation, and whether it writes into its input always.
-_FUNCTIONS: dict[Callable[..., Any], tuple[str, bool]] = {
-    F.relu: ("relu", False),
-    torch.relu: ("relu", False),
-    F.relu_: ("relu", True),
-    torch.relu_: ("relu", True),
-    F.silu: ("silu", False),
-    F.gelu: ("gelu", False),
-    F.leaky_relu: ("leaky_relu", False),
-    F.leaky_relu_: ("leaky_relu", True),
-    F.hardswish: ("hardswish", False),
-    F.sigmoid: ("sigmoid", False),
-    torch.sigmoid: ("sigmoid", False),
-    torch.sigmoid_: ("sigmoid", True),
-    torch.special.expit: ("sigmoid", False),
-    F.tanh: ("tanh", False),
-    torch.tanh: ("tanh", False),
-    torch.tanh_: ("tanh", True),
-}
-for _name in ("relu", "silu", "gelu", "leaky_relu", "hardswish", "sigmoid", "tanh"):
-    _FUNCTIONS[getattr(aten, _name).default] = (_name, False)
-    if hasattr(aten, f"{_name}_"):
-        _FUNCTIONS[getattr(aten, f"{_name}_").default] = (_name, True)
+#: torch's module and functions -> activation; of a function, also whether it always writes into its input. gelu_tanh is
+#: an option of gelu.
+_MODULES: dict[type[nn.Module], str] = {}
+_FUNCTIONS: dict[Callable[..., Any], tuple[str, bool]] = {torch.special.expit: ("sigmoid", False)}
+for _name in ACTIVATIONS.keys() - {"gelu_tanh"}:
+    _MODULES[type(ACTIVATIONS[_name].module(0.0))] = _name
+    for _place in (F, torch, aten):
+        for _suffix in ("", "_"):
+            _found = getattr(_place, _name + _suffix, None)
+            if isinstance(_found, torch._ops.OpOverloadPacket):
+                _found = _found.default
+            if _found is not None:
+                _FUNCTIONS[_found] = (_name, _suffix == "_")
 
 #: Method of a tensor -> the function.
 METHODS: dict[str, Callable[..., Any]] = {

@@ -11,8 +11,9 @@ from torch import nn
 
 from .convert import has_own_forward
 from .fuse_patterns import is_torchs_own
+from .fuse_read import methods_of
 from .fuse_record import Absorbed
-from .fuse_source import Method, chain, methods_of, step
+from .fuse_source import Method, chain, step
 
 __all__ = ["Usage", "usage_of"]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastnorm
+from fastnorm.activations import ACTIVATIONS
 from tests.test_convert import BLOCKS, ConvNeXtBlock, ResNetBlock, StyleBlock, UNetBlock, train
 
 FUSED = {
@@ -108,6 +109,13 @@ def test_sequential(name: str, norm: nn.Module) -> None:
     act, expected = ACTS[name]
     model = nn.Sequential(nn.Conv2d(3, 6, 3), copy.deepcopy(norm), nn.Identity(), copy.deepcopy(act))
     assert fused(compare(model, torch.randn(2, 3, 7, 7))) == {"1": expected}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_is_recognised(name: str) -> None:
+    model = nn.Sequential(nn.GroupNorm(2, 4), ACTIVATIONS[name].module(0.2))
+    assert fused(compare(model, torch.randn(2, 4, 3))) == {"0": name}
+    assert fastnorm.fuse(model)[0].activation_param == (0.2 if name == "leaky_relu" else 0.01)
 
 
 class Form(nn.Module):

@@ -51,6 +51,8 @@ MODULES = (
     "convert",
     "fuse_patterns",
     "fuse_source",
+    "fuse_settings",
+    "fuse_read",
     "fuse_usage",
     "fuse_flow",
     "fuse_fresh",
