@@ -39,6 +39,8 @@ class _Editor(ast.NodeTransformer):
             norm, rest = site.call.func, [ast.Constant(name), ast.Constant(param)]
             if site.norm_on_the_right:
                 return _call("fastnorm_add", [residual or ast.Constant(None), norm, x, *rest])
+            if site.sum_node is not None and residual is not None:
+                return _call("fastnorm_sum", [norm, x, residual, *rest])
             return _call("fastnorm_call", [norm, x, residual or ast.Constant(None), *rest])
 
         def fused_sum(node: Any) -> ast.AST:

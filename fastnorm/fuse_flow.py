@@ -52,6 +52,9 @@ class Flow:
 
     def next_mention(self, name: str, statement: ast.stmt) -> ast.expr | ast.AugAssign | None:
         """The one mention of a name in the next statement that has any; None where there is not exactly one."""
+        if name in self.method.function.__code__.co_cellvars or self._is_caught(name, statement):
+            self.end = f"is given a name that other code of {where(self.method)} reads"
+            return None
         for following in self.rest(statement):
             mentions = mentions_of(following, name)
             if not mentions:
@@ -106,6 +109,16 @@ class Flow:
             if isinstance(current, (ast.For, ast.While, ast.AsyncFor, ast.Try)):
                 return False  # it may come round again
         return True
+
+    def _is_caught(self, name: str, node: ast.AST) -> bool:
+        """Whether a handler of exceptions around a statement mentions a name."""
+        while node is not self.method.tree:
+            node = self.method.parent(node)
+            if isinstance(node, ast.Try):
+                for part in (*node.handlers, *node.finalbody):
+                    if mentions_of(part, name):
+                        return True
+        return False
 
     def _in_try(self, node: ast.AST) -> bool:
         while node is not self.method.tree:

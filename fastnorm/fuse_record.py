@@ -80,13 +80,24 @@ def call_fused(norm: Any, x: Tensor, residual: Tensor | None, activation: str | 
     return reference.epilogue(norm(x), residual, activation, param)
 
 
-def add_fused(residual: Tensor, norm: Any, x: Tensor, activation: str | None, param: float) -> Any:
-    """`residual + norm(x)`: the arguments are evaluated in the order in which the unfused sum did."""
+def sum_fused(norm: Any, x: Tensor, residual: Tensor, activation: str | None, param: float) -> Any:
+    """`norm(x) + residual`."""
+    if residual is None:
+        raise TypeError("unsupported operand type(s) for +: 'Tensor' and 'NoneType'")
     return call_fused(norm, x, residual, activation, param)
 
 
+def add_fused(residual: Tensor, norm: Any, x: Tensor, activation: str | None, param: float) -> Any:
+    """`residual + norm(x)`: the arguments are evaluated in the order in which the unfused sum did."""
+    return sum_fused(norm, x, residual, activation, param)
+
+
 #: Names in rewritten methods -> what they mean.
-HELPERS: dict[str, Callable[..., Any]] = {"fastnorm_call": call_fused, "fastnorm_add": add_fused}
+HELPERS: dict[str, Callable[..., Any]] = {
+    "fastnorm_call": call_fused,
+    "fastnorm_sum": sum_fused,
+    "fastnorm_add": add_fused,
+}
 
 
 class Rewriting(NamedTuple):
@@ -104,6 +115,17 @@ class Rewritten:
     _original_class: ClassVar[type[nn.Module]]
     #: What `_subclass` was given besides: `Rewriting`'s fields.
     _rewriting: ClassVar[Rewriting]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`type(module)(...)`, as slices of an nn.Sequential are made, is a new module of the original class."""
+        return cls._original_class(*args, **kwargs)
+
+    def add_module(self: Any, name: str, module: nn.Module | None) -> None:
+        if name in self._rewriting.assumed:
+            _undo_calls(self)
+            self.add_module(name, module)  # by the class that it has now
+        else:
+            super().add_module(name, module)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._rewriting.assumed and getattr(self, name, self) is not value:

@@ -12,7 +12,7 @@ from torch import nn
 from .convert import has_own_forward
 from .fuse_patterns import is_torchs_own
 from .fuse_read import methods_of
-from .fuse_record import Absorbed
+from .fuse_record import Absorbed, is_norm
 from .fuse_source import Method, chain, step
 
 __all__ = ["Usage", "usage_of"]
@@ -156,7 +156,8 @@ def _record(usage: Usage, method: Method, node: ast.expr, reached: bool) -> None
             return
         if module is method.owner and not reached:
             return
-        if first in _ITERATING or first == "forward" or type(module).__module__.startswith("torch.nn"):
+        own_code = is_norm(module) or type(module).__module__.startswith("torch.nn")
+        if first in _ITERATING or first in ("forward", "__call__") or own_code:
             usage.hand_on(module, f"is used as more than a module that is called, in {where}", _called(method, node))
         return
     if isinstance(parent, ast.Call) and parent.func is node:

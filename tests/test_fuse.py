@@ -199,7 +199,7 @@ LEFT = {
     "y = self.norm(x)\nz = F.relu(y)\nfor _ in range(2):\n    z = z + y\nreturn z + r": "is used again after",
     "y = self.norm(x)\ny = y if r is None else F.relu(y)\nreturn y": "is used in line",
     "y = self.norm(x)\nif r.sum() > 0:\n    y = F.relu(y)\nreturn y": "is used in line",
-    "y = self.norm(x)\nlater = lambda: F.relu(y)\nreturn later() + r": "is used under a condition",
+    "y = self.norm(x)\nlater = lambda: F.relu(y)\nreturn later() + r": "that other code of",
     "return F.relu(self.norm(x) * 2) + r": "is not followed by",
     "return F.relu(F.dropout(self.norm(x), 0.5)) + r": "is followed by `F.dropout`",
     "return F.relu6(self.norm(x)) + r": "is followed by `F.relu6`",
@@ -224,6 +224,9 @@ LEFT = {
     "F = type('F', (), {'relu': abs})\nreturn F.relu(self.norm(x)) + r": "is followed by `F.relu`",
     "for i in range(2):\n    y = self.norm(x)\n    x = F.relu(y)\n    r += y if i else x\nreturn r": "is used again",
     "h = self.conv(x)\ny = self.norm(h)\ng = self.relu(h)\nreturn F.silu(y + g)": "which may change what it reads",
+    "get = lambda: y\ny = self.norm(x)\nr = r + get()\ny = F.relu(y)\nreturn y + r": "that other code of",
+    "try:\n    y = self.norm(x)\n    r.what()\n    y = F.relu(y)\nexcept AttributeError:\n    r = y\nreturn r": "that other code of",
+    "y = self.norm.__call__(x)\nreturn F.relu(y) + self.norm(r)": "is used as more than a module",
     "y = self.norm(x)\nlocals()\nreturn F.relu(y) + r": "reaches its own variables",
     "y = self.norm(x)\ndef f():\n    return self.norm(r)\nreturn F.relu(y) + f()": "in a function inside",
 }

@@ -204,6 +204,28 @@ def test_a_replaced_activation_is_obeyed() -> None:
     torch.testing.assert_close(ours(X), native(X), rtol=1e-4, atol=1e-5)
 
 
+def test_settings_that_are_added_are_obeyed() -> None:
+    for change in (lambda m: m.add_module("act", nn.Tanh()), lambda m: m.register_module("act", nn.Tanh())):
+        native, ours = pair()
+        for m in (native, ours):
+            change(m)
+        torch.testing.assert_close(ours(X), native(X), rtol=1e-4, atol=1e-5)
+
+
+def test_slices_of_containers_are_ordinary() -> None:
+    native = Residual(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    ours = fastnorm.fuse(copy.deepcopy(native))
+    x = torch.randn(2, 4, 3, 3)
+    assert type(ours.branch[:1]) is nn.Sequential
+    torch.testing.assert_close(ours.branch[:1](x), native.branch[:1](x))
+
+
+def test_a_sum_with_none_is_an_error() -> None:
+    ours = fastnorm.fuse(Sum(False))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        ours(torch.randn(2, 4, 3, 3), None)
+
+
 @pytest.mark.parametrize("part", ["norm", "block", "block.branch", "block.branch.bn", "stem", "stem.1", "stem.2"])
 def test_a_part_can_be_reverted(part: str) -> None:
     native, ours = pair()
