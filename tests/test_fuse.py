@@ -225,7 +225,7 @@ LEFT = {
     "for i in range(2):\n    y = self.norm(x)\n    x = F.relu(y)\n    r += y if i else x\nreturn r": "is used again",
     "h = self.conv(x)\ny = self.norm(h)\ng = self.relu(h)\nreturn F.silu(y + g)": "which may change what it reads",
     "get = lambda: y\ny = self.norm(x)\nr = r + get()\ny = F.relu(y)\nreturn y + r": "that other code of",
-    "try:\n    y = self.norm(x)\n    r.what()\n    y = F.relu(y)\nexcept AttributeError:\n    r = y\nreturn r": "that other code of",
+    "try:\n    y = self.norm(x)\n    y = F.relu(y)\nexcept ValueError:\n    r = y\nreturn r": "that other code of",
     "y = self.norm.__call__(x)\nreturn F.relu(y) + self.norm(r)": "is used as more than a module",
     "y = self.norm(x)\nlocals()\nreturn F.relu(y) + r": "reaches its own variables",
     "y = self.norm(x)\ndef f():\n    return self.norm(r)\nreturn F.relu(y) + f()": "in a function inside",
