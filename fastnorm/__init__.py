@@ -1,14 +1,16 @@
 """fastnorm: normalization layers for PyTorch that run at memory speed.
 
 model = fastnorm.convert(model)        # torch.nn norms -> fastnorm norms; fastnorm.revert(model) goes back
+model = fastnorm.fuse(model)           # norm (+ residual add) (+ activation) become one call, where that is proved
 fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + residual)
 """
 
 from . import cuda, functional
 from .calibrate import calibrate
-from .convert import convert, revert, reverted
+from .convert import convert, revert
 from .enable import disable, enable, enabled
 from .functional import moments
+from .fuse import fuse
 from .images import ImageNormalize
 from .modules import (
     BatchNorm1d,
@@ -21,6 +23,7 @@ from .modules import (
     LayerNorm,
 )
 from .report import Report, Row, explain, report
+from .reverted import reverted
 from .settings import set_autocast_mode, set_compile_mode
 from .skip_init import SkipInit
 
@@ -47,6 +50,7 @@ __all__ = [
     "enabled",
     "explain",
     "functional",
+    "fuse",
     "moments",
     "report",
     "revert",

@@ -1,21 +1,21 @@
-"""convert: torch.nn norms become fastnorm's, in place. revert: the way back. reverted: back for a while.
+"""convert: torch.nn norms become fastnorm's, in place. revert: the way back.
 
 A module changes its class and nothing else: Parameters, buffers, hooks, flags and its place in the model stay.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from . import modules
+from .fuse_record import undo
+from .fuse_ungraph import undo_graphs
 from .unfused import UNFUSED, forget_activation
 
-__all__ = ["convert", "revert", "reverted"]
+__all__ = ["convert", "revert"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +42,10 @@ def revert(model: Model) -> Model:
 
     A norm without activation gets its exact torch.nn class. One with an activation becomes a subclass of it that runs
     torch.nn's norm, then adds the residual, then applies the activation. Subclasses of fastnorm's are left alone.
+    What `fastnorm.fuse` has fused is taken apart again.
     """
+    undo_graphs(model)
+    undo(model)
     for module in model.modules():
         if isinstance(module, modules.Norm) and type(module) in _PUBLIC:
             fuses = module._epilogue()[0] is not None
@@ -51,21 +54,6 @@ def revert(model: Model) -> Model:
                 forget_activation(module)
             _change_class(module, UNFUSED[torch_class] if fuses else torch_class)
     return model
-
-
-@contextlib.contextmanager
-def reverted(model: Model) -> Iterator[Model]:
-    """`model` with torch.nn's norms for the length of a `with` block: for tools that look a class up exactly
-    (quantization, FLOP counters, privacy validators). Afterwards the norms that were fastnorm's are so again, but for
-    those that the tool has replaced or changed."""
-    ours = [module for module in model.modules() if type(module) in _PUBLIC]
-    revert(model)
-    try:
-        yield model
-    finally:
-        for module in ours:
-            if why_not_converted(module) is None:
-                _change_class(module, _FASTNORM[type(module)])
 
 
 def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -111,7 +111,10 @@ class Norm(nn.Module):
 
     def _unfused(self, x: Tensor, residual: OptTensor) -> Any:
         """By torch.nn's own forward."""
-        return reference.epilogue(super().forward(x), residual, *self._epilogue())
+        y = super().forward(x)
+        if residual is not None and "_adds_in_place" in self.__dict__:  # `fuse` found `y += residual`
+            y, residual = y.add_(residual), None
+        return reference.epilogue(y, residual, *self._epilogue())
 
     def _refused(self, error: RuntimeError, x: Tensor, residual: OptTensor) -> Tensor:
         """What a call gives that the kernels refused; `error` itself where it is no refusal."""

@@ -13,6 +13,8 @@ from . import modules, ops
 from .convert import has_own_forward, why_not_converted
 from .dispatch import carries_metadata, entry_for, is_refusal, reason_of
 from .extension import _C
+from .fuse_record import REFUSAL, fusion_of, is_norm
+from .fuse_ungraph import NOTES
 
 __all__ = ["Report", "Row", "explain", "report"]
 
@@ -85,6 +87,10 @@ def report(model: nn.Module | None = None) -> Report:
         return Report(tuple(_aten_rows()), _C.refused_gangs())
     rows = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node, (function, note) in module.meta.get(NOTES, {}).items():
+                place = f"{name}.{node}" if name else node
+                rows.append(Row(place, function, "served" if note.startswith("fused") else "left", note))
         if isinstance(module, modules.Norm):
             refusal = _why_unserved(module)
             status: Literal["served", "left"] = "left" if refusal else "served"
@@ -93,6 +99,7 @@ def report(model: nn.Module | None = None) -> Report:
             status, reason = "left", why_not_converted(module) or "fastnorm.convert(model) would serve it"
         else:
             continue
+        reason += _about_fusion(module)
         counts = (vars(module).get(key, 0) for key in modules.CALL_COUNTS)
         rows.append(Row(name, _class_name(module), status, reason, *counts))
     return Report(tuple(rows), _C.refused_gangs())
@@ -154,6 +161,16 @@ def _device_kernels(device: torch.device) -> str:
     if device.type == "cuda":
         return "cuda sm_{}{}".format(*torch.cuda.get_device_capability(device))
     return f"cpu {_C.cpu_capability()}"
+
+
+def _about_fusion(module: nn.Module) -> str:
+    """What `fastnorm.fuse` has done with a norm, or why nothing."""
+    if not is_norm(module):
+        return ""
+    if (fusion := fusion_of(module)) is not None:
+        return f"; fused with {fusion.text} from {fusion.place}"
+    refusal = vars(module).get(REFUSAL)
+    return "" if refusal is None else f"; not fused: {refusal}"
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -93,7 +93,7 @@ def as_torch(norm: Any) -> nn.Module:
 
 def forget_activation(module: nn.Module) -> None:
     """Remove what a fused activation has left on a module that is a plain norm from now on."""
-    for name in ("activation", "activation_param", "_fuses"):
+    for name in ("activation", "activation_param", "_fuses", "_fusion", "_adds_in_place"):
         vars(module).pop(name, None)
 
 

@@ -1,0 +1,70 @@
+"""Which modules leave their input as it is, and make their output anew."""
+
+from __future__ import annotations
+
+import ast
+
+from torch import nn
+
+from .fuse_flow import is_name, mentions_of
+from .fuse_patterns import has_hooks, is_torchs_own
+from .fuse_read import methods_of
+from .fuse_source import Method, resolve
+from .modules import Norm
+
+__all__ = ["is_fresh", "is_plain_sequential", "is_pure", "takes_one"]
+
+#: Modules whose output is new memory, which nothing else can see.
+_FRESH = tuple(
+    cls.forward
+    for cls in (
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    )
+)
+
+
+def is_fresh(module: object) -> bool:
+    """Whether a module's input goes into a convolution and nowhere else: so it stays as it is, and the output is new
+    memory."""
+    if not isinstance(module, nn.Module) or "forward" in vars(module):
+        return False
+    if is_plain_sequential(module):
+        return bool(module._modules) and is_fresh(next(iter(module._modules.values())))
+    if type(module).forward in _FRESH:
+        return True
+    method = next((m for m in methods_of(module)[0] if m.name == "forward" and m.fixed is None), None)
+    if method is None or not takes_one(method) or not method.tree.body:
+        return False
+    name, first = method.tree.args.args[1].arg, method.tree.body[0]
+    loads = [m for m in mentions_of(method.tree, name) if isinstance(m.ctx, ast.Load)]
+    inside = [m for m in loads if any(m is node for node in ast.walk(first))]
+    call = method.parent(inside[0]) if len(inside) == 1 else None
+    if not isinstance(first, ast.Assign) or not isinstance(call, ast.Call):
+        return False
+    again = len(loads) > 1 and not (len(first.targets) == 1 and is_name(first.targets[0], name))
+    return not again and call.args == inside and is_fresh(resolve(call.func, method))
+
+
+def takes_one(method: Method) -> bool:
+    """Whether a method has one parameter besides self."""
+    args = method.tree.args
+    return len(args.args) == 2 and not (args.vararg or args.kwarg or args.kwonlyargs or args.defaults)
+
+
+def is_pure(callee: object) -> bool:
+    """Whether a call of `callee` changes none of its arguments: one of torch.nn's modules, not working in place."""
+    if not isinstance(callee, nn.Module) or any(has_hooks(module) for module in callee.modules()):
+        return False
+    return is_fresh(callee) or all(
+        (is_torchs_own(module) or isinstance(module, Norm)) and not getattr(module, "inplace", False)
+        for module in callee.modules()
+    )
+
+
+def is_plain_sequential(module: object) -> bool:
+    """Whether a module does what nn.Sequential does, and nothing else."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and "forward" not in vars(module)
+    )

@@ -1,0 +1,146 @@
+"""fastnorm.fuse on graphs of torch.fx and torch.export."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastnorm
+from tests.test_convert import BLOCKS, ResNetBlock
+from tests.test_fuse import FUSED, LEFT, ONE, form, fused, refusals
+
+X = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def operations(graph: torch.fx.GraphModule) -> list[str]:
+    return sorted(f"{node.op} {node.target}" for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_traced_blocks(block: type[nn.Module], training: bool) -> None:
+    native = block().train(training)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(native))
+    before = operations(traced)
+    assert fastnorm.fuse(traced) is traced and fused(traced) == FUSED[block]
+    torch.testing.assert_close(traced(X), native(X), rtol=1e-4, atol=1e-5)
+    again = copy.deepcopy(traced)
+    torch.testing.assert_close(again(X), traced(X))
+    for graph in (traced, again):
+        fastnorm.revert(graph)
+        graph.load_state_dict(native.state_dict(), strict=False)  # tracing makes constants
+        norms = [type(m) for m in graph.modules() if "Norm" in type(m).__name__]
+        assert norms == [type(m) for m in torch.fx.symbolic_trace(native).modules() if "Norm" in type(m).__name__]
+        torch.testing.assert_close(graph.eval()(X), copy.deepcopy(native).eval()(X), rtol=1e-3, atol=1e-4)
+    assert operations(traced) == before
+
+
+@pytest.mark.parametrize("text", [text for text in ONE if "if x" not in text and "self.training" not in text])
+def test_traced_forms(text: str) -> None:
+    native = form(text).double()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(native))
+    x, r = torch.randn(2, 2, 4, 5, 5, dtype=torch.float64)
+    # A graph shows a call twice, and a change in place as a node beside the users of what it changes.
+    left = "for _ in" in text or "\nself.relu(y)" in text or "\ny.add_" in text
+    fastnorm.fuse(traced)
+    assert list(fused(traced).values()) == ([] if left else [ONE[text]]), refusals(traced)
+    results = []
+    for m in (traced, native):
+        a, b = x.clone().requires_grad_(), r.clone().requires_grad_()
+        y = m(a, b)
+        y.square().sum().backward()
+        results.append((y, a.grad, b.grad))
+    torch.testing.assert_close(*results)
+
+
+LEFT_IN_GRAPHS = {
+    "y = self.norm(x)\nreturn F.relu(y) + y + r": "several places",
+    "return F.relu(self.norm(x) * 2) + r": "is followed by function mul",
+    "return F.relu6(self.norm(x)) + r": "is followed by function relu6",
+    "return F.relu(self.norm(x)) + F.silu(self.norm(r))": "is called in several places",
+    "return self.norm(x) + 1": "is added to what is no tensor",
+    "y = self.norm(x)\nx = self.relu(x)\ny = y + x\nreturn y": "may change what it reads",
+}
+
+
+@pytest.mark.parametrize("text", LEFT_IN_GRAPHS)
+def test_what_is_left_in_graphs(text: str) -> None:
+    native = form(text)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(native))
+    code = traced.code
+    fastnorm.fuse(traced)
+    assert traced.code == code and not fused(traced)
+    assert any(LEFT_IN_GRAPHS[text] in reason for reason in refusals(traced).values()), refusals(traced)
+    assert len(LEFT) > len(LEFT_IN_GRAPHS)
+
+
+def test_hooks_in_graphs() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.relu = nn.BatchNorm2d(6), nn.ReLU()
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            return self.relu(self.norm(x))
+
+    for name in ("norm", "relu"):
+        traced = torch.fx.symbolic_trace(Block())
+        traced.get_submodule(name).register_forward_hook(lambda *args: None)
+        assert not fused(fastnorm.fuse(traced)) and "hooks" in refusals(traced)["norm"]
+    traced = torch.fx.symbolic_trace(Block())
+    expected = traced.eval()(X)
+    fastnorm.fuse(traced)
+    loaded = pickle.loads(pickle.dumps(traced))  # without the nodes' meta
+    torch.testing.assert_close(loaded(X), expected)
+    fastnorm.revert(loaded)
+    torch.testing.assert_close(loaded(X), expected)
+    assert type(loaded.norm) is nn.BatchNorm2d
+
+
+def test_a_graph_inside_a_model() -> None:
+    native = nn.Sequential(ResNetBlock(), nn.BatchNorm2d(8), nn.ReLU())
+    ours = copy.deepcopy(native)
+    ours[0] = torch.fx.symbolic_trace(ours[0])
+    fastnorm.fuse(ours)
+    assert fused(ours) == {"0.bn1": "relu", "0.bn2": "add + relu", "1": "relu"}
+    torch.testing.assert_close(ours(X), native(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_exported_blocks(block: type[nn.Module], training: bool) -> None:
+    native = block().train(training)
+    exported = torch.export.export(copy.deepcopy(native), (X,)).module()
+    before = operations(exported)
+    fastnorm.fuse(exported)
+    assert sorted(fused(exported).values()) == sorted(FUSED[block].values()), refusals(exported)
+    torch.testing.assert_close(exported(X), native(X), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(exported.state_dict()), dict(native.state_dict()), rtol=1e-4, atol=1e-5)
+    fastnorm.revert(exported)
+    assert operations(exported) == before
+    torch.testing.assert_close(exported(X), native(X), rtol=1e-4, atol=1e-5)
+
+
+def test_functions_in_a_traced_graph() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6))
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            y = torch.nn.functional.group_norm(x, 2, self.weight, eps=1e-3)
+            return torch.nn.functional.silu(operator.add(y, x))
+
+    native = Functional()
+    traced = torch.fx.symbolic_trace(native)
+    before = operations(traced)
+    fastnorm.fuse(traced)
+    assert list(fused(traced).values()) == ["add + silu"]
+    torch.testing.assert_close(traced(X), native(X))
+    fastnorm.revert(traced)
+    assert operations(traced) == before and isinstance(traced(X), Tensor)
