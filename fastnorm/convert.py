@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from . import modules
-from .fuse_record import undo
-from .fuse_ungraph import undo_graphs
+from .fusing.record import undo
+from .fusing.ungraph import undo_graphs
 from .unfused import UNFUSED, forget_activation
 
 __all__ = ["convert", "revert"]

@@ -1,12 +1,6 @@
 """fuse: a norm, the sum and the activation behind it become one call, in place, where the model's own text proves it.
 
-fuse_read, fuse_settings, fuse_source    the text of methods, as one instance runs them
-fuse_usage                               who calls a norm, and what is handed on
-fuse_match, fuse_flow, fuse_fresh        what follows a call, and the proof
-fuse_edit                                the methods with the calls made one
-fuse_containers                          where a container's forward is known: nn.Sequential, timm
-fuse_graph, fuse_ungraph                 graphs of torch.fx and torch.export
-fuse_record                              what stays on the model, and the way back
+The parts are in fusing/.
 """
 
 from __future__ import annotations
@@ -17,15 +11,15 @@ from typing import NamedTuple, TypeVar
 import torch.fx
 from torch import nn
 
-from .fuse_containers import fuse_norm_act, is_last, is_norm_act, mark, pairs, pass_residual, why_unfit
-from .fuse_edit import edited
-from .fuse_flow import NotProved
-from .fuse_fresh import is_plain_sequential
-from .fuse_graph import fuse_graph
-from .fuse_match import Site, is_returned, match
-from .fuse_patterns import has_hooks
-from .fuse_record import BONDS, KEY, REFUSAL, Absorbed, Bond, Fusion, Rewriting, fusion_of, is_norm, rewrite
-from .fuse_usage import Usage, usage_of
+from .fusing.containers import fuse_norm_act, is_last, is_norm_act, mark, pairs, pass_residual, why_unfit
+from .fusing.edit import edited
+from .fusing.flow import NotProved
+from .fusing.fresh import is_plain_sequential
+from .fusing.graph import fuse_graph
+from .fusing.match import Site, is_returned, match
+from .fusing.patterns import has_hooks
+from .fusing.record import BONDS, KEY, REFUSAL, Absorbed, Bond, Fusion, Rewriting, fusion_of, is_norm, rewrite
+from .fusing.usage import Usage, usage_of
 
 __all__ = ["fuse"]
 

@@ -13,8 +13,8 @@ from . import modules, ops
 from .convert import has_own_forward, why_not_converted
 from .dispatch import carries_metadata, entry_for, is_refusal, reason_of
 from .extension import _C
-from .fuse_record import REFUSAL, fusion_of, is_norm
-from .fuse_ungraph import NOTES
+from .fusing.record import REFUSAL, fusion_of, is_norm
+from .fusing.ungraph import NOTES
 
 __all__ = ["Report", "Row", "explain", "report"]
 

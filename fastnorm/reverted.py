@@ -10,7 +10,7 @@ from torch import nn
 
 from .convert import convert, revert
 from .fuse import fuse
-from .fuse_record import fusion_of
+from .fusing.record import fusion_of
 from .modules import Norm
 
 __all__ = ["reverted"]

@@ -51,21 +51,21 @@ MODULES = (
     "functional",
     "calibrate",
     "modules",
-    "fuse_record",
-    "fuse_ungraph",
+    "fusing.record",
+    "fusing.ungraph",
     "convert",
     "enable",
-    "fuse_patterns",
-    "fuse_source",
-    "fuse_settings",
-    "fuse_read",
-    "fuse_usage",
-    "fuse_flow",
-    "fuse_fresh",
-    "fuse_match",
-    "fuse_containers",
-    "fuse_edit",
-    "fuse_graph",
+    "fusing.patterns",
+    "fusing.source",
+    "fusing.settings",
+    "fusing.read",
+    "fusing.usage",
+    "fusing.flow",
+    "fusing.fresh",
+    "fusing.match",
+    "fusing.containers",
+    "fusing.edit",
+    "fusing.graph",
     "fuse",
     "reverted",
     "report",
@@ -179,17 +179,18 @@ def test_what_must_not_come_along() -> None:
 # fastnorm
 
 
-def imports(source: str) -> Iterator[tuple[str, str]]:
-    """All imports of a module, those inside functions too: (package, module of fastnorm or "")."""
+def imports(source: str, folder: str = "") -> Iterator[tuple[str, str]]:
+    """All imports of a module, those inside functions too: (package, module of fastnorm or ""). folder: where in
+    fastnorm the module lies."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 package, _, module = alias.name.partition(".")
                 yield package, (module or "__init__") if package == "fastnorm" else ""
         elif isinstance(node, ast.ImportFrom):
-            package, _, module = f"fastnorm.{node.module or ''}".partition(".") if node.level else (
-                node.module or ""
-            ).partition(".")  # fmt: skip
+            beside = f"{folder}." * (folder != "" and node.level == 1)
+            name = f"fastnorm.{beside}{node.module or ''}" if node.level else node.module or ""
+            package, _, module = name.partition(".")
             if package != "fastnorm":
                 yield package, ""
             elif module:
@@ -201,7 +202,9 @@ def imports(source: str) -> Iterator[tuple[str, str]]:
 def imported_by(module: str) -> set[str]:
     if module == "_C":
         return set()
-    return {name for package, name in imports((FASTNORM / f"{module}.py").read_text()) if package == "fastnorm"}
+    path = FASTNORM / f"{module.replace('.', '/')}.py"
+    folder = "fusing" * module.startswith("fusing.")
+    return {name for package, name in imports(path.read_text(), folder) if package == "fastnorm"}
 
 
 def test_imports_are_read() -> None:
@@ -217,7 +220,9 @@ def test_imports_are_read() -> None:
 
 
 def test_every_module_has_a_place() -> None:
-    assert {path.stem for path in FASTNORM.glob("*.py")} | {"_C"} == set(MODULES)
+    paths = [path.relative_to(FASTNORM).with_suffix("") for path in FASTNORM.rglob("*.py")]
+    names = {".".join(path.parts) for path in paths} - {"fusing.__init__"}  # which is a docstring
+    assert names | {"_C"} == set(MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -234,7 +239,7 @@ def test_modules_that_stand_apart(apart: set[str]) -> None:
 
 def test_only_torch_and_the_standard_library() -> None:
     """And tqdm, which draws a bar where it is installed."""
-    for path in FASTNORM.glob("*.py"):
+    for path in FASTNORM.rglob("*.py"):
         allowed = {"torch", "fastnorm", *sys.stdlib_module_names} | ({"tqdm"} if path.stem == "calibrate" else set())
         assert {package for package, _ in imports(path.read_text())} <= allowed, path.name
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from . import functional
-from .fuse_containers import mark, why_unfit
-from .fuse_patterns import (
+from .. import functional
+from ..modules import Norm
+from .containers import mark, why_unfit
+from .patterns import (
     Act,
     activation_of_call,
     activation_of_method,
@@ -27,9 +28,8 @@ from .fuse_patterns import (
     is_add,
     is_torchs_own,
 )
-from .fuse_record import Fusion, fusion_of, is_norm
-from .fuse_ungraph import NODE, NOTES, Replaced, Step
-from .modules import Norm
+from .record import Fusion, fusion_of, is_norm
+from .ungraph import NODE, NOTES, Replaced, Step
 
 __all__ = ["fuse_graph"]
 

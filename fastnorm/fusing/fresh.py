@@ -6,11 +6,11 @@ import ast
 
 from torch import nn
 
-from .fuse_flow import is_name, mentions_of
-from .fuse_patterns import has_hooks, is_torchs_own
-from .fuse_read import methods_of
-from .fuse_source import Method, resolve
-from .modules import Norm
+from ..modules import Norm
+from .flow import is_name, mentions_of
+from .patterns import has_hooks, is_torchs_own
+from .read import methods_of
+from .source import Method, resolve
 
 __all__ = ["is_fresh", "is_plain_sequential", "is_pure", "takes_one"]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .fuse_flow import Flow, NotProved, is_name, mentions_of, where
-from .fuse_fresh import is_fresh, is_pure, takes_one
-from .fuse_patterns import (
+from .flow import Flow, NotProved, is_name, mentions_of, where
+from .fresh import is_fresh, is_pure, takes_one
+from .patterns import (
     METHODS,
     Act,
     activation_of_call,
@@ -22,8 +22,8 @@ from .fuse_patterns import (
     has_hooks,
     is_add,
 )
-from .fuse_record import is_norm
-from .fuse_source import UNKNOWN, Method, chain, function_of, resolve
+from .record import is_norm
+from .source import UNKNOWN, Method, chain, function_of, resolve
 
 __all__ = ["Site", "is_returned", "match"]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .convert import has_own_forward
-from .fuse_patterns import is_torchs_own
-from .fuse_read import methods_of
-from .fuse_record import Absorbed, is_norm
-from .fuse_source import Method, chain, step
+from ..convert import has_own_forward
+from .patterns import is_torchs_own
+from .read import methods_of
+from .record import Absorbed, is_norm
+from .source import Method, chain, step
 
 __all__ = ["Usage", "usage_of"]
 

@@ -22,8 +22,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from . import modules, reference
-from .unfused import TorchNormActivation, forget_activation
+from .. import modules, reference
+from ..unfused import TorchNormActivation, forget_activation
 
 __all__ = ["Absorbed", "Bond", "Fusion", "Rewriting", "Rewritten", "fusion_of", "is_norm", "rewrite", "undo"]
 

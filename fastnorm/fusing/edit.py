@@ -1,4 +1,4 @@
-"""Methods with the calls that `fuse_match` has found made one."""
+"""Methods with the calls that `match` has found made one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from .fuse_match import Site
-from .fuse_source import Method
+from .match import Site
+from .source import Method
 
 __all__ = ["edited"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from .fuse_settings import specialised
-from .fuse_source import Method, chain
+from .settings import specialised
+from .source import Method, chain
 
 __all__ = ["methods_of"]
 

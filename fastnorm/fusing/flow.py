@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from .fuse_source import Method
+from .source import Method
 
 __all__ = ["Flow", "NotProved", "is_name", "mentions_of", "where"]
 

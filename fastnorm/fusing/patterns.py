@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS
+from ..activations import ACTIVATIONS
 
 __all__ = [
     "METHODS",

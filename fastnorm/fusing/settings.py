@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .fuse_patterns import has_hooks
-from .fuse_source import UNKNOWN, Method, chain, resolve, step
+from .patterns import has_hooks
+from .source import UNKNOWN, Method, chain, resolve, step
 
 __all__ = ["specialised"]
 

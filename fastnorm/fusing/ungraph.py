@@ -1,4 +1,4 @@
-"""The way back from what fuse_graph.py does to a graph."""
+"""The way back from what graph.py does to a graph."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from .activations import ACTIVATIONS
-from .fuse_record import fusion_of
+from ..activations import ACTIVATIONS
+from .record import fusion_of
 
 __all__ = ["NODE", "NOTES", "Replaced", "Step", "undo_graphs"]
 

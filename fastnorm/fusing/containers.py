@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import modules
-from .convert import convert, why_not_converted
-from .fuse_fresh import is_plain_sequential
-from .fuse_patterns import Act, activation_of_module, has_hooks
-from .fuse_record import KEY, Fusion, Rewriting, is_norm, rewrite
-from .unfused import TorchNormActivation
+from .. import modules
+from ..convert import convert, why_not_converted
+from ..unfused import TorchNormActivation
+from .fresh import is_plain_sequential
+from .patterns import Act, activation_of_module, has_hooks
+from .record import KEY, Fusion, Rewriting, is_norm, rewrite
 
 __all__ = ["Pair", "fuse_norm_act", "is_last", "is_norm_act", "mark", "pairs", "pass_residual", "why_unfit"]
 
