@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,21 +23,7 @@ CLIP = torch.randn(1, 3, 4, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def library(name: str) -> Any:
-    if name in ("torchvision", "timm"):
-        define_torchvisions_operators()
     return pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}", exc_type=ImportError)
-
-
-def define_torchvisions_operators() -> None:
-    """A torchvision that was built for another torch (CUDA beside CPU) has its models in Python, but not the operators
-    whose fake kernels it registers when it is imported."""
-    try:
-        importlib.import_module("torchvision")
-    except ImportError:
-        pass
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def tensors(output: Any) -> Iterator[Tensor]:
