@@ -190,7 +190,6 @@ def tiny_transformers() -> dict[str, tuple[Callable[[Any], nn.Module], dict[str,
 
 @pytest.mark.parametrize("name", tiny_transformers())
 def test_transformers(name: str) -> None:
-    define_torchvisions_operators()
     transformers = library("transformers")
     make, expected = tiny_transformers()[name]
     assert compare(lambda: Sample(make(transformers)), IMAGE) == expected
