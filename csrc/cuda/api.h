@@ -17,9 +17,14 @@ inline bool is_gang_refused(int error) { return error >= kGangRefused; }
 // passed the call.
 // A forward launch moves running statistics where they move set by set; else launch_update_running_stats does, after
 // it.
+// A backward call whose sums are given has the plan of a frozen one, and workspace for given_terms_bytes more.
+inline int64_t given_terms_bytes(const BackwardArgs& args) {
+  return args.sums == nullptr ? 0 : 2 * args.geometry.C * (args.dtype == DType::kFloat64 ? 8 : 4);
+}
 int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace, void* stream);
 int launch_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
 int launch_update_running_stats(const RunningArgs& args, void* stream);
+int launch_fold_partials(const FoldArgs& args, void* stream);
 const char* error_string(int error);
 
 // The facts that plans are made from, as the driver gives them. Slow: ask once per device.

@@ -31,6 +31,20 @@ FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
       "update_running_stats_(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
       "Tensor stats, SymInt count, float? momentum) -> ()");
   m.def("moments(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def("batch_norm_partial(Tensor x) -> Tensor partial");
+  m.def(
+      "batch_norm_fold_(Tensor partials, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float eps, float? momentum) -> (Tensor stats, Tensor count)");
+  m.def(
+      "batch_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, int activation, "
+      "float activation_param, bool save_mask) -> (Tensor y, Tensor mask)");
+  m.def(
+      "batch_norm_backward_sums(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, "
+      "Tensor mask, int activation, float activation_param) -> Tensor sums");
+  m.def(
+      "batch_norm_backward_apply(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, "
+      "Tensor mask, Tensor sums, Tensor count, int activation, float activation_param, bool[2] output_mask) "
+      "-> (Tensor dx, Tensor dresidual)");
 }
 
 namespace fastnorm::ops {
@@ -59,12 +73,44 @@ static Backward flat_backward(const Tensor& dy, const Tensor& x, const OptTensor
                        {groups, normalized_dims, eps, activation, activation_param}, frozen, output_mask);
 }
 
+static std::tuple<Tensor, Tensor> flat_fold(const Tensor& partials, const OptTensor& running_mean,
+                                            const OptTensor& running_var, const OptTensor& num_batches_tracked,
+                                            double eps, std::optional<double> momentum) {
+  return batch_norm_fold_(partials, {running_mean, running_var, num_batches_tracked, momentum}, eps);
+}
+
+static std::tuple<Tensor, Tensor> flat_apply(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                             const OptTensor& residual, const Tensor& stats, int64_t activation,
+                                             double activation_param, bool save_mask) {
+  return batch_norm_apply({x, weight, bias, residual}, stats, activation, activation_param, save_mask);
+}
+
+static Tensor flat_backward_sums(const Tensor& dy, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                 const OptTensor& residual, const Tensor& stats, const Tensor& mask, int64_t activation,
+                                 double activation_param) {
+  return batch_norm_backward_sums(dy, {x, weight, bias, residual}, stats, mask, activation, activation_param);
+}
+
+static std::tuple<Tensor, Tensor> flat_backward_apply(const Tensor& dy, const Tensor& x, const OptTensor& weight,
+                                                      const OptTensor& bias, const OptTensor& residual,
+                                                      const Tensor& stats, const Tensor& mask, const Tensor& sums,
+                                                      const Tensor& count, int64_t activation, double activation_param,
+                                                      std::array<bool, 2> output_mask) {
+  return batch_norm_backward_apply(dy, {x, weight, bias, residual}, stats, mask, sums, count, activation,
+                                   activation_param, output_mask);
+}
+
 static void implement(torch::Library& m) {
   m.impl("norm_forward", &flat_forward);
   m.impl("batch_norm_forward_", &flat_batch_forward);
   m.impl("norm_backward", &flat_backward);
   m.impl("update_running_stats_", &update_running_stats_);
   m.impl("moments", &moments);
+  m.impl("batch_norm_partial", &batch_norm_partial);
+  m.impl("batch_norm_fold_", &flat_fold);
+  m.impl("batch_norm_apply", &flat_apply);
+  m.impl("batch_norm_backward_sums", &flat_backward_sums);
+  m.impl("batch_norm_backward_apply", &flat_backward_apply);
 }
 
 }  // namespace fastnorm::ops

@@ -58,6 +58,28 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
 // Per-channel mean and biased variance over all other dims.
 std::tuple<Tensor, Tensor> moments(const Tensor& x);
 
+// Batch norm in steps, for statistics of several ranks: every rank takes its partial, gathers those of all, folds them
+// and applies the statistics; backward it takes its sums, adds those of all ranks, and applies them. In between the
+// caller exchanges them. No step waits for the device, and every step takes an empty x.
+//
+//   partial(x)              [3 C + 1]: mean, mean_low, biased variance, count (zeros where x is empty)
+//   fold_(partials)         partials [ranks, 3 C + 1] -> stats [kStatsRows, C] and count, one float64; moves the running
+//                           statistics, the variance unbiased by the whole count. Partials of count 0 are nothing; a
+//                           running variance stays as it is where the whole count is 1
+//   apply(x, stats)         y and mask, as norm_forward
+//   backward_sums           [2, C]: the sums of d and d xhat over this rank, which are its dbias and dweight
+//   backward_apply          dx and dresidual from the sums of all ranks
+Tensor batch_norm_partial(const Tensor& x);
+std::tuple<Tensor, Tensor> batch_norm_fold_(const Tensor& partials, const Running& running, double eps);
+std::tuple<Tensor, Tensor> batch_norm_apply(const Inputs& inputs, const Tensor& stats, int64_t activation,
+                                            double activation_param, bool save_mask);
+Tensor batch_norm_backward_sums(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask,
+                                int64_t activation, double activation_param);
+std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dy, const Inputs& inputs, const Tensor& stats,
+                                                     const Tensor& mask, const Tensor& sums, const Tensor& count,
+                                                     int64_t activation, double activation_param,
+                                                     std::array<bool, 2> output_mask);
+
 // The same ops as the dispatcher calls them, with every field an argument.
 using ForwardSignature = Forward(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                                  const OptTensor&, int64_t, int64_t, double, int64_t, double, bool);
