@@ -18,10 +18,12 @@ from .modules import (
     LayerNorm,
 )
 from .report import Report, Row, explain, report
+from .sync_batch_norm import BatchNorm, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -32,12 +34,15 @@ __all__ = [
     "LayerNorm",
     "Report",
     "Row",
+    "SyncBatchNorm",
     "convert",
+    "convert_sync_batchnorm",
     "cuda",
     "explain",
     "functional",
     "moments",
     "report",
     "revert",
+    "revert_sync_batchnorm",
     "reverted",
 ]

@@ -92,15 +92,11 @@ def trace_norm(
     """A call under torch.compile: functional operators, and all checks beforehand, as none could be caught."""
     groups, normalized_dims, eps, activation, param, use_input_stats, momentum = call
     settings = (groups, normalized_dims, eps, activation, param)
-    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, settings)
-    if refusal is not None:
-        raise Unsupported(refusal)
+    check_call(x, weight, bias, residual, running_mean, running_var, settings)
     if not use_input_stats and running_mean is None:
         raise Unsupported("there are no running statistics to use")
     if groups == normalized_dims == 0 and (eps < 0 or (use_input_stats and (eps == 0 or x.numel() <= x.shape[1]))):
         raise Unsupported("eps is not positive, or a channel has a single value")
-    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
-        raise Unsupported("running statistics require grad")
     mean, var = (None, None) if use_input_stats else (running_mean, running_var)
     save_mask = torch.is_grad_enabled()
     y, stats, _ = ops.norm_forward(x, weight, bias, residual, mean, var, *settings, save_mask)
@@ -108,6 +104,23 @@ def trace_norm(
         count = x.numel() // stats.shape[1]
         ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
     return y  # type: ignore[no-any-return]
+
+
+def check_call(
+    x: Tensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    settings: ops.Settings,
+) -> None:
+    """Raise Unsupported where the functional operators would refuse a call, from sizes and dtypes alone."""
+    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, settings)
+    if refusal is not None:
+        raise Unsupported(refusal)
+    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+        raise Unsupported("running statistics require grad")
 
 
 def entry_for(x: Tensor) -> Entry:

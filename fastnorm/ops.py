@@ -9,14 +9,22 @@
 | `norm_backward_differentiable` | the same where it is differentiated again (autograd.py)                 |
 | `update_running_stats_`        | moves running_mean, running_var and num_batches_tracked, in place       |
 | `moments`                      | per-channel mean and biased variance                                    |
-| `batch_norm_partial`, `batch_norm_fold_`, `batch_norm_apply`, `batch_norm_backward_sums`, `batch_norm_backward_apply` | \
-batch norm in steps, for statistics of several ranks (sync.py) |
-| `batch_norm_apply_synchronized` | `batch_norm_apply` with the gradient of them all                       |
 
-Each takes its tensors, then `groups` and `normalized_dims` (both 0: batch norm), eps, activation, activation_param
-(`Settings`), then what it alone needs. `stats` is [STATS_ROWS, sets]: mean, rstd, biased variance, what rounding cut
-off the mean. `mask` is opaque: a bit an element. The C++ side holds the schemas and checks every argument before it
-writes anything; what the kernels do not serve raises NotImplementedError.
+Batch norm in steps, for statistics of several ranks (sync.py; csrc/torch/ops.h has the arguments):
+
+| operator                        | what                                                                   |
+|---------------------------------|------------------------------------------------------------------------|
+| `batch_norm_partial`            | mean, variance and count of this rank's x                              |
+| `batch_norm_fold_`              | those of all ranks to stats and a count; moves running statistics      |
+| `batch_norm_apply`              | x and stats to y and mask                                              |
+| `batch_norm_backward_sums`      | this rank's sums of d and d xhat                                       |
+| `batch_norm_backward_apply`     | the sums of all ranks to dx and dresidual                              |
+| `batch_norm_apply_synchronized` | `batch_norm_apply` with the gradient that goes through all ranks       |
+
+Those of the first table take their tensors, then `groups` and `normalized_dims` (both 0: batch norm), eps, activation,
+activation_param (`Settings`), then what they alone need. `stats` is [STATS_ROWS, sets]: mean, rstd, biased variance,
+what rounding cut off the mean. `mask` is opaque: a bit an element. The C++ side holds the schemas and checks every
+argument before it writes anything; what the kernels do not serve raises NotImplementedError.
 """
 
 from __future__ import annotations
