@@ -36,7 +36,18 @@ from tests.ptx import build as ptx_build
 # test_threads.py varies the number.
 THREADS = 1
 
-OPS = ("norm_forward", "batch_norm_forward_", "norm_backward", "update_running_stats_", "moments")
+OPS = (
+    "norm_forward",
+    "batch_norm_forward_",
+    "norm_backward",
+    "update_running_stats_",
+    "moments",
+    "batch_norm_partial",
+    "batch_norm_fold_",
+    "batch_norm_apply",
+    "batch_norm_backward_sums",
+    "batch_norm_backward_apply",
+)
 
 NO_NVCC = "needs nvcc, which compiles the kernels to the PTX that it executes: install a CUDA toolkit, or set CUDA_HOME"
 

@@ -140,12 +140,19 @@ Forward run_forward(const Inputs& inputs, const Statistics& given, const Config&
 }
 
 // A backward call, checked; it computes the outputs that are asked for.
-class BackwardCall {
- public:
-  BackwardCall(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask, const Config& config)
-      : dy_(dy),
-        inputs_(inputs),
-        mask_(mask),
+struct BackwardCall {
+  const Tensor& dy;
+  const Inputs& inputs;
+  const Tensor& mask;
+  const Allocator allocate;
+  const DType dtype;
+  const View view;
+  BackwardArgs args{};
+
+  BackwardCall(const Tensor& dy_, const Inputs& inputs_, const Tensor& stats, const Tensor& mask_, const Config& config)
+      : dy(dy_),
+        inputs(inputs_),
+        mask(mask_),
         allocate(inputs.x),
         dtype(dtype_of(inputs.x, "x")),
         view(inputs.x, config.groups, config.normalized_dims) {
@@ -184,31 +191,20 @@ class BackwardCall {
 
   bool is_empty() const { return view.geometry.numel() == 0; }
   void run() {
-    const auto& [x, weight, bias, residual] = inputs_;
+    const auto& [x, weight, bias, residual] = inputs;
     Tensor keep_weight, keep_bias;
     args.weight = params_of(weight, keep_weight);
     args.bias = params_of(bias, keep_bias);
-    const bool masked = mask_.numel() > 0;
+    const bool masked = mask.numel() > 0;
     const bool residual_read = present(residual) && !masked && args.activation != Activation::kNone;
-    const Tensor dense_x = view.dense(x), dense_dy = view.dense(dy_),
+    const Tensor dense_x = view.dense(x), dense_dy = view.dense(dy),
                  dense_residual = residual_read ? view.dense(*residual) : Tensor();
     args.dy = dense_dy.const_data_ptr();
     args.x = dense_x.const_data_ptr();
     args.residual = residual_read ? dense_residual.const_data_ptr() : nullptr;
-    args.mask = masked ? mask_.const_data_ptr<uint8_t>() : nullptr;
+    args.mask = masked ? mask.const_data_ptr<uint8_t>() : nullptr;
     allocate.backend().backward(args, x.device());
   }
-
- private:
-  const Tensor& dy_;
-  const Inputs& inputs_;
-  const Tensor& mask_;
-
- public:
-  const Allocator allocate;
-  const DType dtype;
-  const View view;
-  BackwardArgs args{};
 };
 
 constexpr Config batch_config(int64_t activation, double activation_param) {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastnorm
 from fastnorm import unfused
@@ -114,17 +115,18 @@ def run_rank(case: SyncCase, compiled: str | None = None) -> dict[str, Tensor]:
         x, residual = leaf(batch.x), leaf(batch.residual)
         assert x is not None
         y = call(x) if residual is None else call(x, residual)
-        assert y.is_contiguous(memory_format=torch.channels_last if case.channels_last else torch.contiguous_format)
+        memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
+        assert y.numel() == 0 or y.is_contiguous(memory_format=memory_format)
         results = gather_results(module, x, residual, y, batch.grad)
     return results
 
 
-def run_whole(case: SyncCase, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def run_whole(case: SyncCase, dtype: torch.dtype | None = None, first_step: int = 0) -> dict[str, Tensor]:
     """One big batch in torch.nn.BatchNorm. dtype: instead of the case's."""
     module = make_norm(unfused.BatchNorm, case, dtype=None)
     if dtype is not None:
         module = module.to(dtype)
-    for step in range(case.steps):
+    for step in range(first_step, first_step + case.steps):
         batch = whole_batch(case, step)
         x, residual = leaf(batch.x if dtype is None else batch.x.to(dtype)), leaf(batch.residual)
         assert x is not None
@@ -155,3 +157,73 @@ def join(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def assert_like_whole(results: list[dict[str, Tensor]], case: SyncCase) -> None:
     assert_alike(join(results), run_whole(case), run_whole(case, torch.float64), what=case.id)
+
+
+# ---- groups, compilation, derivatives: functions that run on a rank ----
+
+
+def make_groups(groups: tuple[tuple[int, ...], ...]) -> Any:
+    """This rank's group. Every rank makes all of them."""
+    made = [dist.new_group(list(members)) for members in groups]
+    mine = [group for group, members in zip(made, groups, strict=True) if dist.get_rank() in members]
+    return mine[0] if mine else made[0]
+
+
+def run_in_group(cases: tuple[SyncCase, ...], groups: tuple[tuple[int, ...], ...], compiled: bool) -> Any:
+    """Every group has a case of its own; a rank that is in none has an ordinary batch norm of the last case."""
+    group = make_groups(groups)
+    rank = dist.get_rank()
+    turn = next((i for i, members in enumerate(groups) if rank in members), None)
+    case = cases[-1 if turn is None else turn]
+    batch = part_of(case, 0 if turn is None else groups[turn].index(rank))
+    module: Any = make_sync(case, group)
+    if compiled:
+        torch._dynamo.reset()
+    x, residual = leaf(batch.x), leaf(batch.residual)
+    assert x is not None
+    call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+    return gather_results(module, x, residual, call(x) if residual is None else call(x, residual), batch.grad)
+
+
+def run_uneven_compiled(case: SyncCase, sizes: tuple[tuple[int, ...], ...]) -> tuple[list[Any], int]:
+    """Training steps with other batch sizes each: results, and the number of graphs compiled."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    results = []
+    module = make_sync(case)
+    call = torch.compile(module, fullgraph=True, backend=counter)
+    for step, now in enumerate(sizes):
+        case = dataclasses.replace(case, sizes=now)
+        batch = part_of(case, dist.get_rank(), step)
+        x = leaf(batch.x)
+        assert x is not None
+        results.append(gather_results(module, x, None, call(x), batch.grad))
+    return results, counter.frame_count
+
+
+def penalty(module: nn.Module, case: SyncCase, batch: Batch) -> dict[str, Tensor]:
+    """The derivatives of the squares of dx and dresidual: of a loss that has gradients in it."""
+    x, residual, grad = leaf(batch.x), leaf(batch.residual), leaf(batch.grad)
+    assert x is not None and grad is not None
+    if isinstance(module, nn.SyncBatchNorm):
+        y = module(x) if residual is None else module(x, residual)
+    else:
+        y = module(x)
+        y = ACTIVATION_FUNCTIONS[case.activation](y if residual is None else y + residual)
+    leaves = {"dx": x} if residual is None else {"dx": x, "dresidual": residual}
+    inner = torch.autograd.grad(y, list(leaves.values()), grad, create_graph=True)
+    loss = sum((t.square().sum() for t in inner), torch.zeros((), dtype=x.dtype))
+    wanted = {**leaves, "dgrad": grad, "dweight": module.weight}
+    if case.activation == "silu":  # of the others, z plays no part in the slope
+        wanted["dbias"] = module.bias
+    # Of a two-sided activation the slope depends on no residual.
+    second = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+    return dict(zip(wanted, second, strict=True))
+
+
+def penalty_on_rank(case: SyncCase) -> dict[str, Tensor]:
+    return penalty(make_sync(case), case, part_of(case, dist.get_rank()))
+
+
+def penalty_of_whole(case: SyncCase) -> dict[str, Tensor]:
+    return penalty(make_norm(unfused.BatchNorm, case), case, whole_batch(case))

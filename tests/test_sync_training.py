@@ -1,0 +1,68 @@
+"""SyncBatchNorm where users meet it: DistributedDataParallel, FSDP2, accumulation, checkpointing, time-outs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.common import ranks
+from tests.common.numerics import assert_alike
+from tests.common.sync_training import bad_calls, call_unless, evaluate, train, train_alone, wrap_directly
+
+
+@pytest.fixture(autouse=True, scope="module")
+def processes() -> Iterator[None]:
+    yield
+    ranks.close_all()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("how", ["ddp", "accumulate", "fsdp", "checkpoint"])
+def test_training(how: str, size: int) -> None:
+    """Parameters and running statistics after three steps as those of one process with the whole batch."""
+    with ranks.ranks(size) as world:
+        results = world.call(train, how)
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results), name
+    assert_alike(results[0], train_alone(how))
+
+
+def test_ddp_refuses_on_the_cpu() -> None:
+    """torch's own rule. Should it go, the docstring of SyncBatchNorm says too much."""
+    with ranks.ranks(2) as world:
+        assert world.call(wrap_directly) == ["SyncBatchNorm layers only work with GPU modules"] * 2
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_rank_that_never_calls(direction: str) -> None:
+    """The others get torch.distributed's own time-out."""
+    world = ranks.World(2, timeout_s=3)
+    try:
+        _, failures = world.try_call(call_unless, 1, direction)
+    finally:
+        world.close()
+    assert list(failures) == [0] and "Timed out waiting 3000ms" in failures[0]
+
+
+def test_evaluation_exchanges_nothing() -> None:
+    with ranks.ranks(2) as world:
+        (y,), none = world.call(evaluate)
+    assert y.shape == (2, 3) and none == []
+
+
+def test_bad_input_is_refused_on_every_rank() -> None:
+    with ranks.ranks(2) as world:
+        one, other = world.call(bad_calls)
+    assert one == other
+    expected = (
+        "ValueError: expected at least 2D input (got 1D input)",
+        "ValueError: SyncBatchNorm number of input channels should be non-zero",
+        "RuntimeError: fastnorm.SyncBatchNorm: weight has shape (3,), expected (5,)",
+        "RuntimeError: fastnorm.SyncBatchNorm: weight has dtype torch.float32",
+        "RuntimeError: fastnorm.SyncBatchNorm: x has dtype torch.int32",
+        "RuntimeError: fastnorm.SyncBatchNorm: eps is 0.0",
+    )
+    for text, begin in zip(one, expected, strict=True):
+        assert text.startswith(begin)
