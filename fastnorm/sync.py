@@ -34,15 +34,18 @@ from .ops import OptTensor
 __all__ = ["batch_norm", "group_to_join"]
 
 Group: TypeAlias = Any  # dist.ProcessGroup, of which a build without torch.distributed has none
+_AVAILABLE = dist.is_available()
 
 
 def group_to_join(process_group: Group | None) -> Group | None:
     """The group to exchange statistics with, `process_group` or (None) that of all processes. None where there is
     nobody else in it, torch.distributed is not initialized, or this process is no member."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not _AVAILABLE or not dist.is_initialized():
         return None
     group = dist.group.WORLD if process_group is None else process_group
-    return group if dist.get_world_size(group) > 1 else None
+    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER or group.size() < 2:
+        return None
+    return group
 
 
 def batch_norm(
@@ -73,7 +76,7 @@ def batch_norm(
             raise
         raise RuntimeError(f"fastnorm.SyncBatchNorm: {refusal}") from None
     partial = ops.batch_norm_partial(x.detach())
-    partials = all_gather(partial, dist.get_world_size(group), group.group_name)
+    partials = all_gather(partial, group.size(), group.group_name)
     stats, count = ops.batch_norm_fold_(partials, running_mean, running_var, num_batches_tracked, eps, momentum)
     save_mask = torch.is_grad_enabled()
     y, _ = ops.batch_norm_apply_synchronized(

@@ -46,7 +46,7 @@ def test_a_rank_that_never_calls(direction: str) -> None:
     assert list(failures) == [0] and "Timed out waiting 3000ms" in failures[0]
 
 
-def test_evaluation_exchanges_nothing() -> None:
+def test_evaluation_and_explain_exchange_nothing() -> None:
     with ranks.ranks(2) as world:
         (y,), none = world.call(evaluate)
     assert y.shape == (2, 3) and none == []

@@ -116,6 +116,9 @@ def evaluate() -> list[Tensor]:
     """In evaluation ranks may call as they please: rank 0 alone does."""
     norm = fastnorm.SyncBatchNorm(3, activation="relu")
     norm(torch.randn(4, 3, generator=torch.Generator().manual_seed(dist.get_rank())))
+    if dist.get_rank() == 0:
+        assert fastnorm.explain(torch.randn(4, 3), norm).startswith("fastnorm: ")
+        assert fastnorm.explain(torch.randn(4, 5), norm).startswith("torch: ")
     norm.eval()
     return [norm(torch.ones(2, 3))] if dist.get_rank() == 0 else []
 
