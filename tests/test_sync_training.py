@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +71,34 @@ def test_bad_input_is_refused_on_every_rank() -> None:
     )
     for text, begin in zip(one, expected, strict=True):
         assert text.startswith(begin)
+
+
+# ---- examples/train_distributed.py ----
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_example(*command: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["itself", "torchrun"])
+def test_example(launcher: str) -> None:
+    """Synchronized, a step's loss is that of one process; the collectives are as many and as large as documented."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    text = run_example(*(torchrun if launcher == "torchrun" else ()), "examples/train_distributed.py", "--quick")
+    sizes = {"2"} if launcher == "torchrun" else {"2", "4"}
+    differences = {
+        (name, ranks): float(difference)
+        for name, ranks, difference in re.findall(r"(synchronized|of each share) +(\d) .*?(\d\.\de[+-]\d\d)", text)
+    }
+    assert {size for _, size in differences} == sizes
+    for size in sizes:
+        assert differences["synchronized", size] < 0.2 * differences["of each share", size]
+        assert re.search(rf"all_gather_into_tensor +{size} +13 +7,348 ", text)
+        assert re.search(rf"all_reduce +{size} +13 +4,864 ", text)
