@@ -48,8 +48,20 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             self._check_non_zero_input_channels(input)
 
     def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
-        group = sync.group_to_join(self.process_group) if self.training else None
+        group = self._group()
         return _BatchNorm._fused(self, entry if group is None else partial(sync.batch_norm, group), x, residual)
+
+    def _unfused(self, x: Tensor, residual: OptTensor) -> Any:
+        if isinstance(x, Tensor) and x.device.type == "cpu" and self._group() is not None:
+            raise RuntimeError(
+                "fastnorm.SyncBatchNorm: the kernels do not serve this call (the exception before this one says why), "
+                "and torch.nn.SyncBatchNorm serves no CPU tensors"
+            )
+        return super()._unfused(x, residual)
+
+    def _group(self) -> Any:
+        """Whose statistics a call takes now: None for this process's own."""
+        return sync.group_to_join(self.process_group) if self.training else None
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from tests.common import ranks
+from tests.common import ranks, sync_odd
 from tests.common.numerics import assert_alike
 from tests.common.sync_calls import (
     SyncCase,
@@ -138,3 +138,12 @@ def test_gradient_penalty(case: SyncCase) -> None:
     with ranks.ranks(len(case.sizes)) as world:
         results = world.call(penalty_on_rank, case)
     assert_alike(join(results), penalty_of_whole(case))
+
+
+# ---- out of the ordinary ----
+
+
+@pytest.mark.parametrize("use", sync_odd.USES, ids=lambda use: use.__name__)
+def test_odd_use(use: Callable[[], None]) -> None:
+    with ranks.ranks(sync_odd.RANKS) as world:
+        world.call(use)
