@@ -96,7 +96,11 @@ def test_ranks_outside_of_the_group_and_alone_in_it() -> None:
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
     "case",
-    [SyncCase((4, 2), activation="relu", residual=True), SyncCase((4, 2), momentum=None, steps=2, activation="silu")],
+    [
+        SyncCase((4, 2), activation="relu", residual=True),
+        SyncCase((4, 2), momentum=None, steps=2, activation="silu"),
+        SyncCase((3, 0), activation="relu"),
+    ],
     ids=lambda case: case.id,
 )
 def test_compiled(case: SyncCase, compiler: str) -> None:

@@ -24,7 +24,7 @@ def processes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("how", ["ddp", "accumulate", "fsdp", "checkpoint"])
+@pytest.mark.parametrize("how", ["ddp", "accumulate", "fsdp", "checkpoint", "compiled"])
 def test_training(how: str, size: int) -> None:
     """Parameters and running statistics after three steps as those of one process with the whole batch."""
     with ranks.ranks(size) as world:

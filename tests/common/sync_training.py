@@ -55,7 +55,7 @@ def whole(t: Tensor) -> Tensor:
 
 def train(how: str) -> dict[str, Tensor]:
     """Parameters and buffers after some steps. how: "ddp", "accumulate" (two micro-batches a step, one reduction of the
-    gradients), "fsdp", "checkpoint". On a rank."""
+    gradients), "fsdp", "checkpoint", "compiled". On a rank."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     net = make_net(how == "checkpoint")
     outer: nn.Module
@@ -67,6 +67,7 @@ def train(how: str) -> dict[str, Tensor]:
         fastnorm.convert_sync_batchnorm(net)  # after: see the docstring of SyncBatchNorm
     assert [type(m) for m in net.modules()].count(fastnorm.SyncBatchNorm) == 3
     optimizer = torch.optim.SGD(outer.parameters(), lr=0.05)
+    call: nn.Module = torch.compile(outer, backend="aot_eager") if how == "compiled" else outer  # type: ignore[assignment]
     for step in range(STEPS):
         micro_batches = batch(step).chunk(2) if how == "accumulate" else (batch(step),)
         optimizer.zero_grad()
@@ -74,9 +75,9 @@ def train(how: str) -> dict[str, Tensor]:
             mine = micro_batch.chunk(ranks)[rank]
             if how == "accumulate" and i == 0:
                 with outer.no_sync():  # type: ignore[operator]
-                    loss_of(outer(mine)).backward()
+                    loss_of(call(mine)).backward()
             else:
-                loss_of(outer(mine)).backward()
+                loss_of(call(mine)).backward()
         optimizer.step()
     return {name: whole(value) for name, value in net.state_dict().items()}
 
