@@ -39,13 +39,16 @@ _AVAILABLE = dist.is_available()
 
 def group_to_join(process_group: Group | None) -> Group | None:
     """The group to exchange statistics with, `process_group` or (None) that of all processes. None where there is
-    nobody else in it, torch.distributed is not initialized, or this process is no member."""
+    nobody else in it, torch.distributed is not initialized, or this process is no member. TypeError for anything but a
+    group."""
     if not _AVAILABLE or not dist.is_initialized():
         return None
     group = dist.group.WORLD if process_group is None else process_group
-    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER or group.size() < 2:
+    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER:
         return None
-    return group
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group is a {type(group).__name__}, expected a torch.distributed.ProcessGroup or None")
+    return group if group.size() > 1 else None
 
 
 def batch_norm(

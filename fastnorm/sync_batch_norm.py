@@ -87,7 +87,7 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
     for name, module in model.named_modules():
         why = None
         if type(module) not in _CONVERTED:
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
                 why = f"{type(module).__name__} is a subclass, which may compute something else"
         elif has_own_forward(module):
             why = "its forward was replaced on the instance"

@@ -128,6 +128,18 @@ def test_what_is_left_is_named() -> None:
     assert [type(m) for m in (model["a"], *model["b"])] == [Doubled, fastnorm.SyncBatchNorm, nn.BatchNorm2d]
 
 
+class Synchronized(nn.SyncBatchNorm):
+    """It synchronizes by itself."""
+
+
+def test_what_synchronizes_already_is_no_cause_for_a_warning() -> None:
+    model = nn.Sequential(Synchronized(4), fastnorm.SyncBatchNorm(4), nn.LayerNorm(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastnorm.convert_sync_batchnorm(model)
+    assert [type(m) for m in model] == [Synchronized, fastnorm.SyncBatchNorm, nn.LayerNorm]
+
+
 def test_the_process_group_is_the_one_given() -> None:
     """Of modules that synchronize already, too, as with torch.nn."""
     group = object()

@@ -68,6 +68,7 @@ def test_bad_input_is_refused_on_every_rank() -> None:
         "RuntimeError: fastnorm.SyncBatchNorm: weight has dtype torch.float32",
         "RuntimeError: fastnorm.SyncBatchNorm: x has dtype torch.int32",
         "RuntimeError: fastnorm.SyncBatchNorm: eps is 0.0",
+        "TypeError: process_group is a str, expected a torch.distributed.ProcessGroup or None",
     )
     for text, begin in zip(one, expected, strict=True):
         assert text.startswith(begin)

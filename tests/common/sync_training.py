@@ -134,12 +134,13 @@ def bad_calls() -> list[str]:
         (torch.randn(4, 3).double(), fastnorm.SyncBatchNorm(3)),
         (torch.ones(4, 3, dtype=torch.int32), fastnorm.SyncBatchNorm(3)),
         (torch.randn(4, 3), fastnorm.SyncBatchNorm(3, eps=0.0)),
+        (torch.randn(4, 3), fastnorm.SyncBatchNorm(3, process_group="all")),
     ):
         before = [b.clone() for b in norm.buffers()]
         try:
             norm(x)
             said.append("nothing")
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             said.append(f"{type(error).__name__}: {error}")
         assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True))
     return said
