@@ -26,10 +26,12 @@ from .report import Report, Row, explain, report
 from .reverted import reverted
 from .settings import set_autocast_mode, set_compile_mode
 from .skip_init import SkipInit
+from .sync_batch_norm import BatchNorm, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -42,8 +44,10 @@ __all__ = [
     "Report",
     "Row",
     "SkipInit",
+    "SyncBatchNorm",
     "calibrate",
     "convert",
+    "convert_sync_batchnorm",
     "cuda",
     "disable",
     "enable",
@@ -54,6 +58,7 @@ __all__ = [
     "moments",
     "report",
     "revert",
+    "revert_sync_batchnorm",
     "reverted",
     "set_autocast_mode",
     "set_compile_mode",

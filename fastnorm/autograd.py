@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,11 @@ _LEAKY_RELU = CODES["leaky_relu"]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 #: dx, dweight and dbias, dresidual
 OutputMask: TypeAlias = tuple[bool, bool, bool]
+
+
+def wants_differentiable_backward() -> bool:
+    """Whether a backward that runs now is to be differentiated again."""
+    return not is_compiling() and (torch.is_grad_enabled() or _transformed())
 
 
 def _transformed() -> bool:
@@ -54,8 +60,7 @@ class NormFunction(Function):
             return (None,) * 12
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         output_mask = [needs_x, needs_weight or needs_bias, needs_residual]
-        differentiable = not is_compiling() and (torch.is_grad_enabled() or _transformed())
-        op = ops.norm_backward_differentiable if differentiable else ops.norm_backward
+        op = ops.norm_backward_differentiable if wants_differentiable_backward() else ops.norm_backward
         dx, dweight, dbias, dresidual = op(dy, *ctx.saved_tensors, *ctx.settings, ctx.frozen, output_mask)
         if ctx.settings[3] == 0:
             dresidual = dy
@@ -127,29 +132,37 @@ class NormBackwardFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: OptTensor) -> tuple[OptTensor, ...]:
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Aliases: a derivative by x ends there, and does not go on to what dy was made of.
-            inputs: list[Any] = [None if t is None else torch.ops.aten.alias(t) for t in ctx.saved_tensors]
-            outputs = _reference_backward(*inputs, *ctx.config)
-        used = [
-            (output, gradient)
-            for output, gradient in zip(outputs, gradients, strict=True)
-            if output.requires_grad and gradient is not None
-        ]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        result: list[OptTensor] = [None] * len(ctx.needs_input_grad)
-        if used:
-            derivatives = torch.autograd.grad(
-                [output for output, _ in used],
-                [inputs[i] for i in wanted],
-                [gradient for _, gradient in used],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-            for i, derivative in zip(wanted, derivatives, strict=True):
-                result[i] = derivative
-        return tuple(result)
+        return differentiate(_reference_backward, ctx, gradients)
+
+
+def differentiate(
+    reference: Callable[..., tuple[Tensor, ...]], ctx: Any, gradients: tuple[OptTensor, ...]
+) -> tuple[OptTensor, ...]:
+    """The backward of a Function that computes what `reference` does. ctx has saved its tensors, which come first, and
+    `config`, which follows."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: a derivative by x ends there, and does not go on to what dy was made of.
+        inputs: list[Any] = [None if t is None else torch.ops.aten.alias(t) for t in ctx.saved_tensors]
+        outputs = reference(*inputs, *ctx.config)
+    used = [
+        (output, gradient)
+        for output, gradient in zip(outputs, gradients, strict=True)
+        if output.requires_grad and gradient is not None
+    ]
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    result: list[OptTensor] = [None] * len(ctx.needs_input_grad)
+    if used:
+        derivatives = torch.autograd.grad(
+            [output for output, _ in used],
+            [inputs[i] for i in wanted],
+            [gradient for _, gradient in used],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        for i, derivative in zip(wanted, derivatives, strict=True):
+            result[i] = derivative
+    return tuple(result)
 
 
 @torch.library.impl("fastnorm::norm_backward_differentiable", "CompositeImplicitAutograd")
@@ -171,18 +184,23 @@ def _reference_backward(
 ) -> Gradients:
     """`norm_backward` in torch's operators: differentiable again, and right under every transform."""
     *settings, frozen, _ = rest
-    groups, normalized_dims, eps, activation, param = settings
+    plain: Settings = (*settings,)
     if mask.numel() != 0:
-        # Only the operator reads masks. What it makes of ones is the activation's slope.
-        only_residual: OutputMask = (False, False, True)
-        ones = torch.ones_like(x)
-        slope = ops.norm_backward(ones, x, None, None, None, stats, mask, *settings, frozen, only_residual)[3]
-        dy = dy.to(stats.dtype)
-        lower = dy * param if activation == _LEAKY_RELU else 0.0
-        dy = torch.where(slope == 1, dy, lower)
-        residual, activation = None, 0
+        dy, plain = apply_mask(dy, x, stats, mask, plain)
+        residual = None
     mean, var = (stats[0], stats[2]) if frozen else (None, None)
-    plain: Settings = (groups, normalized_dims, eps, activation, param)
     dx, dweight, dbias, dresidual = reference.norm_backward(dy, x, weight, bias, residual, mean, var, plain)
     none = x.new_empty(0)
     return dx, none if dweight is None else dweight, none if dbias is None else dbias, dresidual
+
+
+def apply_mask(dy: Tensor, x: Tensor, stats: Tensor, mask: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
+    """d = dy * act' by the mask, and the settings of the call without its activation."""
+    groups, normalized_dims, eps, activation, param = settings
+    # Only the operator reads masks. What it makes of ones is the activation's slope.
+    only_residual: OutputMask = (False, False, True)
+    ones = torch.ones_like(x)
+    slope = ops.norm_backward(ones, x, None, None, None, stats, mask, *settings, False, only_residual)[3]
+    dy = dy.to(stats.dtype)
+    lower = dy * param if activation == _LEAKY_RELU else 0.0
+    return torch.where(slope == 1, dy, lower), (groups, normalized_dims, eps, 0, param)

@@ -5,7 +5,7 @@ A module changes its class and nothing else: Parameters, buffers, hooks, flags a
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -13,16 +13,12 @@ from torch import nn
 from . import modules
 from .fusing.record import undo
 from .fusing.ungraph import undo_graphs
+from .modules import BY_TORCH_CLASS
 from .unfused import UNFUSED, forget_activation
 
 __all__ = ["convert", "revert"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-_PUBLIC: tuple[type[modules.Norm], ...] = tuple(getattr(modules, name) for name in modules.__all__)
-#: torch.nn's class, or the same with an activation behind it -> fastnorm's
-_FASTNORM: dict[type[nn.Module], type[modules.Norm]] = {cls.torch_class: cls for cls in _PUBLIC}
-_FASTNORM |= {UNFUSED[cls.torch_class]: cls for cls in _PUBLIC}
 
 
 def convert(model: Model) -> Model:
@@ -33,7 +29,7 @@ def convert(model: Model) -> Model:
     """
     for module in model.modules():
         if why_not_converted(module) is None:
-            _change_class(module, _FASTNORM[type(module)])
+            change_class(module, BY_TORCH_CLASS[type(module)])
     return model
 
 
@@ -47,16 +43,21 @@ def revert(model: Model) -> Model:
     undo_graphs(model)
     undo(model)
     for module in model.modules():
-        if isinstance(module, modules.Norm) and type(module) in _PUBLIC:
+        if is_public(module):
             fuses = module._epilogue()[0] is not None
             torch_class = module.torch_class
             if module._fuses and not fuses:
                 forget_activation(module)
-            _change_class(module, UNFUSED[torch_class] if fuses else torch_class)
+            change_class(module, UNFUSED[torch_class] if fuses else torch_class)
     return model
 
 
-def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def is_public(module: nn.Module) -> TypeGuard[modules.Norm]:
+    """Whether the module's class is exactly one of fastnorm's."""
+    return isinstance(module, modules.Norm) and type(module) is module._public_class
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """A `forward` on the instance that is only the old class's own method goes; what else is there stays."""
     own = vars(module)
     if _is_leftover_forward(module):
@@ -80,8 +81,8 @@ def why_not_converted(module: nn.Module) -> str | None:
         return "is a fastnorm module already"
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript"
-    if type(module) not in _FASTNORM:
-        if isinstance(module, tuple(_FASTNORM)):
+    if type(module) not in BY_TORCH_CLASS:
+        if isinstance(module, tuple(BY_TORCH_CLASS)):
             return f"{type(module).__name__} is a subclass, which may compute something else"
         return f"fastnorm has no {type(module).__name__}"
     if has_own_forward(module):

@@ -99,15 +99,11 @@ def trace_norm(
     if settings.compile_mode == "decompose" or (settings.compile_mode == "auto" and pointwise_on_gpu):
         raise Decomposed("set_compile_mode has chosen torch's operators")
     numbers = (groups, normalized_dims, eps, activation, param)
-    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, numbers)
-    if refusal is not None:
-        raise Unsupported(refusal)
+    check_call(x, weight, bias, residual, running_mean, running_var, numbers)
     if not use_input_stats and running_mean is None:
         raise Unsupported("there are no running statistics to use")
     if groups == normalized_dims == 0 and (eps < 0 or (use_input_stats and (eps == 0 or x.numel() <= x.shape[1]))):
         raise Unsupported("eps is not positive, or a channel has a single value")
-    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
-        raise Unsupported("running statistics require grad")
     mean, var = (None, None) if use_input_stats else (running_mean, running_var)
     save_mask = torch.is_grad_enabled()
     y, stats, _ = ops.norm_forward(x, weight, bias, residual, mean, var, *numbers, save_mask)
@@ -115,6 +111,23 @@ def trace_norm(
         count = x.numel() // stats.shape[1]
         ops.update_running_stats_(running_mean, running_var, num_batches_tracked, stats, count, momentum)
     return y  # type: ignore[no-any-return]
+
+
+def check_call(
+    x: Tensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    settings: ops.Settings,
+) -> None:
+    """Raise Unsupported where the functional operators would refuse a call, from sizes and dtypes alone."""
+    refusal = ops.why_unsupported(x, weight, bias, residual, running_mean, running_var, settings)
+    if refusal is not None:
+        raise Unsupported(refusal)
+    if any(t is not None and t.requires_grad for t in (running_mean, running_var)):
+        raise Unsupported("running statistics require grad")
 
 
 def entry_for(x: Tensor) -> Entry:

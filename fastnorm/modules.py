@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch.fx
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, unfused
 from .activations import ACTIVATIONS, activation_code
 from .dispatch import (
     Entry,
@@ -31,7 +31,7 @@ from .dispatch import (
     run_norm,
 )
 from .ops import OptTensor
-from .unfused import scriptable
+from .unfused import UNFUSED, scriptable
 
 __all__ = [
     "BatchNorm1d",
@@ -216,16 +216,19 @@ CALL_COUNTS = ("_served_calls", "_left_calls")
 
 NormClass = TypeVar("NormClass", bound=type[Norm])
 
+#: torch.nn's class, or the same with an activation behind it -> fastnorm's: all public classes are in it
+BY_TORCH_CLASS: dict[type[nn.Module], type[Norm]] = {}
+
 
 def _public(cls: NormClass) -> NormClass:
     """Completes a public class: the torch.nn class of its name, and a constructor whose signature help() shows in full,
     torch.nn's of the torch that is installed."""
     base: Any = cls
     base._public_class = cls
-    base.torch_class = getattr(nn, cls.__name__)
-    base.__doc__ = (cls.__doc__ or "") + _OPTIONS.format(
-        name=cls.__name__, activations=", ".join(map(repr, ACTIVATIONS))
-    )
+    base.torch_class = getattr(nn, cls.__name__, None) or getattr(unfused, cls.__name__)
+    BY_TORCH_CLASS[base.torch_class] = BY_TORCH_CLASS[UNFUSED[base.torch_class]] = cls
+    name = cls.__name__ if hasattr(nn, cls.__name__) else "BatchNorm2d"
+    base.__doc__ = (cls.__doc__ or "") + _OPTIONS.format(name=name, activations=", ".join(map(repr, ACTIVATIONS)))
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(base, self).__init__(*args, **kwargs)
@@ -263,8 +266,7 @@ class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
         if self._fuses and sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__:  # type: ignore[attr-defined]
             warnings.warn(
                 f"convert_sync_batchnorm makes a torch.nn.SyncBatchNorm of a fastnorm.{type(self).__name__} and loses "
-                f"its activation, {self.activation!r}: call fastnorm.revert(model) first, and put the activation "
-                "behind the norm",
+                f"its activation, {self.activation!r}: call fastnorm.convert_sync_batchnorm(model), which keeps it",
                 stacklevel=3,
             )
         return super().named_children()

@@ -10,10 +10,21 @@
 | `update_running_stats_`        | moves running_mean, running_var and num_batches_tracked, in place       |
 | `moments`                      | per-channel mean and biased variance                                    |
 
-Each takes its tensors, then `groups` and `normalized_dims` (both 0: batch norm), eps, activation, activation_param
-(`Settings`), then what it alone needs. `stats` is [STATS_ROWS, sets]: mean, rstd, biased variance, what rounding cut
-off the mean. `mask` is opaque: a bit an element. The C++ side holds the schemas and checks every argument before it
-writes anything; what the kernels do not serve raises NotImplementedError.
+Batch norm in steps, for statistics of several ranks (sync.py; csrc/torch/ops.h has the arguments):
+
+| operator                        | what                                                                   |
+|---------------------------------|------------------------------------------------------------------------|
+| `batch_norm_partial`            | mean, variance and count of this rank's x                              |
+| `batch_norm_fold_`              | those of all ranks to stats and a count; moves running statistics      |
+| `batch_norm_apply`              | x and stats to y and mask                                              |
+| `batch_norm_backward_sums`      | this rank's sums of d and d xhat                                       |
+| `batch_norm_backward_apply`     | the sums of all ranks to dx and dresidual                              |
+| `batch_norm_apply_synchronized` | `batch_norm_apply` with the gradient that goes through all ranks       |
+
+Those of the first table take their tensors, then `groups` and `normalized_dims` (both 0: batch norm), eps, activation,
+activation_param (`Settings`), then what they alone need. `stats` is [STATS_ROWS, sets]: mean, rstd, biased variance,
+what rounding cut off the mean. `mask` is opaque: a bit an element. The C++ side holds the schemas and checks every
+argument before it writes anything; what the kernels do not serve raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -55,6 +66,12 @@ norm_backward = torch.ops.fastnorm.norm_backward.default
 norm_backward_differentiable = torch.ops.fastnorm.norm_backward_differentiable.default
 update_running_stats_ = torch.ops.fastnorm.update_running_stats_.default
 moments = torch.ops.fastnorm.moments.default
+batch_norm_partial = torch.ops.fastnorm.batch_norm_partial.default
+batch_norm_fold_ = torch.ops.fastnorm.batch_norm_fold_.default
+batch_norm_apply = torch.ops.fastnorm.batch_norm_apply.default
+batch_norm_backward_sums = torch.ops.fastnorm.batch_norm_backward_sums.default
+batch_norm_backward_apply = torch.ops.fastnorm.batch_norm_backward_apply.default
+batch_norm_apply_synchronized = torch.ops.fastnorm.batch_norm_apply_synchronized.default
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -223,8 +240,61 @@ def _fake_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
+def _fake_partial(x: Tensor) -> Tensor:
+    return x.new_empty(3 * x.shape[1] + 1, dtype=accumulation_dtype(x))
+
+
+def _fake_fold(
+    partials: Tensor,
+    running_mean: OptTensor,
+    running_var: OptTensor,
+    num_batches_tracked: OptTensor,
+    eps: float,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor]:
+    return partials.new_empty(STATS_ROWS, partials.shape[1] // 3), partials.new_empty(1, dtype=torch.float64)
+
+
+def _fake_apply(
+    x: Tensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    stats: Tensor,
+    activation: int,
+    activation_param: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    settings = (0, 0, 0.0, activation, activation_param)
+    y, _, mask = _fake_forward(x, weight, bias, residual, None, None, *settings, save_mask)
+    return y, mask
+
+
+def _fake_apply_synchronized(*args: Any) -> tuple[Tensor, Tensor]:
+    x, weight, bias, residual, stats, _, _, activation, activation_param, save_mask, _ = args
+    return _fake_apply(x, weight, bias, residual, stats, activation, activation_param, save_mask)
+
+
+def _fake_backward_sums(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(2, x.shape[1], dtype=accumulation_dtype(x))
+
+
+def _fake_backward_apply(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, activation, _, (wants_dx, wants_dresidual) = rest
+    return (
+        _empty_like(x, 0) if wants_dx else x.new_empty(0),
+        _empty_like(x, 0) if wants_dresidual and activation else x.new_empty(0),
+    )
+
+
 torch.library.register_fake("fastnorm::norm_forward", _fake_forward)
 torch.library.register_fake("fastnorm::batch_norm_forward_", _fake_batch_forward)
 torch.library.register_fake("fastnorm::norm_backward", _fake_backward)
 torch.library.register_fake("fastnorm::update_running_stats_", _fake_update)
 torch.library.register_fake("fastnorm::moments", _fake_moments)
+torch.library.register_fake("fastnorm::batch_norm_partial", _fake_partial)
+torch.library.register_fake("fastnorm::batch_norm_fold_", _fake_fold)
+torch.library.register_fake("fastnorm::batch_norm_apply", _fake_apply)
+torch.library.register_fake("fastnorm::batch_norm_apply_synchronized", _fake_apply_synchronized)
+torch.library.register_fake("fastnorm::batch_norm_backward_sums", _fake_backward_sums)
+torch.library.register_fake("fastnorm::batch_norm_backward_apply", _fake_backward_apply)

@@ -6,6 +6,9 @@ Everything is computed in float32 (float64 for float64) and rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,10 +25,20 @@ def epilogue(normalized: Tensor, residual: OptTensor, activation: str | None, ac
     return z if activation is None else ACTIVATIONS[activation].value(z, activation_param)
 
 
+class Ranks(NamedTuple):
+    """Other ranks whose elements belong to the sets too (batch norm)."""
+
+    all_reduce: Callable[[Tensor], Tensor]
+    """The sum over all ranks, differentiable."""
+    elements: Tensor
+    """(1,): the elements of a set on all ranks."""
+
+
 class _Sets:
     """How x splits into sets: a view of x, and the dimensions of that view that a set spans."""
 
-    def __init__(self, x: Tensor, groups: int, normalized_dims: int) -> None:
+    def __init__(self, x: Tensor, groups: int, normalized_dims: int, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks
         self.groups = groups
         self.normalized_dims = normalized_dims
         self.shape = x.shape
@@ -47,7 +60,15 @@ class _Sets:
         return view.flatten(1, 2) if self.groups > 0 else view
 
     def mean(self, view: Tensor) -> Tensor:
-        return view.mean(self.dims, keepdim=True)
+        if self.ranks is None:
+            return view.mean(self.dims, keepdim=True)
+        return self.ranks.all_reduce(view.sum(self.dims, keepdim=True)) / self.ranks.elements.to(view.dtype)
+
+    def var_mean(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        if self.ranks is None:
+            return torch.var_mean(view, self.dims, correction=0, keepdim=True)
+        mean = self.mean(view)
+        return self.mean((view - mean).square()), mean
 
     def expand_parameter(self, parameter: Tensor) -> Tensor:
         """Shaped so that it broadcasts against x."""
@@ -63,7 +84,7 @@ def _normalize(x: Tensor, mean: OptTensor, var: OptTensor, eps: float, sets: _Se
     """(x - mean) * rstd and rstd, both shaped like `sets.split(x)`; x in the accumulation dtype."""
     view = sets.split(x)
     if mean is None or var is None:
-        var, mean = torch.var_mean(view, sets.dims, correction=0, keepdim=True)
+        var, mean = sets.var_mean(view)
     else:
         mean = sets.expand_parameter(mean.to(x.dtype))
         var = sets.expand_parameter(var.to(x.dtype))
@@ -90,14 +111,15 @@ def norm_backward(
     mean: OptTensor,
     var: OptTensor,
     settings: Settings,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, OptTensor, OptTensor, Tensor]:
     """dx, dweight, dbias, dresidual of act((x - mean) * rstd * weight + bias + residual) as a formula, so that it can
     be differentiated again.
 
-    mean and var are constants; without them statistics are a function of x.
+    mean and var are constants; without them statistics are a function of x, and of what the other ranks have.
     """
     groups, normalized_dims, eps, activation, activation_param = settings
-    sets = _Sets(x, groups, normalized_dims)
+    sets = _Sets(x, groups, normalized_dims, ranks)
     xhat, rstd = _normalize(x.to(accumulation_dtype(x)), mean, var, eps, sets)
     d = dy.to(xhat.dtype)
     if activation:

@@ -118,7 +118,8 @@ def _aten_rows() -> Iterator[Row]:
 def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str:
     """Whether the kernels serve `module(x, residual)`, and which; or why torch's operators do.
 
-    Makes the call, without gradients, on a copy of the running statistics: the answer is what happens.
+    Makes the call, without gradients, on a copy of the running statistics: the answer is what happens. A SyncBatchNorm
+    makes it alone, so that one rank may ask.
     """
     if not isinstance(module, modules.Norm):
         reason = why_not_converted(module) or "fastnorm.convert would serve it"
@@ -132,6 +133,8 @@ def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str
         if isinstance(statistic := getattr(module, name, None), Tensor):
             place = vars(trial) if name in vars(trial) else trial._buffers
             place[name] = statistic.clone()
+    if isinstance(module, nn.SyncBatchNorm) and torch.distributed.is_available():
+        vars(trial)["process_group"] = torch.distributed.GroupMember.NON_GROUP_MEMBER
     if carries_metadata(x):
         x = x.as_subclass(Tensor)
     try:

@@ -8,10 +8,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from .convert import convert, revert
+from .convert import convert, is_public, revert
 from .fuse import fuse
 from .fusing.record import fusion_of
-from .modules import Norm
 
 __all__ = ["reverted"]
 
@@ -23,7 +22,7 @@ def reverted(model: Model) -> Iterator[Model]:
     """`model` with torch.nn's norms for the length of a `with` block: for tools that look a class up exactly
     (quantization, FLOP counters, privacy validators). Afterwards the norms that were fastnorm's are so again, but for
     those that the tool has replaced or changed; and a model that was fused is fused again."""
-    ours = [module for module in model.modules() if isinstance(module, Norm) and type(module) is module._public_class]
+    ours = [module for module in model.modules() if is_public(module)]
     was_fused = any(fusion_of(module) is not None for module in model.modules())
     revert(model)
     try:

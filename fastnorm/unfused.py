@@ -34,6 +34,23 @@ class TorchNormActivation(nn.Module):
         return scriptable(self)
 
 
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """torch.nn's batch norm of any number of dimensions, as torch.nn.SyncBatchNorm is where it synchronizes nothing:
+    what `revert_sync_batchnorm` makes of a module that never was of 1, 2 or 3 dimensions. x (N, C, *)."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+class BatchNormActivation(TorchNormActivation, BatchNorm):
+    torch_class = BatchNorm
+
+
+class SyncBatchNormActivation(TorchNormActivation, nn.SyncBatchNorm):
+    torch_class = nn.SyncBatchNorm
+
+
 class BatchNorm1dActivation(TorchNormActivation, nn.BatchNorm1d):
     torch_class = nn.BatchNorm1d
 
@@ -70,6 +87,8 @@ class LayerNormActivation(TorchNormActivation, nn.LayerNorm):
 UNFUSED: dict[type[nn.Module], type[TorchNormActivation]] = {
     cls.torch_class: cls
     for cls in (
+        BatchNormActivation,
+        SyncBatchNormActivation,
         BatchNorm1dActivation,
         BatchNorm2dActivation,
         BatchNorm3dActivation,

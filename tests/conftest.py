@@ -43,6 +43,11 @@ OPS = (
     "update_running_stats_",
     "moments",
     "normalize_images",
+    "batch_norm_partial",
+    "batch_norm_fold_",
+    "batch_norm_apply",
+    "batch_norm_backward_sums",
+    "batch_norm_backward_apply",
 )
 
 NO_NVCC = "needs nvcc, which compiles the kernels to the PTX that it executes: install a CUDA toolkit, or set CUDA_HOME"

@@ -202,7 +202,6 @@ def left_alone() -> dict[str, nn.Module]:
         "lazy": nn.LazyBatchNorm2d(),
         "patched forward": patched,
         "parametrized": parametrized,
-        "synchronised": nn.SyncBatchNorm(4),
         "rms": nn.RMSNorm(4),
         "no norm": nn.Linear(4, 4),
         "scripted": torch.jit.script(nn.LayerNorm(4)),

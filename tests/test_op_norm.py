@@ -178,6 +178,12 @@ def test_every_operator_is_known_here() -> None:
             "norm_backward_differentiable",
             "update_running_stats_",
             "moments",
+            "batch_norm_partial",
+            "batch_norm_fold_",
+            "batch_norm_apply",
+            "batch_norm_apply_synchronized",
+            "batch_norm_backward_sums",
+            "batch_norm_backward_apply",
         )
     }
 

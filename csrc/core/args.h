@@ -30,6 +30,7 @@ struct RunningArgs {
   const void* stats;
   int64_t sets, channels;
   int64_t count;                         // elements of a set; 0: only num_batches_tracked moves
+  const double* given_count;             // that count where only the device knows it, beside `stats`; else null
   double unbiased;                       // the factor that makes a variance unbiased: count / (count - 1)
   ParamGrads running_mean, running_var;  // [C], `*_stride` apart
   int64_t mean_stride, var_stride;
@@ -40,6 +41,19 @@ struct RunningArgs {
   bool moves() const { return running_mean.data || running_var.data || num_batches_tracked; }
   // Whether a thread that has the statistics of a set can move those of its channel: it needs no other's.
   bool moves_set_by_set() const { return moves() && sets == channels && !cumulative; }
+};
+
+// A rank's partial of the statistics of a batch norm: mean[C], mean_low[C], var[C], and the count of its elements.
+FASTNORM_HOST_DEVICE inline int64_t partial_size(int64_t channels) { return 3 * channels + 1; }
+
+// Partials, merged in the order of ranks; one whose count is 0 is nothing.
+struct FoldArgs {
+  DType dtype;  // of partials and stats
+  int64_t ranks, channels;
+  const void* partials;  // [ranks, partial_size(channels)]
+  void* stats;           // [kStatsRows, channels]; zeros where all counts are 0
+  double* count;         // [1]: the sum of counts
+  double eps;
 };
 
 // y = act((x - mean) * rstd * weight + bias + residual), x and y as geometry says, all dense.
@@ -53,10 +67,14 @@ struct ForwardArgs {
   Params weight, bias;               // [C]
   Params running_mean, running_var;  // [C]: frozen statistics, or null
   void* stats;                       // [kStatsRows, sets]
+  bool stats_given;                  // `stats` is read, not written: batch norm with statistics of several ranks
   RunningArgs running;               // the running statistics that these stats move; all null: none
   double eps;
   Activation activation;
   double activation_param;
+
+  // Whether there is nothing to reduce.
+  bool has_statistics() const { return stats_given || running_mean.data != nullptr; }
 };
 
 // d = dy * act'(z); dx = rstd * (w d - mean(w d) - xhat mean(w d xhat)), or rstd w d when frozen;
@@ -71,6 +89,8 @@ struct BackwardArgs {
   Params weight, bias;
   const void* stats;
   bool frozen;
+  const void* sums;     // [2, C]: the sums of d and d xhat over all ranks, so that there is nothing to reduce; or null
+  const double* count;  // [1]: the elements of a set on all ranks; beside `sums`
   Activation activation;
   double activation_param;
   void* dx;

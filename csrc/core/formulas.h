@@ -1,7 +1,10 @@
 // Formulas that the CPU and the CUDA kernels share.
 #pragma once
 
+#include <cmath>
+
 #include "accum.h"
+#include "args.h"
 
 namespace fastnorm {
 
@@ -32,11 +35,39 @@ FASTNORM_HOST_DEVICE SetTerms<A> set_terms(const GradSums<V>& sums, V rstd, V lo
   return set_terms<A>(sums.d, xhat_sum(sums.d, sums.d_centered, rstd, low), rstd, low, scale);
 }
 
+// Channel c of a rank's partial; load(i) gives its number i. Where the mean is not finite, what rounding cut off it may
+// be NaN.
+template <class Load>
+FASTNORM_HOST_DEVICE Welford<double> welford_of_partial(Load load, int64_t channels, int64_t c) {
+  const double mean = load(c), low = load(channels + c), var = load(2 * channels + c), count = load(3 * channels);
+  return {count, {low - low == 0 ? mean + low : mean, var * count}};
+}
+// The statistics of a channel from its merged partials; zeros where there is no element.
+template <class A>
+struct FoldedStats {
+  A mean, rstd, var, mean_low;
+
+  FASTNORM_HOST_DEVICE FoldedStats(const Welford<double>& total, double eps) : mean(0), rstd(0), var(0), mean_low(0) {
+    if (total.count == 0) return;
+    const double variance = total.moments.m2 / total.count;
+    mean = static_cast<A>(total.moments.mean);
+    const A low = static_cast<A>(total.moments.mean - mean);
+    mean_low = low - low == 0 ? low : 0;
+    var = static_cast<A>(variance);
+    rstd = static_cast<A>(1 / std::sqrt(variance + eps));
+  }
+};
+
 // A running statistic after a step towards `value`.
 FASTNORM_HOST_DEVICE inline double blend(double running, double value, double momentum) {
   return (1 - momentum) * running + momentum * value;
 }
 // The factor that makes a variance of `count` values unbiased.
 FASTNORM_HOST_DEVICE inline double unbiased(double count) { return count / (count - 1); }
+// Whether a running variance moves. A count that the device alone knows may be 1, which has no unbiased variance; every
+// other was checked before.
+FASTNORM_HOST_DEVICE inline bool has_variance(const RunningArgs& args, double count) {
+  return args.given_count == nullptr || count > 1;
+}
 
 }  // namespace fastnorm

@@ -50,7 +50,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
   const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
-  const bool sums_ = !args.frozen || args.dweight || args.dbias;
+  const bool sums_ = Base::takes_sums();
   const bool applies_ = args.dx || args.dresidual;
   const bool caches_d_ = sums_ && applies_ && Base::caches_slopes(outer_ * positions_ * lanes_, kCachedInL3);
   const Buffer<A> cached_{caches_d_ ? outer_ * positions_ * lanes_ : 0};
@@ -71,6 +71,10 @@ class ColumnsBackward : Call<T, BackwardCall> {
     const int64_t sample = chunks_ * lanes_;
     const Arrays<double, 2> arrays(sums_ ? outer_ * sample : 0);
     const Sums sums{arrays[0], arrays[1]};
+    if (args.sums) {
+      for (int64_t c = 0; c < g.C; ++c) set_terms_at(0, c, Base::given_terms(c));
+      clear_lanes_past_end(0);
+    }
     if (args.plan.split) {
       const int64_t tasks = outer_ * chunks_;
       if (sums_) {
@@ -170,14 +174,18 @@ class ColumnsBackward : Call<T, BackwardCall> {
         d_xhat += w * Base::xhat_sum(set, {sums.d[lane], sums.d_centered[lane]}, low);
       }
       const SetTerms<A> terms = Base::set_terms(set, d, d_xhat, low);
-      for (int64_t i = c; i < c + D; ++i) {
-        terms_[0][n * lanes_ + lane_of<T>(i)] = terms.offset;
-        terms_[1][n * lanes_ + lane_of<T>(i)] = terms.slope;
-      }
+      for (int64_t i = c; i < c + D; ++i) set_terms_at(n, i, terms);
     }
-    for (int64_t i = g.C; i < lanes_; ++i) {  // numbers that no store writes
-      terms_[0][n * lanes_ + lane_of<T>(i)] = terms_[1][n * lanes_ + lane_of<T>(i)] = 0;
-    }
+    clear_lanes_past_end(n);
+  }
+
+  void set_terms_at(int64_t n, int64_t channel, const SetTerms<A>& terms) const {
+    terms_[0][n * lanes_ + lane_of<T>(channel)] = terms.offset;
+    terms_[1][n * lanes_ + lane_of<T>(channel)] = terms.slope;
+  }
+  // Numbers that no store writes.
+  void clear_lanes_past_end(int64_t n) const {
+    for (int64_t i = g.C; i < lanes_; ++i) set_terms_at(n, i, {0, 0});
   }
 };
 

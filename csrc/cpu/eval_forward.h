@@ -1,7 +1,7 @@
-// Forward with given statistics (evaluation).
+// Forward with given statistics: the running ones (evaluation), or those of several ranks.
 //
-// What: y = act((x - mean) * rstd * w + b + residual) with the running statistics. There is nothing to reduce, so it
-//   walks through memory once, in its own order.
+// What: y = act((x - mean) * rstd * w + b + residual). There is nothing to reduce, so it walks through memory once, in
+//   its own order.
 // Who: a task takes about kTaskElements elements: whole positions or runs, or a part of one long run.
 // Traffic: reads x and the residual once, writes y once.
 // Numerics: rstd is computed in double, everything else in A.
@@ -29,15 +29,7 @@ class EvalForward : Call<T, ForwardCall> {
   using Base::Base;
 
   void run() {
-    const int64_t C = g.C;
-    Buffer<A> var(C);
-    read_params<A>(args.running_mean, C, A(0), stats.mean);
-    read_params<A>(args.running_var, C, A(0), var);
-    for (int64_t c = 0; c < C; ++c) {
-      stats.var[c] = var[c];
-      stats.mean_low[c] = 0;
-      stats.rstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[c]) + args.eps));
-    }
+    if (!args.stats_given) take_running();
     if (g.traversal() == Traversal::kColumns) {
       columns();
     } else if (args.mask ? has_short_runs<T>(args) : has_short_runs<T>(args, kTinyRunBytes)) {
@@ -48,6 +40,18 @@ class EvalForward : Call<T, ForwardCall> {
   }
 
  private:
+  void take_running() const {
+    const int64_t C = g.C;
+    Buffer<A> var(C);
+    read_params<A>(args.running_mean, C, A(0), stats.mean);
+    read_params<A>(args.running_var, C, A(0), var);
+    for (int64_t c = 0; c < C; ++c) {
+      stats.var[c] = var[c];
+      stats.mean_low[c] = 0;
+      stats.rstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[c]) + args.eps));
+    }
+  }
+
   void columns() const {
     const ChannelArrays<T> arrays(g);
     arrays.fill_all(*this);

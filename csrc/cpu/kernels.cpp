@@ -17,7 +17,7 @@ namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 static void forward(const ForwardCall& args) {
   dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.running_mean.data != nullptr) {
+    if (args.has_statistics()) {
       EvalForward<T>(args).run();
     } else if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsForward<T>(args).run();

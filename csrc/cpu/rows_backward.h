@@ -31,7 +31,7 @@ class RowsBackward : Call<T, BackwardCall> {
   const int64_t cells_ = batch_ ? g.C : g.N * g.C;
   const int64_t cells_per_set_ = g.set_channels();
   const int64_t mask_row_ = mask_row_bytes(g.S, args.dtype);
-  const bool sums_ = !args.frozen || args.dweight || args.dbias;
+  const bool sums_ = Base::takes_sums();
   const bool applies_ = args.dx || args.dresidual;
   const int64_t cached_run_ = div_up(g.S, kLanes<A>) * kLanes<A>, cached_cell_ = cell_runs_.count * cached_run_;
   const bool caches_d_ = sums_ && applies_ && !args.plan.split && Base::caches_slopes(cells_per_set_ * cached_cell_);
@@ -42,7 +42,7 @@ class RowsBackward : Call<T, BackwardCall> {
 
   void run() {
     Buffer<Sums> sums(cells_);
-    if (args.plan.split && sums_) {
+    if (args.plan.split) {
       run_split(sums);
     } else {
       const int64_t per_task = args.plan.sets_per_task, batch = Base::interleaves_sets(cell_runs_) ? kMaxBatch : 1;
@@ -62,7 +62,7 @@ class RowsBackward : Call<T, BackwardCall> {
     const int64_t chunks = blocks_.chunks(), cells = cells_are_short_ ? std::max<int64_t>(1, kPart / g.S) : 1;
     const int64_t parts_of_set = div_up(cells_per_set_, cells) * chunks, parts = g.sets() * parts_of_set;
     Buffer<Sums> partials(chunks > 1 ? parts : 0);
-    for_each_task(args.parallel, parts, [&](int64_t t) {
+    for_each_task(args.parallel, sums_ ? parts : 0, [&](int64_t t) {
       const int64_t set = t / parts_of_set, first = t % parts_of_set / chunks * cells;
       if (cells_are_short_) {
         reduce_cells(set, first, std::min(first + cells, cells_per_set_), sums, nullptr);
@@ -70,13 +70,13 @@ class RowsBackward : Call<T, BackwardCall> {
         reduce(t / chunks, 1, t % chunks, chunks > 1 ? partials + t : sums + t);
       }
     });
-    for (int64_t cell = 0; cell < cells_ && chunks > 1; ++cell) {
+    for (int64_t cell = 0; cell < cells_ && sums_ && chunks > 1; ++cell) {
       sums[cell] = partials[cell * chunks];
       for (int64_t k = 1; k < chunks; ++k) sums[cell].merge(partials[cell * chunks + k]);
     }
     if (!applies_) return;
     const Buffer<SetTerms<A>> terms(g.sets());
-    for (int64_t set = 0; set < g.sets(); ++set) terms[set] = fold(set, sums);
+    for (int64_t set = 0; set < g.sets(); ++set) terms[set] = terms_of(set, sums);
     for_each_task(args.parallel, parts, [&](int64_t t) {
       const int64_t back = parts - 1 - t;  // reduce left it in the cache
       const int64_t set = back / parts_of_set, first = back % parts_of_set / chunks * cells;
@@ -97,7 +97,7 @@ class RowsBackward : Call<T, BackwardCall> {
     A* const cached = caches_d_ ? static_cast<A*>(buffer) : nullptr;
     if (cells_are_short_) {
       if (sums_) reduce_cells(set, 0, cells, sums, cached);
-      if (applies_) apply_cells(set, 0, cells, sums_ ? fold(set, sums) : SetTerms<A>{0, 0}, cached);
+      if (applies_) apply_cells(set, 0, cells, terms_of(set, sums), cached);
       return;
     }
     for (int64_t cell = first; cell < first + cells && sums_; cell += sets) {
@@ -111,7 +111,7 @@ class RowsBackward : Call<T, BackwardCall> {
     }
     if (!applies_) return;
     SharedTerms<A> terms[kMaxBatch];
-    for (int64_t s = 0; s < sets; ++s) terms[s] = sums_ ? fold(set + s, sums) : SetTerms<A>{0, 0};
+    for (int64_t s = 0; s < sets; ++s) terms[s] = terms_of(set + s, sums);
     for (int64_t cell = first; cell < first + cells; cell += sets) {
       if (cached) {
         apply_cached(cell, sets, cached + (cell - first) * cached_cell_, terms);
@@ -237,7 +237,9 @@ class RowsBackward : Call<T, BackwardCall> {
     }
   }
 
-  SetTerms<A> fold(int64_t set, const Sums* sums) const {
+  SetTerms<A> terms_of(int64_t set, const Sums* sums) const {
+    if (args.sums) return Base::given_terms(set);
+    if (!sums_) return {0, 0};
     const double low = Base::center(set).low;
     double d = 0, d_xhat = 0;
     const int64_t first = set * cells_per_set_, first_of_channels = channel(first);

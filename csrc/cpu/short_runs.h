@@ -114,7 +114,7 @@ class ShortRunsForward : Call<T, ForwardCall> {
   void run_tile(int64_t first, int64_t channels) const {
     const Arrays<A, 4> arrays(lanes_);
     const Buffer<A> line(lanes_);
-    if (args.running_mean.data == nullptr) take_statistics(first, channels, arrays, line);
+    if (!args.has_statistics()) take_statistics(first, channels, arrays, line);
     if (!whole.y) return;  // the caller wants only the statistics
     expand_coefs(*this, map_, first, channels, arrays, line);
     const int64_t at = first * g.S;
@@ -176,7 +176,7 @@ class ShortRunsBackward : Call<T, BackwardCall> {
   const ColumnMap<T> map_{g, args.dtype};
   const int64_t row_ = g.C * g.S, lanes_ = map_.lanes();
   const bool applies_ = args.dx || args.dresidual;
-  const bool sums_ = !args.frozen || args.dweight || args.dbias;
+  const bool sums_ = Base::takes_sums();
   const bool caches_d_ = sums_ && applies_ && Base::caches_slopes(g.N * lanes_);
 
  public:
@@ -196,12 +196,12 @@ class ShortRunsBackward : Call<T, BackwardCall> {
     const int64_t at = first * g.S, columns = channels * g.S;
     const BackwardSpan<T> s = whole.moved(at, at, map_.mask_at(first, g.N));
     const int64_t mask_row = map_.mask_row(channels);
+    const Arrays<A, 2> terms(channels);
     if (sums_) {
       const Arrays<double, 2> totals(channels);
       std::fill_n(totals[0], channels, 0.0);
       std::fill_n(totals[1], channels, 0.0);
       reduce(s, coefs, columns, channels, mask_row, caches_d_ ? static_cast<A*>(cached) : nullptr, sums, line, totals);
-      const Arrays<A, 2> terms(channels);
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t set = first + c;
         const double w = weight[set], low = Base::center(set).low, d = totals[0][c];
@@ -211,18 +211,25 @@ class ShortRunsBackward : Call<T, BackwardCall> {
         const SetTerms<A> own = Base::set_terms(set, w * d, w * d_xhat, low);
         terms[0][c] = own.offset, terms[1][c] = own.slope;
       }
+    } else if (args.sums) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const SetTerms<A> own = Base::given_terms(first + c);
+        terms[0][c] = own.offset, terms[1][c] = own.slope;
+      }
+    }
+    if (!applies_) return;
+    if (!args.frozen) {
       map_.expand(channels, terms[0], line, sums[0]);
       map_.expand(channels, terms[1], line, sums[1]);
     }
-    if (!applies_) return;
-    const ChannelTerms<A> terms{sums[0], sums[1]};
+    const ChannelTerms<A> column_terms{sums[0], sums[1]};
     if (caches_d_) {
       const Epilogue<A> none{Activation::kNone, Pack<A>(0), false};
-      backward_rows(s.with_d(cached), g.N, columns, row_, lanes_, 0, coefs, terms, none, true);
+      backward_rows(s.with_d(cached), g.N, columns, row_, lanes_, 0, coefs, column_terms, none, true);
     } else if (args.frozen) {
       backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, FrozenTerms<A>{}, epilogue, true);
     } else {
-      backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, terms, epilogue, true);
+      backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, column_terms, epilogue, true);
     }
   }
 

@@ -208,6 +208,15 @@ struct Call {
     return fastnorm::set_terms<A>(d, d_xhat, rstd, low, rstd / static_cast<double>(g.set_size()));
   }
 
+  // The same where the sums over all ranks are given.
+  SetTerms<A> given_terms(int64_t set) const {
+    const A* const sums = static_cast<const A*>(args.sums);
+    const double rstd = stats.rstd[set], w = weight[set];
+    return fastnorm::set_terms<A>(w * sums[set], w * sums[g.C + set], rstd, center(set).low, rstd / *args.count);
+  }
+  // Whether backward has sums to take.
+  bool takes_sums() const { return !args.sums && (!args.frozen || args.dweight || args.dbias); }
+
   // Whether backward computes d in its first pass and keeps it for the second, where it has to keep so many: a
   // derivative that takes more than a load and a store is computed once.
   bool caches_slopes(int64_t elements, int64_t most = kCachedInL2) const {

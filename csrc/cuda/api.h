@@ -13,6 +13,11 @@ namespace fastnorm::cuda {
 constexpr int kGangRefused = 1 << 20;
 inline bool is_gang_refused(int error) { return error >= kGangRefused; }
 
+// A backward call whose sums are given has the plan of a frozen one, and workspace for given_terms_bytes more.
+inline int64_t given_terms_bytes(const BackwardArgs& args) {
+  return args.sums == nullptr ? 0 : 2 * args.geometry.C * (args.dtype == DType::kFloat64 ? 8 : 4);
+}
+
 // These enqueue on `stream` of the current device and return 0 or an error, whose text error_string gives.
 // `workspace` has as many bytes as the plan says, is 16-byte aligned, and is free for other use once the stream has
 // passed the call.
@@ -22,6 +27,7 @@ int launch_forward(const ForwardArgs& args, const ForwardPlan& plan, void* works
 int launch_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
 int launch_update_running_stats(const RunningArgs& args, void* stream);
 int launch_normalize_images(const ImageArgs& args, void* stream);
+int launch_fold_partials(const FoldArgs& args, void* stream);
 const char* error_string(int error);
 
 // The facts that plans are made from, as the driver gives them. Slow: ask once per device.

@@ -33,7 +33,9 @@ struct Backward {
   }
   GradSums<A>* sums() const { return part<GradSums<A>>(0, plan.sums_bytes); }
   GradSums<A>* params() const { return part<GradSums<A>>(plan.sums_bytes, plan.params_bytes); }
-  SetTerms<A>* terms() const { return part<SetTerms<A>>(plan.sums_bytes + plan.params_bytes, plan.terms_bytes); }
+  SetTerms<A>* terms() const {
+    return part<SetTerms<A>>(plan.sums_bytes + plan.params_bytes, plan.terms_bytes + given_terms_bytes(args));
+  }
   void* gang_partials() const {
     return part<void>(plan.sums_bytes + plan.params_bytes + plan.terms_bytes, plan.gang_bytes);
   }
@@ -89,6 +91,17 @@ struct Backward {
     f.weighted = g.per_element();
     f.terms = reinterpret_cast<A*>(terms());
     return launch_fold_terms(f, stream);
+  }
+
+  int take_given_terms() const {
+    GivenTermsArgs<A> f{};
+    f.sums = static_cast<const A*>(args.sums);
+    f.count = args.count;
+    f.stats = tensors.stats;
+    f.channels = g.C;
+    f.weight = args.weight;
+    f.terms = reinterpret_cast<A*>(terms());
+    return launch_given_terms(f, stream);
   }
 
   // Whether there are partials of the parameters' gradients to fold: there are none where the sums were final.
@@ -182,6 +195,7 @@ struct Backward {
     }
     int error = reduce<W, kSmooth>();
     if (!error && plan.terms_bytes > 0) error = fold();
+    if (!error && args.sums != nullptr) error = take_given_terms();
     if (error) return error;
     if (plan.apply.items > 0) return apply<W, kSmooth>();
     return has_partials() ? launch_fold_params(fold_of_params(), stream) : 0;

@@ -22,6 +22,15 @@ FASTNORM_DEVICE void for_each_by_warp(int64_t items, Body body) {
   for (int64_t i = block_index() * kFoldWarps + warp; i < items; i += grid_blocks() * kFoldWarps) body(i, lane);
 }
 
+// Calls body(c) for every channel; a thread takes a channel.
+template <class Body>
+FASTNORM_DEVICE void for_each_channel(int64_t channels, Body body) {
+  for (int64_t c = block_index() * block_threads() + thread_index(); c < channels;
+       c += grid_blocks() * block_threads()) {
+    body(c);
+  }
+}
+
 // Calls use(index, column) for this lane's part of the partials of set `group` of `outer`.
 template <class Use>
 FASTNORM_DEVICE void for_partials(int64_t outer, int64_t group, int64_t pieces, int64_t groups, int64_t columns,
@@ -75,6 +84,20 @@ fold_terms(FoldTermsArgs<A> f) {
     const double rstd = s.rstd, scale = (f.weighted ? 1.0 : rstd) / static_cast<double>(f.set_size);
     const SetTerms<A> terms = set_terms<A>(total, rstd, static_cast<double>(s.low), scale);
     store_one(reinterpret_cast<SetTerms<A>*>(f.terms) + set, terms);
+  });
+}
+
+// The terms of dx from the sums over all ranks; a thread takes a channel.
+template <class A>
+FASTNORM_KERNEL(kBlockThreads, 1)
+given_terms(GivenTermsArgs<A> f) {
+  const double count = load_one(f.count);
+  for_each_channel(f.channels, [&](int64_t c) {
+    const SetStats<A> s = load_stats(f.stats, f.channels, c);
+    const double w = load_param(f.weight, c, 1.0), rstd = s.rstd;
+    const double d = load_one(f.sums + c), d_xhat = load_one(f.sums + f.channels + c);
+    const SetTerms<A> terms = set_terms<A>(w * d, w * d_xhat, rstd, static_cast<double>(s.low), rstd / count);
+    store_one(reinterpret_cast<SetTerms<A>*>(f.terms) + c, terms);
   });
 }
 
@@ -139,14 +162,38 @@ update_running(RunningArgs r) {
   const double momentum = r.cumulative ? 1.0 / static_cast<double>(load_one(r.num_batches_tracked) + 1) : r.momentum;
   if (r.cumulative) sync_block();
   if (block_index() == 0 && thread_index() == 0) count_batch(r.num_batches_tracked);
-  if (r.count == 0) return;
+  const double count = r.given_count ? load_one(r.given_count) : static_cast<double>(r.count);
+  if (count == 0) return;
+  const double factor = r.given_count ? unbiased(count) : r.unbiased;
   const A* stats = static_cast<const A*>(r.stats);
-  for (int64_t c = block_index() * block_threads() + thread_index(); c < r.channels;
-       c += grid_blocks() * block_threads()) {
+  for_each_channel(r.channels, [&](int64_t c) {
     move_running(r.running_mean, c * r.mean_stride, mean_of_samples(stats + kMean * r.sets, r, c), momentum);
     const double var = mean_of_samples(stats + kVar * r.sets, r, c);
-    move_running(r.running_var, c * r.var_stride, var * r.unbiased, momentum);
-  }
+    if (has_variance(r, count)) move_running(r.running_var, c * r.var_stride, var * factor, momentum);
+  });
+}
+
+// ---- several ranks ----
+
+// What: the statistics of batch norm from the partials of all ranks.
+// Who: a warp takes a channel, its lanes the ranks in strides; they merge in a fixed order.
+template <class A>
+FASTNORM_KERNEL(kBlockThreads, 1)
+fold_partials(FoldArgs f) {
+  const A* partials = static_cast<const A*>(f.partials);
+  for_each_by_warp(f.channels, [&](int64_t c, int lane) {
+    Welford<double> total{};
+    for (int64_t r = lane; r < f.ranks; r += kWarp) {
+      const A* partial = partials + r * partial_size(f.channels);
+      total.merge(welford_of_partial([&](int64_t i) { return load_one(partial + i); }, f.channels, c));
+    }
+    total = reduce_lanes(total, kWarp);
+    if (lane != 0) return;
+    const FoldedStats<A> folded(total, f.eps);
+    store_stats(static_cast<A*>(f.stats), f.channels, c, SetStats<A>{folded.mean, folded.rstd, folded.mean_low},
+                folded.var);
+    if (c == 0) store_one(f.count, total.count);
+  });
 }
 
 }  // namespace fastnorm::cuda

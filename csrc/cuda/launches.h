@@ -41,6 +41,19 @@ struct FoldTermsArgs {
 int launch_fold_terms(const FoldTermsArgs<float>& args, void* stream);
 int launch_fold_terms(const FoldTermsArgs<double>& args, void* stream);
 
+// The same from the sums over all ranks, of BackwardArgs::sums.
+template <class A>
+struct GivenTermsArgs {
+  const A* sums;  // [2, channels]: of d, and of d xhat
+  const double* count;
+  const A* stats;
+  int64_t channels;
+  Params weight;
+  A* terms;  // [channels, 2]
+};
+int launch_given_terms(const GivenTermsArgs<float>& args, void* stream);
+int launch_given_terms(const GivenTermsArgs<double>& args, void* stream);
+
 // The gradients of weight and bias, from sums that lie as [outer, pieces, C]: in a launch of their own, or as a part of
 // another launch.
 template <class A>

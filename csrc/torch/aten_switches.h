@@ -51,8 +51,8 @@ inline AtenSwitch& aten_switch(AtenNorm norm, AtenDevice device) {
   return switches[static_cast<int>(norm)][static_cast<int>(device)];
 }
 
-// Registers the kernels of aten_kernels.cpp, once. They stay, and ask the switches at every call: the dispatcher's
-// table may be added to while other threads call, and not taken from.
+// Registers the kernels of aten_norms.cpp and aten_sync.cpp, once. They stay, and ask the switches at every call: the
+// dispatcher's table may be added to while other threads call, and not taken from.
 void register_aten_kernels();
 
 }  // namespace fastnorm::ops

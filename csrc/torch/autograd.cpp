@@ -239,6 +239,10 @@ TORCH_LIBRARY_FRAGMENT(fastnorm, m) {
       "norm_backward_differentiable(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, "
       "Tensor mask, int groups, int normalized_dims, float eps, int activation, float activation_param, bool frozen, "
       "bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)");
+  m.def(
+      "batch_norm_apply_synchronized(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, "
+      "Tensor count, float eps, int activation, float activation_param, bool save_mask, str group) "
+      "-> (Tensor y, Tensor mask)");
 }
 
 TORCH_LIBRARY_IMPL(fastnorm, CompositeExplicitAutograd, m) { m.impl("norm", &flat_norm<norm>); }

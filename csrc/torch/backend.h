@@ -13,6 +13,7 @@ struct Backend {
   at::Tensor (*make_empty)(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format, at::Device device);
   void (*forward)(const ForwardArgs& args, at::Device device);  // moves args.running too
   void (*backward)(const BackwardArgs& args, at::Device device);
+  void (*fold_partials)(const FoldArgs& args, at::Device device);
   void (*update_running_stats)(const RunningArgs& args, at::Device device);
   void (*normalize_images)(const ImageArgs& args, at::Device device);
 };

@@ -124,14 +124,39 @@ void move_running(const ParamGrads& running, int64_t stride, const A* row, const
 void update_running_stats(const RunningArgs& args, at::Device) {
   double batches = 0;
   if (args.num_batches_tracked) batches = static_cast<double>(++*args.num_batches_tracked);
-  if (args.count == 0 || args.channels == 0) return;
+  const double count = args.given_count ? *args.given_count : static_cast<double>(args.count);
+  if (count == 0 || args.channels == 0) return;
+  const double factor = args.given_count ? unbiased(count) : args.unbiased;
   const double momentum = args.cumulative ? 1 / batches : args.momentum;
   dispatch(args.dtype, [&](auto tag) {
     using A = Accum<typename decltype(tag)::type>;
     const A* stats = static_cast<const A*>(args.stats);
     if (args.running_mean.data) move_running(args.running_mean, args.mean_stride, stats, args, momentum, 1);
-    if (args.running_var.data) {
-      move_running(args.running_var, args.var_stride, stats + kVar * args.sets, args, momentum, args.unbiased);
+    if (args.running_var.data && has_variance(args, count)) {
+      move_running(args.running_var, args.var_stride, stats + kVar * args.sets, args, momentum, factor);
+    }
+  });
+}
+
+void fold_partials(const FoldArgs& args, at::Device) {
+  dispatch(args.dtype, [&](auto tag) {
+    using A = Accum<typename decltype(tag)::type>;
+    const int64_t C = args.channels, size = partial_size(C);
+    A* const stats = static_cast<A*>(args.stats);
+    double count = 0;
+    for (int64_t r = 0; r < args.ranks; ++r) count += static_cast<const A*>(args.partials)[r * size + 3 * C];
+    *args.count = count;
+    for (int64_t c = 0; c < C; ++c) {
+      Welford<double> total{};
+      for (int64_t r = 0; r < args.ranks; ++r) {
+        const A* const partial = static_cast<const A*>(args.partials) + r * size;
+        total.merge(welford_of_partial([&](int64_t i) { return partial[i]; }, C, c));
+      }
+      const FoldedStats<A> folded(total, args.eps);
+      stats[kMean * C + c] = folded.mean;
+      stats[kRstd * C + c] = folded.rstd;
+      stats[kVar * C + c] = folded.var;
+      stats[kMeanLow * C + c] = folded.mean_low;
     }
   });
 }
@@ -175,6 +200,6 @@ void normalize_images(const ImageArgs& args, at::Device) {
 
 }  // namespace
 
-const Backend kCpuBackend{make_empty, forward, backward, update_running_stats, normalize_images};
+const Backend kCpuBackend{make_empty, forward, backward, fold_partials, update_running_stats, normalize_images};
 
 }  // namespace fastnorm::ops

@@ -214,6 +214,11 @@ void update_running_stats(const RunningArgs& args, at::Device device) {
   check_cuda(launch([&] { return cuda::launch_update_running_stats(args, current_stream(device)); }));
 }
 
+void fold_partials(const FoldArgs& args, at::Device device) {
+  const c10::DeviceGuard guard(device);
+  check_cuda(launch([&] { return cuda::launch_fold_partials(args, current_stream(device)); }));
+}
+
 void forward(const ForwardArgs& args, at::Device device) {
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.x, args.residual, args.y);
@@ -221,7 +226,7 @@ void forward(const ForwardArgs& args, at::Device device) {
     alignment = std::min(
         alignment, common_alignment(args.weight.data, args.bias.data, args.running_mean.data, args.running_var.data));
   }
-  const ForwardNeeds needs{alignment, args.y != nullptr, args.running_mean.data != nullptr, args.residual != nullptr,
+  const ForwardNeeds needs{alignment, args.y != nullptr, args.has_statistics(), args.residual != nullptr,
                            args.activation};
   run_planned<ForwardPlan, ForwardNeeds>(
       {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},
@@ -240,14 +245,19 @@ void backward(const BackwardArgs& args, at::Device device) {
   }
   const bool dx = args.dx != nullptr, dresidual = args.dresidual != nullptr;
   const bool params = args.dweight.data != nullptr || args.dbias.data != nullptr;
-  const BackwardNeeds needs{alignment,   args.residual != nullptr, args.mask != nullptr,
-                            args.frozen, dx || dresidual,          dx && dresidual,
-                            params,      args.activation};
+  const BackwardNeeds needs{alignment,
+                            args.residual != nullptr,
+                            args.mask != nullptr,
+                            args.frozen || args.sums,
+                            dx || dresidual,
+                            dx && dresidual,
+                            params,
+                            args.activation};
   if (!needs.input && !needs.params) return;
   run_planned<BackwardPlan, BackwardNeeds>(
       {args.geometry, args.dtype, needs, device.index(), device_info(device), shared_options().get()},
       [&](const BackwardPlan& plan) {
-        const Workspace workspace(plan.workspace_bytes(), device);
+        const Workspace workspace(plan.workspace_bytes() + cuda::given_terms_bytes(args), device);
         return cuda::launch_backward(args, plan, workspace.data(), current_stream(device));
       });
 }
@@ -260,7 +270,7 @@ void normalize_images(const ImageArgs& args, at::Device device) {
 
 }  // namespace
 
-const Backend kCudaBackend{make_empty, forward, backward, update_running_stats, normalize_images};
+const Backend kCudaBackend{make_empty, forward, backward, fold_partials, update_running_stats, normalize_images};
 
 }  // namespace fastnorm::ops
 

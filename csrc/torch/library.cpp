@@ -35,21 +35,31 @@ FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
   m.def(
       "normalize_images(Tensor x, float[] scale, float[] shift, ScalarType dtype, MemoryFormat memory_format) "
       "-> Tensor");
+  m.def("batch_norm_partial(Tensor x) -> Tensor partial");
+  m.def(
+      "batch_norm_fold_(Tensor partials, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float eps, float? momentum) -> (Tensor stats, Tensor count)");
+  m.def(
+      "batch_norm_apply(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, int activation, "
+      "float activation_param, bool save_mask) -> (Tensor y, Tensor mask)");
+  m.def(
+      "batch_norm_backward_sums(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, "
+      "Tensor mask, int activation, float activation_param) -> Tensor sums");
+  m.def(
+      "batch_norm_backward_apply(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor stats, "
+      "Tensor mask, Tensor sums, Tensor count, int activation, float activation_param, bool[2] output_mask) "
+      "-> (Tensor dx, Tensor dresidual)");
 }
 
 namespace fastnorm::ops {
 
-// An operator's output is a tensor, wanted or not.
+// An operator's output is a tensor, wanted or not. type: of what was not wanted.
 template <class Outputs>
-static Outputs defined(Outputs outputs, const Tensor& x) {
-  const auto define = [&](Tensor& t, at::ScalarType type) {
+static Outputs defined(Outputs outputs, at::ScalarType type, const Tensor& x) {
+  const auto define = [&](Tensor& t) {
     if (!t.defined()) t = backend_of(x, "x").make_empty({0}, type, at::MemoryFormat::Contiguous, x.device());
   };
-  if constexpr (std::is_same_v<Outputs, Forward>) {
-    define(std::get<2>(outputs), at::kByte);
-  } else {
-    std::apply([&](auto&... t) { (define(t, x.scalar_type()), ...); }, outputs);
-  }
+  std::apply([&](auto&... t) { (define(t), ...); }, outputs);
   return outputs;
 }
 
@@ -58,7 +68,7 @@ static Forward flat_forward(const Tensor& x, const OptTensor& weight, const OptT
                             double eps, int64_t activation, double activation_param, bool save_mask) {
   return defined(norm_forward({x, weight, bias, residual}, mean, var,
                               {groups, normalized_dims, eps, activation, activation_param}, save_mask),
-                 x);
+                 at::kByte, x);
 }
 
 static Forward flat_batch_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
@@ -69,7 +79,7 @@ static Forward flat_batch_forward(const Tensor& x, const OptTensor& weight, cons
   return defined(
       batch_norm_forward_({x, weight, bias, residual}, {running_mean, running_var, num_batches_tracked, momentum},
                           {0, 0, eps, activation, activation_param}, save_mask),
-      x);
+      at::kByte, x);
 }
 
 static Backward flat_backward(const Tensor& dy, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
@@ -78,7 +88,36 @@ static Backward flat_backward(const Tensor& dy, const Tensor& x, const OptTensor
                               bool frozen, std::array<bool, 3> output_mask) {
   return defined(norm_backward(dy, {x, weight, bias, residual}, stats, mask,
                                {groups, normalized_dims, eps, activation, activation_param}, frozen, output_mask),
-                 x);
+                 x.scalar_type(), x);
+}
+
+static std::tuple<Tensor, Tensor> flat_fold(const Tensor& partials, const OptTensor& running_mean,
+                                            const OptTensor& running_var, const OptTensor& num_batches_tracked,
+                                            double eps, std::optional<double> momentum) {
+  return batch_norm_fold_(partials, {running_mean, running_var, num_batches_tracked, momentum}, eps);
+}
+
+static std::tuple<Tensor, Tensor> flat_apply(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                             const OptTensor& residual, const Tensor& stats, int64_t activation,
+                                             double activation_param, bool save_mask) {
+  return defined(batch_norm_apply({x, weight, bias, residual}, stats, activation, activation_param, save_mask),
+                 at::kByte, x);
+}
+
+static Tensor flat_backward_sums(const Tensor& dy, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                 const OptTensor& residual, const Tensor& stats, const Tensor& mask, int64_t activation,
+                                 double activation_param) {
+  return batch_norm_backward_sums(dy, {x, weight, bias, residual}, stats, mask, activation, activation_param);
+}
+
+static std::tuple<Tensor, Tensor> flat_backward_apply(const Tensor& dy, const Tensor& x, const OptTensor& weight,
+                                                      const OptTensor& bias, const OptTensor& residual,
+                                                      const Tensor& stats, const Tensor& mask, const Tensor& sums,
+                                                      const Tensor& count, int64_t activation, double activation_param,
+                                                      std::array<bool, 2> output_mask) {
+  return defined(batch_norm_backward_apply(dy, {x, weight, bias, residual}, stats, mask, sums, count, activation,
+                                           activation_param, output_mask),
+                 x.scalar_type(), x);
 }
 
 static void implement(torch::Library& m) {
@@ -88,6 +127,11 @@ static void implement(torch::Library& m) {
   m.impl("update_running_stats_", &update_running_stats_);
   m.impl("moments", &moments);
   m.impl("normalize_images", &normalize_images);
+  m.impl("batch_norm_partial", &batch_norm_partial);
+  m.impl("batch_norm_fold_", &flat_fold);
+  m.impl("batch_norm_apply", &flat_apply);
+  m.impl("batch_norm_backward_sums", &flat_backward_sums);
+  m.impl("batch_norm_backward_apply", &flat_backward_apply);
 }
 
 }  // namespace fastnorm::ops

@@ -56,6 +56,9 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
                            const OptTensor& num_batches_tracked, const Tensor& stats, int64_t count,
                            std::optional<double> momentum);
 
+// The statistics of x as those of a batch norm, [kStatsRows, C]; zeros where it is empty.
+Tensor channel_stats(const Tensor& x, double eps);
+
 // Per-channel mean and biased variance over all other dims.
 std::tuple<Tensor, Tensor> moments(const Tensor& x);
 
@@ -63,6 +66,28 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x);
 // (Preserve: x's) and in one pass. x may be uint8.
 Tensor normalize_images(const Tensor& x, at::ArrayRef<double> scale, at::ArrayRef<double> shift, at::ScalarType dtype,
                         at::MemoryFormat format);
+
+// Batch norm in steps, for statistics of several ranks: every rank takes its partial, gathers those of all, folds them
+// and applies the statistics; backward it takes its sums, adds those of all ranks, and applies them. In between the
+// caller exchanges them. No step waits for the device, and every step takes an empty x.
+//
+//   partial(x)              [3 C + 1]: mean, mean_low, biased variance, count (zeros where x is empty)
+//   fold_(partials)         partials [ranks, 3 C + 1] -> stats [kStatsRows, C] and count, one float64; moves the running
+//                           statistics, the variance unbiased by the whole count. Partials of count 0 are nothing; a
+//                           running variance stays as it is where the whole count is 1
+//   apply(x, stats)         y and mask, as norm_forward
+//   backward_sums           [2, C]: the sums of d and d xhat over this rank, which are its dbias and dweight
+//   backward_apply          dx and dresidual from the sums of all ranks
+Tensor batch_norm_partial(const Tensor& x);
+std::tuple<Tensor, Tensor> batch_norm_fold_(const Tensor& partials, const Running& running, double eps);
+std::tuple<Tensor, Tensor> batch_norm_apply(const Inputs& inputs, const Tensor& stats, int64_t activation,
+                                            double activation_param, bool save_mask);
+Tensor batch_norm_backward_sums(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask,
+                                int64_t activation, double activation_param);
+std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dy, const Inputs& inputs, const Tensor& stats,
+                                                     const Tensor& mask, const Tensor& sums, const Tensor& count,
+                                                     int64_t activation, double activation_param,
+                                                     std::array<bool, 2> output_mask);
 
 // The same ops as the dispatcher calls them: every field is an argument, and what is undefined here has shape (0,).
 using ForwardSignature = Forward(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,

@@ -80,7 +80,7 @@ def check(case: Case) -> list[str]:
 
 
 def other_calls() -> None:
-    """moments, and running statistics with either kind of momentum."""
+    """moments, running statistics with either kind of momentum, and the steps of a batch norm over several ranks."""
     x = torch.randn(3, 6, 5, 7).to(CUDA)
     mean, var = torch.ops.fastnorm.moments(x)
     torch.testing.assert_close(mean.cpu(), x.cpu().mean((0, 2, 3)))
@@ -89,6 +89,14 @@ def other_calls() -> None:
     batches = torch.tensor(0).to(CUDA)
     for momentum in (0.1, None):
         torch.ops.fastnorm.update_running_stats_(running_mean, running_var, batches, stats, 20, momentum)
+    ops = torch.ops.fastnorm
+    partials = torch.stack([ops.batch_norm_partial(part) for part in x.split([1, 0, 2])])
+    stats, count = ops.batch_norm_fold_(partials, None, None, None, 1e-5, 0.1)
+    torch.testing.assert_close(stats[0], mean)
+    y, mask = ops.batch_norm_apply(x, None, None, x, stats, 1, 0.01, True)
+    sums = ops.batch_norm_backward_sums(y, x, None, None, None, stats, mask, 1, 0.01)
+    dx, _ = ops.batch_norm_backward_apply(y, x, None, None, None, stats, mask, sums, count, 1, 0.01, [True, True])
+    assert count.item() == 105 and bool(dx.cpu().isfinite().all())
     assert batches.item() == 2 and bool(running_var.cpu().isfinite().all()) and bool(var.cpu().isfinite().all())
 
 

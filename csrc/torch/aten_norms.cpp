@@ -1,122 +1,17 @@
 // aten's own norms by our kernels: native_batch_norm, native_group_norm, native_layer_norm, their backwards and what
 // else F.batch_norm selects. Autograd, autocast, functorch and torch.compile stay torch's: they are above, and these
 // outputs have the dtypes, shapes and strides of aten's kernels.
-//
-// Where: the dispatch key BackendSelect, which every call passes below autograd and above the devices. A kernel there
-// overrides none, so that torch's remain, for all that is not served, by going on to the next key. (A kernel for the
-// CPU key replaces torch's, which warns, and has nothing to go on to.)
-#include <ATen/EmptyTensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/add.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
-
-#include "aten_switches.h"
-#include "ops.h"
+#include "aten_op.h"
+#include "aten_statistics.h"
 #include "running.h"
-#include "tensor_args.h"
 
 namespace fastnorm::ops {
 
 namespace {
 
-using c10::DispatchKeySet;
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 using CudnnOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using OutputMask = std::array<bool, 3>;
-
-constexpr DispatchKeySet kBelow(DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect);
-
-// ---- statistics: ours are [kStatsRows, sets], aten's a tensor each ----
-
-// The dtype that aten saves statistics in: on the CPU x's own, unless parameters are wider.
-at::ScalarType saved_type(const Tensor& x, std::initializer_list<const OptTensor*> params) {
-  const at::ScalarType type = x.scalar_type();
-  if (type == at::kDouble || type == at::kFloat) return type;
-  if (!x.is_cpu()) return at::kFloat;
-  for (const OptTensor* t : params) {
-    if (present(*t) && (*t)->scalar_type() == at::kFloat) return at::kFloat;
-  }
-  return type;
-}
-
-template <class F>
-void dispatch_type(at::ScalarType type, F&& f) {
-  switch (type) {
-    case at::kDouble: return f(double{});
-    case at::kBFloat16: return f(at::BFloat16{});
-    case at::kHalf: return f(at::Half{});
-    default: return f(float{});
-  }
-}
-
-// to[i] = from[i], on the CPU and without the dispatcher: calls on small tensors are made of little else.
-template <class To, class From>
-void convert(To* to, const From* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
-}
-
-Tensor nothing(const Tensor& x, at::ScalarType type) {
-  if (!x.is_cpu()) return at::empty({0}, x.options().dtype(type));
-  return at::detail::empty_cpu({0}, type, false, at::MemoryFormat::Contiguous);
-}
-
-Tensor saved_row(const Tensor& stats, StatsRow row, at::IntArrayRef sizes, at::ScalarType type) {
-  if (!stats.is_cpu()) return stats.select(0, row).view(sizes);
-  const int64_t sets = stats.size(1);
-  Tensor saved = at::detail::empty_cpu(sizes, type, false, at::MemoryFormat::Contiguous);
-  dispatch_type(stats.scalar_type(), [&](auto from) {
-    dispatch_type(type, [&](auto to) {
-      convert(saved.mutable_data_ptr<decltype(to)>(), stats.const_data_ptr<decltype(from)>() + row * sets, sets);
-    });
-  });
-  return saved;
-}
-
-// Ours from aten's. What rounding cut off the mean is not known; the variance is read to find rows next to the smallest
-// numbers, and eps does no harm there.
-Tensor stats_of(const Tensor& mean, const Tensor& rstd, int64_t sets, DType dtype) {
-  for (const auto& [t, name] : {std::pair(&mean, "mean"), std::pair(&rstd, "rstd")}) {
-    FASTNORM_SUPPORTED(t->defined() && t->numel() == sets, name, " is absent or has another size than ", sets);
-    dtype_of(*t, name);
-  }
-  const at::ScalarType type = accum_type(dtype);
-  if (!mean.is_cpu() || !rstd.is_cpu()) {
-    const Tensor r = rstd.reshape({1, sets}).to(type);
-    return at::cat({mean.reshape({1, sets}).to(type), r, r.pow(-2), at::zeros_like(r)});
-  }
-  Tensor stats = at::detail::empty_cpu({kStatsRows, sets}, type, false, at::MemoryFormat::Contiguous);
-  const Tensor dense_mean = mean.contiguous(), dense_rstd = rstd.contiguous();
-  dispatch_type(type, [&](auto zero) {
-    using A = decltype(zero);
-    A* const s = stats.mutable_data_ptr<A>();
-    for (const auto& [t, row] : {std::pair(&dense_mean, kMean), std::pair(&dense_rstd, kRstd)}) {
-      dispatch_type(t->scalar_type(), [&, t = t, row = row](auto from) {
-        convert(s + row * sets, t->template const_data_ptr<decltype(from)>(), sets);
-      });
-    }
-    const A* const r = s + kRstd * sets;
-    for (int64_t i = 0; i < sets; ++i) s[kVar * sets + i] = 1 / (r[i] * r[i]);
-    std::fill_n(s + kMeanLow * sets, sets, A(0));
-  });
-  return stats;
-}
-
-// 1 / sqrt(var + eps) in float64, as evaluation takes it.
-Tensor rstd_of(const Tensor& var, double eps) {
-  if (!var.is_cpu()) return at::add(var.to(at::kDouble), eps).rsqrt();
-  dtype_of(var, "running_var");
-  const Tensor dense = var.contiguous();
-  Tensor rstd = at::detail::empty_cpu(var.sizes(), at::kDouble, false, at::MemoryFormat::Contiguous);
-  dispatch_type(dense.scalar_type(), [&](auto zero) {
-    const auto* const v = dense.const_data_ptr<decltype(zero)>();
-    auto* const r = rstd.mutable_data_ptr<double>();
-    for (int64_t i = 0; i < dense.numel(); ++i) r[i] = 1 / std::sqrt(static_cast<double>(v[i]) + eps);
-  });
-  return rstd;
-}
 
 // ---- forward ----
 
@@ -279,67 +174,28 @@ Outputs layer_norm_backward(const Tensor& dy, const Tensor& x, c10::SymIntArrayR
   return backward(dy, x, weight, bias, stats, {0, dims, 0, 0, 0}, false, wanted);
 }
 
-// ---- the dispatcher ----
-
-// Text as a template's argument.
-template <size_t n>
-struct Text {
-  char text[n];
-  constexpr Text(const char (&s)[n]) { std::copy_n(s, n, text); }
-};
-
-// Asks: whether the switch decides, or the kernel alone.
-enum class Asks { kSwitch, kKernel };
-
-template <AtenNorm norm, Text name, auto kernel, Text overload = "", Asks asks = Asks::kSwitch>
-struct AtenOp;
-template <AtenNorm norm, Text name, class R, class... A, R (*kernel)(A...), Text overload, Asks asks>
-struct AtenOp<norm, name, kernel, overload, asks> {
-  static R call(DispatchKeySet keys, A... args) {
-    const DispatchKeySet below = keys & kBelow;
-    const c10::DispatchKey key = below.highestPriorityTypeId();
-    if (key == c10::DispatchKey::CPU || key == c10::DispatchKey::CUDA) {
-      AtenSwitch& calls = aten_switch(norm, key == c10::DispatchKey::CPU ? AtenDevice::kCpu : AtenDevice::kCuda);
-      const bool is_on = calls.is_on();
-      if (is_on || asks == Asks::kKernel) {
-        try {
-          R result = kernel(args...);
-          calls.count_served();
-          return result;
-        } catch (const c10::NotImplementedError& refusal) {  // before anything is written
-          if (is_on) calls.count_left(refusal.what_without_backtrace());
-        }
-      }
-    }
-    static const auto torchs = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow((std::string("aten::") + name.text).c_str(), overload.text)
-                                   .template typed<R(A...)>();
-    return torchs.redispatch(below, std::forward<A>(args)...);
-  }
-
-  explicit AtenOp(torch::Library& library) {
-    const std::string suffix = *overload.text ? std::string(".") + overload.text : "";
-    library.impl((name.text + suffix).c_str(), TORCH_FN(call));
-  }
-};
-
 }  // namespace
+
+void add_aten_norms(torch::Library& library) {
+  using enum AtenNorm;
+  AtenOp<kBatch, "native_batch_norm", &batch_norm>{library};
+  AtenOp<kBatch, "_native_batch_norm_legit", &batch_norm_legit>{library};
+  AtenOp<kBatch, "_native_batch_norm_legit", &batch_norm_no_stats, "no_stats">{library};
+  AtenOp<kBatch, "_native_batch_norm_legit_no_training", &batch_norm_no_training>{library};
+  AtenOp<kBatch, "native_batch_norm_backward", &batch_norm_backward>{library};
+  AtenOp<kBatch, "cudnn_batch_norm", &cudnn_batch_norm>{library};
+  AtenOp<kBatch, "cudnn_batch_norm_backward", &cudnn_batch_norm_backward, "", Asks::kKernel>{library};
+  AtenOp<kGroup, "native_group_norm", &group_norm>{library};
+  AtenOp<kGroup, "native_group_norm_backward", &group_norm_backward>{library};
+  AtenOp<kLayer, "native_layer_norm", &layer_norm>{library};
+  AtenOp<kLayer, "native_layer_norm_backward", &layer_norm_backward>{library};
+}
 
 void register_aten_kernels() {
   static torch::Library library = [] {
     torch::Library l(torch::Library::IMPL, "aten", c10::DispatchKey::BackendSelect, __FILE__, __LINE__);
-    using enum AtenNorm;
-    AtenOp<kBatch, "native_batch_norm", &batch_norm>{l};
-    AtenOp<kBatch, "_native_batch_norm_legit", &batch_norm_legit>{l};
-    AtenOp<kBatch, "_native_batch_norm_legit", &batch_norm_no_stats, "no_stats">{l};
-    AtenOp<kBatch, "_native_batch_norm_legit_no_training", &batch_norm_no_training>{l};
-    AtenOp<kBatch, "native_batch_norm_backward", &batch_norm_backward>{l};
-    AtenOp<kBatch, "cudnn_batch_norm", &cudnn_batch_norm>{l};
-    AtenOp<kBatch, "cudnn_batch_norm_backward", &cudnn_batch_norm_backward, "", Asks::kKernel>{l};
-    AtenOp<kGroup, "native_group_norm", &group_norm>{l};
-    AtenOp<kGroup, "native_group_norm_backward", &group_norm_backward>{l};
-    AtenOp<kLayer, "native_layer_norm", &layer_norm>{l};
-    AtenOp<kLayer, "native_layer_norm_backward", &layer_norm_backward>{l};
+    add_aten_norms(l);
+    add_aten_sync(l);
     return l;
   }();
 }
