@@ -4,6 +4,7 @@
 # make test-models  fastnorm in real models (torchvision, timm, diffusers, transformers) and under tools for them
 # make bench    the full benchmark table; ARGS='--filter GroupNorm' is passed on to benchmarks/bench.py
 # make studies  the studies of examples/studies, and their pages in docs/studies; QUICK=1: a short form, into build/studies
+# make docs     the pages of docs/ and the API reference, into build/docs
 # make lint     formatting, lint and types          make format   puts formatting right
 # make build    the extension alone                 make clean    removes what was built, keeps .venv
 # make check-cuda   compiles the CUDA kernels for every architecture and reads their machine code; needs nvcc, no GPU
@@ -29,7 +30,7 @@ BUILT := build/.built-$(TORCH)-$(subst /,_,$(VENV))
 NATIVE := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: demo test test-ptx test-models bench studies build check-cuda count-instructions count-cpu-instructions
+.PHONY: demo test test-ptx test-models bench studies docs build check-cuda count-instructions count-cpu-instructions
 .PHONY: lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
@@ -53,6 +54,10 @@ bench: $(BUILT)
 STUDIES := error_surface initialization deep_residual which_axes inference
 studies: $(BUILT)
 	set -e; for study in $(STUDIES); do $(PY) examples/studies/$$study.py $(if $(QUICK),--quick) $(ARGS); done
+
+docs: $(BUILT)
+	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements-docs.txt
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 build: $(BUILT)
 
