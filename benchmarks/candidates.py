@@ -178,13 +178,18 @@ def parts_of(estimate: _C.Estimate) -> Parts:
     return Parts(estimate.memory, estimate.issue, estimate.barriers, estimate.launches)
 
 
-def predict_copy(job: Job, facts: _C.DeviceInfo) -> float:
-    """Microseconds that reading x once and writing it takes by the same estimate. A copy executes less than the kernel
-    that this plan is of."""
+def copy_parts(job: Job, facts: _C.DeviceInfo) -> Parts:
+    """Of reading x once and writing it, by the same estimate. A copy executes less than the kernel that this plan is
+    of: no issue is counted."""
     numel = job.call.shape.numel
     flat = Shape(GROUP, 1, 1, numel, 1, False).geometry
     e = _C.plan_forward(flat, job.row.dtype, facts, frozen=True).estimate
-    return e.memory + e.barriers + e.launches
+    return Parts(e.memory, 0.0, e.barriers, e.launches)
+
+
+def predict_copy(job: Job, facts: _C.DeviceInfo) -> float:
+    """Microseconds."""
+    return copy_parts(job, facts).total
 
 
 def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:

@@ -6,9 +6,9 @@
 
 The table is benchmarks/results/cpu_instructions.json: each walk, with each epilogue, in each direction, for each type
 and instruction set. A count is the difference between a larger tensor and a smaller one, so that what a call does once
-is in none. A row that has risen by more than 3% fails; one that has fallen asks for an update. Other compilers count
-otherwise: the table names its own, and is compared with that one's major version alone. It needs the objects of
-`make build`, and Linux on a processor that has the instructions.
+is in none. A row that has risen or fallen by more than 3% fails. Other compilers count otherwise: the table names its
+own, and is compared with that one's major version alone. It needs the objects of `make build`, and Linux on a processor
+that has the instructions.
 """
 
 from __future__ import annotations

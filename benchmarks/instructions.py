@@ -25,7 +25,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 DIRECTIONS = ("forward", "backward")
 KEY = ("family", "layout", "dtype", "direction")
 FLOAT32_LINE = 1.5  # a line's instructions for float32, in those for a half type
-RISE = 1.03  # a row that rises by more fails
+RISE = 1.03  # a row that rises or falls by more fails
 
 Forced = Mapping[str, str | int]
 
@@ -260,7 +260,7 @@ def count_job(
 
 # ---- two tables ----
 
-# What is compared, and the smallest rise that is no noise.
+# What is compared, and the smallest change that is no noise.
 COMPARED = {
     "instructions": 0.1,
     "divisions": 0.02,
@@ -284,7 +284,7 @@ def number(row: Row, what: str) -> float:
 
 @dataclasses.dataclass
 class Comparison:
-    """Sentences about rows. rises: what fails; falls: what asks for an update."""
+    """Sentences about rows that are not what was saved."""
 
     rises: list[str]
     falls: list[str]

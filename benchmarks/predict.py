@@ -5,7 +5,8 @@
     python benchmarks/predict.py --markdown predicted.md
 
 The prediction is the planner's estimate (csrc/plan/cost.cpp) of the plan that it chooses; bench.py on a GPU measures
-the same shares. A letter says what takes the time: m memory, i the issue of instructions, w waits and launches.
+the same shares. A letter says what most of the time beyond the copy's is lost by: m bytes that a copy does not move, i
+the issue of instructions, w waits and launches.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 # Run as a file, only its own folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.candidates import Job, parts_of, predict_copy
+from benchmarks.candidates import Job, copy_parts, parts_of
 from benchmarks.contestants import table
 from benchmarks.results import CLONE_PASSES, geometric_mean
 from benchmarks.tune_report import Table, as_markdown, as_text
@@ -36,7 +37,7 @@ SHOWN_DEVICES = ("H200", "H100")
 class Prediction:
     job: Job
     share: float
-    bound: str
+    loss: str
 
     @property
     def reached(self) -> bool:
@@ -44,17 +45,20 @@ class Prediction:
 
     @property
     def text(self) -> str:
-        return f"{self.share:.0%} {self.bound}"
+        return f"{self.share:.0%} {self.loss}"
 
 
 def prediction(job: Job, facts: _C.DeviceInfo) -> Prediction:
     plan = job.plan(facts, {})
     assert plan is not None
     parts = parts_of(plan.estimate)
-    counted = parts.counted
-    spent = {"m": counted["memory"], "i": counted["issue"], "w": counted["waits"] + counted["launches"]}
-    floor = predict_copy(job, facts) * job.passes / CLONE_PASSES
-    return Prediction(job, floor / parts.total, max(spent, key=lambda part: spent[part]))
+    copy, copies = copy_parts(job, facts), job.passes / CLONE_PASSES
+    lost = {
+        "m": parts.memory - copies * copy.memory,
+        "i": parts.issue - parts.memory,
+        "w": parts.waits + parts.launches - copies * (copy.waits + copy.launches),
+    }
+    return Prediction(job, copies * copy.total / parts.total, max(lost, key=lambda part: lost[part]))
 
 
 Predictions = dict[str, list[Prediction]]  # by device, rows of forward and backward in turn
@@ -96,6 +100,11 @@ def family_table(found: Predictions) -> Table:
     return heads, lines
 
 
+def markdown(found: Predictions) -> str:
+    """Both tables, as the newest entry of benchmarks/results/LOG.md has them."""
+    return as_markdown(family_table(found)) + "\n" + as_markdown(row_table(found))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name has it")
@@ -111,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"\nGeometric means, and the rows that reach {lines}")
     print(as_text(families))
     if args.markdown:
-        args.markdown.write_text(as_markdown(families) + "\n" + as_markdown(rows))
+        args.markdown.write_text(markdown(found))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +17,7 @@ from tests.common.cases import LAYERS, Case, Layer
 from tests.common.gang_calls import GangCall, errors_of, gang_calls
 from tests.common.gangs import FEW, facts_of
 from tests.common.numerics import build, make_inputs
+from tests.common.ptx_mutants import Module
 from tests.common.raw_calls import RawCall, same_bits
 from tests.conftest import NO_NVCC, PTX
 from tests.ptx import backend
@@ -79,6 +81,35 @@ def test_other_architectures(layer: Layer, device_of_arch: str) -> None:
         with ptx.configured(device=device_of_arch):
             saved = call.forward()
             assert not errors_of(case, call.backward(saved["stats"], saved["mask"]))
+
+
+# ---- memory ----
+
+
+def shifted(module: Module, kernel: str, opcode: str) -> str:
+    """The kernel with all such accesses one float32 farther on."""
+    change = re.compile(rf"({re.escape(opcode)}[^\[]*\[%rd\d+)(?:\+(-?\d+))?\]")
+    start, end = module.kernels[kernel]
+    lines = {i: change.sub(lambda m: f"{m[1]}+{int(m[2] or 0) + 4}]", module.lines[i]) for i in range(start, end)}
+    return module.alone(kernel, lines)
+
+
+@pytest.mark.parametrize(("opcode", "verb"), [("ld.global.f32", "read"), ("st.global.f32", "written")])
+def test_one_element_past_a_tensor(opcode: str, verb: str) -> None:
+    """Of an input that is a view of more memory, and of an output."""
+    ptx, case = backend.load(), Case(Layer("", "LayerNorm", (3, 7), (7,)))
+    ((path,), call) = ptx_build.build_kernels("sm_90", [("forward_rows", "float")]), raw(case)
+    module = Module(path.read_text())
+    call.x = torch.cat([call.x, torch.zeros_like(call.x)])[:3]
+    with PTX[0].active():
+        ptx.reset_counters()
+        call.forward()
+        (kernel,) = ptx.launched()
+        ptx.load_text(shifted(module, kernel, opcode))
+        with pytest.raises(torch.AcceleratorError, match=f"4 bytes {verb} outside of the call's tensors, 0 bytes past"):
+            call.forward()
+        ptx.load_text(module.alone(kernel))
+        call.forward()
 
 
 # ---- the runtime ----

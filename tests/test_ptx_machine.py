@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from tests.common.ptx_defects import ALL, ARRIVE, CLUSTER, CLUSTER_WAIT, PLACES, Defect
+from tests.common import ptx_defects, ptx_order_defects
+from tests.common.ptx_defects import ARRIVE, CLUSTER, CLUSTER_WAIT, PLACES, Defect
 from tests.common.ptx_programs import program, run
 from tests.ptx import backend
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.interpreter
 
 SEEDS = range(5)
 ORDERS = ("fifo", "lifo", "random", "priority")
+ALL = ptx_defects.ALL | ptx_order_defects.ALL
 SHARED = ".extern .shared .align 16 .b8 memory[];"
 
 
@@ -105,7 +107,7 @@ def test_parameters_of_all_kinds() -> None:
     interpreter.load_text(text)
     fields = [b"\x07" + bytes(7), out.data_ptr().to_bytes(8, "little")]
     fields += [number.to_bytes(4, "little") for number in (11, 12, 13, 14)]
-    interpreter.run("k", b"".join(fields), threads=1)
+    interpreter.run("k", b"".join(fields), threads=1, memory=[out])
     assert out.tolist() == [7, 0, 11, 12, 13, 14, 0, 0]
     with pytest.raises(RuntimeError, match="parameters of 32 bytes"):
         interpreter.run("k", b"")

@@ -34,47 +34,13 @@ NEIGHBOUR = """
     ld.u32 %r22, [%d13];
     mad.wide.u32 %d14, %r0, 4, %d1; st.global.u32 [%d14], %r22;
 """
-# Every block of a grid writes its part of a tensor, and reads the next one's after the barrier, whose word is at %d9.
-EXCHANGE = """
-    mov.u32 %r20, %envreg2; mov.u32 %r21, %envreg1; mov.b64 %d9, {%r20, %r21}; add.s64 %d9, %d9, 4;
-    mov.u32 %r22, %nctaid.x;
-    setp.eq.u32 %p8, %r1, 0;
-    mov.u32 %r23, -2147483647; sub.s32 %r23, %r23, %r22; selp.b32 %r24, %r23, 1, %p8;
-    setp.ne.u32 %p9, %r3, 0;
-    st.global.u32 [%d10], %r0;
-    HERE
-    add.u32 %r30, %r0, %r2; mul.lo.u32 %r31, %r2, %r22; rem.u32 %r30, %r30, %r31;
-    mad.wide.u32 %d11, %r30, 4, %d0;
-    ld.global.u32 %r32, [%d11];
-    mad.wide.u32 %d12, %r0, 4, %d1;
-    st.global.u32 [%d12], %r32;
-"""
-
-
-def grid(
-    first: str = BLOCK,
-    arrive: str = "atom.add.release.gpu.u32 %r25, [%d9], %r24;",
-    poll: str = "ld.acquire.gpu.u32 %r26, [%d9];",
-    last: str = BLOCK,
-) -> str:
-    """A barrier of the grid, as cooperative groups has it: thread 0 of every block adds to a word and waits for the
-    highest bit to turn."""
-    return f"""
-    {first}
-    @%p9 bra $LEAVE;
-    {arrive}
-$SPIN:
-    {poll}
-    xor.b32 %r27, %r26, %r25; setp.gt.s32 %p10, %r27, -1; @%p10 bra $SPIN;
-$LEAVE:
-    {last}
-"""
-
-
-ARRIVE_BY_FENCE = "fence.acq_rel.gpu; atom.add.relaxed.gpu.u32 %r25, [%d9], %r24;"
-POLL_RELAXED = "ld.relaxed.gpu.u32 %r26, [%d9];"
-ONE_WARP, PLAIN = {"threads": 32}, {"blocks": 3}
-IN_CLUSTER, IN_GRID = {"blocks": 4, "cluster": 2}, {"blocks": 3, "cooperative": True}
+ZERO_FILLED = COPY.replace("[%d10], 4;", "[%d10], 4, %r20;").replace("cp.async.ca", "mov.u32 %r20, 2; cp.async.ca")
+OVER_SOURCE = "st.global.u32 [%d10], %r3;"
+# The next thread of the block.
+OVER_NEIGHBOUR = """add.u32 %r15, %r3, 1; rem.u32 %r15, %r15, %r2;
+    mad.wide.u32 %d11, %r15, 4, %d0; st.global.u32 [%d11], %r3;"""
+ONE_WARP, ONE_THREAD, PLAIN = {"threads": 32}, {"threads": 1}, {"blocks": 3}
+IN_CLUSTER = {"blocks": 4, "cluster": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +60,7 @@ class Defect:
         return {"threads": 64, "shared_bytes": 1024, **self.shape}
 
 
-RACE, COPYING = "a race", "an unfinished copy"
+RACE, COPYING, SOURCE = "a race", "an unfinished copy: its memory", "an unfinished copy: its source is written"
 LEFT = "returned while another block|which has returned"
 
 WITHIN_A_BLOCK = (
@@ -158,6 +124,24 @@ ADDRESSES = (
     Defect("misaligned in global memory", "ld.global.u16 %h4, [%d10HERE];", "misaligned: 2 bytes read", "", "+1"),
     Defect("null pointer", "mov.u64 %d11, HERE; ld.global.u32 %r13, [%d11];", "a null pointer read", "%d0", "0"),
     Defect(
+        "past a tensor",
+        "st.global.u32 [%d0HERE], %r3;",
+        "written outside .*, 0 bytes past",
+        "+4092",
+        "+4096",
+        ONE_THREAD,
+    ),
+    Defect("before a tensor", "ld.global.u16 %h4, [%d0HERE];", "2 bytes read outside .*, 2 bytes before", "", "+-2"),
+    Defect("half past a tensor", "ld.global.u64 %d12, [%d0HERE];", "8 bytes read outside", "+4088", "+4096"),
+    Defect("an atomic past a tensor", "red.global.add.u32 [%d0HERE], 1;", "4 bytes written outside", "", "+4096"),
+    Defect(
+        "far from all tensors",
+        "mov.u64 %d11, HERE; ld.global.u32 %r13, [%d11];",
+        "bytes past",
+        "%d0",
+        "81985529216486896",
+    ),
+    Defect(
         "shared taken for global",
         "cvt.u64.u32 %d11, %r12; cvta.shared.u64 %d12, %d11; ldHERE.u32 %r13, [%d12];",
         "taken for one of global memory",
@@ -209,6 +193,20 @@ COPIES = (
         "",
         "+2",
     ),
+    Defect("over its source", COPY + "HERE" + OVER_SOURCE + WAIT, SOURCE, WAIT),
+    Defect("over a neighbour's source", COPY + "HERE" + OVER_NEIGHBOUR + WAIT, SOURCE, WAIT + BLOCK, BLOCK),
+    Defect("over a source, no barrier", COPY + WAIT + "HERE" + OVER_NEIGHBOUR, RACE, BLOCK),
+    Defect("over a source of a part", ZERO_FILLED + "HERE" + OVER_SOURCE + WAIT, SOURCE, WAIT),
+    Defect("over a neighbour's of a part", ZERO_FILLED + "HERE" + OVER_NEIGHBOUR + WAIT, SOURCE, WAIT + BLOCK, BLOCK),
+    Defect("a part that is just written", OVER_NEIGHBOUR + "HERE" + ZERO_FILLED + WAIT, RACE, BLOCK),
+    Defect("past a tensor", COPY.replace("[%d10]", "[%d0HERE]") + WAIT, "4 bytes read outside", "+4092", "+4096"),
+    Defect(
+        "a part past a tensor",
+        "mov.u32 %r20, HERE; cp.async.ca.shared.global [%r10], [%d0+4096], 4, %r20;" + WAIT,
+        "1 bytes read outside",
+        "0",
+        "1",
+    ),
     Defect("bytes that there are not", "cp.async.ca.shared.global [%r10], [%d10], HERE;" + WAIT, "a copy of", "4", "3"),
 )
 
@@ -243,56 +241,9 @@ CLUSTERS = (
     ),
 )
 
-GRIDS = (
-    Defect("barrier", EXCHANGE, RACE, grid(), "", IN_GRID),
-    Defect("barrier of the block before", EXCHANGE, RACE, grid(), grid(first=""), IN_GRID),
-    Defect("barrier of the block after", EXCHANGE, RACE, grid(), grid(last=""), IN_GRID),
-    Defect(
-        "release",
-        EXCHANGE,
-        RACE,
-        grid(),
-        grid(arrive="atom.add.relaxed.gpu.u32 %r25, [%d9], %r24;"),
-        IN_GRID,
-    ),
-    Defect("acquire", EXCHANGE, RACE, grid(), grid(poll=POLL_RELAXED), IN_GRID),
-    Defect(
-        "fence",
-        EXCHANGE,
-        RACE,
-        grid(BLOCK, ARRIVE_BY_FENCE, POLL_RELAXED, "fence.acq_rel.gpu;" + BLOCK),
-        grid(BLOCK, ARRIVE_BY_FENCE, POLL_RELAXED),
-        IN_GRID,
-    ),
-    Defect("two blocks write", "HERE st.global.u32 [%d10], %r0;", RACE, "", "mov.u64 %d10, %d0;", PLAIN),
-    Defect(
-        "a block reads what another wrote",
-        "st.global.u32 [%d10], %r0; ld.global.u32 %r13, [HERE];",
-        RACE,
-        "%d10",
-        "%d0",
-        PLAIN,
-    ),
-    Defect("an atomic and a write", "red.global.add.u32 [%d0], 1; HERE", RACE, "", "st.global.u32 [%d0], %r0;", PLAIN),
-    Defect(
-        "waits for ever",
-        "$A: ld.acquire.gpu.u32 %r13, [%d0]; setp.eq.u32 %p1, %r13, HERE; @%p1 bra $A;",
-        "deadlock",
-        "77",
-        "0",
-        PLAIN,
-    ),
-)
 
-ALL = {
-    f"{kind}: {defect.name}": defect
-    for kind, defects in (
-        ("block", WITHIN_A_BLOCK),
-        ("address", ADDRESSES),
-        ("warp", OF_A_WARP),
-        ("copy", COPIES),
-        ("cluster", CLUSTERS),
-        ("grid", GRIDS),
-    )
-    for defect in defects
-}
+def named(**kinds: tuple[Defect, ...]) -> dict[str, Defect]:
+    return {f"{kind}: {defect.name}": defect for kind, defects in kinds.items() for defect in defects}
+
+
+ALL = named(block=WITHIN_A_BLOCK, address=ADDRESSES, warp=OF_A_WARP, copy=COPIES, cluster=CLUSTERS)

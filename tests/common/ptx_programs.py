@@ -43,7 +43,7 @@ def run(text: str, *tensors: torch.Tensor, **shape: Any) -> None:
     """Runs k. RuntimeError with what the interpreter finds."""
     interpreter = backend.interpreter()
     interpreter.load_text(text)
-    interpreter.run("k", struct.pack(f"<{len(tensors)}Q", *(t.data_ptr() for t in tensors)), **shape)
+    interpreter.run("k", struct.pack(f"<{len(tensors)}Q", *(t.data_ptr() for t in tensors)), memory=tensors, **shape)
 
 
 # One instruction, lane by lane.

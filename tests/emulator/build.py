@@ -133,12 +133,16 @@ def torch_root() -> Path:
     return Path(torch.__path__[0])
 
 
-def torch_objects(namespace: str = "fastnorm_emulated") -> list[Object]:
-    """The binding, whose ops are those of torch.ops.NAMESPACE."""
+def torch_compile_flags() -> list[str]:
     import torch
 
     flags = torch_include_flags(torch_root())
-    flags += ["-O1", "-DNDEBUG", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    return [*flags, "-O1", "-DNDEBUG", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+
+
+def torch_objects(namespace: str = "fastnorm_emulated") -> list[Object]:
+    """The binding, whose ops are those of torch.ops.NAMESPACE."""
+    flags = torch_compile_flags()
     objects = [
         plain_object("plain", CSRC / "torch" / f"{name}.cpp", *flags)
         for name in ("backend", "backend_cuda", "images", "ops")

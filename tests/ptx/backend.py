@@ -16,10 +16,14 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from tests.emulator import backend as emulator
 from tests.ptx import build
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +105,10 @@ class Interpreter:
         order: str = "random",
         seed: int = 0,
         races: bool = True,
+        memory: Sequence[torch.Tensor] = (),
     ) -> None:
-        """RuntimeError with what the interpreter finds."""
+        """RuntimeError with what the interpreter finds. memory: the contiguous tensors that the kernel may access."""
+        ranges = [number for t in memory for number in (t.data_ptr(), t.nbytes)]
         self._raise(
             self._ptx.fastnorm_ptx_run(
                 kernel.encode(),
@@ -116,6 +122,8 @@ class Interpreter:
                 order.encode(),
                 ctypes.c_uint64(seed),
                 ctypes.c_bool(races),
+                (ctypes.c_uint64 * len(ranges))(*ranges),
+                ctypes.c_int64(len(memory)),
             )
         )
 

@@ -31,12 +31,17 @@ FASTNORM_EXPORT const char* fastnorm_ptx_load_file(const char* path) {
   return text_of_failure([&] { ptx::load_file(path); });
 }
 
+// memory: pairs of an address and a number of bytes, which the kernel may access.
 FASTNORM_EXPORT const char* fastnorm_ptx_run(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes,
                                              int cluster, bool cooperative, const char* parameters, int64_t bytes,
-                                             const char* order, uint64_t seed, bool races) {
+                                             const char* order, uint64_t seed, bool races, const uint64_t* memory,
+                                             int64_t ranges) {
   return text_of_failure([&] {
+    ptx::Allocations allowed;
+    for (int64_t r = 0; r < ranges; ++r) allowed.add(memory[2 * r], memory[2 * r + 1]);
     ptx::run(kernel, {blocks, threads, shared_bytes, cluster, cooperative},
-             std::string(parameters, static_cast<size_t>(bytes)), {emulator::order_named(order), seed, races, true});
+             std::string(parameters, static_cast<size_t>(bytes)),
+             {emulator::order_named(order), seed, races, true, allowed});
   });
 }
 

@@ -28,6 +28,7 @@ from tests.emulator.build import (
     plain_object,
     planner_objects,
     run_ninja,
+    torch_compile_flags,
     torch_objects,
     torch_root,
 )
@@ -57,7 +58,7 @@ def needed_nvcc() -> str:
 def interpreter_objects() -> list[Object]:
     """Rounding modes change while it runs, and every operation rounds by itself."""
     flags = [f"-I{PTX}", "-ffp-contract=off", "-frounding-math", "-fno-strict-aliasing", "-fno-math-errno"]
-    sources = [path for path in sorted(PTX.glob("*.cpp")) if path.name != "cuda_runtime.cpp"]
+    sources = [path for path in sorted(PTX.glob("*.cpp")) if path.name not in ("cuda_runtime.cpp", "call_memory.cpp")]
     return [plain_object("plain", source, *flags, optimize="-O3") for source in sources]
 
 
@@ -76,8 +77,9 @@ def library_objects() -> list[Object]:
         for name, dtype in kernel_files()
     ]
     runtime = nvcc_object("ptx/cuda_runtime.o", PTX / "cuda_runtime.cpp", NVCC_HOST[2:])
-    bindings = plain_object("plain", EMULATOR / "bindings.cpp")
-    return [*host, runtime, bindings, *torch_objects("fastnorm_ptx"), *planner_objects("plain"), *interpreter_objects()]
+    memory = plain_object("plain", PTX / "call_memory.cpp", f"-I{PTX}", *torch_compile_flags())
+    own = [*host, runtime, memory, plain_object("plain", EMULATOR / "bindings.cpp")]
+    return [*own, *torch_objects("fastnorm_ptx"), *planner_objects("plain"), *interpreter_objects()]
 
 
 def build_interpreter(quiet: bool = True) -> Path:

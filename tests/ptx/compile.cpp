@@ -53,7 +53,11 @@ struct AllDecoders {
 
 class Compiler {
  public:
-  Compiler(const Module& module, const Entry& entry) : names_(kernel_, module), entry_(entry), locations_(module) {}
+  Compiler(const Module& module, const Entry& entry) : names_(kernel_, module), entry_(entry), locations_(module) {
+    for (const Variable& variable : module.variables) {
+      if (variable.memory) kernel_.variables.push_back(variable.memory);
+    }
+  }
 
   Kernel run() {
     kernel_.name = entry_.name;

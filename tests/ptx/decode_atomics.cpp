@@ -72,7 +72,8 @@ void modify(Warp& warp, const Instruction& i, Mask lanes) {
   for (Mask left = lanes; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
     const uint64_t address = addresses[static_cast<size_t>(lane)] = address_of(warp, i, lane);
-    unsigned char* const place = reach(warp, lane, i.space, {address, int(sizeof(T)), Use::kStrongWrite});
+    unsigned char* const place =
+        reach(warp, lane, i.space, {address, int(sizeof(T)), Use::kStrongWrite, i.order.scope});
     T old;
     std::memcpy(&old, place, sizeof(T));
     const T value = value_of<T>(static_cast<Kept<T>>(warp.value(i.in[1], lane)));

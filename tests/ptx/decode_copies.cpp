@@ -1,5 +1,6 @@
 // cp.async: copies from global to shared memory, past the registers. Each lands at once or when its thread waits, as
-// the machine's seed decides; until the thread has waited its memory is poisoned, and nobody may access it.
+// the machine's seed decides; until the thread has waited its memory is poisoned and nobody may access it, and its
+// source is being read and nobody may write there.
 #include <array>
 #include <bit>
 #include <cstring>
@@ -40,12 +41,8 @@ void begin(Warp& warp, const Instruction& i, Mask lanes) {
     copy.bytes = i.bytes;
     copy.source_bytes =
         i.mode != 0 ? static_cast<uint8_t>(std::min<uint64_t>(warp.value(i.in[2], lane), i.bytes)) : i.bytes;
-    if (copy.source_bytes == copy.bytes) {
-      reach(warp, lane, Space::kGlobal, {copy.from, copy.bytes, Use::kRead});
-    } else if (copy.from % copy.bytes != 0) {
-      warp.fail(lane, "misaligned: a copy's source");
-    }
-    begin_copy_to(warp, lane, copy.place, copy.bytes);
+    copy.began = warp.stamp(lane);
+    begin_copy(warp, lane, copy);
     copy.landed = (warp.machine().random() & 1) != 0;
     if (copy.landed) {
       land(warp, copy);
@@ -70,7 +67,7 @@ void finish(Warp& warp, int lane, size_t count) {
   for (size_t c = 0; c < count; ++c) {
     const Copy& copy = copies.under_way[c];
     if (!copy.landed) land(warp, copy);
-    end_copy_to(warp, lane, copy.place, copy.bytes);
+    end_copy(warp, lane, copy);
   }
   copies.under_way.erase(copies.under_way.begin(), copies.under_way.begin() + static_cast<std::ptrdiff_t>(count));
 }

@@ -15,12 +15,15 @@ namespace {
 
 using enum Type;
 
-// E: an element in memory, a signed integer where a register takes its sign.
+constexpr uint8_t kConstant = 1;  // ld.global.nc
+
+// mode: whether no thread of the launch may write the memory. E: an element in memory, a signed integer where a
+// register takes its sign.
 template <class E>
 void load(Warp& warp, const Instruction& i, Mask lanes) {
   const Operand* const elements = warp.elements(i);
   const int bytes = static_cast<int>(sizeof(E)) * i.elements;
-  const Use use = i.order.strong ? Use::kStrongRead : Use::kRead;
+  const Use use = i.order.strong ? Use::kStrongRead : i.mode == kConstant ? Use::kConstant : Use::kRead;
   std::array<uint64_t, kLanes> addresses;
   const auto take = [&](int lane, const unsigned char* from) {
     for (int e = 0; e < i.elements; ++e) {
@@ -31,13 +34,13 @@ void load(Warp& warp, const Instruction& i, Mask lanes) {
   };
   if (i.space == Space::kParameter && i.in[0].bank == Operand::kConstant) {
     const unsigned char* const from =
-        reach(warp, std::countr_zero(lanes), i.space, {address_of(warp, i, 0), bytes, use});
+        reach(warp, std::countr_zero(lanes), i.space, {address_of(warp, i, 0), bytes, use, i.order.scope});
     return for_lanes(lanes, [&](int lane) { take(lane, from); });
   }
   for (Mask left = lanes; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
     const uint64_t address = addresses[static_cast<size_t>(lane)] = address_of(warp, i, lane);
-    take(lane, reach(warp, lane, i.space, {address, bytes, use}));
+    take(lane, reach(warp, lane, i.space, {address, bytes, use, i.order.scope}));
     if (i.order.strong) after_strong_read(warp, lane, address, i.order);
   }
   count_access(warp, lanes, i.space, Traffic::kRead, bytes, addresses.data());
@@ -52,7 +55,7 @@ void store(Warp& warp, const Instruction& i, Mask lanes) {
   for (Mask left = lanes; left != 0; left &= left - 1) {
     const int lane = std::countr_zero(left);
     const uint64_t address = addresses[static_cast<size_t>(lane)] = address_of(warp, i, lane);
-    unsigned char* const place = reach(warp, lane, i.space, {address, bytes, use});
+    unsigned char* const place = reach(warp, lane, i.space, {address, bytes, use, i.order.scope});
     if (i.order.strong) before_strong_write(warp, lane, address, i.order, false);
     for (int e = 0; e < i.elements; ++e) {
       const auto value = static_cast<E>(warp.value(elements[e], lane));
@@ -78,7 +81,7 @@ size_t take_count(Decoding& d) {
 }
 
 void decode_ld(Decoding& d) {
-  d.take("nc");
+  d.i.mode = d.take("nc") ? kConstant : 0;
   d.i.order = take_order(d);
   d.i.space = take_space(d);
   d.take_cache_hints();
@@ -126,10 +129,10 @@ void decode_prefetch(Decoding& d) {
 
 void decode_fence(Decoding& d) {
   d.take_one_of({"acq_rel", "sc"});
-  const std::string_view scope = d.take_one_of({"cta", "cluster", "gpu", "sys", "gl"});
-  if (scope.empty()) d.fail("an instruction that is not known");
-  d.i.run = [](Warp&, const Instruction&, Mask) {};
-  if (scope != "cta") d.i.run = [](Warp& warp, const Instruction&, Mask lanes) { fence(warp, lanes); };
+  const std::optional<Scope> scope = d.take("gl") ? Scope::kDevice : take_scope(d);
+  if (!scope) d.fail("an instruction that is not known");
+  d.i.order.scope = *scope;
+  d.i.run = [](Warp& warp, const Instruction& i, Mask lanes) { fence(warp, lanes, i.order.scope); };
   d.finish(0);
 }
 

@@ -116,6 +116,12 @@ void load_file(const std::string& path) {
   take(loaded);
 }
 
+static thread_local const CallMemory* call_memory = nullptr;
+
+CallMemory::CallMemory() : outer_(call_memory) { call_memory = this; }
+CallMemory::~CallMemory() { call_memory = outer_; }
+Allocations memory_of_call() { return call_memory == nullptr ? Allocations() : call_memory->memory_; }
+
 int launch(const std::string& name, const LaunchShape& shape, void** arguments) {
   Door& d = door();
   const std::lock_guard<std::mutex> lock(d.one_launch);
@@ -131,7 +137,8 @@ int launch(const std::string& name, const LaunchShape& shape, void** arguments) 
     const std::vector<unsigned char> parameters = packed(kernel, arguments);
     const emulator::Traffic before = traffic_of(d.machine.counters());
     const uint64_t seed = d.settings.seed * 0x9e3779b97f4a7c15u + d.launches++;
-    d.machine.run(kernel, shape, parameters.data(), {d.settings.order, seed, d.races, d.transactions});
+    d.machine.run(kernel, shape, parameters.data(),
+                  {d.settings.order, seed, d.races, d.transactions, memory_of_call()});
     emulator::traffic = traffic_of(d.machine.counters());
     d.log.push_back({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, shape.cooperative,
                      emulator::traffic - before, 0});

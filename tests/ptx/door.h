@@ -18,6 +18,22 @@ void load_file(const std::string& path);
 // cudaErrorLaunchFailure: what went wrong is in last_defect().
 constexpr int kLaunchFailure = 719;
 
+// While it lives, what its thread launches may access this memory and no other of the call.
+class CallMemory {
+ public:
+  CallMemory();
+  ~CallMemory();
+  CallMemory(const CallMemory&) = delete;
+  void add(uint64_t begin, uint64_t bytes) { memory_.add(begin, bytes); }
+  void remove(uint64_t begin) { memory_.remove(begin); }
+
+ private:
+  Allocations memory_;
+  const CallMemory* outer_;
+  friend Allocations memory_of_call();
+};
+Allocations memory_of_call();
+
 // Launches a kernel for the device that a test has configured. arguments: the address of every parameter. Returns 0 or
 // CUDA's error.
 int launch(const std::string& kernel, const LaunchShape& shape, void** arguments);

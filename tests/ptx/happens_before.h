@@ -8,17 +8,20 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <deque>
 #include <unordered_map>
 #include <vector>
+
+#include "scope.h"
 
 namespace fastnorm::ptx {
 
 // When and by whom memory was accessed, in 64 bits; 0 is never.
 class Stamp {
  public:
-  enum Kind : uint64_t { kPlain, kStrong, kCopying, kElsewhere };
+  enum Kind : uint64_t { kPlain, kCopying, kConstant, kElsewhere };
   static constexpr int64_t kMostBlocks = 1 << 18, kMostEpochs = 1 << 17;
 
   Stamp() = default;
@@ -56,6 +59,7 @@ struct Clock {
   std::vector<Part> parts;  // ascending
 
   static uint64_t thread_of(Stamp s) { return s.bits() >> 36 << 1; }
+  static uint64_t lane_of(Stamp s, uint32_t lane) { return (s.bits() >> 41 << 5 | lane) << 1; }  // of s's warp
   static uint64_t warp_of(Stamp s) { return s.bits() >> 41 << 6 | 1; }
 
   bool is_empty() const { return blocks.empty() && parts.empty(); }
@@ -111,31 +115,47 @@ struct ThreadTime {
     }
     return clock != nullptr && clock->knows(s);
   }
-  // Whether all accesses of that block and epoch did.
-  bool knows_epoch(Stamp s, Stamp me) const {
-    if (s.block() == me.block()) return s.epoch() < known_epoch;
-    return clock != nullptr && s.epoch() < clock->of_block(s.block());
+  // Whether accesses of several lanes of a warp did, s being the latest of them.
+  bool knows_lanes(Stamp s, uint32_t lanes, Stamp me) const {
+    if (s.block() == me.block() && s.epoch() < known_epoch) return true;
+    if (s.same_warp(me) && s.step() < known_step) return true;
+    if (clock != nullptr && (s.epoch() < clock->of_block(s.block()) || s.step() < clock->of_part(Clock::warp_of(s)))) {
+      return true;
+    }
+    for (uint32_t left = lanes; left != 0; left &= left - 1) {
+      const auto lane = static_cast<uint32_t>(std::countr_zero(left));
+      const uint64_t whose = Clock::lane_of(s, lane);
+      if (whose != Clock::thread_of(me) && (clock == nullptr || s.step() >= clock->of_part(whose))) return false;
+    }
+    return true;
   }
 };
 
 // What releases have left at memory, for those that acquire it; and all clocks of the threads that run.
 class Releases {
  public:
-  // Null where nothing was released there.
-  const Clock* at(uint64_t address) const {
+  // What threads of a group may acquire there, the groups of each scope being numbered; null where there is nothing.
+  const Clock* at(uint64_t address, Scope scope, uint32_t group) const {
     const auto found = left_.find(address);
-    return found == left_.end() ? nullptr : &found->second;
+    if (found == left_.end()) return nullptr;
+    const auto left = std::find_if(found->second.begin(), found->second.end(),
+                                   [&](const Left& l) { return l.scope == scope && l.group == group; });
+    return left == found->second.end() ? nullptr : &left->clock;
   }
-  // A write that continues what was released before, as a read-modify-write does.
-  void add(uint64_t address, const Clock& clock) { left_[address].join(clock); }
-  // A write that does not.
-  void replace(uint64_t address, const Clock* clock) {
-    if (clock == nullptr) {
-      left_.erase(address);
+  // A write that leaves this for the threads of a group, besides what lies there.
+  void add(uint64_t address, Scope scope, uint32_t group, const Clock& clock) {
+    if (clock.is_empty()) return;
+    std::vector<Left>& all = left_[address];
+    const auto left =
+        std::find_if(all.begin(), all.end(), [&](const Left& l) { return l.scope == scope && l.group == group; });
+    if (left == all.end()) {
+      all.push_back({scope, group, clock});
     } else {
-      left_[address] = *clock;
+      left->clock.join(clock);
     }
   }
+  // A write that does not continue what was released before, as a read-modify-write does.
+  void end(uint64_t address) { left_.erase(address); }
 
   // What a thread that knows `mine` knows after it has acquired `there`.
   const Clock* acquired(const Clock* mine, const Clock* there) {
@@ -163,7 +183,12 @@ class Releases {
   }
 
  private:
-  std::unordered_map<uint64_t, Clock> left_;
+  struct Left {
+    Scope scope;
+    uint32_t group;
+    Clock clock;
+  };
+  std::unordered_map<uint64_t, std::vector<Left>> left_;
   std::deque<Clock> kept_;
   const Clock *last_a_ = nullptr, *last_b_ = nullptr, *last_ = nullptr;
 };

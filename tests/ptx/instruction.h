@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "scope.h"
 #include "types.h"
 
 namespace fastnorm::ptx {
@@ -48,9 +49,11 @@ enum class Flow : uint8_t {
 
 enum class Space : uint8_t { kGeneric, kGlobal, kShared, kLocal, kParameter, kConstant };
 
-// Bits of an access's order. A strong access takes part in no race with another strong one.
+// Bits of an access's order. A strong access takes part in no race with another strong one where the scope of each has
+// the other's thread.
 struct Order {
   bool strong = false, acquire = false, release = false;
+  Scope scope = Scope::kDevice;
 };
 
 struct Instruction {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -23,7 +24,8 @@ struct Kernel {
   std::vector<Parameter> parameters;
   int64_t parameter_bytes = 0;
   int64_t static_shared_bytes = 0;
-  int64_t local_bytes = 0;  // of a thread
+  int64_t local_bytes = 0;                                             // of a thread
+  std::vector<std::shared_ptr<std::vector<unsigned char>>> variables;  // of the module, in global memory
   int most_threads = 1024;
 
   // Constants as lanes have them; words of all registers; predicates.

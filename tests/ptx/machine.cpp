@@ -38,7 +38,12 @@ void Machine::run(const Kernel& kernel, const LaunchShape& shape, const unsigned
   std::memset(grid_workspace_, 0, sizeof grid_workspace_);
   releases = {};
   global_shadow.clear();
-  global_room.clear();
+  global_room.begin_launch(static_cast<uint32_t>(shape.cluster));
+  memory = options.memory;
+  memory.add(reinterpret_cast<uint64_t>(grid_workspace_), sizeof grid_workspace_);
+  for (const auto& variable : kernel.variables) {
+    memory.add(reinterpret_cast<uint64_t>(variable->data()), variable->size());
+  }
 
   // Sets of blocks that run together, in a random order without a list of them: steps of a number that shares no factor
   // with the number of sets.
@@ -61,7 +66,7 @@ void Machine::run(const Kernel& kernel, const LaunchShape& shape, const unsigned
 
 void Machine::begin_blocks(int64_t first, int64_t count) {
   releases.forget_clocks();
-  shared_room.clear();
+  shared_room.begin_launch(static_cast<uint32_t>(shape_.cluster));
   while (static_cast<int64_t>(blocks_.size()) < count) blocks_.push_back(std::make_unique<Block>());
   clusters_.assign(static_cast<size_t>(count / shape_.cluster), {});
   ready_.clear();

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "allocations.h"
 #include "counters.h"
 #include "happens_before.h"
 #include "kernel.h"
@@ -30,6 +31,7 @@ struct Options {
   uint64_t seed = 0;
   bool races = true;          // looks for races
   bool transactions = false;  // counts transactions of memory
+  Allocations memory;         // of the call, which is all that it may access beside the module's own
 };
 
 // The blocks of a cluster and where they meet.
@@ -59,6 +61,7 @@ class Machine {
   Releases releases;
   GlobalShadow global_shadow;
   ShadowRoom global_room, shared_room;
+  Allocations memory;
   void note_progress() { ++progress_; }
   void note_poll() { ++polls_; }
   void wake(Warp& warp);

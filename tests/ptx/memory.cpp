@@ -14,34 +14,50 @@ namespace {
 constexpr uint64_t kWindows = kSharedWindow | kLocalWindow | kParameterWindow;
 constexpr uint64_t kOffsetMask = (uint64_t{1} << kBlockShift) - 1;
 
-bool is_read(Use use) { return use == Use::kRead || use == Use::kStrongRead; }
-const char* verb_of(Use use) { return is_read(use) ? "read" : use == Use::kCopyTo ? "copied to" : "written"; }
+const char* verb_of(Use use) { return !is_write(use) ? "read" : use == Use::kCopyTo ? "copied to" : "written"; }
 
 [[noreturn]] void report(const Warp& warp, int lane, const Conflict& conflict, const Access& access) {
   const std::string other = thread_name(conflict.other.block(), conflict.other.thread());
-  if (conflict.kind == Conflict::kUnfinishedCopy) {
-    warp.fail(lane, "an unfinished copy: its memory is " + std::string(verb_of(access.use)) + ", the copy of " + other +
-                        " is not waited for");
+  const std::string what = std::to_string(access.bytes) + " bytes " + verb_of(access.use) + " that " + other +
+                           (conflict.other_wrote ? " wrote" : " read");
+  switch (conflict.kind) {
+    case Conflict::kUnfinishedCopy:
+    case Conflict::kSourceOfCopy:
+      warp.fail(lane, std::string("an unfinished copy: its ") +
+                          (conflict.kind == Conflict::kSourceOfCopy ? "source" : "memory") + " is " +
+                          verb_of(access.use) + ", the copy of " + other + " is not waited for");
+    case Conflict::kNotConstant:
+      warp.fail(lane,
+                "no constant: " + what + ", and one of the two is a read past the caches that writes reach (.nc)");
+    case Conflict::kScope: warp.fail(lane, "a race: " + what + ", and the scope of one has not the other's thread");
+    default: warp.fail(lane, "a race: " + what + " with no barrier between");
   }
-  warp.fail(lane, "a race: " + std::to_string(access.bytes) + " bytes " + verb_of(access.use) + " that " + other +
-                      (conflict.other_wrote ? " wrote" : " read") + " with no barrier between");
 }
 
-// Marks the access in the shadow words from word(0) on.
+// f(address, first byte, bytes) for every word of so many bytes of memory, or the part of it that they have.
+template <class F>
+void for_words(uint64_t address, int bytes, F f) {
+  for (int left = bytes; left > 0;) {
+    const auto first = static_cast<uint32_t>(address & 3);
+    const int here = std::min<int>(left, 4 - static_cast<int>(first));
+    f(address, first, static_cast<uint32_t>(here));
+    address += static_cast<uint64_t>(here);
+    left -= here;
+  }
+}
+
+ShadowRoom::Now now_of(Warp& warp, int lane, Use use, Scope scope = Scope::kDevice) {
+  return {use, scope, warp.stamp(lane), warp.time(lane)};
+}
+
+// Marks the access in the shadow words word(address).
 template <class Word>
 void mark(Warp& warp, int lane, const Access& access, ShadowRoom& room, Word word) {
-  uint64_t address = access.address;
-  for (int left = access.bytes; left > 0;) {
-    const auto first = static_cast<uint32_t>(address & 3);
-    const int bytes = std::min<int>(left, 4 - static_cast<int>(first));
-    ShadowWord* const at = word(address);
-    if (at == nullptr) warp.fail(lane, "an address outside of all memory, " + std::string(verb_of(access.use)));
-    const Conflict found =
-        room.use(*at, first, static_cast<uint32_t>(bytes), access.use, warp.stamp(lane), warp.time(lane));
+  const ShadowRoom::Now now = now_of(warp, lane, access.use, access.scope);
+  for_words(access.address, access.bytes, [&](uint64_t address, uint32_t first, uint32_t bytes) {
+    const Conflict found = room.use(word(address), first, bytes, now);
     if (found.kind != Conflict::kNone) report(warp, lane, found, access);
-    address += static_cast<uint64_t>(bytes);
-    left -= bytes;
-  }
+  });
 }
 
 // Of the cluster, for a generic address of shared memory; null where it is no block that runs.
@@ -74,9 +90,32 @@ unsigned char* reach_shared(Warp& warp, int lane, const Access& access) {
   }
   if (warp.machine().options().races) {
     mark(warp, lane, access, warp.machine().shared_room,
-         [&](uint64_t address) { return &block->shadow[((address & kOffsetMask) - kSharedBegin) / 4]; });
+         [&](uint64_t address) -> ShadowWord& { return block->shadow[((address & kOffsetMask) - kSharedBegin) / 4]; });
   }
   return block->shared.data() + offset;
+}
+
+void check_alignment(const Warp& warp, int lane, uint64_t address, int bytes, Use use) {
+  if (address % static_cast<unsigned>(bytes) == 0) return;
+  warp.fail(lane, "misaligned: " + std::to_string(bytes) + " bytes " + verb_of(use) + " at an address that is " +
+                      std::to_string(address % 16) + " past a multiple of 16");
+}
+
+unsigned char* reach_global(Warp& warp, int lane, const Access& access) {
+  Machine& machine = warp.machine();
+  if ((access.address & kWindows) == kSharedWindow) {
+    warp.fail(lane, "an address of shared memory, taken for one of global memory");
+  }
+  if (access.address < 4096) warp.fail(lane, "a null pointer " + std::string(verb_of(access.use)));
+  if (!machine.memory.hold(access.address, static_cast<uint64_t>(access.bytes))) {
+    warp.fail(lane, "out of bounds: " + std::to_string(access.bytes) + " bytes " + verb_of(access.use) +
+                        " outside of the call's tensors, " + machine.memory.nearest(access.address));
+  }
+  if (machine.options().races) {
+    mark(warp, lane, access, machine.global_room,
+         [&](uint64_t at) -> ShadowWord& { return machine.global_shadow.word(at); });
+  }
+  return reinterpret_cast<unsigned char*>(access.address);
 }
 
 // Sectors of 32 bytes that the lanes touch.
@@ -127,13 +166,10 @@ uint64_t address_of(Warp& warp, const Instruction& i, int lane) {
 
 unsigned char* reach(Warp& warp, int lane, Space space, const Access& access) {
   const uint64_t address = access.address;
-  if (address % static_cast<unsigned>(access.bytes) != 0) {
-    warp.fail(lane, "misaligned: " + std::to_string(access.bytes) + " bytes " + verb_of(access.use) +
-                        " at an address that is " + std::to_string(address % 16) + " past a multiple of 16");
-  }
+  check_alignment(warp, lane, address, access.bytes, access.use);
   if (space == Space::kParameter || (address & kWindows) == kParameterWindow) {
     const uint64_t offset = address & ~kParameterWindow;
-    if (!is_read(access.use) ||
+    if (is_write(access.use) ||
         offset + static_cast<uint64_t>(access.bytes) > static_cast<uint64_t>(warp.machine().kernel().parameter_bytes)) {
       warp.fail(lane, "out of bounds: of the parameters");
     }
@@ -146,26 +182,25 @@ unsigned char* reach(Warp& warp, int lane, Space space, const Access& access) {
     }
     return warp.local(lane) + offset;
   }
-  if ((address & kWindows) == kSharedWindow) {
-    if (space == Space::kGlobal) warp.fail(lane, "an address of shared memory, taken for one of global memory");
-    return reach_shared(warp, lane, access);
-  }
+  if (space != Space::kGlobal && (address & kWindows) == kSharedWindow) return reach_shared(warp, lane, access);
   if (space == Space::kShared) warp.fail(lane, "an address that is not of shared memory");
-  if (address < 4096) warp.fail(lane, "a null pointer " + std::string(verb_of(access.use)));
-  if (warp.machine().options().races) {
-    Machine& machine = warp.machine();
-    mark(warp, lane, access, machine.global_room, [&](uint64_t at) { return machine.global_shadow.word(at); });
-  }
-  return reinterpret_cast<unsigned char*>(address);
+  return reach_global(warp, lane, access);
 }
 
-void begin_copy_to(Warp& warp, int lane, uint32_t place, int bytes) {
-  reach(warp, lane, Space::kShared, {shared_address(warp, place + kSharedBegin), bytes, Use::kCopyTo});
+void begin_copy(Warp& warp, int lane, const Copy& copy) {
+  check_alignment(warp, lane, copy.from, copy.bytes, Use::kCopyFrom);
+  if (copy.source_bytes > 0) reach_global(warp, lane, {copy.from, copy.source_bytes, Use::kCopyFrom});
+  reach(warp, lane, Space::kShared, {shared_address(warp, copy.place + kSharedBegin), copy.bytes, Use::kCopyTo});
 }
 
-void end_copy_to(Warp& warp, int lane, uint32_t place, int bytes) {
-  if (!warp.machine().options().races) return;
-  for (uint32_t at = place; at < place + static_cast<uint32_t>(bytes); at += 4) {
+void end_copy(Warp& warp, int lane, const Copy& copy) {
+  Machine& machine = warp.machine();
+  if (!machine.options().races) return;
+  for_words(copy.from, copy.source_bytes, [&](uint64_t address, uint32_t first, uint32_t bytes) {
+    machine.global_room.end_copy_from(machine.global_shadow.word(address), first, bytes, copy.began,
+                                      now_of(warp, lane, Use::kRead));
+  });
+  for (uint32_t at = copy.place; at < copy.place + copy.bytes; at += 4) {
     warp.block().shadow[at / 4] = {warp.stamp(lane), Stamp()};
   }
 }

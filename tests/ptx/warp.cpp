@@ -37,8 +37,8 @@ void Warp::begin(Block& block, int index) {
   local_.assign(local_bytes_ * kLanes, 0xff);
   for (Copies& copies : copies_) copies = {};
   times_.fill({});
-  seen_.fill(nullptr);
-  fenced_.fill(nullptr);
+  seen_.fill({});
+  fenced_.fill({});
   cluster_arrivals.fill(0);
   cluster_waits.fill(0);
   for (int lane = 0; lane < kLanes; ++lane) stamp_anew(lane);

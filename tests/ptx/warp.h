@@ -36,6 +36,7 @@ struct Copy {
   uint64_t from;
   uint8_t bytes, source_bytes;  // the rest is zeros
   bool landed;
+  Stamp began;
 };
 struct Copies {
   std::vector<Copy> under_way;
@@ -106,9 +107,10 @@ class Warp {
   ThreadTime& time(int lane) { return times_[static_cast<size_t>(lane)]; }
   Stamp stamp(int lane) const { return stamps_[static_cast<size_t>(lane)]; }
   void stamp_anew(int lane);
-  // What a lane has read of releases since its last fence, and what that fence released.
-  const Clock*& seen(int lane) { return seen_[static_cast<size_t>(lane)]; }
-  const Clock*& fenced(int lane) { return fenced_[static_cast<size_t>(lane)]; }
+  // What a lane has read of releases, for a fence of that scope to acquire; and what its fences of that scope or a
+  // wider one have released.
+  PerScope<const Clock*>& seen(int lane) { return seen_[static_cast<size_t>(lane)]; }
+  PerScope<const Clock*>& fenced(int lane) { return fenced_[static_cast<size_t>(lane)]; }
   // What another thread knows once it acquires what this one releases now.
   Clock release_clock(int lane);
 
@@ -161,7 +163,7 @@ class Warp {
   std::array<Copies, kLanes> copies_;
   std::array<ThreadTime, kLanes> times_;
   std::array<Stamp, kLanes> stamps_;
-  std::array<const Clock*, kLanes> seen_{}, fenced_{};
+  std::array<PerScope<const Clock*>, kLanes> seen_{}, fenced_{};
 };
 
 }  // namespace fastnorm::ptx
