@@ -19,7 +19,17 @@ COPIES_LINE = {"forward": 1.3, "step": 1.5}
 CUDA_SPEEDUP_LINE = 1.0
 CUDA_COPIES_LINE = {"forward": 1.67, "step": 1.67}
 CLONE_PASSES = 2  # a copy reads and writes
-OTHERS = ("torch", "compile", "cudnn", "onednn")  # contestants beside fastnorm; every run has the first
+# Contestants beside fastnorm; every run has the first. oneDNN's calls include no autograd, inplace_abn's a copy.
+NAMES = {
+    "torch": "torch.nn",
+    "compile": "torch.compile",
+    "cudnn": "cuDNN",
+    "onednn": "oneDNN",
+    "liger": "Liger",
+    "apex": "apex",
+    "inplace_abn": "inplace_abn",
+}
+OTHERS = tuple(NAMES)
 ONEDNN_LINE = 0.9  # times oneDNN, whose calls include no autograd
 
 
