@@ -84,7 +84,7 @@ class Result:
         row, measured = self.row, {}
         for mode, times in self.times.items():
             measured[mode] = {
-                "us": {name: {k: _us(v) for k, v in asdict(t).items()} for name, t in times.items()},
+                "us": {name: timing_json(t) for name, t in times.items()},
                 "times_torch": round(self.speedup(mode), 3),
                 "copies": round(self.copies(mode), 3),
                 "floor_share": round(self.share(mode), 3),
@@ -120,9 +120,9 @@ def json_text(run: Mapping[str, object]) -> str:
     return "{\n" + ",\n".join(entry(key, value) for key, value in run.items()) + "\n}\n"
 
 
-def _us(value: float) -> float:
-    """Seconds as microseconds; a count of rounds stays as it is."""
-    return value if isinstance(value, int) else round(value * 1e6, 3)
+def timing_json(timing: Timing) -> dict[str, float]:
+    """Median and quartiles in microseconds, and the number of rounds."""
+    return {k: v if k == "rounds" else round(v * 1e6, 3) for k, v in asdict(timing).items()}
 
 
 def geometric_mean(values: Iterable[float]) -> float:
