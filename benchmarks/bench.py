@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import compare, onednn, peers
 from benchmarks.contestants import DTYPES, MODES, Arena, Row, copies_for, quick_table, table
-from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe, refusals
+from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe, refusals, where
 from benchmarks.options import choices, image, memory_format, positive, regex
 from benchmarks.presets import PRESETS
 from benchmarks.results import Result, json_text, moved
@@ -247,10 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = about_this_run(args.device, vs)
     machine, versions = about["machine"], about["versions"]
     assert isinstance(machine, dict) and isinstance(versions, dict)
-    host = f"{machine['cpu']}, {machine['threads']} threads, {machine['fastnorm_capability']}"
-    where = machine.get("gpu") or host
+    place = where(machine)
     console.print(
-        f"[bold]fastnorm {versions['fastnorm']}[/] ({about['commit']}) on {where}; torch "
+        f"[bold]fastnorm {versions['fastnorm']}[/] ({about['commit']}) on {place}; torch "
         f"{versions['torch']} ({machine['torch_capability']}); "
         f"freed memory {'kept' if kept else 'as malloc does'}"
     )
@@ -275,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.plot:
         from benchmarks.figures import save_figure
 
-        save_figure(results, args.plot, f"{where}, torch {versions['torch']}")
+        save_figure(results, args.plot, f"{place}, torch {versions['torch']}")
     if any(fault.contestant == OURS for *_, fault in wrong):
         sys.exit("fastnorm computes something else than torch.nn in the rows above")
 

@@ -19,10 +19,11 @@ import contextlib
 import copy
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,7 +38,7 @@ from benchmarks.machine import describe
 from benchmarks.memory import in_child, peak
 from benchmarks.models import MODELS, why_absent
 from benchmarks.options import choices, memory_format, positive
-from benchmarks.results import geometric_mean, json_text, timing_json
+from benchmarks.results import geometric_mean, json_text, timing_from_json, timing_json
 from benchmarks.tables import make_console
 from benchmarks.timing import Timing, keep_memory, race
 from benchmarks.validation import Fault, relative_error
@@ -86,6 +87,16 @@ class Outcome:
     def speedup(self, contestant: str) -> float:
         """torch.nn's time over this contestant's."""
         return self.times["torch.nn"].median / self.times[contestant].median
+
+    @staticmethod
+    def from_json(saved: Mapping[str, Any]) -> Outcome:
+        """What `to_json` has saved."""
+        batch, channels, height, width = saved["shape"]
+        shape = (batch, channels, height, width)
+        setup = Setup(saved["model"], shape, saved["dtype"], saved["layout"], saved["mode"])
+        times = {name: timing_from_json(t) for name, t in saved["us"].items()}
+        memory = {name: round(mb * 1e6) for name, mb in saved["memory_mb"].items()}
+        return Outcome(setup, times, memory, dict(saved["compared"]))
 
     def to_json(self) -> dict[str, object]:
         return {
