@@ -3,6 +3,8 @@
 # make test-ptx all tests of the CUDA kernels on nvcc's PTX, of which `make test` runs a part; needs nvcc, no GPU
 # make test-models  fastnorm in real models (torchvision, timm, diffusers, transformers) and under tools for them
 # make bench    the full benchmark table; ARGS='--filter GroupNorm' is passed on to benchmarks/bench.py
+# make bench-models  images a second and memory of whole models; ARGS is passed on to benchmarks/end_to_end.py
+# make report   README's figures and pictures, from the runs in benchmarks/results; ARGS=--check only compares
 # make studies  the studies of examples/studies, and their pages in docs/studies; QUICK=1: a short form, into build/studies
 # make docs     the pages of docs/ and the API reference, into build/docs
 # make lint     formatting, lint and types          make format   puts formatting right
@@ -30,7 +32,8 @@ BUILT := build/.built-$(TORCH)-$(subst /,_,$(VENV))
 NATIVE := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(filter csrc/%,$(NATIVE))
 
-.PHONY: demo test test-ptx test-models bench studies docs build check-cuda count-instructions count-cpu-instructions
+.PHONY: demo test test-ptx test-models bench bench-models report studies docs build
+.PHONY: check-cuda count-instructions count-cpu-instructions
 .PHONY: lint lint-cpp lint-python lint-types format clean
 
 demo: $(BUILT)
@@ -50,6 +53,12 @@ test-models: $(BUILT)
 
 bench: $(BUILT)
 	$(PY) benchmarks/bench.py $(ARGS)
+
+bench-models: $(BUILT)
+	$(PY) benchmarks/end_to_end.py $(ARGS)
+
+report: $(BUILT)
+	$(PY) benchmarks/report.py $(ARGS)
 
 STUDIES := error_surface initialization deep_residual which_axes inference
 studies: $(BUILT)

@@ -3,13 +3,16 @@
     python benchmarks/bench.py --quick                      # a row of each kind, half a minute
     python benchmarks/bench.py --json out.json --plot out.png
     python benchmarks/bench.py --filter 'GroupNorm.*bfloat16' --compile
-    python benchmarks/bench.py --device cuda --quick --compile --json out.json
+    python benchmarks/bench.py --preset unet,vae --memory-format channels_last
+    python benchmarks/bench.py --device cuda --quick --vs compile,cudnn,liger,apex --json out.json
+    python benchmarks/bench.py compare before.json after.json   # the rows that moved beyond noise
 
-All contestants of a row take turns in one process (timing.py); the numbers are medians. Every op
-here is bound by memory, so next to torch.nn there is one absolute measure: the time that copying the
-least bytes takes (the floor), as a share of ours. On a CPU oneDNN runs too, in the rows that it serves,
-where `pip install onednn-cpu-gomp` has put it (onednn.py). On a GPU cuDNN's batch norm runs too, times are the
-device's alone, and copies of the tensors take turns, enough of them that the cache holds none.
+All contestants of a row take turns in one process (timing.py); the numbers are medians. Before a call is timed its
+values are compared with torch.nn's (validation.py). Every op here is bound by memory, so next to torch.nn there is one
+absolute measure: the time that copying the least bytes takes (the floor), as a share of ours. Of the others (peers.py)
+each runs in the rows that it serves; on a CPU oneDNN, where `pip install onednn-cpu-gomp` has put it; on a GPU cuDNN's
+batch norm. On a GPU times are the device's alone, and copies of the tensors take turns, enough of them that the cache
+holds none.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,17 +33,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 # Run as a file, only its own folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import onednn
+from benchmarks import compare, onednn, peers
 from benchmarks.contestants import DTYPES, MODES, Arena, Row, copies_for, quick_table, table
-from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe, refusals
+from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe, refusals, where
+from benchmarks.options import choices, image, memory_format, positive, regex
+from benchmarks.presets import PRESETS
 from benchmarks.results import Result, json_text, moved
 from benchmarks.tables import make_console, make_markdown, print_moved, print_results, print_summary
 from benchmarks.timing import keep_memory, race
+from benchmarks.validation import OURS, Fault, faults
 from fastnorm import _C
 from tests.common import cases
 
 SHARE = {"forward": 1, "step": 2, "eval": 1}  # of a row's time, by mode
 QUICK_BUDGET_S, FULL_BUDGET_S = 28.0, 900.0
+ROW_BUDGET_S = 6.0  # of a preset
 # Cores busy elsewhere: threads wait for each other, so one that is late by a time slice delays all.
 NOISY_CORES = 0.2
 COMMITTED = Path(__file__).parent / "results" / "cpu-epyc-2core.json"
@@ -54,10 +62,16 @@ def measure(
     with_compile: bool = False,
     compile_budget_s: float = math.inf,
     tick: Callable[[Row], None] = lambda row: None,
+    vs: Sequence[str] | None = None,
+    fault: Callable[[Row, str, Fault], None] = lambda row, mode, fault: None,
 ) -> list[Result]:
     """Time every row in about `budget_s` seconds. Compiling does not count; once it has taken `compile_budget_s`, the
     other rows run without torch.compile.
+
+    vs: the other contestants, of peers.NAMES; default: peers.DEFAULT. fault: told of each call that is not timed
+    because it computes something else than torch.nn. A row of ours that does is left out.
     """
+    vs = peers.DEFAULT[device] if vs is None else vs
     cache = cache_bytes(device)
     deadline, compiling = time.perf_counter() + budget_s, 0.0
     weights = [max(row.nbytes, LEAST_WEIGHT) for row in rows]
@@ -66,39 +80,34 @@ def measure(
         tick(row)
         # A tiny row measures the host; on a CPU the caches hold what they would hold between two layers.
         copies = copies_for(row.nbytes, cache) if device == "cuda" and row.layer.label != "tiny" else 1
-        arena = Arena(row, device, copies)
+        arena = Arena(row, device, copies, peers.contestants(vs, row))
         row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
-        disagreement, times = arena.disagreement(), {}
+        disagreement, times, right = arena.disagreement(), {}, True
         compiled = with_compile and compiling < compile_budget_s
         for mode in modes:
             start = time.perf_counter()
             calls = arena.calls(mode, compiled)
-            if device == "cpu" and onednn.serves(row):
-                calls["onednn"] = onednn.mode_call(row, mode, arena.x)
+            if "onednn" in vs and onednn.serves(row):
+                calls["onednn"] = onednn.mode_call(row, mode, arena.x, arena.modules["torch"])
+            for found in faults(calls):
+                fault(row, mode, found)
+                del calls[found.contestant]
             if compiled:
-                calls["compile"]()
                 deadline += time.perf_counter() - start
                 compiling += time.perf_counter() - start
-            if "cudnn" in calls and not runs(calls["cudnn"]):
-                del calls["cudnn"]
+            right = right and OURS in calls
+            if not right:
+                break
             part = row_budget * SHARE[mode] / sum(SHARE[m] for m in modes)
             times[mode] = race(calls, part, "cpu" if row.layer.label == "tiny" else device)
-        results.append(Result(row, times, disagreement, copies * row.nbytes > cache, device))
+        if right:
+            results.append(Result(row, times, disagreement, copies * row.nbytes > cache, device))
         if compiled:
             torch._dynamo.reset()
         if device == "cuda":
             del arena, calls
             torch.cuda.empty_cache()
     return results
-
-
-def runs(call: Callable[[], object]) -> bool:
-    """Whether cuDNN serves this call: dtypes and layouts differ from version to version."""
-    try:
-        call()
-    except RuntimeError:
-        return False
-    return True
 
 
 def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object) -> list[Result]:
@@ -131,71 +140,93 @@ def print_how_far_torch_moved(console: Console, results: list[Result], threads: 
         print_moved(console, moved(results, saved), f"results/{COMMITTED.name}")
 
 
-def about_this_run(device: str) -> dict[str, object]:
-    """machine.describe, with oneDNN's version where it runs."""
+def about_this_run(device: str, vs: Sequence[str] = ()) -> dict[str, object]:
+    """machine.describe, with the versions of the libraries that take part."""
     about = describe(device)
-    installed = onednn.version() if device == "cpu" else None
-    if installed:
-        about["versions"] = {**about["versions"], "onednn": installed}  # type: ignore[dict-item]
+    versions = {name: peers.version(name) for name in vs}
+    about["versions"] = {**about["versions"], **{name: v for name, v in versions.items() if v}}  # type: ignore[dict-item]
     return about
 
 
-def as_json(results: list[Result], options: dict[str, object], device: str) -> dict[str, object]:
+def as_json(
+    results: list[Result], options: dict[str, object], device: str, vs: Sequence[str] = ()
+) -> dict[str, object]:
     """The whole run: machine, versions, commit, date, options and all rows."""
     counts = {"refused_launches": _C.refused_gangs()} if device == "cuda" else {}
-    return about_this_run(device) | counts | {"options": options, "rows": [r.to_json() for r in results]}
+    return about_this_run(device, vs) | counts | {"options": options, "rows": [r.to_json() for r in results]}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="a row of each kind, in about half a minute")
-    add(
-        "--filter",
-        default="",
-        metavar="REGEX",
-        help="only rows whose name has it, e.g. 'GroupNorm.*bfloat16'",
-    )
+    add("--preset", type=partial(choices, tuple(PRESETS)), default=(), metavar="NAME,...",
+        help=f"the layers of whole models in place of the table: {', '.join(PRESETS)}")  # fmt: skip
+    add("--filter", type=regex, default="", metavar="REGEX",
+        help="only rows whose name has it, e.g. 'GroupNorm.*bfloat16'")  # fmt: skip
     add("--dtype", choices=cases.DTYPES, action="append", help="default: float32, bfloat16")
-    add("--layout", choices=cases.LAYOUTS, action="append", help="default: both")
+    add("--memory-format", "--layout", dest="layout", type=memory_format, action="append",
+        metavar="{" + ",".join(cases.LAYOUTS) + "}", help="default: both")  # fmt: skip
     add("--epilogue", choices=cases.EPILOGUES, action="append", help="default: all three")
     add("--mode", choices=MODES, action="append", help="default: all; step is forward + backward")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, help="default: torch's")
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile of torch.nn runs too (it takes its time)",
-    )
-    add("--compile-budget", type=float, metavar="SECONDS", default=math.inf,
+    add("--threads", type=partial(positive, int), help="default: torch's")
+    add("--vs", type=partial(choices, peers.NAMES), metavar="NAME,...",
+        help=f"the other contestants, of {', '.join(peers.NAMES)}; each runs in the rows that it serves; eager, which "
+        "is torch.nn, always does; default: "
+        + "; ".join(f"on {device} {', '.join(names)}" for device, names in peers.DEFAULT.items()))  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile of torch.nn runs too (it takes its time)")
+    add("--compile-budget", type=partial(positive, float), metavar="SECONDS", default=math.inf,
         help="for the compiling, beyond --budget; later rows go without; default: no limit")  # fmt: skip
-    add("--budget", type=float, metavar="SECONDS",
-        help=f"in all; default {FULL_BUDGET_S:.0f}, quick {QUICK_BUDGET_S:.0f}")  # fmt: skip
+    add("--budget", type=partial(positive, float), metavar="SECONDS",
+        help=f"in all; default {FULL_BUDGET_S:.0f}, quick {QUICK_BUDGET_S:.0f}, "
+        f"{ROW_BUDGET_S:.0f} a row of a preset")  # fmt: skip
     add("--malloc", choices=("keep", "system"), default="keep",
         help="keep: freed memory stays with the process (see timing.py); system: as malloc comes")  # fmt: skip
     add("--json", type=Path, metavar="PATH", help="save everything measured")
-    add("--plot", type=Path, metavar="PATH", help="save a picture")
+    add("--plot", type=image, metavar="PATH", help="save a picture")
     add("--markdown", type=Path, metavar="PATH", help="save a table for a README")
     add("--list", action="store_true", help="print the names of the rows and stop")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.quick and args.preset:
+        parser.error("--quick and --preset each choose the rows: give one of them")
+    return args
 
 
 def chosen_rows(args: argparse.Namespace) -> list[Row]:
-    rows = list(quick_table(args.filter, args.device)) if args.quick else list(
-        table(
-            args.filter,
-            tuple(args.dtype or DTYPES),
-            tuple(args.layout or cases.LAYOUTS),
-            tuple(args.epilogue or cases.EPILOGUES),
-            args.device,
-        )
-    )  # fmt: skip
+    if args.quick:
+        rows = list(quick_table(args.filter, args.device))
+    else:
+        dtypes, layouts = tuple(args.dtype or DTYPES), tuple(args.layout or cases.LAYOUTS)
+        epilogues = tuple(args.epilogue or cases.EPILOGUES)
+        layers = [layer for name in args.preset for layer in PRESETS[name]]
+        rows = list(table(args.filter, dtypes, layouts, epilogues, args.device, layers))
     if not rows:
         sys.exit(f"no row matches --filter {args.filter!r}; --list prints them all")
     return rows
 
 
+def default_budget(args: argparse.Namespace, rows: Sequence[Row]) -> float:
+    """Seconds, where --budget names none."""
+    if args.preset:
+        return ROW_BUDGET_S * len(rows)
+    return QUICK_BUDGET_S if args.quick else FULL_BUDGET_S
+
+
+def chosen_others(console: Console, args: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
+    """The other contestants that take part; says which do not, and why."""
+    wanted = dict.fromkeys([*(args.vs or peers.DEFAULT[args.device]), *(["compile"] if args.compile else [])])
+    reasons = {name: peers.why_absent(name, args.device) or peers.why_idle(name, rows) for name in wanted}
+    for name, reason in reasons.items():
+        if reason:
+            console.print(f"{name}: no contestant, {reason}", style="dim", markup=False)
+    return [name for name, reason in reasons.items() if not reason]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        sys.exit(compare.main(arguments[1:]))
     args = parse(arguments)
     rows = chosen_rows(args)
     if args.list:
@@ -203,46 +234,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no GPU here")
+    for path in filter(None, (args.json, args.markdown, args.plot)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     kept = args.malloc == "keep" and args.device == "cpu" and keep_memory()
     modes = tuple(args.mode or MODES)
-    budget = args.budget or (QUICK_BUDGET_S if args.quick else FULL_BUDGET_S)
+    budget = args.budget or default_budget(args, rows)
 
     console = make_console()
-    about = about_this_run(args.device)
+    vs = chosen_others(console, args, rows)
+    about = about_this_run(args.device, vs)
     machine, versions = about["machine"], about["versions"]
     assert isinstance(machine, dict) and isinstance(versions, dict)
-    host = f"{machine['cpu']}, {machine['threads']} threads, {machine['fastnorm_capability']}"
-    where = machine.get("gpu") or host
+    place = where(machine)
     console.print(
-        f"[bold]fastnorm {versions['fastnorm']}[/] ({about['commit']}) on {where}; torch "
+        f"[bold]fastnorm {versions['fastnorm']}[/] ({about['commit']}) on {place}; torch "
         f"{versions['torch']} ({machine['torch_capability']}); "
         f"freed memory {'kept' if kept else 'as malloc does'}"
     )
-    if args.device == "cpu":
-        console.print(
-            f"oneDNN: {versions.get('onednn', f'not installed ({onednn.PACKAGE}): no contestant')}", style="dim"
-        )
     warn_when_busy(console, args.device)
-    results = measure_with_bar(rows, budget, args.device, modes, args.compile, args.compile_budget)
+    wrong: list[tuple[Row, str, Fault]] = []
+    results = measure_with_bar(
+        rows, budget, args.device, modes, "compile" in vs, args.compile_budget, vs=vs, fault=lambda *f: wrong.append(f)
+    )
     print_results(console, results, modes)
     print_summary(console, results, modes)
+    for row, mode, fault in wrong:
+        console.print(f"not timed: {row.name}, {mode}: {fault}", style="red", markup=False)
     if args.device == "cuda":
         console.print(refusals())
     else:
         print_how_far_torch_moved(console, results, int(machine["threads"]))
     if args.json:
-        options = {"budget_s": budget, "quick": args.quick, "modes": modes, "memory_kept": kept}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json_text(as_json(results, options, args.device)))
+        options = {"budget_s": budget, "quick": args.quick, "modes": modes, "memory_kept": kept, "vs": vs}
+        args.json.write_text(json_text(as_json(results, options, args.device, vs)))
     if args.markdown:
-        args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(make_markdown(results, modes))
     if args.plot:
         from benchmarks.figures import save_figure
 
-        save_figure(results, args.plot, f"{where}, torch {versions['torch']}")
+        save_figure(results, args.plot, f"{place}, torch {versions['torch']}")
+    if any(fault.contestant == OURS for *_, fault in wrong):
+        sys.exit("fastnorm computes something else than torch.nn in the rows above")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
-"""The rows of the table and their contestants: fastnorm, torch.nn, torch.compile, cuDNN, a plain copy.
+"""The rows of the table and their contestants: fastnorm, torch.nn, torch.compile, a plain copy; peers.py has others.
 
-The shapes are `BENCH` and `TINY` of tests/common/cases.py, the table that the tests read, and larger ones for a GPU.
+The shapes are `BENCH` and `TINY` of tests/common/cases.py, the table that the tests read, and those of presets.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastnorm
+from benchmarks.presets import CUDA_LAYERS
+from benchmarks.validation import output_error
 from fastnorm.activations import ACTIVATIONS
 from tests.common import cases
 
@@ -34,17 +37,8 @@ SHORT = {
     "float16": "f16",
     "float64": "f64",
 }
-# Layers that fill a GPU: the batches that ResNet-50 trains with, 3-D networks, long rows.
-_AFFINE = (("affine", True),)
-CUDA_LAYERS = (
-    *(cases.Layer("ResNet-50", "BatchNorm2d", (256, c, s, s), (c,)) for c, s in ((64, 112), (256, 56), (2048, 7))),
-    cases.Layer("VAE", "GroupNorm", (1, 128, 20, 256, 256), (32, 128), (), ("silu",)),
-    cases.Layer("VAE", "GroupNorm", (1, 512, 64, 64), (32, 512), (), ("silu",)),
-    cases.Layer("nnU-Net", "InstanceNorm3d", (2, 32, 128, 128, 128), (32,), _AFFINE, ("leaky_relu",)),
-    cases.Layer("nnU-Net", "InstanceNorm3d", (2, 320, 8, 8, 8), (320,), _AFFINE, ("leaky_relu",)),
-    *(cases.Layer("transformer", "LayerNorm", (n, d), (d,), (), ("gelu",)) for n, d in ((1024, 12288), (16384, 4096))),
-)
 MAX_COPIES = 64  # of the tensors of a row
+DY_SEED = 1 << 20
 QUICK = (  # a row of each kind: short enough for a demo
     r"^tiny .* float32 planar plain",
     r"x64x56x56 float32 planar \+relu",
@@ -139,9 +133,11 @@ def table(
     layouts: tuple[str, ...] = cases.LAYOUTS,
     epilogues: tuple[str, ...] = cases.EPILOGUES,
     device: str = "cpu",
+    layers: Sequence[cases.Layer] = (),
 ) -> Iterator[Row]:
-    """Every row of the full table whose name contains a match of the regular expression `pattern`."""
-    for layer in (cases.TINY, *cases.BENCH, *(CUDA_LAYERS if device == "cuda" else ())):
+    """Every row of `layers`, by default of the full table, whose name contains a match of the regular expression
+    `pattern`."""
+    for layer in layers or (cases.TINY, *cases.BENCH, *(CUDA_LAYERS if device == "cuda" else ())):
         for dtype, layout, epilogue in product(dtypes, layer.layouts, cases.EPILOGUES):
             row = Row(layer, dtype, layout, epilogue)
             wanted = layout in layouts and epilogue in epilogues
@@ -179,16 +175,6 @@ def torch_norm(row: Row, norm: Callable[[Tensor], Tensor]) -> Norm:
     return run
 
 
-def cudnn_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A batch norm by cuDNN, even where torch.nn would choose another."""
-
-    def run(x: Tensor) -> Tensor:
-        running = norm.running_mean, norm.running_var
-        return torch.cudnn_batch_norm(x, norm.weight, norm.bias, *running, norm.training, norm.momentum, norm.eps)[0]
-
-    return run
-
-
 def copies_for(nbytes: int, cache: int) -> int:
     """The number of copies of a row's tensors that take turns, so that a cache of `cache` bytes holds none."""
     return min(MAX_COPIES, 1 + -(-cache // max(nbytes, 1)))
@@ -208,6 +194,14 @@ def in_turn(calls: Sequence[Call]) -> Call:
     return call
 
 
+def incoming(y: Tensor) -> Tensor:
+    """A gradient of y: the same values for everyone, in the layout of y, which is the fastest case for each. No input
+    has its seed: where dy is x, the gradient of a batch norm is nothing but roundings.
+    """
+    generator = torch.Generator(y.device).manual_seed(DY_SEED)
+    return torch.empty_like(y).copy_(torch.randn(y.shape, device=y.device, generator=generator))
+
+
 def mode_call(mode: str, norm: Norm, x: Tensor, residual: Tensor | None, parameters: list[Tensor]) -> Call:
     """One call of `norm` in `mode`.
 
@@ -224,14 +218,23 @@ def mode_call(mode: str, norm: Norm, x: Tensor, residual: Tensor | None, paramet
     if mode == "forward":
         return lambda: norm(x, residual)
     inputs = [x, *parameters] if residual is None else [x, residual, *parameters]
-    dy = torch.randn_like(norm(x, residual))  # in the layout of the output: the fastest case for each
+    dy = incoming(norm(x, residual))
     return lambda: torch.autograd.grad((norm(x, residual),), inputs, (dy,))
 
 
 class Arena:
-    """The tensors and modules of one row, and the calls to time on them. copies: how many inputs take turns."""
+    """The tensors and modules of one row, and the calls to time on them.
 
-    def __init__(self, row: Row, device: str = "cpu", copies: int = 1) -> None:
+    copies: how many inputs take turns. others: further contestants by name, each its module and its call.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        device: str = "cpu",
+        copies: int = 1,
+        others: Mapping[str, tuple[nn.Module, Norm]] = MappingProxyType({}),
+    ) -> None:
         self.row = row
 
         def tensor(seed: int) -> Tensor:
@@ -250,14 +253,15 @@ class Arena:
             "fastnorm": self.modules["fastnorm"],
             "torch": torch_norm(row, self.modules["torch"]),
         }
-        if device == "cuda" and row.layer.norm.startswith("BatchNorm") and torch.backends.cudnn.is_available():
-            self.modules["cudnn"] = row.layer.build(nn).to(device)
-            self.norms["cudnn"] = torch_norm(row, cudnn_norm(self.modules["cudnn"]))
+        for name, (module, norm) in others.items():
+            self.modules[name], self.norms[name] = module.to(device), norm
 
     def calls(self, mode: str, with_compile: bool = False) -> dict[str, Call]:
         """The calls to time in `mode`, by contestant; "clone" is the copy that measures the floor."""
         for module in self.modules.values():
             module.train(mode != "eval")
+            if mode == "eval":  # by the same running statistics, however often each was called before
+                module.load_state_dict(self.modules["torch"].state_dict())
         if with_compile and "compile" not in self.norms:
             self.norms["compile"] = torch.compile(self.norms["torch"], fullgraph=True, dynamic=False)
         calls = {}
@@ -273,6 +277,4 @@ class Arena:
         for module in self.modules.values():
             module.train()
         with torch.no_grad():
-            ours, theirs = (self.norms[name](self.x, self.residual).float() for name in ("fastnorm", "torch"))
-        error = (ours - theirs).abs_().div_(theirs.abs_().clamp_min_(1))
-        return float(error.max()) / torch.finfo(self.x.dtype).eps
+            return output_error(*(self.norms[name](self.x, self.residual) for name in ("fastnorm", "torch")))

@@ -128,8 +128,8 @@ def draw_panels(figure: Figure | SubFigure, results: list[Result], modes: tuple[
     figure.legend(handles, names, loc="outside lower center", ncols=len(modes), frameon=False)
 
 
-def save_figure(results: list[Result], path: Path, subtitle: str) -> None:
-    """A picture of all results; the suffix of `path` chooses the kind of image."""
+def save_figure(results: list[Result], path: Path, subtitle: str, metadata: dict[str, str] | None = None) -> None:
+    """A picture of all results; the suffix of `path` chooses the kind of image. metadata: texts to store in it."""
     style()
     modes = tuple(m for m in MODE_COLOURS if all(m in r.times for r in results))
     bars = len(_bars(results))
@@ -139,5 +139,5 @@ def save_figure(results: list[Result], path: Path, subtitle: str) -> None:
     draw_panels(figure, results, modes)
     figure.suptitle(f"fastnorm on {subtitle}", x=0.01, ha="left", size=9, color=GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata=metadata)
     plt.close(figure)

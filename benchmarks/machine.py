@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -99,6 +100,12 @@ def describe(device: str) -> dict[str, object]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def where(machine: Mapping[str, object]) -> str:
+    """The device of a run, in words, from `describe`'s machine."""
+    host = f"{machine['cpu']}, {machine['threads']} threads, {machine['fastnorm_capability']}"
+    return str(machine.get("gpu") or host)
 
 
 def refusals() -> str:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint, c_void_p
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.contestants import Row
+from benchmarks.contestants import Row, incoming
 
 PACKAGE, LIBRARY, MAJOR = "onednn-cpu-gomp", "libdnnl.so.3", 3
 
@@ -189,13 +189,15 @@ class OneDnnNorm:
         return dx
 
 
-def mode_call(row: Row, mode: str, x: Tensor) -> Callable[[], object]:
-    """One call in `mode`, as contestants.mode_call makes for the others."""
+def mode_call(row: Row, mode: str, x: Tensor, module: nn.Module | None = None) -> Callable[[], object]:
+    """One call in `mode`, as contestants.mode_call makes for the others. module: whose running statistics to take."""
     data = x.detach()
     norm = OneDnnNorm(row, data, mode != "eval")
+    if mode == "eval" and isinstance(module, nn.BatchNorm2d):
+        norm.tensors |= {"mean": module.running_mean.clone(), "var": module.running_var.clone()}
     if mode != "step":
         return lambda: norm.forward(data)
-    dy = torch.randn_like(data)
+    dy = incoming(data)
 
     def step() -> Tensor:
         norm.forward(data)

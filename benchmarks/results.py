@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.contestants import MODES, Row, passes
 from benchmarks.timing import Timing
+from tests.common.cases import Layer
 
 # The lines to reach: times torch.nn, for all tensors; and times the copies that move the least
 # bytes, for tensors that no cache holds. They are reported, never enforced: a busy machine fails no build.
@@ -19,7 +20,17 @@ COPIES_LINE = {"forward": 1.3, "step": 1.5}
 CUDA_SPEEDUP_LINE = 1.0
 CUDA_COPIES_LINE = {"forward": 1.67, "step": 1.67}
 CLONE_PASSES = 2  # a copy reads and writes
-OTHERS = ("torch", "compile", "cudnn", "onednn")  # contestants beside fastnorm; every run has the first
+# Contestants beside fastnorm; every run has the first. oneDNN's calls include no autograd, inplace_abn's a copy.
+NAMES = {
+    "torch": "torch.nn",
+    "compile": "torch.compile",
+    "cudnn": "cuDNN",
+    "onednn": "oneDNN",
+    "liger": "Liger",
+    "apex": "apex",
+    "inplace_abn": "inplace_abn",
+}
+OTHERS = tuple(NAMES)
 ONEDNN_LINE = 0.9  # times oneDNN, whose calls include no autograd
 
 
@@ -70,11 +81,22 @@ class Result:
         """A row that measures the host time of a call; its floor means nothing."""
         return self.row.layer.label == "tiny"
 
+    @staticmethod
+    def from_json(saved: Mapping[str, Any], device: str) -> Result:
+        """What `to_json` has saved. The layer has no arguments: it is to be shown, not built."""
+        fused = saved["epilogue"]
+        epilogue = "plain" if fused == "plain" else "add_act" if fused.startswith("+add") else "act"
+        activations = (fused[1:],) if epilogue == "act" else ("relu",)
+        layer = Layer(saved["model"], saved["norm"], tuple(saved["shape"]), (), (), activations)
+        times = {mode: {name: timing_from_json(t) for name, t in m["us"].items()} for mode, m in saved["modes"].items()}
+        row = Row(layer, saved["dtype"], saved["layout"], epilogue)
+        return Result(row, times, saved["disagreement_eps"], saved["above_cache"], device)
+
     def to_json(self) -> dict[str, object]:
         row, measured = self.row, {}
         for mode, times in self.times.items():
             measured[mode] = {
-                "us": {name: {k: _us(v) for k, v in asdict(t).items()} for name, t in times.items()},
+                "us": {name: timing_json(t) for name, t in times.items()},
                 "times_torch": round(self.speedup(mode), 3),
                 "copies": round(self.copies(mode), 3),
                 "floor_share": round(self.share(mode), 3),
@@ -110,9 +132,14 @@ def json_text(run: Mapping[str, object]) -> str:
     return "{\n" + ",\n".join(entry(key, value) for key, value in run.items()) + "\n}\n"
 
 
-def _us(value: float) -> float:
-    """Seconds as microseconds; a count of rounds stays as it is."""
-    return value if isinstance(value, int) else round(value * 1e6, 3)
+def timing_json(timing: Timing) -> dict[str, float]:
+    """Median and quartiles in microseconds, and the number of rounds."""
+    return {k: v if k == "rounds" else round(v * 1e6, 3) for k, v in asdict(timing).items()}
+
+
+def timing_from_json(saved: Mapping[str, Any]) -> Timing:
+    """What `timing_json` has saved."""
+    return Timing(*(saved[part] * 1e-6 for part in ("median", "low", "high")), saved["rounds"])
 
 
 def geometric_mean(values: Iterable[float]) -> float:

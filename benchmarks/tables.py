@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from benchmarks.contestants import MODE_NAMES, MODES
-from benchmarks.results import OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines
+from benchmarks.results import NAMES, OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines
+from benchmarks.validation import WRONG_EPSILONS
 
 PLAIN_WIDTH = 140  # of a file or a pipe
 LABEL = 26
@@ -22,11 +23,13 @@ WIDTHS = {
     "compile": 9,
     "cudnn": 7,
     "onednn": 8,
+    "liger": 7,
+    "apex": 7,
+    "inplace_abn": 12,
     "copies": 7,
     "floor": 6,
 }  # of the columns of one mode
 SHOWN_MISSES = 12
-WRONG_EPSILONS = 64  # ours and torch.nn's roundings differ by a few; more than this is an error
 
 Cell = tuple[str, str]  # text and style
 
@@ -117,9 +120,7 @@ def print_results(console: Console, results: Sequence[Result], modes: Sequence[s
     meaning = {
         "us": "fastnorm's microseconds",
         "torch": "how many times longer torch.nn takes",
-        "compile": "likewise torch.compile of torch.nn",
-        "cudnn": "likewise cuDNN's batch norm",
-        "onednn": "likewise oneDNN, without autograd",
+        **{other: f"likewise {name}" for other, name in NAMES.items() if other != "torch"},
         "copies": "our time, where copying the least bytes that must move takes 1",
         "floor": "that copy's share of our time",
     }
@@ -164,10 +165,9 @@ def print_summary(console: Console, results: list[Result], modes: tuple[str, ...
         if math.isnan(mean["times_torch"]):
             continue
         text = f"  {MODE_NAMES[mode]:<19} {times(mean['times_torch']):>6} torch.nn"
-        others = (("times_compile", "torch.compile"), ("times_cudnn", "cuDNN"), ("times_onednn", "oneDNN"))
-        for other, name in others:
-            if other in mean:
-                text += f", {times(mean[other])} {name}"
+        for other in OTHERS[1:]:
+            if f"times_{other}" in mean:
+                text += f", {times(mean[f'times_{other}'])} {NAMES[other]}"
         text += f"; {mean['copies']:.2f} copies"
         if not math.isnan(mean["copies_above_cache"]):
             text += f", {mean['copies_above_cache']:.2f} above cache size"

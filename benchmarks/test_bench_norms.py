@@ -1,5 +1,11 @@
-"""The rows of bench.py under pytest-benchmark, to compare two commits: `pytest benchmarks --benchmark-autosave`, then
-`--benchmark-compare`. The quick rows by default; FASTNORM_BENCH=<regex> picks rows of the full table ('.' for all).
+"""The rows of bench.py under pytest-benchmark, to compare two commits:
+
+    pytest benchmarks --benchmark-only --benchmark-autosave       # on the first
+    pytest benchmarks --benchmark-only --benchmark-compare        # on the second: both in each group's table
+
+A test's name is that of bench.py's row, its group is the row and the mode: the contestants of a layer, now and before.
+The quick rows by default; FASTNORM_BENCH=<regex> picks rows of the full table ('.' for all), FASTNORM_PRESET=unet,vae
+those of presets.
 """
 
 from __future__ import annotations
@@ -10,12 +16,14 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.contestants import MODES, Arena, Row, quick_table, table
+from benchmarks.presets import PRESETS
 from benchmarks.timing import keep_memory
+from benchmarks.validation import faults
 
-PATTERN = os.environ.get("FASTNORM_BENCH")
-ROWS = list(table(PATTERN)) if PATTERN else list(quick_table())
-WRONG_EPSILONS = 64
-MAX_SECONDS = 1.0 if PATTERN else 0.1  # of timing, for one contestant
+PATTERN, NAMES = os.environ.get("FASTNORM_BENCH", ""), os.environ.get("FASTNORM_PRESET", "")
+LAYERS = [layer for name in NAMES.split(",") if name for layer in PRESETS[name]]
+ROWS = list(table(PATTERN, layers=LAYERS)) if PATTERN or NAMES else list(quick_table())
+MAX_SECONDS = 1.0 if PATTERN or NAMES else 0.1  # of timing, for one contestant
 
 
 @pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name.replace(" ", "-"))
@@ -36,6 +44,7 @@ def test_norm(arena: Arena, mode: str, contestant: str, benchmark: BenchmarkFixt
     benchmark(call)
 
 
-def test_same_values_as_torch(arena: Arena) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_same_values_as_torch(arena: Arena, mode: str) -> None:
     """The timed calls compute the same values."""
-    assert arena.disagreement() <= WRONG_EPSILONS
+    assert faults(arena.calls(mode)) == []

@@ -16,8 +16,9 @@ from rich.markup import escape
 
 from benchmarks.candidates import Candidate, Job, kind_of, predict_copy
 from benchmarks.results import CLONE_PASSES, geometric_mean
-from benchmarks.tables import SHOWN_MISSES, WRONG_EPSILONS
+from benchmarks.tables import SHOWN_MISSES
 from benchmarks.timing import Timing
+from benchmarks.validation import WRONG_EPSILONS
 from fastnorm import _C
 from tests.common import cases
 

@@ -1,0 +1,263 @@
+"""benchmarks/bench.py on tiny layers: presets, the choice of contestants, values checked before timing; and compare."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from benchmarks import bench, compare, peers, validation
+from benchmarks.contestants import Arena, Row, table
+from benchmarks.presets import CUDA_LAYERS, PRESETS
+from benchmarks.results import NAMES
+from benchmarks.tables import WIDTHS
+from tests.common import cases
+
+SAVED = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu-epyc-2core.json"
+TINY = Row(cases.TINY, "float32", "planar", "plain")
+
+
+@pytest.fixture
+def fake_abn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of the name inplace_abn, by torch's operators: it overwrites its input, as the real one does."""
+
+    class InPlaceABN(nn.BatchNorm2d):
+        def __init__(self, channels: int, activation: str) -> None:
+            super().__init__(channels)
+            self.slope = 0.01 if activation == "leaky_relu" else 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.copy_(nn.functional.leaky_relu(super().forward(x.clone()), self.slope))
+
+    module = types.ModuleType("inplace_abn")
+    module.InPlaceABN = InPlaceABN  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "inplace_abn", module)
+
+
+# ---- presets ----
+
+
+def test_every_layer_of_a_preset_can_be_built_and_has_a_row_for_each_variant() -> None:
+    for name, layers in PRESETS.items():
+        rows = list(table(layers=layers))
+        assert len({row.name for row in rows}) == len(rows) == 6 * sum(len(layer.layouts) for layer in layers), name
+        for layer in layers:
+            assert isinstance(layer.build(nn), nn.Module)
+    assert set(cases.BENCH[:6]) <= set(PRESETS["resnet50"])  # the same names, so that runs can be compared
+    assert {layer.norm for layers in PRESETS.values() for layer in layers} >= {c.norm for c in CUDA_LAYERS}
+
+
+def test_presets_have_the_norms_of_resnet_50() -> None:
+    """By the table of the paper: of each stage the two widths, each at the sizes where it is normalized."""
+    sizes = {(layer.shape[1], layer.shape[2]) for layer in PRESETS["resnet50"]}
+    stages = [(64, 56), (128, 28), (256, 14), (512, 7)]
+    expected = {(64, 112)} | {(c, s) for c, s in stages} | {(4 * c, s) for c, s in stages}
+    assert sizes == expected | {(c, 2 * s) for c, s in stages[1:]}  # before the convolution with stride 2
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "resnet50,vgg"], "vgg, expected some of resnet50, unet"),
+        (["--vs", "cudnn,tensorrt"], "tensorrt, expected some of eager, compile"),
+        (["--vs", ","], "nothing, expected some of eager"),
+        (["--filter", "["], "no regular expression"),
+        (["--budget", "0"], "'0', expected a number above 0"),
+        (["--budget", "nan"], "'nan', expected a number above 0"),
+        (["--threads", "1.5"], "'1.5', expected a whole number above 0"),
+        (["--memory-format", "nhwc"], "'nhwc', expected planar or channels_last"),
+        (["--plot", "a.docx"], "expected a path that ends in ."),
+        (["--quick", "--preset", "tiny"], "give one of them"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_option_is_named_before_anything_is_timed(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *args, **kwargs: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as error:
+        bench.main(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_memory_format_is_the_layout_by_torchs_name() -> None:
+    args = bench.parse(["--memory-format", "contiguous", "--layout", "channels_last", "--preset", "tiny, unet"])
+    assert args.layout == ["planar", "channels_last"] and args.preset == ("tiny", "unet")
+    assert bench.default_budget(args, [TINY] * 3) == 3 * bench.ROW_BUDGET_S
+
+
+def test_a_run_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str], fake_abn: None) -> None:
+    """Every contestant of the machine in one run, and what it writes; then compared with itself."""
+    out = tmp_path / "new" / "a.json"
+    rows = "--preset tiny --dtype float32 --layout channels_last --epilogue plain --budget 0.01 --malloc system"
+    outputs = ["--json", str(out), "--plot", str(tmp_path / "a.svg"), "--markdown", str(tmp_path / "a.md")]
+    bench.main([*rows.split(), *outputs, "--vs", "eager,liger,inplace_abn,cudnn"])
+    said = capsys.readouterr().out
+    assert "cudnn: no contestant, its norms run on cuda" in said and "liger: no contestant, its norms run on" in said
+    run = json.loads(out.read_text())
+    assert run["options"]["vs"] == ["eager", "inplace_abn"] and run["versions"]["inplace_abn"] == "unknown"
+    times = {row["norm"]: set(row["modes"]["step"]["us"]) for row in run["rows"]}
+    assert times["BatchNorm2d"] == {"fastnorm", "torch", "clone", "inplace_abn"}
+    assert times["GroupNorm"] == {"fastnorm", "torch", "clone"}
+    assert (tmp_path / "a.svg").stat().st_size and (tmp_path / "a.md").read_text().startswith("| layer |")
+    assert compare.main([str(out), str(out)]) == 0
+    assert "0 slower, 0 faster" in capsys.readouterr().out
+
+
+def test_the_others_are_named_where_they_are_absent_or_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise OSError("undefined symbol") if name == "inplace_abn" else ModuleNotFoundError(name)
+
+    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    assert peers.why_absent("liger", "cuda") == "not installed (pip install liger-kernel)"
+    assert peers.why_absent("inplace_abn", "cpu") == "cannot be imported: OSError: undefined symbol"
+    assert peers.why_absent("onednn", "cuda") == "its norms run on a CPU"
+    assert peers.why_absent("eager", "cuda") is peers.why_absent("compile", "cpu") is None
+    group = Row(PRESETS["tiny"][1], "float32", "planar", "plain")
+    assert peers.why_idle("cudnn", [group]) == "serves none of these rows" and peers.why_idle("cudnn", [TINY]) is None
+    assert set(NAMES) == {"torch", *peers.NAMES} - {"eager"} and set(NAMES) <= set(WIDTHS)
+
+
+# ---- values ----
+
+
+def wrong(call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        value = call()
+        return tuple(2 * v for v in value) if isinstance(value, tuple) else value + 0.01
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["forward", "step", "eval"])
+def test_a_contestant_with_other_values_is_not_timed(mode: str) -> None:
+    arena = Arena(TINY)
+    for _ in range(3):  # however often each has updated its running statistics
+        arena.norms["torch"](arena.x, None)
+    calls = arena.calls(mode)
+    assert validation.faults(calls) == []
+    (found,) = validation.faults({**calls, "apex": wrong(calls["torch"])})
+    assert found.contestant == "apex" and "differs from torch.nn" in str(found)
+    assert [f.contestant for f in validation.faults({**calls, "fastnorm": wrong(calls["torch"])})] == ["fastnorm"]
+
+
+def test_a_contestant_that_refuses_is_named_and_one_of_ours_raises() -> None:
+    def refuse() -> None:
+        raise RuntimeError("not supported\nat line 3")
+
+    calls = Arena(TINY).calls("eval")
+    (found,) = validation.faults({**calls, "apex": refuse})
+    assert str(found) == "apex refuses: RuntimeError: not supported"
+    with pytest.raises(RuntimeError, match="not supported"):
+        validation.faults({**calls, "fastnorm": refuse})
+
+
+def test_another_dtype_or_shape_is_another_result() -> None:
+    x = torch.ones(2, 3)
+    assert "float64 of shape (2, 3), expected float32" in str(validation.disagreement(x.double(), x, 64))
+    assert "of shape (3, 2)" in str(validation.disagreement(x.T, x, 64))
+    assert validation.disagreement(x * torch.nan, x, 64) is not None
+    assert validation.disagreement((x * torch.nan,), (x,), 64) is not None
+
+
+def test_a_wrong_row_of_ours_is_left_out_and_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    good = bench.faults
+    asked = iter([True, False])
+
+    def first_is_wrong(calls: dict[str, Any]) -> list[validation.Fault]:
+        return good({**calls, "fastnorm": wrong(calls["fastnorm"])} if next(asked) else calls)
+
+    monkeypatch.setattr(bench, "faults", first_is_wrong)
+    arguments = ["--preset", "tiny", "--filter", "BatchNorm2d.*float32 planar (plain|.relu)", "--mode", "eval"]
+    with pytest.raises(SystemExit, match="computes something else"):
+        bench.main([*arguments, "--budget", "0.01", "--malloc", "system", "--json", str(tmp_path / "a.json")])
+    assert "float32 planar plain, eval: fastnorm differs from torch.nn" in capsys.readouterr().out.replace("\n", " ")
+    assert [row["epilogue"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["+relu"]
+
+
+# ---- compare ----
+
+
+def scaled(run: dict[str, Any], pattern: str, contestants: tuple[str, ...], factor: float) -> dict[str, Any]:
+    """The run with the times of some rows multiplied."""
+    run = copy.deepcopy(run)
+    for row in run["rows"]:
+        if re.search(pattern, f"{row['norm']} {row['dtype']} {row['layout']} {row['epilogue']}"):
+            for mode in row["modes"].values():
+                for name in contestants:
+                    mode["us"][name] = {k: v if k == "rounds" else v * factor for k, v in mode["us"][name].items()}
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved() -> dict[str, Any]:
+    return compare.load(str(SAVED))
+
+
+def test_compare_names_the_rows_that_moved(saved: dict[str, Any]) -> None:
+    slower = scaled(saved, r"GroupNorm bfloat16 planar \+silu", ("fastnorm",), 3.0)
+    found = compare.moves(saved, slower)
+    moved = [m for m in found if m.beyond_noise(compare.LEAST)]
+    assert {m.contestant for m in moved} == {"fastnorm"} and len(moved) == 3 * 3  # shapes, modes
+    assert all("GroupNorm" in m.row and "bfloat16 planar +silu" in m.row for m in moved)
+    assert [m.ratio for m in moved] == pytest.approx([3.0] * 9)
+
+
+def test_a_slower_machine_has_moved_nothing(saved: dict[str, Any]) -> None:
+    later = scaled(saved, "", ("fastnorm", "torch", "clone"), 1.5)
+    assert not any(m.beyond_noise(compare.LEAST) for m in compare.moves(saved, later) if m.contestant == "fastnorm")
+    microseconds = compare.moves(saved, later, "us")
+    assert {m.contestant for m in microseconds} >= {"fastnorm", "torch", "clone"}
+    assert any(m.beyond_noise(compare.LEAST) for m in microseconds)
+
+
+def test_overlapping_quartiles_and_small_moves_are_noise() -> None:
+    before = compare.Figure(10, 9, 11)
+    assert not compare.Move("", "", before, compare.Figure(12, 10.9, 13)).beyond_noise(0.03)
+    assert compare.Move("", "", before, compare.Figure(12, 11.1, 13)).beyond_noise(0.03)
+    exact = compare.Figure(10, 10, 10)
+    assert not compare.Move("", "", exact, compare.Figure(10.2, 10.2, 10.2)).beyond_noise(0.03)
+    assert compare.Move("", "", exact, compare.Figure(9.5, 9.5, 9.5)).beyond_noise(0.03)
+
+
+def test_compare_as_a_command(saved: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "slower.json"
+    path.write_text(json.dumps(scaled(saved, "LayerNorm float32", ("fastnorm",), 2.0) | {"machine": {"cpu": "other"}}))
+    with pytest.raises(SystemExit) as status:
+        bench.main(["compare", str(SAVED), str(path)])
+    said = capsys.readouterr().out
+    assert status.value.code == 1 and "2.00x slower" in said and "not the same machine: cpu was" in said
+    with pytest.raises(SystemExit):
+        compare.main([str(SAVED), str(tmp_path / "none.json")])
+    assert "none.json: FileNotFoundError" in capsys.readouterr().err
+    path.write_text('{"machine": {}, "rows": [{"x": 1}]}')
+    with pytest.raises(SystemExit):
+        compare.main([str(path), str(SAVED)])
+    assert "expected what bench.py" in capsys.readouterr().err
+
+
+def test_compare_prints_the_slower_first() -> None:
+    console = Console(record=True, width=200)
+    one = compare.Figure(1, 1, 1)
+    found = [
+        compare.Move(name, "fastnorm", one, compare.Figure(t, t, t)) for name, t in (("a", 0.5), ("b", 2), ("c", 1))
+    ]
+    compare.print_moves(console, found, 0.03, "torch")
+    lines = console.export_text().splitlines()
+    assert lines[0].startswith("2.00x slower  b") and lines[1].startswith("2.00x faster  a")
+    assert "3 figures in both runs, in units of torch.nn: 1 slower, 1 faster, 1 within noise" in lines[2]
