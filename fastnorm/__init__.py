@@ -7,7 +7,9 @@ fastnorm.BatchNorm2d(64, activation="relu")(x, residual)     # act(norm(x) + res
 from . import cuda, functional
 from .convert import convert, revert, reverted
 from .enable import disable, enable, enabled
+from .freeze import freeze_batch_norm
 from .functional import moments
+from .layers import FrozenBatchNorm2d, LayerNorm2d
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -27,11 +29,13 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm2d",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNorm2d",
     "Report",
     "Row",
     "convert",
@@ -40,6 +44,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "freeze_batch_norm",
     "functional",
     "moments",
     "report",

@@ -4,6 +4,8 @@
 #include "eval_forward.h"
 #include "layer_backward.h"
 #include "layer_forward.h"
+#include "positions_backward.h"
+#include "positions_forward.h"
 #include "rows_backward.h"
 #include "rows_forward.h"
 #include "short_runs.h"
@@ -18,6 +20,8 @@ static void forward(const ForwardCall& args) {
     using T = typename decltype(tag)::type;
     if (args.running_mean.data != nullptr) {
       EvalForward<T>(args).run();
+    } else if (args.geometry.sets_are_positions()) {
+      PositionsForward<T>(args).run();
     } else if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsForward<T>(args).run();
     } else if (has_short_runs<T>(args)) {
@@ -33,7 +37,9 @@ static void forward(const ForwardCall& args) {
 static void backward(const BackwardCall& args) {
   dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.geometry.traversal() == Traversal::kColumns) {
+    if (args.geometry.sets_are_positions()) {
+      PositionsBackward<T>(args).run();
+    } else if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsBackward<T>(args).run();
     } else if (has_short_runs<T>(args)) {
       ShortRunsBackward<T>(args).run();
