@@ -215,7 +215,7 @@ MAPS = (
     Layer("S is 1", "LayerNorm2d", (6, 17, 1, 1), (17,)),
     Layer("S is 2", "LayerNorm2d", (5, 9, 1, 2), (9,)),
     Layer("C is 1", "LayerNorm2d", (3, 1, 9, 5), (1,)),
-    Layer("C is 2", "LayerNorm2d", (3, 2, 9, 5), (2,)),
+    Layer("C is 3", "LayerNorm2d", (3, 3, 9, 5), (3,)),
     Layer("whole packs", "LayerNorm2d", (2, 64, 8, 8), (64,)),
     Layer("pack and tail", "LayerNorm2d", (2, 35, 5, 13), (35,)),
     Layer("two tiles", "LayerNorm2d", (1, 5, 37, 41), (5,)),
