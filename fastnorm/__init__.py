@@ -9,9 +9,11 @@ from . import cuda, functional
 from .calibrate import calibrate
 from .convert import convert, revert
 from .enable import disable, enable, enabled
+from .freeze import freeze_batch_norm
 from .functional import moments
 from .fuse import fuse
 from .images import ImageNormalize
+from .layers import FrozenBatchNorm2d, LayerNorm2d
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -35,12 +37,14 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm2d",
     "GroupNorm",
     "ImageNormalize",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNorm2d",
     "Report",
     "Row",
     "SkipInit",
@@ -53,6 +57,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "freeze_batch_norm",
     "functional",
     "fuse",
     "moments",

@@ -5,12 +5,14 @@ A module changes its class and nothing else: Parameters, buffers, hooks, flags a
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
 
-from . import modules
+from . import layers, modules
 from .fusing.record import undo
 from .fusing.ungraph import undo_graphs
 from .modules import BY_TORCH_CLASS
@@ -20,36 +22,81 @@ __all__ = ["convert", "revert"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+#: Other packages' classes, by their modules and names, -> fastnorm's: none of these packages is imported here.
+_FOREIGN: dict[tuple[str, str], type[modules.Norm]] = {
+    ("torchvision.models.convnext", "LayerNorm2d"): layers.LayerNorm2d,
+    ("timm.layers.norm", "LayerNorm2d"): layers.LayerNorm2d,
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): layers.FrozenBatchNorm2d,
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"): layers.FrozenBatchNorm2d,
+}
+#: On a converted module of another package's class: its module and name.
+_ORIGIN = "_converted_from"
+
 
 def convert(model: Model) -> Model:
-    """Turn the torch.nn norms of `model` into fastnorm's, in place; returns `model`.
+    """Turn the torch.nn norms of `model` into fastnorm's, in place; returns `model`. So are torchvision's and timm's
+    LayerNorm2d, and torchvision's and detectron2's FrozenBatchNorm2d.
 
-    Only modules whose class is exactly torch.nn's: a subclass may have a forward of its own. `fastnorm.report` tells
+    Only modules whose class is exactly one of these: a subclass may have a forward of its own. `fastnorm.report` tells
     why a norm is left as it is.
     """
     for module in model.modules():
         if why_not_converted(module) is None:
-            change_class(module, BY_TORCH_CLASS[type(module)])
+            _convert(module)
     return model
+
+
+def _convert(module: nn.Module) -> None:
+    cls = type(module)
+    ours = _fastnorm_class(cls)
+    assert ours is not None
+    if cls not in BY_TORCH_CLASS:
+        vars(module)[_ORIGIN] = (cls.__module__, cls.__name__)
+    change_class(module, ours)
+
+
+def _fastnorm_class(cls: type[nn.Module]) -> type[modules.Norm] | None:
+    """What `convert` makes of modules of exactly this class."""
+    ours = BY_TORCH_CLASS.get(cls)
+    if ours is None and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls:
+        ours = _FOREIGN.get((cls.__module__, cls.__name__))
+    return ours
 
 
 def revert(model: Model) -> Model:
     """Turn the fastnorm norms of `model` back into torch.nn's, in place; returns `model`.
 
-    A norm without activation gets its exact torch.nn class. One with an activation becomes a subclass of it that runs
-    torch.nn's norm, then adds the residual, then applies the activation. Subclasses of fastnorm's are left alone.
-    What `fastnorm.fuse` has fused is taken apart again.
+    A norm without activation gets the exact class it was converted from; a LayerNorm2d or FrozenBatchNorm2d that was
+    not, that of fastnorm.plain. One with an activation becomes a subclass of torch.nn's or fastnorm.plain's class that
+    runs the norm, then adds the residual, then applies the activation. Subclasses of fastnorm's are left alone. What
+    `fastnorm.fuse` has fused is taken apart again. ImportError, and nothing is changed, where the package of such a
+    class is gone.
     """
+    for module in model.modules():
+        if is_public(module):
+            _class_before(module)  # ImportError before anything is changed
     undo_graphs(model)
     undo(model)
     for module in model.modules():
         if is_public(module):
-            fuses = module._epilogue()[0] is not None
-            torch_class = module.torch_class
-            if module._fuses and not fuses:
-                forget_activation(module)
-            change_class(module, UNFUSED[torch_class] if fuses else torch_class)
+            cls = _class_before(module)
+            if module._epilogue()[0] is None:
+                vars(module).pop(_ORIGIN, None)
+                if module._fuses:
+                    forget_activation(module)
+            change_class(module, cls)
     return model
+
+
+def _class_before(module: modules.Norm) -> type[nn.Module]:
+    if module._epilogue()[0] is not None:
+        return UNFUSED[module.torch_class]
+    origin = vars(module).get(_ORIGIN)
+    if origin is None:
+        return module.torch_class
+    package, name = origin
+    cls: type[nn.Module] = getattr(importlib.import_module(package), name)
+    return cls
 
 
 def is_public(module: nn.Module) -> TypeGuard[modules.Norm]:
@@ -81,12 +128,14 @@ def why_not_converted(module: nn.Module) -> str | None:
         return "is a fastnorm module already"
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript"
-    if type(module) not in BY_TORCH_CLASS:
+    if _fastnorm_class(type(module)) is None:
         if isinstance(module, tuple(BY_TORCH_CLASS)):
             return f"{type(module).__name__} is a subclass, which may compute something else"
         return f"fastnorm has no {type(module).__name__}"
     if has_own_forward(module):
         return "its forward was replaced on the instance"
+    if vars(module).get("_fast_norm"):  # timm's
+        return "its flag _fast_norm keeps half types under autocast"
     return None
 
 

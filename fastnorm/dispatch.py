@@ -57,7 +57,7 @@ class Config(NamedTuple):
     groups: int
     """Of group norm, else 0."""
     normalized_dims: int
-    """Trailing dims that layer norm normalizes, else 0. Both 0: batch norm."""
+    """Trailing dims that layer norm normalizes, or ops.NORMALIZED_CHANNELS; else 0. Both 0: batch norm."""
     eps: float
     activation: int
     activation_param: float
@@ -285,6 +285,27 @@ def fused_layer_norm(
     if dims == 0 or x.shape[-dims:] != tuple(normalized_shape) or x.numel() == 0:
         raise Unsupported(f"x is empty or does not end in {tuple(normalized_shape)}")
     return entry(x, weight, bias, residual, None, None, None, *Config(0, dims, eps, activation, param))
+
+
+def fused_layer_norm2d(
+    entry: Entry,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: OptTensor,
+    bias: OptTensor,
+    eps: float,
+    residual: OptTensor,
+    activation: int,
+    param: float,
+) -> Tensor:
+    """Layer norm over the channels of a map by the kernels."""
+    if WIDENING:
+        x, weight, bias, residual = widened(x, weight, bias, residual)
+    if x.dim() != 4 or tuple(normalized_shape) != (x.shape[1],) or x.numel() == 0:
+        raise Unsupported(f"x is empty or not (N, C, H, W) with (C,) = {tuple(normalized_shape)}")
+    return entry(
+        x, weight, bias, residual, None, None, None, *Config(0, ops.NORMALIZED_CHANNELS, eps, activation, param)
+    )
 
 
 # ---- leaving a call to torch ----

@@ -21,12 +21,19 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import plain, reference
 from .activations import activation_code
-from .dispatch import fused_batch_norm, fused_group_norm, fused_instance_norm, fused_layer_norm, serve
+from .dispatch import (
+    fused_batch_norm,
+    fused_group_norm,
+    fused_instance_norm,
+    fused_layer_norm,
+    fused_layer_norm2d,
+    serve,
+)
 from .statistics import moments, normalize
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "moments", "normalize"]
+__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "layer_norm2d", "moments", "normalize"]
 
 
 def batch_norm(
@@ -138,6 +145,33 @@ def layer_norm(
         "layer_norm",
         lambda entry, x, added: fused_layer_norm(entry, x, *norm, added, code, activation_param),
         lambda x, added: reference.epilogue(F.layer_norm(x, *norm), added, activation, activation_param),
+        input,
+        residual,
+    )
+
+
+def layer_norm2d(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    activation: str | None = None,
+    activation_param: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Layer norm over the channels of every position, then `+ residual`, then the activation.
+
+    input (N, C, H, W), weight and bias (C,). Returns input's shape, dtype and, where the kernels serve the call, memory
+    format. Raises what F.layer_norm raises of input.permute(0, 2, 3, 1). Liu et al. 2022 (ConvNeXt),
+    https://arxiv.org/abs/2201.03545.
+    """
+    code = activation_code(activation)
+    norm = (list(input.shape[1:2]), weight, bias, eps)
+    return serve(
+        "layer_norm2d",
+        lambda entry, x, added: fused_layer_norm2d(entry, x, *norm, added, code, activation_param),
+        lambda x, added: reference.epilogue(plain.layer_norm2d(x, *norm), added, activation, activation_param),
         input,
         residual,
     )

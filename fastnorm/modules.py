@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch.fx
 from torch import Tensor, nn
 
-from . import reference, unfused
+from . import reference
 from .activations import ACTIVATIONS, activation_code
 from .dispatch import (
     Entry,
@@ -46,12 +46,12 @@ __all__ = [
 
 _OPTIONS = """
 
-    Takes what torch.nn.{name} takes, then, by keyword:
+    Takes what {base} takes, then, by keyword:
         activation: None, {activations}.
         activation_param: the slope of leaky_relu.
     forward(input, residual=None) returns act(norm(input) + residual) of input's shape and dtype; residual has them too.
     Dtypes: float64, float32, bfloat16 and float16; parameters of input's dtype, or float32.
-    What the kernels do not serve, torch.nn's own forward computes; `fastnorm.explain` tells why.
+    What the kernels do not serve, the forward of {base} computes; `fastnorm.explain` tells why.
 """
 
 
@@ -221,14 +221,16 @@ BY_TORCH_CLASS: dict[type[nn.Module], type[Norm]] = {}
 
 
 def _public(cls: NormClass) -> NormClass:
-    """Completes a public class: the torch.nn class of its name, and a constructor whose signature help() shows in full,
-    torch.nn's of the torch that is installed."""
+    """Completes a public class: the class it is a drop-in for, its last base; and a constructor whose signature help()
+    shows in full, that of the torch that is installed."""
     base: Any = cls
     base._public_class = cls
-    base.torch_class = getattr(nn, cls.__name__, None) or getattr(unfused, cls.__name__)
+    base.torch_class = cls.__bases__[-1]
     BY_TORCH_CLASS[base.torch_class] = BY_TORCH_CLASS[UNFUSED[base.torch_class]] = cls
-    name = cls.__name__ if hasattr(nn, cls.__name__) else "BatchNorm2d"
-    base.__doc__ = (cls.__doc__ or "") + _OPTIONS.format(name=name, activations=", ".join(map(repr, ACTIVATIONS)))
+    package = base.torch_class.__module__.partition(".modules.")[0]
+    base.__doc__ = (cls.__doc__ or "") + _OPTIONS.format(
+        base=f"{package}.{cls.__name__}", activations=", ".join(map(repr, ACTIVATIONS))
+    )
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(base, self).__init__(*args, **kwargs)

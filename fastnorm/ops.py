@@ -21,10 +21,11 @@ Batch norm in steps, for statistics of several ranks (sync.py; csrc/torch/ops.h 
 | `batch_norm_backward_apply`     | the sums of all ranks to dx and dresidual                              |
 | `batch_norm_apply_synchronized` | `batch_norm_apply` with the gradient that goes through all ranks       |
 
-Those of the first table take their tensors, then `groups` and `normalized_dims` (both 0: batch norm), eps, activation,
-activation_param (`Settings`), then what they alone need. `stats` is [STATS_ROWS, sets]: mean, rstd, biased variance,
-what rounding cut off the mean. `mask` is opaque: a bit an element. The C++ side holds the schemas and checks every
-argument before it writes anything; what the kernels do not serve raises NotImplementedError.
+Those of the first table take their tensors, then `groups` and `normalized_dims` (both 0: batch norm;
+NORMALIZED_CHANNELS: layer norm of channels), eps, activation, activation_param (`Settings`), then what they alone need.
+`stats` is [STATS_ROWS, sets]: mean, rstd, biased variance, what rounding cut off the mean. `mask` is opaque: a bit an
+element. The C++ side holds the schemas and checks every argument before it writes anything; what the kernels do not
+serve raises NotImplementedError.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ TWO_SIDED: tuple[int, ...] = tuple(CODES[name] for name in _C.two_sided_activati
 
 #: Rows of `stats` (StatsRow in csrc/core/args.h).
 STATS_ROWS: int = _C.STATS_ROWS
+
+#: normalized_dims of a layer norm over dim 1 of (N, C, *) (kNormalizedChannels in csrc/torch/ops.h).
+NORMALIZED_CHANNELS = -1
 
 #: Input dtype -> the dtypes its weight, bias and statistics may have.
 PARAMETER_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
@@ -110,6 +114,8 @@ def why_unsupported(
         if groups > 0 and x.shape[1] % groups != 0:
             return f"x has {x.shape[1]} channels, expected a multiple of {groups} groups"
         expected = x.shape[1:2]
+        if normalized_dims == NORMALIZED_CHANNELS and x.device.type == "cuda" and _sets_are_positions(x):
+            return "x is a planar map, expected channels_last: there are no CUDA kernels for its channels' layer norm"
     if (mean is None) != (var is None):
         return "got one of mean and var, expected both or neither"
     dtype = None
@@ -136,6 +142,16 @@ def _memory_format(x: Tensor, normalized_dims: int) -> torch.memory_format:
     return torch.contiguous_format if normalized_dims > 0 else suggest_memory_format(x)
 
 
+def _channels_are_last(x: Tensor) -> bool:
+    """Whether the channels of a position adjoin in memory."""
+    return _memory_format(x, 0) is not torch.contiguous_format and x.shape[1] > 1
+
+
+def _sets_are_positions(x: Tensor) -> bool:
+    """Whether a layer norm over channels walks rows of positions (Geometry of csrc/core/geometry.h)."""
+    return x.shape[1] > 1 and math.prod(x.shape[2:]) > 1 and not _channels_are_last(x)
+
+
 def _empty_like(x: Tensor, normalized_dims: int) -> Tensor:
     return torch.empty_like(x, memory_format=_memory_format(x, normalized_dims))
 
@@ -146,11 +162,12 @@ def _mask_bytes(x: Tensor, groups: int, normalized_dims: int) -> int:
         run = math.prod(x.shape[x.dim() - normalized_dims :])
     else:
         channels, spatial = x.shape[1], math.prod(x.shape[2:])
-        last = _memory_format(x, normalized_dims) is not torch.contiguous_format
-        if spatial == 1:
+        if normalized_dims == NORMALIZED_CHANNELS:
+            run = spatial if _sets_are_positions(x) else channels
+        elif spatial == 1:
             run = channels if groups == 0 else channels // groups
         else:
-            run = channels if last and channels > 1 else spatial
+            run = channels if _channels_are_last(x) else spatial
     lanes = 8 if x.dtype == torch.float64 else 16
     return x.numel() // run * ((run + lanes - 1) // lanes * lanes // 8)
 
@@ -158,6 +175,8 @@ def _mask_bytes(x: Tensor, groups: int, normalized_dims: int) -> int:
 def _set_count(x: Tensor, groups: int, normalized_dims: int) -> int:
     if normalized_dims > 0:
         return math.prod(x.shape[: x.dim() - normalized_dims])
+    if normalized_dims == NORMALIZED_CHANNELS:
+        return x.shape[0] * math.prod(x.shape[2:])
     return x.shape[1] if groups == 0 else x.shape[0] * groups
 
 

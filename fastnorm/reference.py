@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .ops import OptTensor, Settings, accumulation_dtype
+from .ops import NORMALIZED_CHANNELS, OptTensor, Settings, accumulation_dtype
 
 #: By the operators' number, from 1.
 _BY_CODE = dict(enumerate(ACTIVATIONS.values(), 1))
@@ -43,11 +43,13 @@ class _Sets:
         self.normalized_dims = normalized_dims
         self.shape = x.shape
         if normalized_dims > 0:
-            self.dims = tuple(range(x.dim() - normalized_dims, x.dim()))
+            self.dims: tuple[int, ...] = tuple(range(x.dim() - normalized_dims, x.dim()))
             self.parameter_dims = tuple(range(x.dim() - normalized_dims))
         else:
-            # Group norm splits the channels in two.
-            self.dims = tuple(range(2, x.dim() + 1)) if groups > 0 else (0, *range(2, x.dim()))
+            if normalized_dims == NORMALIZED_CHANNELS:
+                self.dims = (1,)
+            else:  # group norm splits the channels in two
+                self.dims = tuple(range(2, x.dim() + 1)) if groups > 0 else (0, *range(2, x.dim()))
             self.parameter_dims = (0, *range(2, x.dim()))
 
     def split(self, x: Tensor) -> Tensor:

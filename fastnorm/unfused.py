@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import reference
+from . import plain, reference
 from .activations import ACTIVATIONS
 
 __all__ = ["UNFUSED", "TorchNormActivation", "forget_activation", "scriptable"]
@@ -83,6 +83,14 @@ class LayerNormActivation(TorchNormActivation, nn.LayerNorm):
     torch_class = nn.LayerNorm
 
 
+class LayerNorm2dActivation(TorchNormActivation, plain.LayerNorm2d):
+    torch_class = plain.LayerNorm2d
+
+
+class FrozenBatchNorm2dActivation(TorchNormActivation, plain.FrozenBatchNorm2d):
+    torch_class = plain.FrozenBatchNorm2d
+
+
 #: torch.nn class -> the same with an activation behind it
 UNFUSED: dict[type[nn.Module], type[TorchNormActivation]] = {
     cls.torch_class: cls
@@ -97,6 +105,8 @@ UNFUSED: dict[type[nn.Module], type[TorchNormActivation]] = {
         InstanceNorm3dActivation,
         GroupNormActivation,
         LayerNormActivation,
+        LayerNorm2dActivation,
+        FrozenBatchNorm2dActivation,
     )
 }
 

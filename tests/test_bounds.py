@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastnorm
 from fastnorm import _C
-from tests.common.cases import LAYERS, PRECISIONS, Case, modes
+from tests.common.cases import LAYERS, MAPS, PRECISIONS, Case, modes
 from tests.common.numerics import build, make_inputs, run
 
 PAGE = mmap.PAGESIZE
@@ -45,7 +45,7 @@ def run_all(at_end: bool) -> None:
     torch.set_num_threads(1)
     cases = [
         Case(layer, layout, precision, activation, True, mode)
-        for layer in LAYERS
+        for layer in (*LAYERS, *MAPS)
         if torch.Size(layer.shape).numel() < 2**15
         for layout in layer.layouts
         for precision, activation in EPILOGUES

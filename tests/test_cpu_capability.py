@@ -16,13 +16,13 @@ import fastnorm._C as _C
 CAPABILITIES = _C.cpu_capabilities()
 RESULTS = """
 import sys, torch, fastnorm._C
-from tests.common.cases import Case, LAYERS, TYPICAL, ACTIVATIONS, PRECISIONS
+from tests.common.cases import Case, LAYERS, MAPS, TYPICAL, ACTIVATIONS, PRECISIONS
 from tests.common.numerics import build, make_inputs, run
 import fastnorm
 results = {"": fastnorm._C.cpu_capability()}
 cpu = torch.device("cpu")
-cases = [Case(l, layout, p, "silu", True) for l in LAYERS for layout in l.layouts for p in PRECISIONS[:3]]
-cases += [Case(l, "planar", p, a) for l in TYPICAL for a in ACTIVATIONS for p in PRECISIONS]
+cases = [Case(l, layout, p, "silu", True) for l in (*LAYERS, *MAPS) for layout in l.layouts for p in PRECISIONS[:3]]
+cases += [Case(l, "planar", p, a) for l in (*TYPICAL, MAPS[0]) for a in ACTIVATIONS for p in PRECISIONS]
 for case in cases:
     results[case.id] = run(case, build(case, fastnorm, cpu), make_inputs(case, cpu))
 torch.save(results, sys.argv[1])

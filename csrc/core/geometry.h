@@ -10,6 +10,7 @@
 //   group, planar     N*G    D*S contiguous: D cells of S
 //   group, last       N*G    S positions of D channels, C apart
 //   layer             N      C contiguous (group with G = 1, S = 1)
+//   layer of a map    N*S    C elements, S apart: the channels of a position, planar (channels last: N*S rows of C)
 //   instance                 group with G = C
 #pragma once
 
@@ -26,7 +27,7 @@ constexpr const char* name_of(Kind kind) {
 }
 
 // How the kernels walk. Rows: a team takes a set and walks its runs. Columns: a block takes a tile of neighbouring
-// channels and keeps one accumulator per lane.
+// channels (where sets are positions, of neighbouring positions) and keeps one accumulator per lane.
 enum class Traversal : int { kRows = 0, kColumns = 1 };
 
 struct Geometry {
@@ -37,21 +38,27 @@ struct Geometry {
 
   int64_t D() const { return C / G; }
   int64_t numel() const { return N * C * S; }
-  int64_t sets() const { return kind == Kind::kBatch ? C : N * G; }
-  int64_t set_size() const { return kind == Kind::kBatch ? N * S : D() * S; }
+  // Layer norm over the channels of planar maps: neighbouring sets lie side by side, and a row of one channel's
+  // elements belongs to S sets.
+  bool sets_are_positions() const { return kind == Kind::kLayer && S > 1; }
+  int64_t sets() const { return kind == Kind::kBatch ? C : sets_are_positions() ? N * S : N * G; }
+  int64_t set_size() const { return kind == Kind::kBatch ? N * S : sets_are_positions() ? C : D() * S; }
 
   // There is one value per channel and sample, so that the weight changes with every element of a run.
   bool per_element() const { return kind != Kind::kBatch && S == 1; }
   Traversal traversal() const {
     if (kind == Kind::kBatch) return channels_last || S == 1 ? Traversal::kColumns : Traversal::kRows;
-    return channels_last && S > 1 ? Traversal::kColumns : Traversal::kRows;
+    return (channels_last && S > 1) || sets_are_positions() ? Traversal::kColumns : Traversal::kRows;
   }
 
   // A set has several cells and each is a run: planar groups.
   bool cells_are_runs() const { return kind == Kind::kGroup && traversal() == Traversal::kRows && !per_element(); }
 
   // The number of elements in a row of the mask. They lie side by side and have side-by-side weights or one weight.
-  int64_t mask_run() const { return traversal() == Traversal::kColumns ? C : per_element() ? D() : S; }
+  int64_t mask_run() const {
+    if (sets_are_positions()) return S;
+    return traversal() == Traversal::kColumns ? C : per_element() ? D() : S;
+  }
 
   // Columns: `outer` independent stacks of `positions` rows of C channels.
   int64_t outer() const { return kind == Kind::kBatch ? 1 : N; }

@@ -45,6 +45,44 @@ struct ColumnDeviations {
   }
 };
 
+// The pivots of n columns, in the order of lanes, from rows that are spread over them and lie `stride` apart.
+template <class T>
+void choose_column_pivots(const T* x, int64_t rows, int64_t n, int64_t stride, Accum<T>* pivots) {
+  using A = Accum<T>;
+  constexpr int64_t L = kLanes<A>, kSample = 8;
+  const int64_t sample = std::min(kSample, rows);
+  for (int64_t i = 0; i < n; i += L) {
+    Pack<A> sum(0);
+    for (int64_t k = 0; k < sample; ++k) {
+      const T* at = x + rows * k / sample * stride + i;
+      sum = sum + (n - i < L ? load_first(at, n - i) : load(at));
+    }
+    const Pack<A> pivot = round_to<T>(sum * Pack<A>(1.0 / static_cast<double>(sample)));
+    // Sums about an infinite pivot would lose the infinities of x.
+    store(pivots + i, select(pivot * Pack<A>(0) >= Pack<A>(0), pivot, Pack<A>(0)));
+  }
+}
+
+// Sets delta and square, in the order of lanes, to the sums of x - pivot and of its square over the rows of n columns.
+template <class T>
+void reduce_columns(const T* x, int64_t rows, int64_t n, int64_t stride, bool together, const Accum<T>* pivots,
+                    double* delta, double* square) {
+  using A = Accum<T>;
+  const int64_t lanes = lane_pitch<A>(n), ahead = (together ? kRowGroup : 1) * stride;
+  const Arrays<A, 2> block(lanes);
+  std::fill_n(delta, lanes, 0.0);
+  std::fill_n(square, lanes, 0.0);
+  for (int64_t p = 0; p < rows; p += kBlockPositions) {
+    std::fill_n(block[0], lanes, A(0));
+    std::fill_n(block[1], lanes, A(0));
+    for_rows<A>(std::min(kBlockPositions, rows - p), n, together, Strided{stride, 0, 0, 0}, [&](int64_t r) {
+      return ColumnDeviations<T>{x + (p + r) * stride, pivots, block[0], block[1], ahead};
+    });
+    for (int64_t i = 0; i < lanes; ++i) delta[i] += block[0][i];
+    for (int64_t i = 0; i < lanes; ++i) square[i] += block[1][i];
+  }
+}
+
 template <class T>
 class ColumnsForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
@@ -107,40 +145,16 @@ class ColumnsForward : Call<T, ForwardCall> {
     });
   }
 
-  // The pivots of a sample's channels, from positions that are spread over it.
   void choose_pivots(int64_t n) const {
-    constexpr int64_t L = kLanes<A>, kSample = 8;
-    const int64_t sample = std::min(kSample, positions_);
-    for (int64_t i = 0; i < g.C; i += L) {
-      Pack<A> sum(0);
-      for (int64_t k = 0; k < sample; ++k) {
-        const T* at = whole.x + (n * positions_ + positions_ * k / sample) * g.C + i;
-        sum = sum + (g.C - i < L ? load_first(at, g.C - i) : load(at));
-      }
-      const Pack<A> pivot = round_to<T>(sum * Pack<A>(1.0 / static_cast<double>(sample)));
-      // Sums about an infinite pivot would lose the infinities of x.
-      store(pivots_ + n * lanes_ + i, select(pivot * Pack<A>(0) >= Pack<A>(0), pivot, Pack<A>(0)));
-    }
+    choose_column_pivots(whole.x + n * positions_ * g.C, positions_, g.C, g.C, pivots_ + n * lanes_);
   }
 
   int64_t chunk_end(int64_t chunk) const { return std::min((chunk + 1) * chunk_, positions_); }
 
   void reduce(int64_t n, int64_t chunk, Sums out) const {
-    const Arrays<A, 2> block(lanes_);
-    std::fill_n(out.delta, lanes_, 0.0);
-    std::fill_n(out.square, lanes_, 0.0);
-    const bool together = args.plan.rows_together;
-    const int64_t end = chunk_end(chunk), ahead = (together ? kRowGroup : 1) * g.C;
-    for (int64_t p = chunk * chunk_; p < end; p += kBlockPositions) {
-      std::fill_n(block[0], lanes_, A(0));
-      std::fill_n(block[1], lanes_, A(0));
-      const T* x = whole.x + (n * positions_ + p) * g.C;
-      for_rows<A>(std::min(kBlockPositions, end - p), g.C, together, Strided{g.C, 0, 0, 0}, [&](int64_t r) {
-        return ColumnDeviations<T>{x + r * g.C, pivots_ + n * lanes_, block[0], block[1], ahead};
-      });
-      for (int64_t i = 0; i < lanes_; ++i) out.delta[i] += block[0][i];
-      for (int64_t i = 0; i < lanes_; ++i) out.square[i] += block[1][i];
-    }
+    const int64_t begin = chunk * chunk_;
+    reduce_columns(whole.x + (n * positions_ + begin) * g.C, chunk_end(chunk) - begin, g.C, g.C,
+                   args.plan.rows_together, pivots_ + n * lanes_, out.delta, out.square);
   }
 
   // Merges chunks into channels and channels into sets, and writes the statistics and coefficients of the sets. True

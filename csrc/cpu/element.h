@@ -60,6 +60,18 @@ struct ElementCoefs {
   }
 };
 
+// Coefficients of rows of channels over neighbouring positions, each of which is a set (LayerNorm2d): a position's as
+// arrays in the order of lanes, a row's as numbers, those of row p of a group at [p].
+template <class A>
+struct PositionCoefs {
+  const A *mean, *rstd;
+  const A *weight, *bias;
+  FASTNORM_INLINE Affine<A> at(int64_t i, int p) const {
+    const Pack<A> each = load(rstd + i);
+    return {load(mean + i), each, each * Pack<A>(weight[p]), Pack<A>(bias[p])};
+  }
+};
+
 template <class A>
 struct SharedTerms {
   Pack<A> offset, slope;

@@ -5,6 +5,8 @@
 #include "images.h"
 #include "layer_backward.h"
 #include "layer_forward.h"
+#include "positions_backward.h"
+#include "positions_forward.h"
 #include "rows_backward.h"
 #include "rows_forward.h"
 #include "short_runs.h"
@@ -19,6 +21,8 @@ static void forward(const ForwardCall& args) {
     using T = typename decltype(tag)::type;
     if (args.has_statistics()) {
       EvalForward<T>(args).run();
+    } else if (args.geometry.sets_are_positions()) {
+      PositionsForward<T>(args).run();
     } else if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsForward<T>(args).run();
     } else if (has_short_runs<T>(args)) {
@@ -34,7 +38,9 @@ static void forward(const ForwardCall& args) {
 static void backward(const BackwardCall& args) {
   dispatch(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.geometry.traversal() == Traversal::kColumns) {
+    if (args.geometry.sets_are_positions()) {
+      PositionsBackward<T>(args).run();
+    } else if (args.geometry.traversal() == Traversal::kColumns) {
       ColumnsBackward<T>(args).run();
     } else if (has_short_runs<T>(args)) {
       ShortRunsBackward<T>(args).run();

@@ -125,17 +125,23 @@ FASTNORM_INLINE void across_rows(int64_t n, const F& f, Strided layout, bool str
   for (; i + L <= n; i += L) f.template packs<P>(i, Whole{stream}, layout);
   if (i < n) f.template packs<P>(i, Tail{n - i}, layout);
 }
-// The same over any number of rows, `together` or one by one; at_row(r) makes the f of row r.
+// Calls f(count, r) for rows r to r + count - 1, count a constant: kRowGroup of them while they go `together`, then
+// one.
+template <class F>
+FASTNORM_INLINE void for_row_groups(int64_t rows, bool together, const F& f) {
+  int64_t r = 0;
+  if constexpr (kRowGroup > 1) {
+    for (; together && r + kRowGroup <= rows; r += kRowGroup) f(std::integral_constant<int, kRowGroup>{}, r);
+  }
+  for (; r < rows; ++r) f(std::integral_constant<int, 1>{}, r);
+}
+// The same as across_rows over any number of rows, `together` or one by one; at_row(r) makes the f of row r.
 template <class A, class F>
 FASTNORM_INLINE void for_rows(int64_t rows, int64_t n, bool together, Strided layout, const F& at_row,
                               bool stream = false) {
-  int64_t r = 0;
-  if constexpr (kRowGroup > 1) {
-    for (; together && r + kRowGroup <= rows; r += kRowGroup) {
-      across_rows<kRowGroup, A>(n, at_row(r), layout, stream);
-    }
-  }
-  for (; r < rows; ++r) across_rows<1, A>(n, at_row(r), layout, stream);
+  for_row_groups(rows, together, [&](auto count, int64_t r) FASTNORM_LAMBDA {
+    across_rows<decltype(count)::value, A>(n, at_row(r), layout, stream);
+  });
 }
 
 }  // namespace fastnorm::FASTNORM_CPU_CAPABILITY

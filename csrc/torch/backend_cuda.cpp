@@ -24,6 +24,7 @@
 #include "gang_refusals.h"
 #include "plan/cuda.h"
 #include "plan_cache.h"
+#include "supported.h"
 
 namespace fastnorm::ops {
 
@@ -219,7 +220,14 @@ void fold_partials(const FoldArgs& args, at::Device device) {
   check_cuda(launch([&] { return cuda::launch_fold_partials(args, current_stream(device)); }));
 }
 
+void check_served(const Geometry& g) {
+  FASTNORM_SUPPORTED(!g.sets_are_positions(),
+                     "x is a planar map, expected channels_last: the CUDA kernels have no layer ",
+                     "norm over the channels of planar maps");
+}
+
 void forward(const ForwardArgs& args, at::Device device) {
+  check_served(args.geometry);
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.x, args.residual, args.y);
   if (packs_params(args.geometry)) {
@@ -238,6 +246,7 @@ void forward(const ForwardArgs& args, at::Device device) {
 }
 
 void backward(const BackwardArgs& args, at::Device device) {
+  check_served(args.geometry);
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.dy, args.x, args.residual, args.dx, args.dresidual);
   if (packs_params(args.geometry)) {

@@ -18,10 +18,14 @@ struct Inputs {
   const OptTensor &weight, &bias, &residual;
 };
 
+// normalized_dims of a layer norm over dim 1 of (N, C, *).
+constexpr int64_t kNormalizedChannels = -1;
+
 // What is normalized, and what follows. fastnorm/dispatch.py has the same, and the settings of the `norm` op besides.
 struct Config {
-  int64_t groups;           // of group norm; else 0
-  int64_t normalized_dims;  // trailing dims that layer norm normalizes; else 0. Both 0: batch norm
+  int64_t groups;  // of group norm; else 0
+  int64_t
+      normalized_dims;  // trailing dims that layer norm normalizes, or kNormalizedChannels; else 0. Both 0: batch norm
   double eps;
   int64_t activation;  // Activation in csrc/core/activation.h
   double activation_param;

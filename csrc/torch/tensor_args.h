@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "core/args.h"
+#include "ops.h"
 #include "supported.h"
 
 namespace fastnorm::ops {
@@ -67,9 +68,11 @@ struct View {
 inline View::View(const Tensor& x, int64_t groups, int64_t normalized_dims) : format(at::MemoryFormat::Contiguous) {
   const at::IntArrayRef sizes = x.sizes();
   const int64_t dims = x.dim();
-  FASTNORM_SUPPORTED(groups >= 0 && normalized_dims >= 0 && (groups == 0 || normalized_dims == 0),
-                     "got groups = ", groups, " and normalized_dims = ", normalized_dims,
-                     ", expected one of them to be positive (group, layer norm) or both 0 (batch norm)");
+  FASTNORM_SUPPORTED(
+      groups >= 0 && normalized_dims >= kNormalizedChannels && (groups == 0 || normalized_dims == 0),
+      "got groups = ", groups, " and normalized_dims = ", normalized_dims,
+      ", expected one of them to be positive (group, layer norm), both 0 (batch norm) or normalized_dims to be ",
+      kNormalizedChannels, " (layer norm of channels)");
   if (normalized_dims > 0) {
     FASTNORM_SUPPORTED(normalized_dims <= dims, "normalized_dims is ", normalized_dims, ", expected at most x's ", dims,
                        " dims");
@@ -86,6 +89,11 @@ inline View::View(const Tensor& x, int64_t groups, int64_t normalized_dims) : fo
   const int64_t spatial = c10::multiply_integers(sizes.slice(2));
   format = x.suggest_memory_format();
   const bool last = format != at::MemoryFormat::Contiguous && channels > 1 && spatial > 1;
+  if (normalized_dims == kNormalizedChannels) {
+    const bool rows = last || channels == 1 || spatial == 1;  // the channels of a position adjoin
+    geometry = {Kind::kLayer, rows ? sizes[0] * spatial : sizes[0], channels, rows ? 1 : spatial, 1, false};
+    return;
+  }
   geometry = {groups == 0 ? Kind::kBatch : Kind::kGroup, sizes[0], channels, spatial,
               groups == 0 ? channels : groups,           last};
 }

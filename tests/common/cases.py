@@ -1,13 +1,15 @@
 """The table of cases, as data: read by the tests and by benchmarks/.
 
 A `Layer` says which normalization runs on which shape; a `Case` adds layout, precision, epilogue and mode.
-The class named by `Layer.norm` has the same name and constructor in torch.nn and in fastnorm, so one table builds both.
+The class named by `Layer.norm` has the same name and constructor in torch.nn and in fastnorm, so one table builds both;
+what torch.nn lacks, fastnorm.plain has in torch's operators.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fastnorm.activations
+import fastnorm.plain
 
 DTYPES = {
     "float64": torch.float64,
@@ -72,7 +75,8 @@ class Layer:
 
     def build(self, namespace: ModuleType, **extra: Any) -> torch.nn.Module:
         """The layer from `namespace`: torch.nn or fastnorm."""
-        module = getattr(namespace, self.norm)(*self.args, **dict(self.kwargs), **extra)
+        cls = getattr(namespace, self.norm, None) or getattr(fastnorm.plain, self.norm)
+        module = cls(*self.args, **dict(self.kwargs), **extra)
         assert isinstance(module, torch.nn.Module)
         return module
 
@@ -98,6 +102,13 @@ class Case:
     @property
     def param_dtype(self) -> torch.dtype:
         return DTYPES[self.precision[1]]
+
+    @property
+    def cpu_alone(self) -> bool:
+        """Whether there are no CUDA kernels for it: layer norm over the channels of planar maps."""
+        _, c, *space = self.layer.shape if len(self.layer.shape) > 1 else (1, *self.layer.shape)
+        walks_positions = self.layout == "planar" and c > 1 and math.prod(space) > 1
+        return self.layer.norm == "LayerNorm2d" and walks_positions
 
     @property
     def id(self) -> str:
@@ -197,6 +208,23 @@ LAYER = (
     Layer("split over threads", "LayerNorm", (700, 96), (96,)),
 )
 LAYERS = (*BATCH, *GROUP, *INSTANCE, *LAYER)
+# Layer norm over channels, which walks tiles of positions where maps are planar.
+MAPS = (
+    Layer("typical", "LayerNorm2d", (2, 12, 5, 4), (12,)),
+    Layer("odd C prime S", "LayerNorm2d", (3, 13, 7, 11), (13,)),
+    Layer("S is 1", "LayerNorm2d", (6, 17, 1, 1), (17,)),
+    Layer("S is 2", "LayerNorm2d", (5, 9, 1, 2), (9,)),
+    Layer("C is 1", "LayerNorm2d", (3, 1, 9, 5), (1,)),
+    Layer("C is 3", "LayerNorm2d", (3, 3, 9, 5), (3,)),
+    Layer("whole packs", "LayerNorm2d", (2, 64, 8, 8), (64,)),
+    Layer("pack and tail", "LayerNorm2d", (2, 35, 5, 13), (35,)),
+    Layer("two tiles", "LayerNorm2d", (1, 5, 37, 41), (5,)),
+    Layer("tiles of long sets", "LayerNorm2d", (1, 600, 9, 9), (600,)),
+    Layer("split over threads", "LayerNorm2d", (4, 96, 14, 14), (96,)),
+    Layer("not affine", "LayerNorm2d", (3, 6, 5, 4), (6,), (("elementwise_affine", False),)),
+    Layer("no bias", "LayerNorm2d", (3, 6, 5, 4), (6,), (("bias", False),)),
+    Layer("large eps", "LayerNorm2d", (3, 6, 5, 4), (6,), (("eps", 0.5),)),
+)
 # No elements: torch.nn decides which of these are errors.
 EMPTY = (
     Layer("no samples", "BatchNorm1d", (0, 5), (5,)),
@@ -233,12 +261,12 @@ def modes(layer: Layer) -> tuple[str, ...]:
 def parity_cases() -> Iterator[Case]:
     """Every layer x layout x precision x mode with three epilogues; every epilogue on the typical layers."""
     epilogues = ((None, False), ("relu", True), ("silu", False))
-    for layer in LAYERS:
+    for layer in (*LAYERS, *MAPS):
         for layout, precision, mode, (activation, residual) in itertools.product(
             layer.layouts, PRECISIONS, modes(layer), epilogues
         ):
             yield Case(layer, layout, precision, activation, residual, mode)
-    for layer in TYPICAL:
+    for layer in (*TYPICAL, MAPS[0]):
         for layout, precision, mode, activation, residual in itertools.product(
             layer.layouts, PRECISIONS[1:3], modes(layer), ACTIVATIONS, (False, True)
         ):

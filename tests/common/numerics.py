@@ -63,7 +63,7 @@ def build(case: Case, namespace: ModuleType, device: torch.device, seed: int = 3
 
 def call(case: Case, module: torch.nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     """act(norm(x) + residual): by torch's operators around a torch.nn module, fused by fastnorm's."""
-    if type(module).__module__.startswith("fastnorm"):
+    if isinstance(module, fastnorm.modules.Norm):
         return module(x) if residual is None else module(x, residual)
     y = module(x)
     return ACTIVATION_FUNCTIONS[case.activation](y if residual is None else y + residual)
@@ -97,12 +97,16 @@ def as_sets(x: Tensor, case: Case, module: torch.nn.Module) -> Tensor:
     if norm == "LayerNorm":
         shape = module.normalized_shape
         return x.reshape(x.shape[: x.dim() - len(shape)].numel(), -1)
+    if norm == "LayerNorm2d":
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
     return x.reshape(x.shape[0] * case.layer.groups, -1)
 
 
 def from_sets(sets: Tensor, like: Tensor, case: Case) -> Tensor:
     if case.layer.norm.startswith("BatchNorm"):
         return sets.reshape(like.shape[1], like.shape[0], *like.shape[2:]).transpose(0, 1)
+    if case.layer.norm == "LayerNorm2d":
+        return sets.reshape(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
     return sets.reshape(like.shape)
 
 
@@ -158,7 +162,7 @@ def truth(case: Case, module: torch.nn.Module, inputs: Inputs) -> Truth:
     if residual is not None:
         z = z + residual
     y = ACTIVATION_FUNCTIONS[case.activation](z)
-    values = {"y": y.detach().view(shape)}
+    values = {"y": y.detach().reshape(shape)}
     scales = {"y": largest(y) + largest(shift * weight.detach())}
     if wants_grad:
         grad = add_batch(inputs.grad, case)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnorm.activations import CODES
+from fastnorm.ops import NORMALIZED_CHANNELS
 from tests.common.cases import Case
 from tests.common.numerics import SLOPE, Inputs, add_batch, build
 from tests.common.plan_model import Shape, shape_of
@@ -38,6 +39,8 @@ class RawCall:
         )
         norm = case.layer.norm
         normalized_dims = len(self.module.normalized_shape) if norm == "LayerNorm" else 0
+        if norm == "LayerNorm2d":
+            normalized_dims = NORMALIZED_CHANNELS
         is_batch = norm.startswith("Batch")
         self.frozen = is_batch and case.mode != "train" and self.module._buffers["running_mean"] is not None
         self.activation = CODES[case.activation]
