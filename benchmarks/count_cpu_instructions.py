@@ -72,6 +72,7 @@ WALKS = (
     Walk("runs, batch", "batch", (1, 3), 2, 1088, 0, "planar", "relu", eval=True),
     Walk("runs, short cells", "group", (1, 3), 16, 128, 2, "planar", "silu"),
     Walk("runs, instances", "group", (1, 2), 2, 2048, 2, "planar", "relu"),
+    Walk("positions", "layer", (1, 3), 96, 128, 1, "planar", "gelu"),
     Walk("layer of 96", "layer", (16, 48), 96, 1, 1, "planar", "gelu"),
     Walk("layer of 768", "layer", (8, 16), 768, 1, 1, "planar", "gelu"),
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastnorm
-from fastnorm import _C
+from fastnorm import _C, plain
 from fastnorm.activations import ACTIVATIONS
 
 #: Input dtype -> how far a result may be from torch.nn in float64, as a share of its largest value: a few roundings.
@@ -29,7 +29,7 @@ LIMITS: dict[torch.dtype, float] = {
 
 
 class Trial(NamedTuple):
-    """One layer of the self-test. norm: class name in fastnorm and in torch.nn; shape: of the input."""
+    """One layer of the self-test. norm: its class in fastnorm and in torch.nn or fastnorm.plain; shape: the input's."""
 
     norm: str
     shape: tuple[int, ...]
@@ -53,8 +53,8 @@ class Outcome(NamedTuple):
     why: str
 
 
-def trials() -> Iterator[Trial]:
-    """Every norm in every layout, then two fused ones."""
+def trials(device: str = "cpu") -> Iterator[Trial]:
+    """Every norm in every layout that `device` has kernels for, then two fused ones."""
     affine = {"affine": True}
     yield Trial("BatchNorm1d", (33, 19), (19,))
     yield Trial("InstanceNorm1d", (3, 19, 21), (19,), affine)
@@ -64,6 +64,10 @@ def trials() -> Iterator[Trial]:
             yield Trial(f"InstanceNorm{norm}", (3, 24, *sizes), (24,), affine, channels_last=last)
             yield Trial("GroupNorm", (3, 24, *sizes), (6, 24), channels_last=last)
     yield Trial("LayerNorm", (21, 70), (70,))
+    for last in (False, True):
+        yield Trial("FrozenBatchNorm2d", (3, 24, 9, 7), (24,), channels_last=last)
+        if last or device == "cpu":
+            yield Trial("LayerNorm2d", (3, 24, 9, 7), (24,), channels_last=last)
     for last in (False, True):
         yield Trial("BatchNorm2d", (3, 24, 9, 7), (24,), channels_last=last, activation="relu", residual=True)
         yield Trial("GroupNorm", (3, 24, 9, 7), (6, 24), channels_last=last, activation="silu")
@@ -87,7 +91,7 @@ def run_trial(trial: Trial, dtype: torch.dtype, device: str = "cpu") -> Outcome:
             values = values.to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
         return values.to(round_to)
 
-    theirs = getattr(nn, trial.norm)(*trial.arguments, **trial.options).double()
+    theirs = (getattr(nn, trial.norm, None) or getattr(plain, trial.norm))(*trial.arguments, **trial.options).double()
     ours = getattr(fastnorm, trial.norm)(*trial.arguments, **trial.options, activation=trial.activation)
     ours.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     with torch.no_grad():
@@ -121,7 +125,7 @@ def run_trial(trial: Trial, dtype: torch.dtype, device: str = "cpu") -> Outcome:
 def self_test(device: str = "cpu") -> bool:
     """Runs and prints all trials. True if all agree with torch.nn and all were computed by fastnorm's kernels."""
     names = [str(dtype).removeprefix("torch.") for dtype in LIMITS]
-    rows = [(str(trial), [run_trial(trial, dtype, device) for dtype in LIMITS]) for trial in trials()]
+    rows = [(str(trial), [run_trial(trial, dtype, device) for dtype in LIMITS]) for trial in trials(device)]
     width = max(len(label) for label, _ in rows) + 2
 
     print(

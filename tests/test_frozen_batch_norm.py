@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections import OrderedDict
+from types import ModuleType
 
 import pytest
 import torch
@@ -298,3 +300,37 @@ def test_reverts_to_torchs_operators() -> None:
     rows = list(fastnorm.report(net))
     assert [(row.layer, row.status) for row in rows] == [("FrozenBatchNorm2d", "served")]
     assert fastnorm.explain(x, net[0]).startswith("fastnorm: cpu")
+
+
+class Detectron(nn.Module):
+    """The attributes and buffers of detectron2's class, which no test environment has."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        for name in BUFFERS:
+            self.register_buffer(name, torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def test_converts_detectron2s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the class that its module has: another of the same name is left."""
+    package = "detectron2.layers.batch_norm"
+    module, cls = ModuleType(package), type("FrozenBatchNorm2d", (Detectron,), {"__module__": package})
+    net, x = nn.Sequential(randomized(cls(6))), torch.randn(2, 6, 4, 4)
+    fastnorm.convert(net)
+    assert type(net[0]) is cls
+    module.FrozenBatchNorm2d = cls  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, package, module)
+    y = net(x)
+    fastnorm.convert(net)
+    assert type(net[0]) is fastnorm.FrozenBatchNorm2d and net[0].num_features == 6
+    assert_alike(net(x), y)
+    monkeypatch.delitem(sys.modules, package)
+    with pytest.raises(ImportError, match="detectron2"):
+        fastnorm.revert(net)
+    assert type(net[0]) is fastnorm.FrozenBatchNorm2d
+    monkeypatch.setitem(sys.modules, package, module)
+    assert type(fastnorm.revert(net)[0]) is cls and "_converted_from" not in vars(net[0])
