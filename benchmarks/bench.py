@@ -54,6 +54,12 @@ COMMITTED = Path(__file__).parent / "results" / "cpu-epyc-2core.json"
 LEAST_WEIGHT = 4 << 20  # bytes: small rows need time too, for their repeats
 
 
+def raise_ours(row: Row, mode: str, fault: Fault) -> None:
+    """An error for a fault of ours; the others' are theirs."""
+    if fault.contestant == OURS:
+        raise RuntimeError(f"{row.name}, {mode}: {fault}")
+
+
 def measure(
     rows: Sequence[Row],
     budget_s: float,
@@ -63,13 +69,13 @@ def measure(
     compile_budget_s: float = math.inf,
     tick: Callable[[Row], None] = lambda row: None,
     vs: Sequence[str] | None = None,
-    fault: Callable[[Row, str, Fault], None] = lambda row, mode, fault: None,
+    fault: Callable[[Row, str, Fault], None] = raise_ours,
 ) -> list[Result]:
     """Time every row in about `budget_s` seconds. Compiling does not count; once it has taken `compile_budget_s`, the
     other rows run without torch.compile.
 
     vs: the other contestants, of peers.NAMES; default: peers.DEFAULT. fault: told of each call that is not timed
-    because it computes something else than torch.nn. A row of ours that does is left out.
+    because it computes something else than torch.nn; a row of ours that does is left out. Default: an error for ours.
     """
     vs = peers.DEFAULT[device] if vs is None else vs
     cache = cache_bytes(device)
@@ -89,7 +95,7 @@ def measure(
             calls = arena.calls(mode, compiled)
             if "onednn" in vs and onednn.serves(row):
                 calls["onednn"] = onednn.mode_call(row, mode, arena.x, arena.modules["torch"])
-            for found in faults(calls):
+            for found in faults(calls, partial(arena.exact, mode)):
                 fault(row, mode, found)
                 del calls[found.contestant]
             if compiled:

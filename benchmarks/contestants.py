@@ -194,16 +194,25 @@ def in_turn(calls: Sequence[Call]) -> Call:
     return call
 
 
-def incoming(y: Tensor) -> Tensor:
+def incoming(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A gradient of y: the same values for everyone, in the layout of y, which is the fastest case for each. No input
-    has its seed: where dy is x, the gradient of a batch norm is nothing but roundings.
+    has its seed: where dy is x, the gradient of a batch norm is nothing but roundings. dtype: what the values are
+    rounded to, if not to y's.
     """
     generator = torch.Generator(y.device).manual_seed(DY_SEED)
-    return torch.empty_like(y).copy_(torch.randn(y.shape, device=y.device, generator=generator))
+    values = torch.randn(y.shape, device=y.device, generator=generator)
+    return torch.empty_like(y).copy_(values.to(dtype or y.dtype))
 
 
-def mode_call(mode: str, norm: Norm, x: Tensor, residual: Tensor | None, parameters: list[Tensor]) -> Call:
-    """One call of `norm` in `mode`.
+def mode_call(
+    mode: str,
+    norm: Norm,
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: list[Tensor],
+    dy_dtype: torch.dtype | None = None,
+) -> Call:
+    """One call of `norm` in `mode`. dy_dtype: what the incoming gradient is rounded to, if not to the output's dtype.
 
     A step takes the gradients of x, the residual and the parameters from `torch.autograd.grad`:
     accumulating into `.grad` of a leaf would copy a gradient that an add hands to two places.
@@ -218,7 +227,7 @@ def mode_call(mode: str, norm: Norm, x: Tensor, residual: Tensor | None, paramet
     if mode == "forward":
         return lambda: norm(x, residual)
     inputs = [x, *parameters] if residual is None else [x, residual, *parameters]
-    dy = incoming(norm(x, residual))
+    dy = incoming(norm(x, residual), dy_dtype)
     return lambda: torch.autograd.grad((norm(x, residual),), inputs, (dy,))
 
 
@@ -269,6 +278,14 @@ class Arena:
             parameters = list(self.modules[name].parameters())
             calls[name] = in_turn([mode_call(mode, norm, x, r, parameters) for x, r in self.inputs])
         return calls | {"clone": in_turn([x.detach().clone for x, _ in self.inputs])}
+
+    def exact(self, mode: str) -> object:
+        """What torch.nn returns in float64, for the first of the inputs: who is right where two disagree."""
+        module = self.row.layer.build(nn).to(self.x.device, torch.float64).train(mode != "eval")
+        module.load_state_dict(self.modules["torch"].state_dict())
+        x, residual = (None if t is None else t.detach().double().requires_grad_() for t in self.inputs[0])
+        norm = torch_norm(self.row, module)
+        return mode_call(mode, norm, x, residual, list(module.parameters()), self.x.dtype)()
 
     def disagreement(self) -> float:
         """The largest difference between our training output and torch.nn's, in epsilons of the

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from benchmarks.contestants import MODE_NAMES, MODES
 from benchmarks.results import NAMES, OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines
-from benchmarks.validation import WRONG_EPSILONS
 
 PLAIN_WIDTH = 140  # of a file or a pipe
 LABEL = 26
@@ -183,8 +182,3 @@ def print_summary(console: Console, results: list[Result], modes: tuple[str, ...
             console.print(f"  [yellow]{value:>10}[/]    {escape(name)}", style="dim")
         if len(line.misses) > SHOWN_MISSES:
             console.print(f"              and {len(line.misses) - SHOWN_MISSES} more", style="dim")
-    for result in results:
-        if not result.disagreement <= WRONG_EPSILONS:
-            console.print(
-                f"[bold red]Differs from torch.nn[/] by {result.disagreement:.0f} epsilons: {escape(result.row.name)}"
-            )

@@ -8,6 +8,7 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,21 +149,36 @@ def test_a_contestant_with_other_values_is_not_timed(mode: str) -> None:
     for _ in range(3):  # however often each has updated its running statistics
         arena.norms["torch"](arena.x, None)
     calls = arena.calls(mode)
-    assert validation.faults(calls) == []
-    (found,) = validation.faults({**calls, "apex": wrong(calls["torch"])})
+    exact = partial(arena.exact, mode)
+    assert validation.faults(calls, exact) == []
+    (found,) = validation.faults({**calls, "apex": wrong(calls["torch"])}, exact)
     assert found.contestant == "apex" and "differs from torch.nn" in str(found)
-    assert [f.contestant for f in validation.faults({**calls, "fastnorm": wrong(calls["torch"])})] == ["fastnorm"]
+    (found,) = validation.faults({**calls, "fastnorm": wrong(calls["torch"])}, exact)
+    assert found.contestant == "fastnorm"
+    with pytest.raises(RuntimeError, match=r"float32 planar plain, eval: fastnorm (differs|has)"):
+        bench.raise_ours(TINY, "eval", found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["forward", "step", "eval"])
+def test_float64_decides_where_torch_is_the_one_that_is_wrong(mode: str, dtype: str) -> None:
+    arena = Arena(Row(cases.TINY, dtype, "channels_last", "add_act"))
+    calls = arena.calls(mode)
+    shifted = {**calls, "torch": wrong(calls["torch"]) if mode == "step" else lambda: calls["torch"]() + 1}
+    assert validation.faults(shifted, partial(arena.exact, mode)) == []
+    assert [f.contestant for f in validation.faults(shifted, shifted["torch"])] == ["fastnorm"]
 
 
 def test_a_contestant_that_refuses_is_named_and_one_of_ours_raises() -> None:
     def refuse() -> None:
         raise RuntimeError("not supported\nat line 3")
 
-    calls = Arena(TINY).calls("eval")
-    (found,) = validation.faults({**calls, "apex": refuse})
+    arena = Arena(TINY)
+    calls = arena.calls("eval")
+    (found,) = validation.faults({**calls, "apex": refuse}, partial(arena.exact, "eval"))
     assert str(found) == "apex refuses: RuntimeError: not supported"
     with pytest.raises(RuntimeError, match="not supported"):
-        validation.faults({**calls, "fastnorm": refuse})
+        validation.faults({**calls, "fastnorm": refuse}, partial(arena.exact, "eval"))
 
 
 def test_another_dtype_or_shape_is_another_result() -> None:
@@ -179,8 +195,8 @@ def test_a_wrong_row_of_ours_is_left_out_and_fails_the_run(
     good = bench.faults
     asked = iter([True, False])
 
-    def first_is_wrong(calls: dict[str, Any]) -> list[validation.Fault]:
-        return good({**calls, "fastnorm": wrong(calls["fastnorm"])} if next(asked) else calls)
+    def first_is_wrong(calls: dict[str, Any], exact: Any) -> list[validation.Fault]:
+        return good({**calls, "fastnorm": wrong(calls["fastnorm"])} if next(asked) else calls, exact)
 
     monkeypatch.setattr(bench, "faults", first_is_wrong)
     arguments = ["--preset", "tiny", "--filter", "BatchNorm2d.*float32 planar (plain|.relu)", "--mode", "eval"]
