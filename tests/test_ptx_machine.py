@@ -338,6 +338,8 @@ def test_counters() -> None:
     store = counts.instructions["st.global.u32"]
     assert (store.issued, store.threads, store.enabled) == (2, 64, 40)
     assert counts.instructions["mad.wide.u32"].threads == 64
+    assert [count for opcode, count in interpreter.issued("k") if opcode == "st.shared.u32"] == [2]
+    assert len(interpreter.issued("k")) > 10 and interpreter.issued("another") == []
     written = counts.global_written
     assert (written.warps, written.threads, written.bytes, written.transactions) in {(2, 40, 160, 5), (2, 40, 160, 7)}
     assert (counts.shared_read.warps, counts.shared_read.transactions) == (2, 64)  # every lane needs the same bank

@@ -101,12 +101,20 @@ def errors_of(case: Case, results: dict[str, torch.Tensor]) -> list[str]:
     return found
 
 
+Table = tuple[tuple[Layer, ...], tuple[dict[str, str | int], ...], Device]
+"""Layers, and what their plans are forced to."""
+SHORT: Table = (LAYERS, FUSED + OTHERS, FEW)
+LONG: Table = (LONG_LAYERS, FUSED[:2], ROOMY)
+
+
 def gang_calls(
-    precisions: tuple[tuple[str, str], ...], epilogues: tuple[tuple[str | None, bool], ...]
+    precisions: tuple[tuple[str, str], ...],
+    epilogues: tuple[tuple[str | None, bool], ...],
+    tables: tuple[Table, ...] = (SHORT, LONG),
 ) -> Iterator[GangCall]:
     """Every layer, layout and choice there is a plan for; precisions and epilogues in turn."""
     precision, epilogue = itertools.cycle(precisions), itertools.cycle(epilogues)
-    for layers, choices, device in ((LAYERS, FUSED + OTHERS, FEW), (LONG_LAYERS, FUSED[:2], ROOMY)):
+    for layers, choices, device in tables:
         for layer, forced in itertools.product(layers, choices):
             for layout in layer.layouts:
                 activation, residual = next(epilogue)

@@ -72,7 +72,8 @@ class GangCase(NamedTuple):
         """None where there is no such plan in one direction."""
         case, geometry = self.case, planned_shape(self.case).geometry
         options = {"forced": self.forced, "free_sms": self.free_sms, "activation": case.activation or "none"}
-        recomputes = case.residual and case.activation == "silu"
+        masked = case.residual and case.activation in _C.two_sided_activations()
+        recomputes = case.residual and case.activation is not None and not masked
         try:
             return (
                 _C.plan_forward(geometry, case.precision[0], facts, residual=case.residual, **options),
@@ -81,7 +82,7 @@ class GangCase(NamedTuple):
                     case.precision[0],
                     facts,
                     residual=recomputes,
-                    mask=case.residual and case.activation in _C.two_sided_activations(),
+                    mask=masked,
                     dresidual=case.activation is not None,
                     **options,
                 ),

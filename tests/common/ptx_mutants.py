@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 SYNC = re.compile(
@@ -17,6 +17,12 @@ Place = tuple[Path, int]
 
 LOCATION = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?")
 ORDERS = {"atom.add.release.gpu": "atom.add.relaxed.gpu", "ld.acquire.gpu": "ld.relaxed.gpu"}
+
+
+def is_changed(text: str) -> bool:
+    """Whether an instruction, or its opcode, has a mutant. A cluster's barrier has one, at its arrival."""
+    cluster = CLUSTER.match(text)
+    return bool(SYNC.match(text) or (cluster and cluster[1] == "arrive") or any(strong in text for strong in ORDERS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +70,13 @@ class Module:
                 if strong in line:
                     yield Mutant(kernel, strong, i + 1, self.alone(kernel, {i: line.replace(strong, weak)}))
 
-    def copies(self, kernel: str) -> dict[tuple[str, tuple[Place, ...]], list[Mutant]]:
-        """The mutants of each barrier: the compiler copies a line's barrier into every loop of a kernel."""
-        found: dict[tuple[str, tuple[Place, ...]], list[Mutant]] = {}
-        for mutant in self.mutants(kernel):
-            found.setdefault((mutant.what, self.places(mutant.line)), []).append(mutant)
-        return found
+    def reached(self, kernel: str, issued: Sequence[tuple[str, int]]) -> set[int]:
+        """The lines of the mutants whose instruction was executed; issued: as the interpreter has counted."""
+        start, end = self.kernels[kernel]
+        lines = [i + 1 for i in range(start, end) if is_changed(self.lines[i])]
+        counts = [count for opcode, count in issued if is_changed(opcode)]
+        assert not counts or len(lines) == len(counts), kernel
+        return {line for line, count in zip(lines, counts, strict=bool(counts)) if count > 0}
 
     def places(self, line: int) -> tuple[Place, ...]:
         """The lines of csrc/cuda, but for platform.cuh, that an instruction comes of, from the innermost call."""

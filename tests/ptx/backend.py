@@ -80,7 +80,7 @@ class Interpreter:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._ptx = library
-        for name in ("load", "load_file", "run", "counters", "launched"):
+        for name in ("load", "load_file", "run", "counters", "launched", "issued"):
             getattr(library, f"fastnorm_ptx_{name}").restype = ctypes.c_char_p
 
     @staticmethod
@@ -130,6 +130,12 @@ class Interpreter:
     def launched(self) -> list[str]:
         """The names of the kernels launched since reset_counters(), those that failed too."""
         return str(self._ptx.fastnorm_ptx_launched().decode()).split()
+
+    def issued(self, kernel: str) -> list[tuple[str, int]]:
+        """The opcode of each of a kernel's instructions, in their order, and how often warps have issued it since
+        reset_counters(); nothing where it was not launched."""
+        lines = self._ptx.fastnorm_ptx_issued(kernel.encode()).decode().splitlines()
+        return [(opcode, int(count)) for opcode, count in map(str.split, lines)]
 
     @contextlib.contextmanager
     def executing(self, races: bool = False) -> Iterator[Counts]:

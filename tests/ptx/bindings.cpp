@@ -53,6 +53,18 @@ FASTNORM_EXPORT const char* fastnorm_ptx_launched() {
   return text.c_str();
 }
 
+// A line for each instruction of a kernel, in their order: "ld.global.f32 ISSUED"; none where it was not launched.
+FASTNORM_EXPORT const char* fastnorm_ptx_issued(const char* kernel) {
+  static std::string text;
+  text.clear();
+  ptx::with_machine([&](ptx::Machine& machine) {
+    for (const auto& [opcode, count] : machine.counters().issued[kernel]) {
+      text += opcode + " " + std::to_string(count) + "\n";
+    }
+  });
+  return text.c_str();
+}
+
 FASTNORM_EXPORT void fastnorm_ptx_look_for_races(bool on) { ptx::look_for_races(on); }
 FASTNORM_EXPORT void fastnorm_ptx_count_transactions(bool on) { ptx::count_transactions(on); }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace fastnorm::ptx {
 
@@ -30,6 +32,8 @@ struct AccessCount {
 
 struct Counters {
   std::map<std::string, InstructionCount> instructions;
+  // By kernel: the opcode of each of its instructions, in their order, and how often warps have issued it.
+  std::map<std::string, std::vector<std::pair<std::string, uint64_t>>> issued;
   AccessCount global_read, global_written, shared_read, shared_written;
 };
 

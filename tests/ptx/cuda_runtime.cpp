@@ -16,11 +16,17 @@ namespace ptx = fastnorm::ptx;
 
 constexpr int kSharedWithoutAsking = 48 << 10, kClusterWithoutAsking = 8;
 
-// A kernel's name on the device, and what it was allowed.
+const fastnorm::DeviceInfo& device() { return fastnorm::emulator::settings().device; }
+
+// A kernel's name on the device, and what it was allowed. Host code asks once for all that a device has, and a test may
+// pretend to have another device since.
 struct Function {
   std::string name;
-  int most_shared = kSharedWithoutAsking;
+  int asked_shared = kSharedWithoutAsking;
+  bool all_shared = false;
   bool any_cluster = false;
+
+  int64_t most_shared() const { return all_shared ? device().shared_per_block : asked_shared; }
 };
 
 struct Runtime {
@@ -42,8 +48,6 @@ cudaError_t returned(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;
 }
-
-const fastnorm::DeviceInfo& device() { return fastnorm::emulator::settings().device; }
 
 ptx::LaunchShape shape_of(const cudaLaunchConfig_t& config) {
   ptx::LaunchShape shape{int64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z,
@@ -97,10 +101,10 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* st
     const Function* const function = runtime().find(stub);
     if (function == nullptr) return returned(cudaErrorInvalidDeviceFunction);
     name = function->name;
-    if (shape.shared_bytes > function->most_shared) {
+    if (shape.shared_bytes > function->most_shared()) {
       return returned(
           static_cast<cudaError_t>(ptx::refuse(std::to_string(shape.shared_bytes) + " bytes of shared memory, " +
-                                               std::to_string(function->most_shared) + " allowed, " + name)));
+                                               std::to_string(function->most_shared()) + " allowed, " + name)));
     }
     if (shape.cluster > kClusterWithoutAsking && !function->any_cluster) {
       return returned(static_cast<cudaError_t>(ptx::refuse("a cluster that the kernel was not allowed, " + name)));
@@ -115,7 +119,8 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
   if (function == nullptr) return returned(cudaErrorInvalidDeviceFunction);
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     if (value > device().shared_per_block) return returned(cudaErrorInvalidValue);
-    function->most_shared = value;
+    function->asked_shared = value;
+    function->all_shared = value == device().shared_per_block;
   } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     function->any_cluster = value != 0;
   } else {

@@ -175,9 +175,12 @@ void Machine::deadlock() const {
 }
 
 void Machine::add_counts() {
+  auto& issued = counters_.issued[kernel_->name];
+  issued.resize(counts_.size());
   for (size_t at = 0; at < counts_.size(); ++at) {
-    if (counts_[at].issued == 0) continue;
-    counters_.instructions[opcode_of(kernel_->texts[kernel_->code[at].text])] += counts_[at];
+    std::string opcode = opcode_of(kernel_->texts[kernel_->code[at].text]);
+    if (counts_[at].issued > 0) counters_.instructions[opcode] += counts_[at];
+    issued[at] = {std::move(opcode), issued[at].second + counts_[at].issued};
   }
 }
 
