@@ -14,9 +14,10 @@ from .dispatch import entry_for, fall_back
 __all__ = ["ImageNormalize"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LEAST_STD = 1e-30  # its inverse is a float32
 FORMATS = (torch.preserve_format, torch.contiguous_format, torch.channels_last)
 
-#: x, scale, shift, dtype, memory_format -> x * scale + shift
+#: x, offset, scale, dtype, memory_format -> (x - offset) * scale
 normalize_images = torch.ops.fastnorm.normalize_images.default
 
 
@@ -32,7 +33,7 @@ class ImageNormalize(nn.Module):
     memory, are given as `images.permute(0, 3, 1, 2)`, which copies nothing. Floating-point images get a gradient.
     Arithmetic is in float32, or float64 where the input or the output is.
 
-    ValueError: mean and std of different lengths, a std of 0 or that is not finite, images of another number of
+    ValueError: mean and std of different lengths, a std below 1e-30 or that is not finite, images of another number of
     channels or dimensions. TypeError: another dtype. More than 32 channels are left to torch's operators.
     """
 
@@ -52,8 +53,8 @@ class ImageNormalize(nn.Module):
                 f"mean and std have {len(self.mean)} and {len(self.std)} numbers, expected one per channel"
             )
         for s in self.std:
-            if s == 0 or not abs(s) < float("inf"):
-                raise ValueError(f"std has {s}, expected finite numbers other than 0")
+            if not LEAST_STD <= abs(s) < float("inf"):
+                raise ValueError(f"std has {s}, expected finite numbers of at least {LEAST_STD}")
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"dtype is {dtype}, expected None or one of {', '.join(map(str, FLOATS))}")
         if memory_format not in FORMATS:
@@ -69,10 +70,9 @@ class ImageNormalize(nn.Module):
         if images.dim() == 3:
             return self.forward(images[None])[0]
         most = 255.0 if images.dtype == torch.uint8 else 1.0
-        scale = [1 / (most * s) for s in self.std]
-        shift = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
+        offset, scale = [most * m for m in self.mean], [1 / (most * s) for s in self.std]
         dtype = self.dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
-        arguments = (scale, shift, dtype, self.memory_format)
+        arguments = (offset, scale, dtype, self.memory_format)
         try:
             entry_for(images)  # refuses where torch has to see its own operators
             return normalize_images(images, *arguments)  # type: ignore[no-any-return]
@@ -85,32 +85,32 @@ class ImageNormalize(nn.Module):
 
 
 def reference(
-    x: Tensor, scale: Sequence[float], shift: Sequence[float], dtype: torch.dtype, memory_format: torch.memory_format
+    x: Tensor, offset: Sequence[float], scale: Sequence[float], dtype: torch.dtype, memory_format: torch.memory_format
 ) -> Tensor:
     """`normalize_images` in torch's operators."""
     accum = torch.float64 if torch.float64 in (x.dtype, dtype) else torch.float32
-    a, b = (x.new_tensor(values, dtype=accum).view(-1, 1, 1) for values in (scale, shift))
-    y = (x.to(accum) * a + b).to(dtype)
-    return y.contiguous(memory_format=_format_of(x, memory_format))
+    a, b = (torch.tensor(values, dtype=accum, device=x.device).view(-1, 1, 1) for values in (offset, scale))
+    y = ((x.to(accum) - a) * b).to(dtype)
+    return y if memory_format == torch.preserve_format else y.contiguous(memory_format=memory_format)
 
 
 def _format_of(x: Tensor, memory_format: torch.memory_format) -> torch.memory_format:
     return suggest_memory_format(x) if memory_format == torch.preserve_format else memory_format
 
 
-def _fake(x: Tensor, scale: Any, shift: Any, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+def _fake(x: Tensor, offset: Any, scale: Any, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=_format_of(x, memory_format))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.scale, *_ = inputs
+    x, _, ctx.scale, *_ = inputs
     ctx.dtype, ctx.format = x.dtype, suggest_memory_format(x)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-    """The same map without the shift, to x's dtype and layout."""
+    """The same map without the offset, to x's dtype and layout."""
     zeros = [0.0] * len(ctx.scale)
-    return normalize_images(dy, ctx.scale, zeros, ctx.dtype, ctx.format), None, None, None, None
+    return normalize_images(dy, zeros, ctx.scale, ctx.dtype, ctx.format), None, None, None, None
 
 
 torch.library.register_fake("fastnorm::normalize_images", _fake)

@@ -1,4 +1,4 @@
-// The arguments of a call that normalizes images: y = x * scale + shift, a scale and a shift for each channel, from any
+// The arguments of a call that normalizes images: y = (x - offset) * scale, two numbers for each channel, from any
 // of the types and layouts of images to any other in one pass.
 #pragma once
 
@@ -17,7 +17,7 @@ struct ImageArgs {
   DType x_dtype, y_dtype;             // x_dtype: where x is not uint8
   int64_t N, C, S;                    // images, channels, pixels
   bool x_interleaved, y_interleaved;  // the channels of a pixel are neighbours (channels_last); else planes
-  double scale[kMaxImageChannels], shift[kMaxImageChannels];
+  double offset[kMaxImageChannels], scale[kMaxImageChannels];
 
   int64_t numel() const { return N * C * S; }
 };

@@ -1,6 +1,6 @@
-// Normalizes images: y = x * scale + shift with a scale and a shift for each channel.
+// Normalizes images: y = (x - offset) * scale with two numbers for each channel.
 //
-// A tile of pixels goes through the L1 cache: it is widened, scaled and shifted in the order of x, put into the order
+// A tile of pixels goes through the L1 cache: it is widened, shifted and scaled in the order of x, put into the order
 // of y where that is another, and narrowed. Each of the three is a loop that the compiler makes vectors of, so that a
 // type or a layout more is no loop more.
 #pragma once
@@ -37,17 +37,17 @@ class NormalizeImages {
 
   void normalize(int64_t image, int64_t first, int64_t end) const {
     const int64_t n = pixels_ * C_;
-    const Buffer<A> scale(n), shift(n), tile(n), reordered(n);
+    const Buffer<A> offset(n), scale(n), tile(n), reordered(n);
     // Of every element of a tile: planes of `pixels_`, or the channels of pixel after pixel.
     for (int64_t i = 0; i < n; ++i) {
       const int64_t c = args_.x_interleaved ? i % C_ : i / pixels_;
+      offset[i] = static_cast<A>(args_.offset[c]);
       scale[i] = static_cast<A>(args_.scale[c]);
-      shift[i] = static_cast<A>(args_.shift[c]);
     }
     for (int64_t pixel = first * pixels_; pixel < std::min(end * pixels_, args_.S); pixel += pixels_) {
       const int64_t count = std::min(pixels_, args_.S - pixel);
       for_each_run(args_.x_interleaved, image, pixel, count, [&](int64_t place, int64_t in_tile, int64_t length) {
-        widen(static_cast<const In*>(args_.x) + place, length, scale + in_tile, shift + in_tile, tile + in_tile);
+        widen(static_cast<const In*>(args_.x) + place, length, offset + in_tile, scale + in_tile, tile + in_tile);
       });
       const A* ordered = tile;
       if (reorders_) {
@@ -91,16 +91,16 @@ class NormalizeImages {
 
   static constexpr int64_t kPack = kLanes<float>;
 
-  static void widen(const In* x, int64_t n, const A* scale, const A* shift, A* out) {
+  static void widen(const In* x, int64_t n, const A* offset, const A* scale, A* out) {
     if constexpr (std::is_same_v<In, Float16>) {
       for (int64_t i = 0; i < n; i += kPack) {
         const int64_t count = std::min(kPack, n - i);
         alignas(kPackBytes) float lanes[kPack];
         store(lanes, load_first(x + i, count));
-        for (int64_t k = 0; k < count; ++k) out[i + k] = static_cast<A>(lanes[k]) * scale[i + k] + shift[i + k];
+        for (int64_t k = 0; k < count; ++k) out[i + k] = (static_cast<A>(lanes[k]) - offset[i + k]) * scale[i + k];
       }
     } else {
-      for (int64_t i = 0; i < n; ++i) out[i] = value(x[i]) * scale[i] + shift[i];
+      for (int64_t i = 0; i < n; ++i) out[i] = (value(x[i]) - offset[i]) * scale[i];
     }
   }
   static A value(uint8_t v) { return static_cast<A>(static_cast<int32_t>(v)); }

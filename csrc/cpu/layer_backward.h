@@ -34,7 +34,8 @@ class LayerBackward : Call<T, BackwardCall> {
   const int64_t chunks_ = std::clamp<int64_t>(g.N / (params_ ? kMinSamples : 1), std::min<int64_t>(g.N, 2), kMaxChunks);
 
   // Sets that go through a pass together, and the d that it keeps of them.
-  const bool together_ = g.G == 1 && 2 * kRowGroup * g.D() * static_cast<int64_t>(sizeof(T)) <= kRowsInL1;
+  const bool together_ =
+      args.plan.rows_together && g.G == 1 && 2 * kRowGroup * g.D() * static_cast<int64_t>(sizeof(T)) <= kRowsInL1;
   const int64_t set_lanes_ = lane_pitch<A>(g.D());
   const bool caches_d_ = applies_ && Base::caches_slopes((together_ ? kRowGroup : 1) * set_lanes_);
 

@@ -59,7 +59,8 @@ class LayerForward : Call<T, ForwardCall> {
 
   void run() {
     const int64_t per_task = args.plan.sets_per_task;
-    const bool together = g.G == 1 && kRowGroup * D_ * static_cast<int64_t>(sizeof(T)) <= kRowsInL1;
+    const bool together =
+        args.plan.rows_together && g.G == 1 && kRowGroup * D_ * static_cast<int64_t>(sizeof(T)) <= kRowsInL1;
     for_each_task(args.parallel, div_up(g.sets(), per_task), [&](int64_t t) {
       int64_t set = t * per_task;
       const int64_t end = std::min(set + per_task, g.sets());

@@ -1,4 +1,4 @@
-// Normalizes images: y = x * scale + shift with a scale and a shift for each channel.
+// Normalizes images: y = (x - offset) * scale with two numbers for each channel.
 //
 // Who: a thread owns W neighbouring pixels and goes through their channels. In planes its W elements of a channel are a
 // pack, and neighbouring threads read neighbouring packs; channels_last its W * C elements are neighbours, which it
@@ -6,6 +6,7 @@
 // Needs: W divides the pixels of an image, and planes are aligned to packs of W elements.
 #include "core/images.h"
 
+#include "fast_div.h"
 #include "launch.cuh"
 #include "pack.cuh"
 
@@ -22,7 +23,7 @@ struct ImageShape {
   WideDiv groups_of_image;
   int64_t C, S;
   bool x_interleaved, y_interleaved;
-  A scale[kMaxImageChannels], shift[kMaxImageChannels];
+  A offset[kMaxImageChannels], scale[kMaxImageChannels];
 };
 
 template <class A, class T>
@@ -39,16 +40,21 @@ template <int W, class A, class T>
 FASTNORM_DEVICE void load_pixels(const T* image, bool interleaved, int64_t C, int64_t S, int64_t pixel, int64_t c,
                                  A (&out)[W]) {
   T lanes[W];
-  if (interleaved || W == 1) {
+  bool loaded = false;
+  if constexpr (W > 1) {
+    if (!interleaved) {
+      const Pack<T, W> pack = load<W>(image + c * S + pixel);
+      memcpy(lanes, &pack, sizeof lanes);
+      loaded = true;
+    }
+  }
+  if (!loaded) {
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       const T* const p = image + (interleaved ? (pixel + w) * C + c : c * S + pixel);
       note_read(p, sizeof(T), Access::kStream);
       lanes[w] = *p;
     }
-  } else {
-    const auto pack = load<W == 1 ? 4 : W>(image + c * S + pixel);
-    memcpy(lanes, &pack, sizeof lanes);
   }
 #pragma unroll
   for (int w = 0; w < W; ++w) out[w] = widen_pixel<A>(lanes[w]);
@@ -56,15 +62,14 @@ FASTNORM_DEVICE void load_pixels(const T* image, bool interleaved, int64_t C, in
 template <int W, class A, class T>
 FASTNORM_DEVICE void store_pixels(T* image, bool interleaved, int64_t C, int64_t S, int64_t pixel, int64_t c,
                                   const A (&values)[W]) {
-  if (interleaved || W == 1) {
+  if constexpr (W > 1) {
+    if (!interleaved) return store<W>(image + c * S + pixel, narrow<T>(values));
+  }
 #pragma unroll
-    for (int w = 0; w < W; ++w) {
-      T* const p = image + (interleaved ? (pixel + w) * C + c : c * S + pixel);
-      note_write(p, sizeof(T), Access::kStream);
-      *p = narrow<T>(values[w]);
-    }
-  } else {
-    store<W>(image + c * S + pixel, narrow<T>(values));
+  for (int w = 0; w < W; ++w) {
+    T* const p = image + (interleaved ? (pixel + w) * C + c : c * S + pixel);
+    note_write(p, sizeof(T), Access::kStream);
+    *p = narrow<T>(values[w]);
   }
 }
 
@@ -80,7 +85,7 @@ normalize_images(const In* x, Out* y, const ImageShape<ImageAccum<In, Out>> shap
       A v[W];
       load_pixels<W>(x + base, shape.x_interleaved, shape.C, shape.S, pixel, c, v);
 #pragma unroll
-      for (int w = 0; w < W; ++w) v[w] = v[w] * shape.scale[c] + shape.shift[c];
+      for (int w = 0; w < W; ++w) v[w] = (v[w] - shape.offset[c]) * shape.scale[c];
       store_pixels<W>(y + base, shape.y_interleaved, shape.C, shape.S, pixel, c, v);
     }
   }
@@ -97,8 +102,8 @@ int launch_width(const ImageArgs& args, void* stream) {
   shape.x_interleaved = args.x_interleaved;
   shape.y_interleaved = args.y_interleaved;
   for (int64_t c = 0; c < args.C; ++c) {
+    shape.offset[c] = static_cast<A>(args.offset[c]);
     shape.scale[c] = static_cast<A>(args.scale[c]);
-    shape.shift[c] = static_cast<A>(args.shift[c]);
   }
   const int64_t blocks = std::min((shape.groups + kImageThreads - 1) / kImageThreads, kMaxImageBlocks);
   return launch(normalize_images<In, Out, W>, LaunchConfig{blocks, kImageThreads, 0, stream},

@@ -33,7 +33,7 @@ struct CpuPlan {
   bool stream;              // stores go past the cache
   int64_t sets_per_task;    // rows, unless split
   int64_t chunk_positions;  // columns: positions of a chunk
-  bool rows_together;       // columns: several positions are worked on at a time
+  bool rows_together;       // several positions (columns) or sets (layer norm) are worked on at a time
 
   bool operator==(const CpuPlan&) const = default;
 };

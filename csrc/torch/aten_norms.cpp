@@ -19,14 +19,16 @@ const OptTensor kAbsent;
 
 Config batch_config(double eps) { return {0, 0, eps, 0, 0}; }
 
-// torch's kernels take parameters of one dtype.
-void check_one_dtype(std::initializer_list<const OptTensor*> params) {
-  const Tensor* first = nullptr;
+// torch's kernels take parameters of one dtype, x's or float32 where x is half; whether they are wider goes by the
+// first.
+void check_dtypes(const Tensor& x, const OptTensor& first, std::initializer_list<const OptTensor*> params) {
+  const bool is_half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
   for (const OptTensor* t : params) {
     if (!present(*t)) continue;
-    if (first == nullptr) first = &**t;
-    FASTNORM_SUPPORTED((*t)->scalar_type() == first->scalar_type(), "parameters have dtypes ", first->scalar_type(),
-                       " and ", (*t)->scalar_type());
+    const at::ScalarType type = (*t)->scalar_type();
+    const bool fits = type == x.scalar_type() || (is_half && type == at::kFloat && present(first));
+    FASTNORM_SUPPORTED(fits && (!present(first) || type == first->scalar_type()), "a parameter has dtype ", type,
+                       " with x of ", x.scalar_type());
   }
 }
 
@@ -43,7 +45,7 @@ Outputs batch_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bi
   FASTNORM_SUPPORTED(training ? eps > 0 : eps >= 0, "eps is ", eps, ", expected a positive one");
   FASTNORM_SUPPORTED(present(running_mean) == present(running_var), "one of running_mean and running_var is given");
   FASTNORM_SUPPORTED(training || present(running_mean), "there are no running statistics to use");
-  check_one_dtype({&weight, &bias, &running_mean, &running_var});
+  check_dtypes(x, present(weight) ? weight : running_mean, {&weight, &bias, &running_mean, &running_var});
   check_layout(x);
   const Inputs inputs{x, weight, bias, kAbsent};
   const at::ScalarType type = saved_type(x, {&weight, &bias, &running_mean, &running_var});
@@ -89,7 +91,7 @@ Outputs group_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bi
                      "x has shape ", x.sizes(), ", expected (N, C, *) with ", groups, " groups");
   FASTNORM_SUPPORTED(x.is_contiguous(x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous),
                      "x is not contiguous");
-  check_one_dtype({&weight, &bias});
+  check_dtypes(x, weight, {&weight, &bias});
   const auto [y, stats, mask] = norm_forward({x, weight, bias, kAbsent}, {}, {}, {groups, 0, eps, 0, 0}, false);
   const at::ScalarType type = saved_type(x, {&weight, &bias});
   const std::array<int64_t, 2> sizes{x.size(0), groups};
@@ -108,7 +110,7 @@ int64_t normalized_dims(const Tensor& x, c10::SymIntArrayRef shape) {
 Outputs layer_norm(const Tensor& x, c10::SymIntArrayRef shape, const OptTensor& weight, const OptTensor& bias,
                    double eps) {
   const int64_t dims = normalized_dims(x, shape);
-  check_one_dtype({&weight, &bias});
+  check_dtypes(x, weight, {&weight, &bias});
   const auto [y, stats, mask] = norm_forward({x, weight, bias, kAbsent}, {}, {}, {0, dims, eps, 0, 0}, false);
   const at::ScalarType type = saved_type(x, {&weight, &bias});
   c10::DimVector sizes(x.sizes());

@@ -7,7 +7,7 @@
 
 namespace fastnorm::ops {
 
-Tensor normalize_images(const Tensor& x, at::ArrayRef<double> scale, at::ArrayRef<double> shift, at::ScalarType dtype,
+Tensor normalize_images(const Tensor& x, at::ArrayRef<double> offset, at::ArrayRef<double> scale, at::ScalarType dtype,
                         at::MemoryFormat format) {
   const Backend& backend = backend_of(x, "x");
   check_on(x, "x", x.device());
@@ -18,8 +18,8 @@ Tensor normalize_images(const Tensor& x, at::ArrayRef<double> scale, at::ArrayRe
   args.S = x.size(2) * x.size(3);
   const auto channels = static_cast<size_t>(args.C);
   FASTNORM_SUPPORTED(args.C <= kMaxImageChannels, "x has ", args.C, " channels, expected at most ", kMaxImageChannels);
-  FASTNORM_SUPPORTED(scale.size() == channels && shift.size() == channels, "scale and shift have ", scale.size(),
-                     " and ", shift.size(), " numbers, expected x's ", args.C, " channels");
+  FASTNORM_SUPPORTED(offset.size() == channels && scale.size() == channels, "offset and scale have ", offset.size(),
+                     " and ", scale.size(), " numbers, expected x's ", args.C, " channels");
   args.x_is_uint8 = x.scalar_type() == at::kByte;
   if (!args.x_is_uint8) args.x_dtype = dtype_of(x, "x");
 
@@ -35,8 +35,8 @@ Tensor normalize_images(const Tensor& x, at::ArrayRef<double> scale, at::ArrayRe
   args.y = y.mutable_data_ptr();
   args.x_interleaved = x_format == at::MemoryFormat::ChannelsLast;
   args.y_interleaved = y_format == at::MemoryFormat::ChannelsLast;
+  std::copy(offset.begin(), offset.end(), args.offset);
   std::copy(scale.begin(), scale.end(), args.scale);
-  std::copy(shift.begin(), shift.end(), args.shift);
   backend.normalize_images(args, x.device());
   return y;
 }

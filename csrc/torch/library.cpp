@@ -33,7 +33,7 @@ FASTNORM_LIBRARY(FASTNORM_NAMESPACE, m) {
       "Tensor stats, SymInt count, float? momentum) -> ()");
   m.def("moments(Tensor x) -> (Tensor mean, Tensor var)");
   m.def(
-      "normalize_images(Tensor x, float[] scale, float[] shift, ScalarType dtype, MemoryFormat memory_format) "
+      "normalize_images(Tensor x, float[] offset, float[] scale, ScalarType dtype, MemoryFormat memory_format) "
       "-> Tensor");
   m.def("batch_norm_partial(Tensor x) -> Tensor partial");
   m.def(

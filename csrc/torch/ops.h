@@ -66,9 +66,9 @@ Tensor channel_stats(const Tensor& x, double eps);
 // Per-channel mean and biased variance over all other dims.
 std::tuple<Tensor, Tensor> moments(const Tensor& x);
 
-// y = x * scale + shift for images x (N, C, H, W), a number for each channel, in the dtype and memory format asked for
-// (Preserve: x's) and in one pass. x may be uint8.
-Tensor normalize_images(const Tensor& x, at::ArrayRef<double> scale, at::ArrayRef<double> shift, at::ScalarType dtype,
+// y = (x - offset) * scale for images x (N, C, H, W), a number for each channel, in the dtype and memory format asked
+// for (Preserve: x's) and in one pass. x may be uint8.
+Tensor normalize_images(const Tensor& x, at::ArrayRef<double> offset, at::ArrayRef<double> scale, at::ScalarType dtype,
                         at::MemoryFormat format);
 
 // Batch norm in steps, for statistics of several ranks: every rank takes its partial, gathers those of all, folds them
