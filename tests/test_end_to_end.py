@@ -29,11 +29,11 @@ class Small(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, 2)
         self.bn, self.gn = nn.BatchNorm2d(16), nn.GroupNorm(4, 16)
-        self.ln = nn.LayerNorm(16)
+        self.ln, self.head = nn.LayerNorm(16), nn.Linear(16, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.relu(self.bn(self.conv(x)))
-        return self.ln(nn.functional.silu(self.gn(x)).mean((2, 3)))
+        return self.head(self.ln(nn.functional.silu(self.gn(x)).mean((2, 3))))
 
 
 @pytest.fixture
@@ -99,6 +99,7 @@ def test_a_row_is_compared_and_timed(small: None, mode: str, dtype: str) -> None
     outcome = end_to_end.measure(setup(mode=mode, dtype=dtype), 0.0, with_memory=False)
     assert set(outcome.times) == set(end_to_end.WAYS) and not outcome.faults and not outcome.memory
     assert set(outcome.errors) == set(end_to_end.WAYS[1:])
+    assert all(set(errors) == {"output", "float64"} for errors in outcome.errors.values())
     assert all(outcome.images_per_s(name) > 0 for name in outcome.times)
 
 
@@ -131,7 +132,22 @@ def test_a_contestant_with_other_results_is_not_timed(small: None) -> None:
         found["convert"].model.ln.weight.mul_(1.01)
     end_to_end.compare(found, outcome)
     assert "convert" not in found and [fault.contestant for fault in outcome.faults] == ["convert"]
-    assert "differ from torch.nn's by" in str(outcome.faults[0])
+    assert "convert is wrong: the output differs from torch.nn's by" in str(outcome.faults[0])
+
+
+def test_wrong_gradients_are_found_in_float64(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fastnorm.fuse
+
+    def wrong(model: nn.Module) -> nn.Module:
+        model.gn.weight.register_hook(lambda gradient: 1.001 * gradient)
+        return right(model)
+
+    monkeypatch.setattr(fastnorm, "fuse", wrong)
+    outcome = Outcome(setup())
+    end_to_end.compare(dict(end_to_end.contestants(outcome.setup, compiled=False)), outcome)
+    (fault,) = outcome.faults
+    assert str(fault).startswith("fuse is wrong: in float64, output and gradients differ")
+    assert outcome.errors["convert"]["float64"] < 1e-6
 
 
 # ---- memory ----
