@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch.fx
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class SkipInit(nn.Module):
     def __init__(
         self, init: float = 0.0, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        if isinstance(init, bool) or not isinstance(init, (int, float)):
+        if isinstance(init, bool) or not isinstance(init, numbers.Real):
             raise TypeError(f"init must be a number, but got {type(init).__name__}")
         if not math.isfinite(init):
             raise ValueError(f"init is {init}, expected a finite number")

@@ -31,11 +31,15 @@ def moments(
     The kernels serve every `dim` whose kept dimensions adjoin, such as the channels, leading dims (what LayerNorm and
     InstanceNorm share statistics over) or none; torch.var_mean computes the others.
     ValueError for less than two dimensions where dim is None, and for a dimension named twice; IndexError for one that
-    x does not have; TypeError for dims that are not integers, and for a correction that is no number.
+    x does not have; TypeError for dims that are not integers, for a correction that is no number, and for complex x.
     Source: tf.nn.moments; torch.var_mean, which rounds half precision.
     """
     if not isinstance(correction, numbers.Real):
         raise TypeError(f"correction must be a number, but got {type(correction).__name__}")
+    if not math.isfinite(correction):
+        raise ValueError(f"correction is {correction}, expected a finite number")
+    if x.is_complex():
+        raise TypeError(f"x has dtype {x.dtype}, expected a real one")
     if dim is None and x.dim() < 2:
         raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
     reduced = _reduced_dims(x, dim)

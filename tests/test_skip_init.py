@@ -6,6 +6,7 @@ import copy
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -150,3 +151,7 @@ def test_state() -> None:
 def test_refuses(init: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         SkipInit(init)
+
+
+def test_any_real_number_is_a_start() -> None:
+    assert fastnorm.SkipInit(np.float32(0.5)).alpha.item() == 0.5

@@ -260,3 +260,10 @@ def test_normalize_refuses(change: dict[str, Any], error: type[Exception], messa
     kwargs: dict[str, Any] = {"x": torch.randn(SHAPE), "mean": torch.zeros(5), "var": torch.ones(5)}
     with pytest.raises(error, match=message):
         functional.normalize(**kwargs | change)
+
+
+def test_moments_of_no_real_number() -> None:
+    with pytest.raises(TypeError, match=r"x has dtype torch\.complex64, expected a real one"):
+        functional.moments(torch.ones(2, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="correction is nan, expected a finite number"):
+        functional.moments(torch.ones(2, 3), correction=float("nan"))
