@@ -217,7 +217,7 @@ def test_table(instruction: str, signature: str, rows: tuple[tuple[int, ...], ..
         *("max.xorsign.abs.f32 %r4, %r5, %r6", "mad.wide.s64 %d4, %d5, %d6, %d7", "cvt.rn.tf32.f32 %r4, %r5"),
         *(
             "shfl.bfly.b32 %r4, %r5, 1, 31",
-            "atom.acquire.cta.global.add.u32 %r4, [%d5], 1",
+            "fence.acq_rel",
             "mbarrier.init.b64 [%r4], 1",
         ),
     ],
