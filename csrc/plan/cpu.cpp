@@ -22,15 +22,16 @@ constexpr int64_t kMinChunkPositions = 128, kLeastChunkPositions = 16;
 constexpr int64_t kTogetherBytes = 512;
 constexpr int64_t kChunkElements = 65536;
 
-bool stays_in_cache(const Geometry& g, DType dtype, int streams, const CpuInfo& cpu) {
-  return g.numel() * size_of(dtype) * streams < cpu.l3_bytes / 2;
+// tensors: of x's size, that the call goes through.
+bool stay_in_cache(int tensors, const Geometry& g, DType dtype, const CpuInfo& cpu) {
+  return g.numel() * size_of(dtype) * tensors < cpu.l3_bytes / 2;
 }
 
 // Layer norm: from memory, four float32 rows of 768 bytes at a time took 1.7 times as long as one by one forward, 1.3
 // times backward (6272 rows). Rows of half types wait for arithmetic: one by one they took up to 1.75 times as long.
-CpuPlan plan_rows(const Geometry& g, DType dtype, int streams, CpuPlan plan, const CpuInfo& cpu) {
+CpuPlan plan_rows(const Geometry& g, DType dtype, int tensors, CpuPlan plan, const CpuInfo& cpu) {
   const bool waits_for_memory = size_of(dtype) > 2 && g.set_size() * size_of(dtype) > kTogetherBytes;
-  plan.rows_together = g.per_element() && (!waits_for_memory || stays_in_cache(g, dtype, streams, cpu));
+  plan.rows_together = g.per_element() && (!waits_for_memory || stay_in_cache(tensors, g, dtype, cpu));
   const int64_t sets = kTaskElements / std::max<int64_t>(1, g.set_size());
   plan.sets_per_task = sets > 1 ? div_up(sets, kSetsTogether) * kSetsTogether : 1;
   const int64_t chunks = g.set_size() / (kBlock * kChunkBlocks);
@@ -44,7 +45,7 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
   const int64_t quarter = div_up(rows, 4 * kLeastChunkPositions) * kLeastChunkPositions;
   plan.chunk_positions = std::max(std::min(quarter, kMinChunkPositions), kChunkElements / C);
   plan.split = cpu.threads > 1 && g.outer() < 4 * cpu.threads && g.positions() > plan.chunk_positions;
-  plan.rows_together = 4 * row_bytes <= kTogetherBytes || stays_in_cache(g, dtype, streams, cpu);
+  plan.rows_together = 4 * row_bytes <= kTogetherBytes || stay_in_cache(streams, g, dtype, cpu);
   return plan;
 }
 
@@ -69,7 +70,7 @@ CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, int outputs, const
       g.numel() * size_of(dtype) * outputs > cpu.l3_bytes / 2 && g.mask_run() * size_of(dtype) % 64 == 0;
   const CpuPlan plan{g.traversal(), false, stream, 1, g.positions(), false};
   if (g.sets_are_positions()) return plan_positions(g, plan);
-  return g.traversal() == Traversal::kRows ? plan_rows(g, dtype, streams, plan, cpu)
+  return g.traversal() == Traversal::kRows ? plan_rows(g, dtype, streams + outputs, plan, cpu)
                                            : plan_columns(g, dtype, streams, plan, cpu);
 }
 
