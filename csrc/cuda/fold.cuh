@@ -178,7 +178,7 @@ update_running(RunningArgs r) {
 // What: the statistics of batch norm from the partials of all ranks.
 // Who: a warp takes a channel, its lanes the ranks in strides; they merge in a fixed order.
 template <class A>
-FASTNORM_KERNEL(kBlockThreads, 1)
+FASTNORM_KERNEL(kBlockThreads, 2)
 fold_partials(FoldArgs f) {
   const A* partials = static_cast<const A*>(f.partials);
   for_each_by_warp(f.channels, [&](int64_t c, int lane) {
