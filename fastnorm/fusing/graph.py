@@ -29,7 +29,7 @@ from .patterns import (
     is_torchs_own,
 )
 from .record import Fusion, fusion_of, is_norm
-from .ungraph import NODE, NOTES, Replaced, Step
+from .ungraph import GRAPH, NODE, NOTES, Replaced, Step
 
 __all__ = ["fuse_graph"]
 
@@ -94,7 +94,7 @@ def fuse_graph(graph: torch.fx.GraphModule, refusals: dict[int, str]) -> None:
         is_function = node.op == "call_function" and (node.target in _ATEN or node.target in _FUNCTIONS)
         if (module is None or not is_norm(module)) and not is_function:
             continue
-        if module is not None and fusion_of(module) is not None:
+        if module is not None and (fusion := fusion_of(module)) is not None and fusion.place == GRAPH:
             continue
         found = _follow(graph, node)
         reason = found if isinstance(found, str) else _why_unfit(graph, node, module)
@@ -250,4 +250,7 @@ def _replace(graph: torch.fx.GraphModule, norm: Node, module: nn.Module | None, 
     for node in (*reversed(found.nodes), norm):
         graph.graph.erase_node(node)
     if module is not None:
-        mark(module, act, Fusion(found.text, "the graph"), found.in_place)
+        mark(module, Fusion(found.text, GRAPH), found.in_place)
+        if act is not None:
+            own = vars(module)
+            own["_fuses"], own["activation"], own["activation_param"] = True, act.name, act.param

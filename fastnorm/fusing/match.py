@@ -45,6 +45,7 @@ class Site:
     call: ast.Call
     act: Act | None = None
     act_node: ast.Call | None = None
+    act_is_module: bool = False
     residual: ast.expr | None = None
     norm_on_the_right: bool = False
     in_place: bool = False
@@ -137,6 +138,7 @@ class _Follow(Flow):
         if not self.dead_afterwards(named, statement):
             return False
         self.site.act, self.site.act_node = act, call
+        self.site.act_is_module = isinstance(resolve(call.func, self.method), nn.Module)
         return True
 
     def _activation_call(self, call: ast.Call) -> Act | None:

@@ -13,11 +13,13 @@ from torch.fx import Node
 from ..activations import ACTIVATIONS
 from .record import fusion_of
 
-__all__ = ["NODE", "NOTES", "Replaced", "Step", "undo_graphs"]
+__all__ = ["GRAPH", "NODE", "NOTES", "Replaced", "Step", "undo_graphs"]
 
 #: In the meta of a node: what it stands for. In the meta of a graph: what became of norms that are functions.
 NODE = "fastnorm_replaced"
 NOTES = "fastnorm_notes"
+#: The place of a norm that a graph calls: it has the activation itself.
+GRAPH = "the graph"
 aten = torch.ops.aten
 
 
@@ -67,7 +69,7 @@ def undo_graphs(model: nn.Module) -> None:
 def _guessed(graph: torch.fx.GraphModule, node: Node) -> Replaced | None:
     """Of a graph that was pickled, whose nodes have lost their meta."""
     norm: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if norm is None or (fusion := fusion_of(norm)) is None or fusion.absorbed:
+    if norm is None or (fusion := fusion_of(norm)) is None or fusion.place != GRAPH:
         return None
     steps = [Step("call_function", operator.add, (), {}, "right")] if len(node.args) > 1 else []
     name, _ = norm._epilogue()
