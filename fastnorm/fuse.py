@@ -82,11 +82,12 @@ def _place_name(usage: Usage, module: nn.Module) -> str:
 
 
 def _fuse_containers(model: nn.Module, usage: Usage, refusals: dict[int, str]) -> None:
-    for module in list(model.modules()):
+    for module in model.modules():
         if is_norm_act(module) and fusion_of(module) is None and id(module) not in refusals:
             reason = "has hooks" if has_hooks(module) else fuse_norm_act(module)
             if reason is not None:
                 refusals[id(module)] = reason
+    for module in model.modules():
         if not is_plain_sequential(module):
             continue
         assert isinstance(module, nn.Sequential)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .. import modules, reference
-from .patterns import Act, activation_of_module, has_hooks
+from .patterns import Act, activation_of_module, has_hooks, is_activation_class
 
 __all__ = ["HELPERS", "KEY", "RESIDUAL", "NormAct", "is_identity"]
 
@@ -102,7 +102,7 @@ def run_fused(
             behind += 1
         if behind == count:
             return call_fused(child, x, residual, act, in_place)
-        if activation_of_module(children[behind]) is not None:
+        if is_activation_class(type(children[behind])):
             x = call_fused(child, x, None, children[behind])
             place = behind + 1
         else:

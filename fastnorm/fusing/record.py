@@ -89,11 +89,20 @@ class Rewritten:
             super().add_module(name, module)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._rewriting.assumed and getattr(self, name, self) is not value:
+        changes = name in self._rewriting.assumed and getattr(self, name, self) is not value
+        if changes and "_is_replica" not in vars(self):  # a replica is given the replicas of its children
             _undo_calls(self)
             setattr(self, name, value)  # by the class that it has now
         else:
             super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self: Any) -> nn.Module:
+        """torch's makes the replica by `__new__`, which here is a constructor of the original class."""
+        plain = nn.Module.__new__(nn.Module)
+        plain.__dict__ = self.__dict__
+        replica: nn.Module = plain._replicate_for_data_parallel()
+        replica.__class__ = type(self)
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class does not exist where the module is loaded: it is made again."""
@@ -188,7 +197,7 @@ def undo(model: nn.Module) -> None:
 
 def _undo_calls(module: Any) -> None:
     """Take back what `fuse` has done with the calls in this module's own methods."""
-    bonds = vars(module).pop(BONDS, [])
+    bonds = [*vars(module).pop(BONDS, [])]
     if (own := fusion_of(module)) is not None and own.bond is not None:  # it hands a residual on
         bonds.append(own.bond)
     module.__class__ = module._original_class
