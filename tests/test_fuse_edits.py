@@ -160,6 +160,39 @@ class InPlace(Residual):
         return self.relu(y)
 
 
+class Between(nn.Module):
+    """What runs between the norm and the sum may be replaced by what works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.down = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        y += self.down(x)
+        return F.relu(y)
+
+
+class Made(Between):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y = self.bn(y)
+        r = self.down(x)
+        y = y + r
+        return F.relu(y)
+
+
+@pytest.mark.parametrize(("cls", "name"), [(Between, "down"), (Made, "down"), (Made, "conv")])
+def test_an_edit_of_what_runs_before_the_sum(cls: type[Between], name: str) -> None:
+    native = cls()
+    ours = fastnorm.fuse(copy.deepcopy(native))
+    assert fused(ours) == {"bn": "add + relu"}
+    for m in (native, ours):
+        setattr(m, name, nn.Identity())
+        m.down = nn.Hardtanh(-0.1, 0.1, inplace=True)
+    torch.testing.assert_close(ours(X.clone()), native(X.clone()), rtol=1e-4, atol=1e-5)
+
+
 class Act(nn.Module):
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
