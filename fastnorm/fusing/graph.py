@@ -28,8 +28,8 @@ from .patterns import (
     is_add,
     is_torchs_own,
 )
-from .record import Fusion, fusion_of, is_norm
-from .ungraph import GRAPH, NODE, NOTES, Replaced, Step
+from .record import GRAPH, Fusion, fusion_of, is_norm
+from .ungraph import NODE, NOTES, Replaced, Step
 
 __all__ = ["fuse_graph"]
 

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import torch.fx
 from torch import nn
 
 from .. import modules
@@ -26,9 +27,11 @@ from ..layers import fastnorm_class
 from ..unfused import TorchNormActivation, forget_activation
 from .calls import HELPERS, KEY, NormAct
 
-__all__ = ["KEY", "Bond", "Fusion", "Rewriting", "Rewritten", "fusion_of", "is_norm", "rewrite", "undo"]
+__all__ = ["GRAPH", "KEY", "Bond", "Fusion", "Rewriting", "Rewritten", "fusion_of", "is_norm", "rewrite", "undo"]
 
 REFUSAL = "_fusion_refused"
+#: The place of a norm that a graph calls: it has the activation itself.
+GRAPH = "the graph"
 BONDS = "_fusion_bonds"
 
 
@@ -181,9 +184,15 @@ def rewrite(module: nn.Module, rewriting: Rewriting) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Take back what `fuse` has done inside `model`."""
+    """Take back what `fuse` has done inside `model`. A norm whose graph is outside of `model` keeps its activation."""
     inside = {id(module): module for module in model.modules()}
-    freed = {id(module): module for module in inside.values() if fusion_of(module) is not None}
+    graphs = [module for module in inside.values() if isinstance(module, torch.fx.GraphModule)]
+    of_graphs = {id(module) for graph in graphs for module in graph.modules()}
+    freed = {
+        id(module): module
+        for module in inside.values()
+        if (fusion := fusion_of(module)) is not None and (fusion.place != GRAPH or id(module) in of_graphs)
+    }
     for module in inside.values():
         if isinstance(module, Rewritten):
             freed[id(module)] = module

@@ -11,15 +11,13 @@ from torch import nn
 from torch.fx import Node
 
 from ..activations import ACTIVATIONS
-from .record import fusion_of
+from .record import GRAPH, fusion_of
 
-__all__ = ["GRAPH", "NODE", "NOTES", "Replaced", "Step", "undo_graphs"]
+__all__ = ["NODE", "NOTES", "Replaced", "Step", "undo_graphs"]
 
 #: In the meta of a node: what it stands for. In the meta of a graph: what became of norms that are functions.
 NODE = "fastnorm_replaced"
 NOTES = "fastnorm_notes"
-#: The place of a norm that a graph calls: it has the activation itself.
-GRAPH = "the graph"
 aten = torch.ops.aten
 
 
