@@ -5,6 +5,7 @@ A graph has one path, so users of a node are all there are.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -226,6 +227,17 @@ def _why_not_moved(norm: Node, last: Node) -> str | None:
     return None
 
 
+def _own_copy(graph: torch.fx.GraphModule, target: str, norm: nn.Module) -> nn.Module:
+    """Let a graph have the norm to itself: a trace shares its modules with the model that was traced, which has its
+    activation still. Parameters and buffers stay shared."""
+    if "forward" in vars(norm):
+        return norm
+    owner, _, name = target.rpartition(".")
+    own = copy.copy(norm)
+    graph.get_submodule(owner)._modules[name] = own
+    return own
+
+
 def _replace(graph: torch.fx.GraphModule, norm: Node, module: nn.Module | None, found: _Found) -> None:
     """One node in place of the norm's, the sum's and the activation's."""
     act = found.act
@@ -250,6 +262,7 @@ def _replace(graph: torch.fx.GraphModule, norm: Node, module: nn.Module | None, 
     for node in (*reversed(found.nodes), norm):
         graph.graph.erase_node(node)
     if module is not None:
+        module = _own_copy(graph, str(norm.target), module)
         mark(module, Fusion(found.text, GRAPH), found.in_place)
         if act is not None:
             own = vars(module)
