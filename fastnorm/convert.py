@@ -6,15 +6,15 @@ A module changes its class and nothing else: Parameters, buffers, hooks, flags a
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
 
-from . import layers, modules
+from . import modules
 from .fusing.record import undo
 from .fusing.ungraph import undo_graphs
+from .layers import fastnorm_class
 from .modules import BY_TORCH_CLASS
 from .unfused import UNFUSED, forget_activation
 
@@ -22,13 +22,6 @@ __all__ = ["convert", "revert"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: Other packages' classes, by their modules and names, -> fastnorm's: none of these packages is imported here.
-_FOREIGN: dict[tuple[str, str], type[modules.Norm]] = {
-    ("torchvision.models.convnext", "LayerNorm2d"): layers.LayerNorm2d,
-    ("timm.layers.norm", "LayerNorm2d"): layers.LayerNorm2d,
-    ("torchvision.ops.misc", "FrozenBatchNorm2d"): layers.FrozenBatchNorm2d,
-    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"): layers.FrozenBatchNorm2d,
-}
 #: On a converted module of another package's class: its module and name.
 _ORIGIN = "_converted_from"
 
@@ -48,19 +41,11 @@ def convert(model: Model) -> Model:
 
 def _convert(module: nn.Module) -> None:
     cls = type(module)
-    ours = _fastnorm_class(cls)
+    ours = fastnorm_class(cls)
     assert ours is not None
     if cls not in BY_TORCH_CLASS:
         vars(module)[_ORIGIN] = (cls.__module__, cls.__name__)
     change_class(module, ours)
-
-
-def _fastnorm_class(cls: type[nn.Module]) -> type[modules.Norm] | None:
-    """What `convert` makes of modules of exactly this class."""
-    ours = BY_TORCH_CLASS.get(cls)
-    if ours is None and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls:
-        ours = _FOREIGN.get((cls.__module__, cls.__name__))
-    return ours
 
 
 def revert(model: Model) -> Model:
@@ -128,7 +113,7 @@ def why_not_converted(module: nn.Module) -> str | None:
         return "is a fastnorm module already"
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript"
-    if _fastnorm_class(type(module)) is None:
+    if fastnorm_class(type(module)) is None:
         if isinstance(module, tuple(BY_TORCH_CLASS)):
             return f"{type(module).__name__} is a subclass, which may compute something else"
         return f"fastnorm has no {type(module).__name__}"

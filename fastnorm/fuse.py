@@ -11,14 +11,14 @@ from typing import NamedTuple, TypeVar
 import torch.fx
 from torch import nn
 
-from .fusing.containers import fuse_norm_act, is_last, is_norm_act, mark, pairs, pass_residual, why_unfit
+from .fusing.containers import fuse_norm_act, is_last, is_norm_act, mark, pairs, run_together, why_unfit
 from .fusing.edit import edited
 from .fusing.flow import NotProved
 from .fusing.fresh import is_plain_sequential
 from .fusing.graph import fuse_graph
 from .fusing.match import Site, is_returned, match
 from .fusing.patterns import has_hooks
-from .fusing.record import BONDS, KEY, REFUSAL, Absorbed, Bond, Fusion, Rewriting, fusion_of, is_norm, rewrite
+from .fusing.record import BONDS, KEY, REFUSAL, Bond, Fusion, Rewriting, fusion_of, is_norm, rewrite
 from .fusing.usage import Usage, usage_of
 
 __all__ = ["fuse"]
@@ -48,7 +48,8 @@ def fuse(model: Model) -> Model:
     `fastnorm.revert(model)` undoes all of it.
 
     model: any nn.Module; a GraphModule of torch.fx, or of torch.export (`program.module()`), by its graph. Norms and
-    activations with hooks are left; hooks that are added to a fused norm later see what it then computes.
+    activations with hooks are left. Outside of graphs a model may be edited afterwards: modules that are replaced,
+    changed, taken away or get hooks are obeyed at the next call.
     Raises: TypeError if `model` is no nn.Module.
     """
     if not isinstance(model, nn.Module):
@@ -81,11 +82,12 @@ def _place_name(usage: Usage, module: nn.Module) -> str:
 
 
 def _fuse_containers(model: nn.Module, usage: Usage, refusals: dict[int, str]) -> None:
-    for module in list(model.modules()):
+    for module in model.modules():
         if is_norm_act(module) and fusion_of(module) is None and id(module) not in refusals:
             reason = "has hooks" if has_hooks(module) else fuse_norm_act(module)
             if reason is not None:
                 refusals[id(module)] = reason
+    for module in model.modules():
         if not is_plain_sequential(module):
             continue
         assert isinstance(module, nn.Sequential)
@@ -106,8 +108,12 @@ def _fuse_containers(model: nn.Module, usage: Usage, refusals: dict[int, str]) -
             if reason is not None:
                 refusals[id(norm)] = reason
                 continue
-            mark(norm, pair.act, Fusion(pair.act.name, _place_name(usage, module), True))
-            module._modules[pair.key] = Absorbed(pair.module, norm)
+            fusion = Fusion(pair.act.name, _place_name(usage, module))
+            for inner in pair.through:
+                run_together(inner)
+                vars(inner)[KEY] = fusion
+            run_together(module)
+            mark(norm, fusion)
 
 
 # ---- methods ----
@@ -173,9 +179,6 @@ def _place_of(norm: nn.Module, usage: Usage, claimed: set[int]) -> Place:
             raise NotProved("is called in several places, and followed by different things")
         if any(id(node) in claimed for node in (site.sum_node, site.act_node) if node is not None):
             raise NotProved("is added to the output of another norm, with which the sum is fused")
-    for _, inner in through:
-        if inner is not None:
-            inner.act = sites[0].act
     return Place(norm, through, sites)
 
 
@@ -209,10 +212,8 @@ def _mark_place(place: Place, usage: Usage) -> None:
     fusion = Fusion(site.text, _place_name(usage, site.method.owner), bond=bond)
     for owner in {id(s.method.owner): s.method.owner for s in place.sites}.values():
         vars(owner).setdefault(BONDS, []).append(bond)
-    below = place.norm
     for container, inner in place.through:
         if inner is None:
-            pass_residual(container, below, site.act)
+            run_together(container)
         vars(container)[KEY] = fusion
-        below = container
-    mark(place.norm, site.act, fusion, site.in_place)
+    mark(place.norm, fusion, site.in_place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from . import plain
 from .dispatch import Entry, fused_layer_norm2d
-from .modules import BatchNorm2d, Norm, _public
+from .modules import BY_TORCH_CLASS, BatchNorm2d, Norm, _public
 from .ops import OptTensor
 
 __all__ = ["FrozenBatchNorm2d", "LayerNorm2d"]
@@ -24,9 +25,9 @@ class LayerNorm2d(Norm, plain.LayerNorm2d):
     Ba et al. 2016, https://arxiv.org/abs/1607.06450; over channels alone: Liu et al. 2022 (ConvNeXt),
     https://arxiv.org/abs/2201.03545."""
 
-    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         shape: Any = self.normalized_shape
-        return fused_layer_norm2d(entry, x, shape, *self._affine(), self.eps, residual, *self._fused_code())
+        return fused_layer_norm2d(entry, x, shape, *self._affine(), self.eps, residual, code, param)
 
 
 @_public
@@ -38,7 +39,7 @@ class FrozenBatchNorm2d(Norm, plain.FrozenBatchNorm2d):
     ignored. ValueError where x is not 4-dimensional. Returns x's dtype, where torchvision's returns the dtype that x
     and the buffers promote to."""
 
-    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"expected 4D input (got {x.dim()}D input)")
         buffers = self._buffers
@@ -47,8 +48,7 @@ class FrozenBatchNorm2d(Norm, plain.FrozenBatchNorm2d):
             mean, var = buffers["running_mean"], buffers["running_var"]
         except KeyError:  # one of them is something else
             weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
-        activation, param = self._fused_code() if self._fuses else (0, 0.0)
-        return entry(x, weight, bias, residual, mean, var, None, 0, 0, self.eps, activation, param, False, 0.0)
+        return entry(x, weight, bias, residual, mean, var, None, 0, 0, self.eps, code, param, False, 0.0)
 
     @classmethod
     def from_batch_norm(cls, norm: nn.Module) -> FrozenBatchNorm2d:
@@ -75,6 +75,23 @@ class FrozenBatchNorm2d(Norm, plain.FrozenBatchNorm2d):
             for name in ("weight", "bias", "running_mean", "running_var"):
                 getattr(norm, name).copy_(getattr(self, name))
         return norm.train(self.training)
+
+
+#: Other packages' classes, by their modules and names, -> fastnorm's: none of these packages is imported here.
+_FOREIGN: dict[tuple[str, str], type[Norm]] = {
+    ("torchvision.models.convnext", "LayerNorm2d"): LayerNorm2d,
+    ("timm.layers.norm", "LayerNorm2d"): LayerNorm2d,
+    ("torchvision.ops.misc", "FrozenBatchNorm2d"): FrozenBatchNorm2d,
+    ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"): FrozenBatchNorm2d,
+}
+
+
+def fastnorm_class(cls: type[nn.Module]) -> type[Norm] | None:
+    """What `convert` makes of modules of exactly this class, of torch.nn or of another package."""
+    ours = BY_TORCH_CLASS.get(cls)
+    if ours is None and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls:
+        ours = _FOREIGN.get((cls.__module__, cls.__name__))
+    return ours
 
 
 def _activation_of(norm: nn.Module) -> dict[str, Any]:

@@ -95,41 +95,49 @@ class Norm(nn.Module):
         if not isinstance(self, Norm):  # a wrapper has kept this method, and `revert` has changed the class since
             module: Any = self
             return type(module).forward(module, *((input,) if residual is None else (input, residual)))
+        if self._fuses:
+            return self._run(input, residual, self.activation, self.activation_param)
+        return self._run(input, residual)
+
+    def _run(self, x: Tensor, residual: OptTensor = None, activation: str | None = None, param: float = 0.01) -> Tensor:
+        """`forward` with the activation of this call, in place of the norm's own."""
         try:
-            entry = entry_for(input)
-            y = self._fused(entry, input, residual)
+            entry = entry_for(x)
+            y = self._fused(entry, x, residual, activation_code(activation), param)
         except RuntimeError as error:
-            return self._refused(error, input, residual)
+            return self._refused(error, x, residual, activation, param)
         if entry is run_norm:
             own = self.__dict__
             own["_served_calls"] = own.get("_served_calls", 0) + 1
         return y
 
-    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
-        """By the kernels; Unsupported if they do not serve this call."""
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
+        """By the kernels; Unsupported if they do not serve this call. code: the operators' number of the activation."""
         raise NotImplementedError
 
-    def _unfused(self, x: Tensor, residual: OptTensor) -> Any:
+    def _unfused(self, activation: str | None, param: float, x: Tensor, residual: OptTensor) -> Any:
         """By torch.nn's own forward."""
         y = super().forward(x)
         if residual is not None and "_adds_in_place" in self.__dict__:  # `fuse` found `y += residual`
             y, residual = y.add_(residual), None
-        return reference.epilogue(y, residual, *self._epilogue())
+        return reference.epilogue(y, residual, activation, param)
 
-    def _refused(self, error: RuntimeError, x: Tensor, residual: OptTensor) -> Tensor:
+    def _refused(
+        self, error: RuntimeError, x: Tensor, residual: OptTensor, activation: str | None, param: float
+    ) -> Tensor:
         """What a call gives that the kernels refused; `error` itself where it is no refusal."""
         if isinstance(x, torch.fx.Proxy):
-            traced: Tensor = self._trace(x, residual)
+            traced: Tensor = self._trace(x, residual, activation, param)
             return traced
-        y, served = fall_back_or_wrap(
-            type(self).__name__, error, partial(Norm.forward, self), self._unfused, x, residual
-        )
+        again = partial(Norm._run, self, activation=activation, param=param)
+        unfused = partial(self._unfused, activation, param)
+        y, served = fall_back_or_wrap(type(self).__name__, error, again, unfused, x, residual)
         if not served:
             own = self.__dict__
             own["_left_calls"] = own.get("_left_calls", 0) + 1
         return y
 
-    def _trace(self, x: torch.fx.Proxy, residual: OptTensor) -> Any:
+    def _trace(self, x: torch.fx.Proxy, residual: OptTensor, activation: str | None, param: float) -> Any:
         """Be a leaf to torch.fx where a torch.nn norm in this place would be one; else be traced as that one is."""
         tracer: Any = x.tracer
         # What a subclass, a wrapper on the instance or a hook does is recorded already, and a leaf would do it again.
@@ -143,20 +151,15 @@ class Norm(nn.Module):
             leaf = tracer.is_leaf_module(stand_in, path)
         if not leaf and isinstance(residual, torch.fx.Proxy) and residual.node.op == "placeholder":
             # The root's own parameter, which may be left out when the graph runs.
-            activation, param = self._epilogue()
             z = tracer.create_proxy("call_function", add_if_given, (super().forward(x), residual), {})
             return reference.epilogue(z, None, activation, param)
         if not leaf:
-            return self._unfused(x, residual)  # type: ignore[arg-type]
+            return self._unfused(activation, param, x, residual)  # type: ignore[arg-type]
         return tracer.create_proxy("call_module", path, (x,) if residual is None else (x, residual), {})
 
     def _epilogue(self) -> tuple[str | None, float]:
         """The fused activation and its parameter."""
         return (self.activation, self.activation_param) if self._fuses else (None, 0.0)
-
-    def _fused_code(self) -> tuple[int, float]:
-        """The same for the operators."""
-        return (activation_code(self.activation), self.activation_param) if self._fuses else (0, 0.0)
 
     def _affine(self) -> tuple[OptTensor, OptTensor]:
         """weight and bias: whatever `self.weight` and `self.bias` are."""
@@ -244,7 +247,7 @@ def _public(cls: NormClass) -> NormClass:
 
 
 class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
-    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         self._check_input_dim(x)  # torch's, with torch's ValueError
         weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
         training = self.training
@@ -256,11 +259,10 @@ class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
             running_mean = running_var = num_batches_tracked = None
         elif momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        activation, param = self._fused_code() if self._fuses else (0, 0.0)
         # The fields of a Config: to make one takes 0.2 us, and this is the call whose host time counts most.
         return entry(
             x, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-            0, 0, self.eps, activation, param, training, momentum,
+            0, 0, self.eps, code, param, training, momentum,
         )  # fmt: skip
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -275,11 +277,11 @@ class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
 
 
 class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
-    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         self._check_input_dim(x)
         if x.dim() == self._get_no_batch_dim():
             batched = None if residual is None else residual.unsqueeze(0)
-            return self._fused(entry, x.unsqueeze(0), batched).squeeze(0)
+            return self._fused(entry, x.unsqueeze(0), batched, code, param).squeeze(0)
         if x.size(1) != self.num_features:
             raise Unsupported(f"x has {x.size(1)} channels, expected {self.num_features}")
         weight, bias, running_mean, running_var, _ = self._tensors()
@@ -287,7 +289,7 @@ class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
         momentum = self.momentum or 0.0
         return fused_instance_norm(
             entry, x, running_mean, running_var, weight, bias, use_input_stats, momentum, self.eps,
-            residual, *self._fused_code(),
+            residual, code, param,
         )  # fmt: skip
 
 
@@ -325,14 +327,14 @@ class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
 class GroupNorm(Norm, nn.GroupNorm):
     """torch.nn.GroupNorm with a fused epilogue: x (N, C, *)."""
 
-    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
-        return fused_group_norm(entry, x, self.num_groups, *self._affine(), self.eps, residual, *self._fused_code())
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
+        return fused_group_norm(entry, x, self.num_groups, *self._affine(), self.eps, residual, code, param)
 
 
 @_public
 class LayerNorm(Norm, nn.LayerNorm):
     """torch.nn.LayerNorm with a fused epilogue: x (*, *normalized_shape)."""
 
-    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         shape: Any = self.normalized_shape
-        return fused_layer_norm(entry, x, shape, *self._affine(), self.eps, residual, *self._fused_code())
+        return fused_layer_norm(entry, x, shape, *self._affine(), self.eps, residual, code, param)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import modules, ops
+from .activations import activation_code
 from .convert import has_own_forward, why_not_converted
 from .dispatch import carries_metadata, entry_for, is_refusal, reason_of
 from .extension import _C
@@ -139,7 +140,8 @@ def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str
         x = x.as_subclass(Tensor)
     try:
         with torch.no_grad():
-            trial._fused(entry_for(x), x, residual)
+            activation, param = trial._epilogue()
+            trial._fused(entry_for(x), x, residual, activation_code(activation), param)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, RuntimeError) and not is_refusal(error):
             raise

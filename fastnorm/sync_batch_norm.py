@@ -47,17 +47,18 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             super()._check_input_dim(input)
             self._check_non_zero_input_channels(input)
 
-    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor) -> Tensor:
-        group = self._group()
-        return _BatchNorm._fused(self, entry if group is None else partial(sync.batch_norm, group), x, residual)
+    def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
+        if (group := self._group()) is not None:
+            entry = partial(sync.batch_norm, group)
+        return _BatchNorm._fused(self, entry, x, residual, code, param)
 
-    def _unfused(self, x: Tensor, residual: OptTensor) -> Any:
+    def _unfused(self, activation: str | None, param: float, x: Tensor, residual: OptTensor) -> Any:
         if isinstance(x, Tensor) and x.device.type == "cpu" and self._group() is not None:
             raise RuntimeError(
                 "fastnorm.SyncBatchNorm: the kernels do not serve this call (the exception before this one says why), "
                 "and torch.nn.SyncBatchNorm serves no CPU tensors"
             )
-        return super()._unfused(x, residual)
+        return super()._unfused(activation, param, x, residual)
 
     def _group(self) -> Any:
         """Whose statistics a call takes now: None for this process's own."""

@@ -102,6 +102,33 @@ def test_hooks_in_graphs() -> None:
     assert type(loaded.norm) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_the_traced_model_stays_as_it_is(fused_first: bool) -> None:
+    """A trace shares its modules with the model."""
+    native = ResNetBlock().eval()
+    model = copy.deepcopy(native)
+    if fused_first:
+        fastnorm.fuse(model)
+    types = [type(m) for m in model.modules()]
+    traced = torch.fx.symbolic_trace(model)
+    fastnorm.fuse(traced)
+    assert fused(traced).items() >= FUSED[ResNetBlock].items() and [type(m) for m in model.modules()] == types
+    for m in (traced, model):
+        torch.testing.assert_close(m(X), native(X), rtol=1e-4, atol=1e-5)
+    assert {id(p) for p in traced.parameters()} <= {id(p) for p in model.parameters()}
+
+
+@pytest.mark.parametrize("part", ["bn1", "bn2", "conv1"])
+def test_a_part_of_a_graph_can_be_reverted(part: str) -> None:
+    native = ResNetBlock().eval()
+    traced = fastnorm.fuse(torch.fx.symbolic_trace(copy.deepcopy(native)))
+    fastnorm.revert(traced.get_submodule(part))
+    torch.testing.assert_close(traced(X), native(X), rtol=1e-4, atol=1e-5)
+    fastnorm.revert(traced)
+    torch.testing.assert_close(traced(X), native(X), rtol=1e-4, atol=1e-5)
+    assert type(traced.bn1) is type(traced.bn2) is nn.BatchNorm2d
+
+
 def test_a_graph_inside_a_model() -> None:
     native = nn.Sequential(ResNetBlock(), nn.BatchNorm2d(8), nn.ReLU())
     ours = copy.deepcopy(native)

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,21 @@ def test_tools_see_what_the_model_computes(tool: str) -> None:
     expected = native.eval()(X)
     torch.testing.assert_close(TOOLS[tool](ours.eval())(X), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours(X), expected, rtol=1e-4, atol=1e-5)  # and leave it as it is
+
+
+def test_replicas_of_data_parallel() -> None:
+    """As torch.nn.parallel.replicate makes them, which needs GPUs."""
+    native, ours = pair()
+    replicas: dict[nn.Module, Any] = {m: m._replicate_for_data_parallel() for m in ours.modules()}
+    for m, replica in replicas.items():
+        for name, child in m.named_children():
+            setattr(replica, name, replicas[child])
+        for name, p in m.named_parameters(recurse=False):
+            setattr(replica, name, p.clone())
+        replica._parameters |= {name: None for name, p in m._parameters.items() if p is None}
+    torch.testing.assert_close(replicas[ours](X), native(X), rtol=1e-4, atol=1e-5)
+    assert [type(replica) for replica in replicas.values()] == [type(m) for m in ours.modules()]
+    assert fused(replicas[ours]) == fused(ours) == FUSED
 
 
 # ---- hooks ----

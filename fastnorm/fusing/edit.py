@@ -7,13 +7,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+from .calls import RESIDUAL
 from .match import Site
 from .source import Method
 
 __all__ = ["edited"]
-
-
-RESIDUAL = "fastnorm_residual"
 
 
 def edited(method: Method, sites: list[Site]) -> str:
@@ -33,15 +31,19 @@ class _Editor(ast.NodeTransformer):
             self._take(site)
 
     def _take(self, site: Site) -> None:
-        name, param = (None, 0.0) if site.act is None else site.act[:2]
+        act: ast.expr = ast.Constant(None)
+        if site.act is not None and site.act_node is not None:
+            # A module is asked at each call what it is.
+            given = ast.Tuple([ast.Constant(item) for item in site.act[:2]], ast.Load())
+            act = copy.deepcopy(site.act_node.func) if site.act_is_module else given
 
         def fused(x: ast.expr, residual: ast.expr | None) -> ast.Call:
-            norm, rest = site.call.func, [ast.Constant(name), ast.Constant(param)]
+            norm, rest = site.call.func, [act, ast.Constant(site.in_place)]
             if site.norm_on_the_right:
-                return _call("fastnorm_add", [residual or ast.Constant(None), norm, x, *rest])
+                return _call("fastnorm_add", [residual or ast.Constant(None), norm, x, act])
             if site.sum_node is not None and residual is not None:
                 return _call("fastnorm_sum", [norm, x, residual, *rest])
-            return _call("fastnorm_call", [norm, x, residual or ast.Constant(None), *rest])
+            return _call("fastnorm_call", [norm, x, ast.Constant(None), act])
 
         def fused_sum(node: Any) -> ast.AST:
             operand, residual = _operands(node, site.norm_on_the_right)
@@ -51,8 +53,8 @@ class _Editor(ast.NodeTransformer):
             return call
 
         if site.returned:
-            given = ast.parse(f"{RESIDUAL}[0] if {RESIDUAL} else None", mode="eval").body
-            self.edits[id(site.call)] = lambda node: fused(node.args[0], given)
+            passed_on = ast.Starred(ast.Name(RESIDUAL, ast.Load()), ast.Load())
+            self.edits[id(site.call)] = lambda node: _call("fastnorm_call", [node.func, node.args[0], passed_on])
         elif site.sum_node is None:
             self.edits[id(site.call)] = lambda node: fused(node.args[0], None)
         else:

@@ -63,8 +63,9 @@ def is_pure(callee: object) -> bool:
 
 def is_plain_sequential(module: object) -> bool:
     """Whether a module does what nn.Sequential does, and nothing else."""
+    cls: type = getattr(type(module), "_original_class", type(module))
     return (
         isinstance(module, nn.Sequential)
-        and type(module).forward is nn.Sequential.forward
+        and cls.forward is nn.Sequential.forward  # type: ignore[attr-defined]
         and "forward" not in vars(module)
     )

@@ -5,6 +5,7 @@ A graph has one path, so users of a node are all there are.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .patterns import (
     is_add,
     is_torchs_own,
 )
-from .record import Fusion, fusion_of, is_norm
+from .record import GRAPH, Fusion, fusion_of, is_norm
 from .ungraph import NODE, NOTES, Replaced, Step
 
 __all__ = ["fuse_graph"]
@@ -94,7 +95,7 @@ def fuse_graph(graph: torch.fx.GraphModule, refusals: dict[int, str]) -> None:
         is_function = node.op == "call_function" and (node.target in _ATEN or node.target in _FUNCTIONS)
         if (module is None or not is_norm(module)) and not is_function:
             continue
-        if module is not None and fusion_of(module) is not None:
+        if module is not None and (fusion := fusion_of(module)) is not None and fusion.place == GRAPH:
             continue
         found = _follow(graph, node)
         reason = found if isinstance(found, str) else _why_unfit(graph, node, module)
@@ -226,6 +227,17 @@ def _why_not_moved(norm: Node, last: Node) -> str | None:
     return None
 
 
+def _own_copy(graph: torch.fx.GraphModule, target: str, norm: nn.Module) -> nn.Module:
+    """Let a graph have the norm to itself: a trace shares its modules with the model that was traced, which has its
+    activation still. Parameters and buffers stay shared."""
+    if "forward" in vars(norm):
+        return norm
+    owner, _, name = target.rpartition(".")
+    own = copy.copy(norm)
+    graph.get_submodule(owner)._modules[name] = own
+    return own
+
+
 def _replace(graph: torch.fx.GraphModule, norm: Node, module: nn.Module | None, found: _Found) -> None:
     """One node in place of the norm's, the sum's and the activation's."""
     act = found.act
@@ -250,4 +262,8 @@ def _replace(graph: torch.fx.GraphModule, norm: Node, module: nn.Module | None, 
     for node in (*reversed(found.nodes), norm):
         graph.graph.erase_node(node)
     if module is not None:
-        mark(module, act, Fusion(found.text, "the graph"), found.in_place)
+        module = _own_copy(graph, str(norm.target), module)
+        mark(module, Fusion(found.text, GRAPH), found.in_place)
+        if act is not None:
+            own = vars(module)
+            own["_fuses"], own["activation"], own["activation_param"] = True, act.name, act.param

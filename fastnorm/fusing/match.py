@@ -45,6 +45,7 @@ class Site:
     call: ast.Call
     act: Act | None = None
     act_node: ast.Call | None = None
+    act_is_module: bool = False
     residual: ast.expr | None = None
     norm_on_the_right: bool = False
     in_place: bool = False
@@ -137,6 +138,7 @@ class _Follow(Flow):
         if not self.dead_afterwards(named, statement):
             return False
         self.site.act, self.site.act_node = act, call
+        self.site.act_is_module = isinstance(resolve(call.func, self.method), nn.Module)
         return True
 
     def _activation_call(self, call: ast.Call) -> Act | None:
@@ -240,6 +242,10 @@ class _Follow(Flow):
             self.end = f"is renamed before it is added to, in {where(self.method)}"
             return False
         moved = resolve(self.site.call.func, self.method)
+        for part in (*between, self._made_by()):
+            for node in ast.walk(part):
+                if isinstance(node, ast.Call) and isinstance(resolve(node.func, self.method), nn.Module):
+                    self._assume(node.func)  # another module in its place may work in place
         for node in (node for part in between for node in ast.walk(part)):
             if isinstance(node, ast.Attribute) and resolve(node.value, self.method) is moved:
                 self.end = f"is added to after `{ast.unparse(node)}`, which it may change"
@@ -272,27 +278,31 @@ class _Follow(Flow):
         own = found is not None and found[0] == self.method.self_name
         return own and not isinstance(resolve(function, self.method), nn.Module)
 
+    def _made_by(self) -> ast.AST:
+        """What makes the norm's input: an expression, or the statement before that names it."""
+        argument, statement = self.site.call.args[0], self.statement(self.site.call)
+        if not isinstance(argument, ast.Name):
+            return argument
+        block = self.block(statement)
+        before = block[: next(i for i, item in enumerate(block) if item is statement)]
+        return next((earlier for earlier in reversed(before) if mentions_of(earlier, argument.id)), argument)
+
     def _is_fresh(self, argument: ast.expr) -> bool:
         """Whether the norm's input is what a convolution has just made."""
         if isinstance(argument, ast.Call):
             return is_fresh(resolve(argument.func, self.method))
-        statement = self.statement(self.site.call)
         if not isinstance(argument, ast.Name):
             return False
-        block = self.block(statement)
-        before = block[: next(i for i, item in enumerate(block) if item is statement)]
-        for earlier in reversed(before):
-            if mentions_of(earlier, argument.id):
-                return (
-                    isinstance(earlier, ast.Assign)
-                    and len(earlier.targets) == 1
-                    and is_name(earlier.targets[0], argument.id)
-                    and isinstance(earlier.value, ast.Call)
-                    and is_fresh(resolve(earlier.value.func, self.method))
-                    and isinstance(statement, ast.Assign)
-                    and is_name(statement.targets[0], argument.id)
-                )
-        return False
+        statement, earlier = self.statement(self.site.call), self._made_by()
+        return (
+            isinstance(earlier, ast.Assign)
+            and len(earlier.targets) == 1
+            and is_name(earlier.targets[0], argument.id)
+            and isinstance(earlier.value, ast.Call)
+            and is_fresh(resolve(earlier.value.func, self.method))
+            and isinstance(statement, ast.Assign)
+            and is_name(statement.targets[0], argument.id)
+        )
 
 
 def _is_method_of_name(node: ast.AST) -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "activation_of_method",
     "activation_of_module",
     "has_hooks",
+    "is_activation_class",
     "is_add",
     "is_torchs_own",
 ]
@@ -81,19 +82,25 @@ def is_torchs_own(module: nn.Module) -> bool:
     return where.startswith("torch.nn.modules.") and "forward" not in vars(module)
 
 
+def is_activation_class(cls: type) -> bool:
+    """Whether modules of this class are activations, for most settings that they may have."""
+    return cls in _MODULES
+
+
 def activation_of_module(module: object) -> Act | None:
     """The activation that a module of torch.nn's is."""
     name = _MODULES.get(type(module))  # type: ignore[arg-type]
     if name is None or "forward" in vars(module):
         return None
     param = 0.01
-    if isinstance(module, nn.LeakyReLU):
-        param = float(module.negative_slope)
-    if isinstance(module, nn.GELU):
-        if module.approximate not in ("none", "tanh"):
+    if name == "leaky_relu":
+        param = float(module.negative_slope)  # type: ignore[attr-defined]
+    elif name == "gelu":
+        approximate = module.approximate  # type: ignore[attr-defined]
+        if approximate not in ("none", "tanh"):
             return None
-        name = "gelu" if module.approximate == "none" else "gelu_tanh"
-    return Act(name, param, bool(getattr(module, "inplace", False)))
+        name = "gelu" if approximate == "none" else "gelu_tanh"
+    return Act(name, param, bool(vars(module).get("inplace", False)))
 
 
 def activation_of_call(function: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Act | None:

@@ -27,6 +27,10 @@ _MACHINERY = frozenset([*dir(nn.Module), "device", "dtype"]) - {"forward", "__ca
 OVERRIDDEN = "is called in a method that another one overrides"
 
 
+#: Fields of a syntax tree that hold a name.
+_IDENTIFIERS = ("id", "attr", "arg", "name", "rest")
+
+
 class _Mangler(ast.NodeTransformer):
     """Private names as the compiler has them in the class's body."""
 
@@ -36,12 +40,27 @@ class _Mangler(ast.NodeTransformer):
     def _mangled(self, name: str) -> str:
         return f"_{self.cls}{name}" if name.startswith("__") and not name.endswith("__") else name
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        node.attr = self._mangled(node.attr)
-        return self.generic_visit(node)
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for name in _IDENTIFIERS:
+            if isinstance(value := getattr(node, name, None), str) and not isinstance(node, ast.Constant):
+                setattr(node, name, self._mangled(value))
+        if isinstance(node, (ast.Global, ast.Nonlocal)):
+            node.names = [self._mangled(name) for name in node.names]
+        return super().generic_visit(node)
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        node.id = self._mangled(node.id)
+    def visit_keyword(self, node: ast.keyword) -> ast.AST:
+        """The compiler leaves the names of a call's arguments."""
+        self.visit(node.value)
+        return node
+
+    def visit_alias(self, node: ast.alias) -> ast.AST:
+        stored = node.asname or node.name
+        if self._mangled(stored) != stored:
+            node.asname = self._mangled(stored)
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        """A class inside: the compiler does it there, by that class's name."""
         return node
 
 

@@ -1,10 +1,9 @@
 """What `fastnorm.fuse` leaves on a model, and the way back.
 
-    a norm          `_fusion`, beside the attributes that any norm with an activation has
-    an activation   stays registered under its name; in an nn.Sequential, inside an `Absorbed` that passes its input on
+    a norm          `_fusion`, which lets a caller ask for an activation: the norm itself still computes the norm alone
     what calls      gets a subclass of its class, in which the methods that call norms are rewritten
 
-All of it is copied and pickled with the model. `undo` takes it away.
+All of it is copied and pickled with the model. `undo` takes it away. (calls.py is what rewritten methods call.)
 """
 
 from __future__ import annotations
@@ -20,15 +19,19 @@ import zlib
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor, nn
+import torch.fx
+from torch import nn
 
-from .. import modules, reference
+from .. import modules
+from ..layers import fastnorm_class
 from ..unfused import TorchNormActivation, forget_activation
+from .calls import HELPERS, KEY, NormAct
 
-__all__ = ["Absorbed", "Bond", "Fusion", "Rewriting", "Rewritten", "fusion_of", "is_norm", "rewrite", "undo"]
+__all__ = ["GRAPH", "KEY", "Bond", "Fusion", "Rewriting", "Rewritten", "fusion_of", "is_norm", "rewrite", "undo"]
 
-KEY = "_fusion"
 REFUSAL = "_fusion_refused"
+#: The place of a norm that a graph calls: it has the activation itself.
+GRAPH = "the graph"
 BONDS = "_fusion_bonds"
 
 
@@ -37,19 +40,19 @@ class Bond:
 
 
 class Fusion(NamedTuple):
-    """text: what is fused with a norm, "add + relu"; place: where, in the terms of the model. absorbed: what followed
-    the norm is not computed elsewhere when the norm forgets it: an `Absorbed` stands there. bond: that of the module
-    that was rewritten."""
+    """text: what is fused with a norm, "add + relu"; place: where, in the terms of the model. bond: that of the
+    module that was rewritten."""
 
     text: str
     place: str
-    absorbed: bool = False
     bond: Bond | None = None
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm of torch.nn's kind, which includes ours."""
-    return isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+    """Whether a module is a norm of torch.nn's kind, which includes ours, and those of other packages that
+    `convert` takes."""
+    known = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, modules.Norm, TorchNormActivation)
+    return isinstance(module, known) or fastnorm_class(type(module)) is not None
 
 
 def fusion_of(module: nn.Module) -> Fusion | None:
@@ -58,46 +61,7 @@ def fusion_of(module: nn.Module) -> Fusion | None:
     return fusion
 
 
-class Absorbed(nn.Identity):
-    """Stands in an nn.Sequential for an activation that the norm before it computes."""
-
-    def __init__(self, activation: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self._pair = (activation, norm)  # in a tuple, they are no submodules
-        self.training = activation.training
-
-    def extra_repr(self) -> str:
-        return f"{self._pair[0]!r}, fused with the norm before it"
-
-
 # ---- rewritten methods ----
-
-
-def call_fused(norm: Any, x: Tensor, residual: Tensor | None, activation: str | None, param: float) -> Any:
-    """What a rewritten method calls in place of norm, add and activation. `norm` may have been replaced since."""
-    if KEY in vars(norm):
-        return norm(x) if residual is None else norm(x, residual)
-    return reference.epilogue(norm(x), residual, activation, param)
-
-
-def sum_fused(norm: Any, x: Tensor, residual: Tensor, activation: str | None, param: float) -> Any:
-    """`norm(x) + residual`."""
-    if residual is None:
-        raise TypeError("unsupported operand type(s) for +: 'Tensor' and 'NoneType'")
-    return call_fused(norm, x, residual, activation, param)
-
-
-def add_fused(residual: Tensor, norm: Any, x: Tensor, activation: str | None, param: float) -> Any:
-    """`residual + norm(x)`: the arguments are evaluated in the order in which the unfused sum did."""
-    return sum_fused(norm, x, residual, activation, param)
-
-
-#: Names in rewritten methods -> what they mean.
-HELPERS: dict[str, Callable[..., Any]] = {
-    "fastnorm_call": call_fused,
-    "fastnorm_sum": sum_fused,
-    "fastnorm_add": add_fused,
-}
 
 
 class Rewriting(NamedTuple):
@@ -128,11 +92,20 @@ class Rewritten:
             super().add_module(name, module)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._rewriting.assumed and getattr(self, name, self) is not value:
+        changes = name in self._rewriting.assumed and getattr(self, name, self) is not value
+        if changes and "_is_replica" not in vars(self):  # a replica is given the replicas of its children
             _undo_calls(self)
             setattr(self, name, value)  # by the class that it has now
         else:
             super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self: Any) -> nn.Module:
+        """torch's makes the replica by `__new__`, which here is a constructor of the original class."""
+        plain = nn.Module.__new__(nn.Module)
+        plain.__dict__ = self.__dict__
+        replica: nn.Module = plain._replicate_for_data_parallel()
+        replica.__class__ = type(self)
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class does not exist where the module is loaded: it is made again."""
@@ -175,16 +148,6 @@ def _subclass(cls: type[nn.Module], rewriting: Rewriting) -> type[nn.Module]:
     return made[rewriting]
 
 
-class NormAct:
-    """A fastnorm norm that is a class of another library's too, whose forward is norm and activation."""
-
-    def _unfused(self: Any, x: Tensor, residual: Tensor | None) -> Any:
-        y = self._original_class.forward(self, x)
-        if residual is None and KEY in vars(self) and vars(self)[KEY].absorbed:
-            return y  # with its own activation
-        return reference.epilogue(y, residual, *self._epilogue())
-
-
 def compile_method(cls: type, name: str, text: str) -> Callable[..., Any]:
     """The function of `text`, with the globals, defaults and closure of `cls`'s method of that name."""
     original = inspect.getattr_static(cls, name)
@@ -221,17 +184,16 @@ def rewrite(module: nn.Module, rewriting: Rewriting) -> None:
 
 
 def undo(model: nn.Module) -> None:
-    """Take back what `fuse` has done inside `model`, and leave its norms without the activations that it gave them. A
-    norm whose activation is outside of `model`, absorbed, keeps it."""
+    """Take back what `fuse` has done inside `model`. A norm whose graph is outside of `model` keeps its activation."""
     inside = {id(module): module for module in model.modules()}
-    freed = {id(m): m for m in inside.values() if (f := fusion_of(m)) is not None and not f.absorbed}
+    graphs = [module for module in inside.values() if isinstance(module, torch.fx.GraphModule)]
+    of_graphs = {id(module) for graph in graphs for module in graph.modules()}
+    freed = {
+        id(module): module
+        for module in inside.values()
+        if (fusion := fusion_of(module)) is not None and (fusion.place != GRAPH or id(module) in of_graphs)
+    }
     for module in inside.values():
-        for name, child in list(module._modules.items()):
-            if isinstance(child, Absorbed) and id(child._pair[1]) in inside:
-                activation, norm = child._pair
-                activation.train(child.training)
-                module._modules[name] = activation
-                freed[id(norm)] = norm
         if isinstance(module, Rewritten):
             freed[id(module)] = module
             module.__class__ = module._original_class  # type: ignore[assignment]
@@ -244,7 +206,9 @@ def undo(model: nn.Module) -> None:
 
 def _undo_calls(module: Any) -> None:
     """Take back what `fuse` has done with the calls in this module's own methods."""
-    bonds = vars(module).pop(BONDS, [])
+    bonds = [*vars(module).pop(BONDS, [])]
+    if (own := fusion_of(module)) is not None and own.bond is not None:  # it hands a residual on
+        bonds.append(own.bond)
     module.__class__ = module._original_class
     for called in module.modules():
         fusion = fusion_of(called)
@@ -252,8 +216,7 @@ def _undo_calls(module: Any) -> None:
             _free(called)
             if isinstance(called, Rewritten):  # it hands the residual on
                 _undo_calls(called)
-    if is_norm(module):
-        _free(module)
+    _free(module)
 
 
 def _free(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from ..activations import ACTIVATIONS
-from .record import fusion_of
+from .record import GRAPH, fusion_of
 
 __all__ = ["NODE", "NOTES", "Replaced", "Step", "undo_graphs"]
 
@@ -67,7 +67,7 @@ def undo_graphs(model: nn.Module) -> None:
 def _guessed(graph: torch.fx.GraphModule, node: Node) -> Replaced | None:
     """Of a graph that was pickled, whose nodes have lost their meta."""
     norm: Any = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if norm is None or (fusion := fusion_of(norm)) is None or fusion.absorbed:
+    if norm is None or (fusion := fusion_of(norm)) is None or fusion.place != GRAPH:
         return None
     steps = [Step("call_function", operator.add, (), {}, "right")] if len(node.args) > 1 else []
     name, _ = norm._epilogue()

@@ -12,7 +12,7 @@ from torch import nn
 from ..convert import has_own_forward
 from .patterns import is_torchs_own
 from .read import methods_of
-from .record import Absorbed, is_norm
+from .record import is_norm
 from .source import Method, chain, step
 
 __all__ = ["Usage", "usage_of"]
@@ -27,7 +27,7 @@ _HARMLESS = {
     *("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "training", "eps", "momentum", "affine"),
     *("num_features", "num_groups", "num_channels", "normalized_shape", "elementwise_affine", "track_running_stats"),
 }
-_ONLY_ASK = frozenset(("isinstance", "hasattr", "super", "type", "id"))
+_ONLY_ASK = frozenset(("isinstance", "hasattr", "super", "type", "id", "fastnorm_run"))
 
 
 @dataclass
@@ -74,14 +74,11 @@ def usage_of(model: nn.Module) -> Usage:
         for key, child in module._modules.items():
             if child is not None:
                 usage.parents[id(child)].append((module, key))
-                if isinstance(child, Absorbed):
-                    usage.parents[id(child._pair[0])].append((module, key))
     for module in model.modules():
         where = type(module).__name__
-        if not isinstance(module, Absorbed):
-            for name, value in vars(module).items():
-                for held in _held(value) if name != "_modules" and not isinstance(value, nn.Module) else ():
-                    usage.hand_on(held, f"is held by {where}.{name} too")
+        for name, value in vars(module).items():
+            for held in _held(value) if name != "_modules" and not isinstance(value, nn.Module) else ():
+                usage.hand_on(held, f"is held by {where}.{name} too")
         if has_own_forward(module) and module._modules:
             usage.hand_on(module, f"is inside a {where} whose forward was replaced on the instance")
         if not module._modules:

@@ -202,3 +202,38 @@ def test_monai() -> None:
     assert count == {"relu": 7}
     count = compare(lambda: nets.DynUNet(2, 3, 2, [3] * 3, [1, 2, 2], [2, 2]), image)
     assert count["leaky_relu"] == 10
+
+
+@pytest.mark.parametrize("norm", ["torchvision LayerNorm2d", "torchvision FrozenBatchNorm2d", "timm LayerNorm2d"])
+def test_norms_of_other_libraries(norm: str) -> None:
+    owner, name = norm.split()
+    library(owner)
+    from_module = {"LayerNorm2d": "torchvision.models.convnext", "FrozenBatchNorm2d": "torchvision.ops.misc"}[name]
+    cls = getattr(library("timm.layers.norm" if owner == "timm" else from_module), name)
+    assert compare(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), cls(4), nn.SiLU()), IMAGE) == {"silu": 1}
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "setattr": lambda m: setattr(m, "act", nn.Tanh()),
+    "_modules": lambda m: m._modules.__setitem__("act", nn.Tanh()),
+    "unknown": lambda m: m._modules.__setitem__("act", nn.Softplus()),
+    "none": lambda m: m._modules.__setitem__("act", nn.Identity()),
+    "slope": lambda m: setattr(m.act, "negative_slope", 0.7),
+    "drop": lambda m: m._modules.__setitem__("drop", nn.Softplus()),
+    "hooks": lambda m: m.act.register_forward_hook(lambda module, args, output: 2 * output),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_edited_norm_of_timms(edit: str, alone: bool) -> None:
+    layers = library("timm.layers")
+    norm = layers.BatchNormAct2d(3, act_layer=nn.LeakyReLU, act_kwargs={"negative_slope": 0.1, "inplace": False})
+    native = nn.Sequential(norm) if alone else nn.Sequential(norm, nn.SiLU())
+    ours = fastnorm.fuse(copy.deepcopy(native))
+    assert fused(ours) == {"0": "leaky_relu"}
+    torch.testing.assert_close(ours(IMAGE), native(IMAGE))
+    for model in (ours, native):
+        EDITS[edit](model[0])
+    torch.testing.assert_close(ours(IMAGE), native(IMAGE))
+    torch.testing.assert_close(fastnorm.revert(ours)(IMAGE), native(IMAGE))
