@@ -52,8 +52,9 @@ void call(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::S
 
 // Before the kernels of a device are chosen.
 TORCH_LIBRARY_IMPL(fastnorm_ptx, BackendSelect, m) {
-  for (const char* name :
-       {"norm_forward", "batch_norm_forward_", "norm_backward", "update_running_stats_", "moments"}) {
+  for (const char* name : {"norm_forward", "batch_norm_forward_", "norm_backward", "update_running_stats_", "moments",
+                           "normalize_images", "batch_norm_partial", "batch_norm_fold_", "batch_norm_apply",
+                           "batch_norm_backward_sums", "batch_norm_backward_apply"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fastnorm::ptx::call>());
   }
 }
