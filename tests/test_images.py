@@ -114,6 +114,20 @@ def test_bad_arguments() -> None:
             norm(torch.zeros(shape))
 
 
+def test_the_operator_refuses_before_it_allocates(device: torch.device) -> None:
+    x, two = batch(torch.uint8, (2, 3, 4, 4)).to(device), [1.0, 2.0]
+    numbers = [*two, 3.0]
+    for args, reason in (
+        ((x[0], numbers, numbers, torch.float32, torch.contiguous_format), r"x has shape \[3, 4, 4\]"),
+        ((x, two, numbers, torch.float32, torch.contiguous_format), "offset and scale have 2 and 3 numbers"),
+        ((x.long(), numbers, numbers, torch.float32, torch.contiguous_format), "x has dtype Long"),
+        ((x, numbers, numbers, torch.int32, torch.contiguous_format), "the output has dtype Int"),
+        ((x, numbers, numbers, torch.float32, torch.channels_last_3d), "memory_format is"),
+    ):
+        with pytest.raises((NotImplementedError, RuntimeError), match=reason):
+            images.normalize_images(*args)
+
+
 @pytest.mark.fallback(r"x has 33 channels|transform")
 def test_what_is_left_to_torch(backend: Backend) -> None:
     if backend.name != "cpu":
