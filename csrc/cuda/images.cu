@@ -17,12 +17,20 @@ namespace {
 constexpr int kImageThreads = 256;
 constexpr int64_t kMaxImageBlocks = 1 << 16;
 
+// Elements from a pixel to the next, and from a channel to the next.
+struct ImageStrides {
+  int64_t pixel, channel;
+  ImageStrides() = default;
+  ImageStrides(const ImageArgs& args, bool interleaved)
+      : pixel(interleaved ? args.C : 1), channel(interleaved ? 1 : args.S) {}
+};
+
 template <class A>
 struct ImageShape {
   int64_t groups;  // of W pixels, of all images
   WideDiv groups_of_image;
   int64_t C, S;
-  bool x_interleaved, y_interleaved;
+  ImageStrides x, y;
   A offset[kMaxImageChannels], scale[kMaxImageChannels];
 };
 
@@ -35,41 +43,34 @@ FASTNORM_DEVICE A widen_pixel(T v) {
   }
 }
 
-// The elements of channel c of the W pixels that begin with `pixel`.
+// W elements, `step` apart: a pack where they are neighbours.
 template <int W, class A, class T>
-FASTNORM_DEVICE void load_pixels(const T* image, bool interleaved, int64_t C, int64_t S, int64_t pixel, int64_t c,
-                                 A (&out)[W]) {
-  T lanes[W];
-  bool loaded = false;
+FASTNORM_DEVICE void load_pixels(const T* p, int64_t step, A (&out)[W]) {
   if constexpr (W > 1) {
-    if (!interleaved) {
-      const Pack<T, W> pack = load<W>(image + c * S + pixel);
+    if (step == 1) {
+      T lanes[W];
+      const Pack<T, W> pack = load<W>(p);
       memcpy(lanes, &pack, sizeof lanes);
-      loaded = true;
-    }
-  }
-  if (!loaded) {
 #pragma unroll
-    for (int w = 0; w < W; ++w) {
-      const T* const p = image + (interleaved ? (pixel + w) * C + c : c * S + pixel);
-      note_read(p, sizeof(T), Access::kStream);
-      lanes[w] = *p;
+      for (int w = 0; w < W; ++w) out[w] = widen_pixel<A>(lanes[w]);
+      return;
     }
-  }
-#pragma unroll
-  for (int w = 0; w < W; ++w) out[w] = widen_pixel<A>(lanes[w]);
-}
-template <int W, class A, class T>
-FASTNORM_DEVICE void store_pixels(T* image, bool interleaved, int64_t C, int64_t S, int64_t pixel, int64_t c,
-                                  const A (&values)[W]) {
-  if constexpr (W > 1) {
-    if (!interleaved) return store<W>(image + c * S + pixel, narrow<T>(values));
   }
 #pragma unroll
   for (int w = 0; w < W; ++w) {
-    T* const p = image + (interleaved ? (pixel + w) * C + c : c * S + pixel);
-    note_write(p, sizeof(T), Access::kStream);
-    *p = narrow<T>(values[w]);
+    note_read(p + w * step, sizeof(T), Access::kStream);
+    out[w] = widen_pixel<A>(p[w * step]);
+  }
+}
+template <int W, class A, class T>
+FASTNORM_DEVICE void store_pixels(T* p, int64_t step, const A (&values)[W]) {
+  if constexpr (W > 1) {
+    if (step == 1) return store<W>(p, narrow<T>(values));
+  }
+#pragma unroll
+  for (int w = 0; w < W; ++w) {
+    note_write(p + w * step, sizeof(T), Access::kStream);
+    p[w * step] = narrow<T>(values[w]);
   }
 }
 
@@ -81,12 +82,14 @@ normalize_images(const In* x, Out* y, const ImageShape<ImageAccum<In, Out>> shap
   for (int64_t group = block_index() * block_threads() + thread_index(); group < shape.groups; group += step) {
     const int64_t image = shape.groups_of_image.divide(group);
     const int64_t pixel = (group - image * shape.groups_of_image.divisor) * W, base = image * shape.C * shape.S;
+    const In* const first_x = x + base + pixel * shape.x.pixel;
+    Out* const first_y = y + base + pixel * shape.y.pixel;
     for (int64_t c = 0; c < shape.C; ++c) {
       A v[W];
-      load_pixels<W>(x + base, shape.x_interleaved, shape.C, shape.S, pixel, c, v);
+      load_pixels<W>(first_x + c * shape.x.channel, shape.x.pixel, v);
 #pragma unroll
       for (int w = 0; w < W; ++w) v[w] = (v[w] - shape.offset[c]) * shape.scale[c];
-      store_pixels<W>(y + base, shape.y_interleaved, shape.C, shape.S, pixel, c, v);
+      store_pixels<W>(first_y + c * shape.y.channel, shape.y.pixel, v);
     }
   }
 }
@@ -99,8 +102,8 @@ int launch_width(const ImageArgs& args, void* stream) {
   shape.groups_of_image = WideDiv(args.S / W);
   shape.C = args.C;
   shape.S = args.S;
-  shape.x_interleaved = args.x_interleaved;
-  shape.y_interleaved = args.y_interleaved;
+  shape.x = ImageStrides(args, args.x_interleaved);
+  shape.y = ImageStrides(args, args.y_interleaved);
   for (int64_t c = 0; c < args.C; ++c) {
     shape.offset[c] = static_cast<A>(args.offset[c]);
     shape.scale[c] = static_cast<A>(args.scale[c]);

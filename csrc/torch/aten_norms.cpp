@@ -13,11 +13,21 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 using CudnnOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using OutputMask = std::array<bool, 3>;
 
-// ---- forward ----
-
-const OptTensor kAbsent;
+// ---- what torch's own arguments have to be ----
 
 Config batch_config(double eps) { return {0, 0, eps, 0, 0}; }
+
+void check_values(const Tensor& x, bool training) {
+  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > (training ? x.size(1) : 0), "x has shape ", x.sizes(),
+                     ", expected several values per channel");
+}
+
+void check_groups(const Tensor& x, const c10::SymInt& N, const c10::SymInt& C, const c10::SymInt& positions,
+                  int64_t groups) {
+  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > 0 && groups > 0 && x.size(0) == N && x.size(1) == C &&
+                         x.numel() == N * C * positions && C % groups == 0,
+                     "x has shape ", x.sizes(), ", expected (N, C, *) with ", groups, " groups");
+}
 
 // torch's kernels take parameters of one dtype, x's or float32 where x is half; whether they are wider goes by the
 // first.
@@ -38,10 +48,20 @@ void check_layout(const Tensor& x) {
                      "x is neither contiguous nor channels_last");
 }
 
+// The number of trailing dims that normalized_shape names.
+int64_t normalized_dims(const Tensor& x, c10::SymIntArrayRef shape) {
+  const auto dims = static_cast<int64_t>(shape.size());
+  FASTNORM_SUPPORTED(x.numel() > 0, "x has no elements");
+  FASTNORM_SUPPORTED(dims > 0 && dims <= x.dim() && x.sym_sizes().slice(x.dim() - dims) == shape, "x has shape ",
+                     x.sizes(), ", expected one that ends in ", shape);
+  return dims;
+}
+
+// ---- forward ----
+
 Outputs batch_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& running_mean,
                    const OptTensor& running_var, bool training, double momentum, double eps) {
-  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > (training ? x.size(1) : 0), "x has shape ", x.sizes(),
-                     ", expected several values per channel");
+  check_values(x, training);
   FASTNORM_SUPPORTED(training ? eps > 0 : eps >= 0, "eps is ", eps, ", expected a positive one");
   FASTNORM_SUPPORTED(present(running_mean) == present(running_var), "one of running_mean and running_var is given");
   FASTNORM_SUPPORTED(training || present(running_mean), "there are no running statistics to use");
@@ -86,9 +106,7 @@ CudnnOutputs cudnn_batch_norm(const Tensor& x, const Tensor& weight, const OptTe
 
 Outputs group_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bias, c10::SymInt N, c10::SymInt C,
                    c10::SymInt positions, int64_t groups, double eps) {
-  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > 0 && groups > 0 && x.size(0) == N && x.size(1) == C &&
-                         x.numel() == N * C * positions && C % groups == 0,
-                     "x has shape ", x.sizes(), ", expected (N, C, *) with ", groups, " groups");
+  check_groups(x, N, C, positions, groups);
   FASTNORM_SUPPORTED(x.is_contiguous(x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous),
                      "x is not contiguous");
   check_dtypes(x, weight, {&weight, &bias});
@@ -96,15 +114,6 @@ Outputs group_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bi
   const at::ScalarType type = saved_type(x, {&weight, &bias});
   const std::array<int64_t, 2> sizes{x.size(0), groups};
   return {y, saved_row(stats, kMean, sizes, type), saved_row(stats, kRstd, sizes, type)};
-}
-
-// The number of trailing dims that normalized_shape names.
-int64_t normalized_dims(const Tensor& x, c10::SymIntArrayRef shape) {
-  const auto dims = static_cast<int64_t>(shape.size());
-  FASTNORM_SUPPORTED(x.numel() > 0, "x has no elements");
-  FASTNORM_SUPPORTED(dims > 0 && dims <= x.dim() && x.sym_sizes().slice(x.dim() - dims) == shape, "x has shape ",
-                     x.sizes(), ", expected one that ends in ", shape);
-  return dims;
 }
 
 Outputs layer_norm(const Tensor& x, c10::SymIntArrayRef shape, const OptTensor& weight, const OptTensor& bias,
@@ -137,8 +146,7 @@ Outputs backward(const Tensor& dy, const Tensor& x, const OptTensor& weight, con
 Outputs batch_norm_backward(const Tensor& dy, const Tensor& x, const OptTensor& weight, const OptTensor& running_mean,
                             const OptTensor& running_var, const OptTensor& save_mean, const OptTensor& save_rstd,
                             bool training, double eps, OutputMask wanted) {
-  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > (training ? x.size(1) : 0), "x has shape ", x.sizes(),
-                     ", expected several values per channel");
+  check_values(x, training);
   FASTNORM_SUPPORTED(
       training ? present(save_mean) && present(save_rstd) : present(running_mean) && present(running_var),
       "there are no statistics");
@@ -160,9 +168,7 @@ Outputs cudnn_batch_norm_backward(const Tensor& x, const Tensor& dy, const Tenso
 Outputs group_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd,
                             const OptTensor& weight, c10::SymInt N, c10::SymInt C, c10::SymInt positions,
                             int64_t groups, OutputMask wanted) {
-  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > 0 && groups > 0 && x.size(0) == N && x.size(1) == C &&
-                         x.numel() == N * C * positions && C % groups == 0,
-                     "x has shape ", x.sizes(), ", expected (N, C, *) with ", groups, " groups");
+  check_groups(x, N, C, positions, groups);
   check_layout(x);
   const Tensor stats = stats_of(mean, rstd, x.size(0) * groups, dtype_of(x, "x"));
   return backward(dy, x, weight, {}, stats, {groups, 0, 0, 0, 0}, false, wanted);

@@ -1,18 +1,19 @@
 // Statistics between our operators and aten's: ours are [kStatsRows, sets], aten's a tensor each.
 #pragma once
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <cmath>
 
+#include "backend.h"
 #include "ops.h"
 #include "tensor_args.h"
 
 namespace fastnorm::ops {
+
+inline const OptTensor kAbsent;
 
 // The dtype that aten saves statistics in: on the CPU x's own, unless parameters are wider.
 inline at::ScalarType saved_type(const Tensor& x, std::initializer_list<const OptTensor*> params) {
@@ -25,33 +26,23 @@ inline at::ScalarType saved_type(const Tensor& x, std::initializer_list<const Op
   return type;
 }
 
-template <class F>
-void dispatch_type(at::ScalarType type, F&& f) {
-  switch (type) {
-    case at::kDouble: return f(double{});
-    case at::kBFloat16: return f(at::BFloat16{});
-    case at::kHalf: return f(at::Half{});
-    default: return f(float{});
-  }
-}
-
 // to[i] = from[i], on the CPU and without the dispatcher: calls on small tensors are made of little else.
 template <class To, class From>
 void convert(To* to, const From* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-inline Tensor nothing(const Tensor& x, at::ScalarType type) {
-  if (!x.is_cpu()) return at::empty({0}, x.options().dtype(type));
-  return at::detail::empty_cpu({0}, type, false, at::MemoryFormat::Contiguous);
+inline Tensor new_tensor(const Tensor& x, at::IntArrayRef sizes, at::ScalarType type) {
+  return backend_of(x, "x").make_empty(sizes, type, at::MemoryFormat::Contiguous, x.device());
 }
+inline Tensor nothing(const Tensor& x, at::ScalarType type) { return new_tensor(x, {0}, type); }
 
 inline Tensor saved_row(const Tensor& stats, StatsRow row, at::IntArrayRef sizes, at::ScalarType type) {
   if (!stats.is_cpu()) return stats.select(0, row).view(sizes);
   const int64_t sets = stats.size(1);
-  Tensor saved = at::detail::empty_cpu(sizes, type, false, at::MemoryFormat::Contiguous);
-  dispatch_type(stats.scalar_type(), [&](auto from) {
-    dispatch_type(type, [&](auto to) {
+  Tensor saved = new_tensor(stats, sizes, type);
+  dispatch_scalar(dtype_of(stats, "stats"), [&](auto from) {
+    dispatch_scalar(dtype_of(saved, "statistics"), [&](auto to) {
       convert(saved.mutable_data_ptr<decltype(to)>(), stats.const_data_ptr<decltype(from)>() + row * sets, sets);
     });
   });
@@ -70,13 +61,13 @@ inline Tensor stats_of(const Tensor& mean, const Tensor& rstd, int64_t sets, DTy
     const Tensor r = rstd.reshape({1, sets}).to(type);  // the CUDA kernels do not read the variance
     return at::cat({mean.reshape({1, sets}).to(type), r, r, at::zeros_like(r)});
   }
-  Tensor stats = at::detail::empty_cpu({kStatsRows, sets}, type, false, at::MemoryFormat::Contiguous);
+  Tensor stats = new_tensor(mean, {kStatsRows, sets}, type);
   const Tensor dense_mean = mean.contiguous(), dense_rstd = rstd.contiguous();
-  dispatch_type(type, [&](auto zero) {
+  dispatch_scalar(dtype_of(stats, "stats"), [&](auto zero) {
     using A = decltype(zero);
     A* const s = stats.mutable_data_ptr<A>();
     for (const auto& [t, row] : {std::pair(&dense_mean, kMean), std::pair(&dense_rstd, kRstd)}) {
-      dispatch_type(t->scalar_type(), [&, t = t, row = row](auto from) {
+      dispatch_scalar(dtype_of(*t, "statistics"), [&, t = t, row = row](auto from) {
         convert(s + row * sets, t->template const_data_ptr<decltype(from)>(), sets);
       });
     }
@@ -90,10 +81,9 @@ inline Tensor stats_of(const Tensor& mean, const Tensor& rstd, int64_t sets, DTy
 // 1 / sqrt(var + eps) in float64, as evaluation takes it.
 inline Tensor rstd_of(const Tensor& var, double eps) {
   if (!var.is_cpu()) return at::add(var.to(at::kDouble), eps).rsqrt();
-  dtype_of(var, "running_var");
   const Tensor dense = var.contiguous();
-  Tensor rstd = at::detail::empty_cpu(var.sizes(), at::kDouble, false, at::MemoryFormat::Contiguous);
-  dispatch_type(dense.scalar_type(), [&](auto zero) {
+  Tensor rstd = new_tensor(var, var.sizes(), at::kDouble);
+  dispatch_scalar(dtype_of(dense, "running_var"), [&](auto zero) {
     const auto* const v = dense.const_data_ptr<decltype(zero)>();
     auto* const r = rstd.mutable_data_ptr<double>();
     for (int64_t i = 0; i < dense.numel(); ++i) r[i] = 1 / std::sqrt(static_cast<double>(v[i]) + eps);

@@ -2,6 +2,7 @@
 // for module.cpp.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <map>
@@ -12,8 +13,13 @@ namespace fastnorm::ops {
 
 enum class AtenNorm : int { kBatch, kGroup, kLayer };
 enum class AtenDevice : int { kCpu, kCuda };
-constexpr const char* kAtenNorms[] = {"batch_norm", "group_norm", "layer_norm"};
-constexpr const char* kAtenDevices[] = {"cpu", "cuda"};
+constexpr std::array kAtenNorms{AtenNorm::kBatch, AtenNorm::kGroup, AtenNorm::kLayer};
+constexpr std::array kAtenDevices{AtenDevice::kCpu, AtenDevice::kCuda};
+constexpr const char* name_of(AtenNorm norm) {
+  constexpr const char* names[] = {"batch_norm", "group_norm", "layer_norm"};
+  return names[static_cast<int>(norm)];
+}
+constexpr const char* name_of(AtenDevice device) { return device == AtenDevice::kCpu ? "cpu" : "cuda"; }
 
 // The calls of one norm on one device. Forward and backward are calls of their own.
 class AtenSwitch {
@@ -47,7 +53,7 @@ class AtenSwitch {
 };
 
 inline AtenSwitch& aten_switch(AtenNorm norm, AtenDevice device) {
-  static AtenSwitch switches[std::size(kAtenNorms)][std::size(kAtenDevices)];
+  static AtenSwitch switches[kAtenNorms.size()][kAtenDevices.size()];
   return switches[static_cast<int>(norm)][static_cast<int>(device)];
 }
 

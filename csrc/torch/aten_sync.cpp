@@ -11,17 +11,17 @@ namespace fastnorm::ops {
 
 namespace {
 
-using at::Tensor;
-
-const OptTensor kAbsent;
+void check_values(const Tensor& x) {
+  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > 0, "x has shape ", x.sizes(), ", expected some values per channel");
+}
 
 Tensor stats_of_channels(const Tensor& x, const Tensor& mean, const Tensor& rstd) {
-  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > 0, "x has shape ", x.sizes(), ", expected some values per channel");
+  check_values(x);
   return stats_of(mean, rstd, x.size(1), dtype_of(x, "x"));
 }
 
 std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, double eps) {
-  FASTNORM_SUPPORTED(x.dim() >= 2 && x.numel() > 0, "x has shape ", x.sizes(), ", expected some values per channel");
+  check_values(x);
   const Tensor stats = channel_stats(x, eps);
   const auto row = [&](StatsRow r) { return saved_row(stats, r, x.size(1), stats.scalar_type()); };
   return {row(kMean), row(kRstd)};

@@ -13,6 +13,7 @@
 #include "backend.h"
 #include "core/formulas.h"
 #include "cpu/api.h"
+#include "tensor_args.h"
 
 namespace fastnorm::ops {
 
@@ -91,17 +92,6 @@ CpuInfo cpu_info(int threads) {
     return info;
   }();
   return {caches.l2_bytes, caches.l3_bytes, threads};
-}
-
-// Calls f with a zero of the type that ATen has for dtype.
-template <class F>
-void dispatch_scalar(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(double{});
-    case DType::kBFloat16: return f(at::BFloat16{});
-    case DType::kFloat16: return f(at::Half{});
-    default: return f(float{});
-  }
 }
 
 // Moves a running statistic by row[sample * C + c], a statistic of every set.

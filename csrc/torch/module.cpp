@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <string_view>
 #include <variant>
@@ -33,10 +34,11 @@ DType parse_dtype(const std::string& name) {
   throw std::invalid_argument("dtype is '" + name + "', expected float32, float64, bfloat16 or float16");
 }
 
-template <class Enum>
-Enum value_named(const std::string& what, const std::string& name, std::initializer_list<Enum> values) {
+// values: a list of enums, each of which name_of knows.
+template <class Values>
+auto value_named(const std::string& what, const std::string& name, const Values& values) {
   std::string names;
-  for (const Enum value : values) {
+  for (const auto value : values) {
     if (name == name_of(value)) return value;
     names += (names.empty() ? "" : ", ") + std::string(name_of(value));
   }
@@ -45,7 +47,7 @@ Enum value_named(const std::string& what, const std::string& name, std::initiali
 
 Geometry make_geometry(const std::string& kind_name, int64_t N, int64_t C, int64_t S, int64_t groups,
                        bool channels_last) {
-  const Kind kind = value_named("kind", kind_name, {Kind::kBatch, Kind::kGroup, Kind::kLayer});
+  const Kind kind = value_named("kind", kind_name, std::array{Kind::kBatch, Kind::kGroup, Kind::kLayer});
   require(N >= 0 && C >= 0 && S >= 0, "a size is negative");
   const int64_t G = kind == Kind::kBatch ? C : groups;
   require(kind == Kind::kBatch || (G >= 1 && C % G == 0),
@@ -278,29 +280,21 @@ void add_planner(py::module_& m) {
       py::arg("dtype"), py::arg("alignment") = 16);
 }
 
-using ops::AtenNorm, ops::AtenDevice, ops::kAtenNorms, ops::kAtenDevices;
-
-template <size_t n>
-int index_of(const char* what, const std::string& name, const char* const (&names)[n]) {
-  const auto found = std::find(std::begin(names), std::end(names), name);
-  require(found != std::end(names), std::string(what) + " is '" + name + "', expected one of aten_switches()");
-  return static_cast<int>(found - std::begin(names));
-}
-
 void set_aten_switch(const std::string& norm, const std::string& device, bool on) {
-  const int n = index_of("norm", norm, kAtenNorms), d = index_of("device", device, kAtenDevices);
+  const ops::AtenNorm n = value_named("norm", norm, ops::kAtenNorms);
+  const ops::AtenDevice d = value_named("device", device, ops::kAtenDevices);
   if (on) ops::register_aten_kernels();
-  ops::aten_switch(static_cast<AtenNorm>(n), static_cast<AtenDevice>(d)).set(on);
+  ops::aten_switch(n, d).set(on);
 }
 
 using AtenRow = std::tuple<std::string, std::string, bool, int64_t, std::map<std::string, int64_t>>;
 
 std::vector<AtenRow> aten_switches() {
   std::vector<AtenRow> rows;
-  for (size_t n = 0; n < std::size(kAtenNorms); ++n) {
-    for (size_t d = 0; d < std::size(kAtenDevices); ++d) {
-      const auto& s = ops::aten_switch(static_cast<AtenNorm>(n), static_cast<AtenDevice>(d));
-      rows.emplace_back(kAtenNorms[n], kAtenDevices[d], s.is_on(), s.served(), s.left());
+  for (const ops::AtenNorm norm : ops::kAtenNorms) {
+    for (const ops::AtenDevice device : ops::kAtenDevices) {
+      const auto& s = ops::aten_switch(norm, device);
+      rows.emplace_back(name_of(norm), name_of(device), s.is_on(), s.served(), s.left());
     }
   }
   return rows;

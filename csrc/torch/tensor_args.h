@@ -31,6 +31,17 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+// Calls f with a zero of the type that ATen has for dtype.
+template <class F>
+void dispatch_scalar(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(at::BFloat16{});
+    case DType::kFloat16: return f(at::Half{});
+    default: return f(float{});
+  }
+}
+
 inline at::ScalarType accum_type(DType dtype) { return dtype == DType::kFloat64 ? at::kDouble : at::kFloat; }
 
 // Whether t is more than sizes: tensors of torch's fake mode and of the meta device have no memory.
