@@ -62,7 +62,7 @@ class Unfused(nn.Module):
 
 
 def contestants(case: Case, dtype: torch.dtype, training: bool, device: str) -> dict[str, timing.Call]:
-    """A call of each. torch.compile happens here: the mode it saw stays with the graph."""
+    """A call of each; those under torch.compile set the compile mode first, and keep a graph for each."""
     unfused = Unfused(case).to(device, dtype).train(training)
     fused = getattr(fastnorm, case.norm)(*case.arguments, activation=case.activation).to(device, dtype).train(training)
     inputs = [torch.randn(case.shape, device=device, dtype=dtype) for _ in range(1 + case.residual)]

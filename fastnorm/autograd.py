@@ -58,19 +58,23 @@ class NormFunction(Function):
     def backward(ctx: Any, dy: OptTensor, *_: None) -> tuple[OptTensor, ...]:
         if dy is None:
             return (None,) * 12
-        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        output_mask = [needs_x, needs_weight or needs_bias, needs_residual]
         op = ops.norm_backward_differentiable if wants_differentiable_backward() else ops.norm_backward
-        dx, dweight, dbias, dresidual = op(dy, *ctx.saved_tensors, *ctx.settings, ctx.frozen, output_mask)
-        if ctx.settings[3] == 0:
-            dresidual = dy
-        return (
-            dx if needs_x else None,
-            dweight if needs_weight else None,
-            dbias if needs_bias else None,
-            dresidual if needs_residual else None,
-            *(None,) * 8,
-        )
+        gradients = op(dy, *ctx.saved_tensors, *ctx.settings, ctx.frozen, output_mask_of(ctx))
+        return gradients_of_inputs(ctx, dy, gradients, ctx.settings[3])
+
+
+def output_mask_of(ctx: Any) -> OutputMask:
+    """What the backward of a Function of (x, weight, bias, residual, ...) has to compute."""
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    return needs_x, needs_weight or needs_bias, needs_residual
+
+
+def gradients_of_inputs(ctx: Any, dy: Tensor, gradients: Gradients, activation: int) -> tuple[OptTensor, ...]:
+    """What such a backward returns. Without an activation dresidual is dy, which the operators do not copy."""
+    dx, dweight, dbias, dresidual = gradients
+    every = (dx, dweight, dbias, dresidual if activation else dy)
+    needed = (gradient if needs else None for gradient, needs in zip(every, ctx.needs_input_grad[:4], strict=True))
+    return *needed, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 @torch.library.impl("fastnorm::norm_forward", "Autograd")
@@ -103,7 +107,7 @@ class MomentsFunction(Function):
         count = x.numel() // x.shape[1]
         shift = torch.zeros_like(mean) if dmean is None else dmean / count
         slope = torch.zeros_like(mean) if dvar is None else dvar * (2 / count)
-        if not is_compiling() and not torch.is_grad_enabled() and not _transformed():
+        if not is_compiling() and not wants_differentiable_backward():
             return ops.norm_forward(x, slope, shift, None, mean, torch.ones_like(mean), 0, 0, 0.0, 0, 0.0, False)[0]  # type: ignore[no-any-return]
         wide = (-1, *[1] * (x.dim() - 2))
         dx: Tensor = (x.to(mean.dtype) - mean.view(wide)) * slope.view(wide) + shift.view(wide)
@@ -184,17 +188,32 @@ def _reference_backward(
 ) -> Gradients:
     """`norm_backward` in torch's operators: differentiable again, and right under every transform."""
     *settings, frozen, _ = rest
-    plain: Settings = (*settings,)
+    return reference_gradients(dy, x, weight, bias, residual, stats, mask, (*settings,), frozen)
+
+
+def reference_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: OptTensor,
+    bias: OptTensor,
+    residual: OptTensor,
+    stats: Tensor,
+    mask: Tensor,
+    settings: Settings,
+    frozen: bool = False,
+    ranks: reference.Ranks | None = None,
+) -> Gradients:
+    """`reference.norm_backward` of a call whose operator has saved a mask, or none; what has no parameter is empty."""
     if mask.numel() != 0:
-        dy, plain = apply_mask(dy, x, stats, mask, plain)
+        dy, settings = _apply_mask(dy, x, stats, mask, settings)
         residual = None
     mean, var = (stats[0], stats[2]) if frozen else (None, None)
-    dx, dweight, dbias, dresidual = reference.norm_backward(dy, x, weight, bias, residual, mean, var, plain)
+    dx, dweight, dbias, dresidual = reference.norm_backward(dy, x, weight, bias, residual, mean, var, settings, ranks)
     none = x.new_empty(0)
     return dx, none if dweight is None else dweight, none if dbias is None else dbias, dresidual
 
 
-def apply_mask(dy: Tensor, x: Tensor, stats: Tensor, mask: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
+def _apply_mask(dy: Tensor, x: Tensor, stats: Tensor, mask: Tensor, settings: Settings) -> tuple[Tensor, Settings]:
     """d = dy * act' by the mask, and the settings of the call without its activation."""
     groups, normalized_dims, eps, activation, param = settings
     # Only the operator reads masks. What it makes of ones is the activation's slope.

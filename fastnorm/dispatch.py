@@ -323,8 +323,8 @@ def is_refusal(error: Exception) -> bool:
     return (text.startswith("fastnorm::") and "Expected a value of type" in text) or "NestedTensorImpl" in text
 
 
-def reason_of(refusal: Exception) -> str:
-    """The reason a refusal gives, on one line."""
+def reason_of(refusal: Exception | str) -> str:
+    """The reason that a refusal, or its text, gives, on one line."""
     return str(refusal).removeprefix("fastnorm: ").partition("\n")[0]
 
 

@@ -6,9 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from .convert import has_own_forward
+from .convert import change_class, has_own_forward, is_public
 from .layers import FrozenBatchNorm2d, frozen_values
-from .modules import CALL_COUNTS
 
 __all__ = ["freeze_batch_norm"]
 
@@ -38,19 +37,17 @@ def freeze_batch_norm(model: Model) -> Model:
                 raise ValueError(f"{name or 'model'}: {error}") from None
     for name, values in frozen.items():
         module = model.get_submodule(name)
-        own = vars(module)
         for parameter in ("weight", "bias"):
             del module._parameters[parameter]
         module._buffers.clear()
-        for leftover in (*_LEFTOVERS, *CALL_COUNTS):
-            own.pop(leftover, None)
-        module.__class__ = FrozenBatchNorm2d
+        for leftover in _LEFTOVERS:
+            vars(module).pop(leftover, None)
+        change_class(module, FrozenBatchNorm2d)
         for buffer, value in values.items():
             module.register_buffer(buffer, value)
     return model
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    cls = type(module)
-    exact = cls in (nn.BatchNorm2d, nn.SyncBatchNorm) or getattr(cls, "_public_class", None) is cls
+    exact = type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_public(module)
     return exact and isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not has_own_forward(module)

@@ -110,7 +110,7 @@ def _aten_rows() -> Iterator[Row]:
     for norm, device, on, served, left in _C.aten_switches():
         if device not in ops.DEVICES:
             continue
-        reasons = "; ".join(f"left {count}: {reason_of(Exception(text))}" for text, count in left.items())
+        reasons = "; ".join(f"left {count}: {reason_of(text)}" for text, count in left.items())
         why = _device_kernels(torch.device(device)) if on else "fastnorm.enable() would serve it"
         status: Literal["served", "left"] = "served" if on else "left"
         yield Row(norm, device, status, "; ".join(filter(None, (why, reasons))), served, sum(left.values()))

@@ -27,7 +27,15 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from . import ops, reference
-from .autograd import Gradients, OutputMask, apply_mask, differentiate, wants_differentiable_backward
+from .autograd import (
+    Gradients,
+    OutputMask,
+    differentiate,
+    gradients_of_inputs,
+    output_mask_of,
+    reference_gradients,
+    wants_differentiable_backward,
+)
 from .dispatch import Unsupported, check_call
 from .ops import OptTensor
 
@@ -146,20 +154,10 @@ class SynchronizedApply(Function):
     def backward(ctx: Any, dy: OptTensor, _: None) -> tuple[OptTensor, ...]:
         if dy is None:
             return (None,) * 11
-        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        output_mask = (needs_x, needs_weight or needs_bias, needs_residual)
         differentiable = wants_differentiable_backward()
         run: Callable[..., Gradients] = SynchronizedBackward.apply if differentiable else synchronized_backward
-        dx, dweight, dbias, dresidual = run(dy, *ctx.saved_tensors, *ctx.config, output_mask)
-        if ctx.config[1] == 0:
-            dresidual = dy
-        return (
-            dx if needs_x else None,
-            dweight if needs_weight else None,
-            dbias if needs_bias else None,
-            dresidual if needs_residual else None,
-            *(None,) * 7,
-        )
+        gradients = run(dy, *ctx.saved_tensors, *ctx.config, output_mask_of(ctx))
+        return gradients_of_inputs(ctx, dy, gradients, ctx.config[1])
 
 
 @torch.library.impl("fastnorm::batch_norm_apply_synchronized", "Autograd")
@@ -242,11 +240,6 @@ def _reference_backward(
     _: OutputMask,
 ) -> Gradients:
     """`synchronized_backward` in torch's operators and differentiable collectives."""
-    settings: ops.Settings = (0, 0, eps, activation, param)
-    if mask.numel() != 0:
-        dy, settings = apply_mask(dy, x, stats, mask, settings)
-        residual = None
     ranks = reference.Ranks(lambda t: AllReduce.apply(t, group), count)
-    dx, dweight, dbias, dresidual = reference.norm_backward(dy, x, weight, bias, residual, None, None, settings, ranks)
-    none = x.new_empty(0)
-    return dx, none if dweight is None else dweight, none if dbias is None else dbias, dresidual
+    settings = (0, 0, eps, activation, param)
+    return reference_gradients(dy, x, weight, bias, residual, stats, mask, settings, ranks=ranks)
