@@ -2,12 +2,12 @@
 //
 // What: does what rows_forward.h does.
 // Who: a task takes a sample (batch norm: the batch) or, in a split plan, a chunk of its positions in each of two
-// passes,
-//   of which the second takes the chunks in the opposite order. A task walks whole rows: all channels of a position.
+//   passes, of which the second takes the chunks in the opposite order. A task walks whole rows: all channels of a
+//   position.
 // Traffic: reads x twice, the second time from the cache as far as it stayed there; reads the residual and writes y
-// once. Numerics: every channel has its pivot and its sums (moments.h), in A over kBlockPositions positions, beyond in
-// double,
-//   in order; then each group merges its channels, in order.
+//   once.
+// Numerics: every channel has its pivot and its sums (moments.h), in A over kBlockPositions positions, beyond in
+//   double, in order; then each group merges its channels, in order.
 #pragma once
 
 #include <atomic>

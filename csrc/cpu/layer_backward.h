@@ -2,14 +2,12 @@
 //
 // What: takes the means of w d and w d xhat over each set, then computes dx as rows_backward.h does. dweight and dbias
 //   are sums over the sets.
-// Who: a task takes a chunk of samples, kRowGroup sets at a time where they are short, and has its own row of partial
-// dweight and dbias; the rows are folded in order
-//   at the end.
+// Who: a task takes a chunk of samples, kRowGroup sets at a time where the plan says so and they are short, and has its
+//   own row of partial dweight and dbias; the rows are folded in order at the end.
 // Traffic: reads dy and x from memory once while a set fits the cache, twice otherwise; writes dx once; writes and
 //   reads the partials.
 // Numerics: the sums of a set are taken in A over kBlock elements, in double beyond. dweight and dbias are summed in A
-// over kFlushSamples samples, then in double. The number of chunks depends
-//   on the sizes alone.
+//   over kFlushSamples samples, then in double. The number of chunks depends on the sizes alone.
 #pragma once
 
 #include "task.h"

@@ -1,9 +1,8 @@
 // Forward where every element of a set has its own weight: layer norm, and group norm of (N, C).
 //
-// What: does what rows_forward.h does, with kRowGroup sets at a time where they are short: their sums are folded next
-// to
-//   each other, and weight and bias are loaded once for all of them. Sets longer than a chunk are left to
-//   rows_forward.h.
+// What: does what rows_forward.h does, with kRowGroup sets at a time where the plan says so and they are short: their
+//   sums are folded next to each other, and weight and bias are loaded once for all of them. Sets longer than a chunk
+//   are left to rows_forward.h.
 // Who: a task takes whole sets.
 // Traffic: reads x from memory once, three times in all; reads the residual and writes y once.
 // Numerics: the mean comes first and the squares about it after, both in A over kBlock elements and in double beyond.

@@ -3,8 +3,7 @@
 // What: takes the means of w d and w d xhat over each position, then computes dx as rows_backward.h does. dweight and
 //   dbias are sums over the positions: those of a row.
 // Who: a task takes a chunk of tiles, one after the other, and has its own partial dweight and dbias; these are folded
-// in
-//   order at the end.
+//   in order at the end.
 // Traffic: reads dy and x from memory once while a tile fits L2, twice otherwise; writes dx once.
 // Numerics: the sums of a position are taken in A over kBlockPositions channels, those of a channel over a tile's row
 //   (at most 1024 positions), beyond in double. Tiles and chunks follow from the sizes alone.

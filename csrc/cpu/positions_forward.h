@@ -6,8 +6,7 @@
 // Who: a task takes a tile of positions of a sample, all channels of it.
 // Traffic: reads x from memory once while a tile fits L2, twice otherwise; reads the residual and writes y once.
 // Numerics: every position has its pivot and its sums (moments.h), in A over kBlockPositions channels, beyond in
-// double,
-//   in order. They are the same whatever the tile.
+//   double, in order. They are the same whatever the tile.
 #pragma once
 
 #include "columns_forward.h"
