@@ -51,7 +51,7 @@ std::vector<char> make_tensor(int64_t n, DType dtype, uint32_t seed) {
   return bytes;
 }
 
-void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
+void run_tasks(int64_t tasks, cpu::Order /*order*/, void (*body)(void*, int64_t), void* context) {
   for (int64_t t = 0; t < tasks; ++t) body(context, t);
 }
 

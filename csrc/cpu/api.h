@@ -10,10 +10,15 @@
 
 namespace fastnorm::cpu {
 
-// The caller's thread pool. `run` calls body(context, task) for every task, in any order, on any thread.
+// The order in which a thread takes tasks that lie side by side: the second pass over data begins with what the first
+// has left in the cache.
+enum class Order { kForwards, kBackwards };
+
+// The caller's thread pool. `run` calls body(context, task) for every task, on any thread. The threads divide equal
+// numbers of tasks alike in every call, so that passes over the same data find it in their own caches.
 struct Parallel {
   int threads;
-  void (*run)(int64_t tasks, void (*body)(void*, int64_t), void* context);
+  void (*run)(int64_t tasks, Order order, void (*body)(void*, int64_t), void* context);
 };
 
 struct ForwardCall : ForwardArgs {

@@ -83,10 +83,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
         for_each_task(Base::parallel_over(outer_ * sample), outer_, [&](int64_t n) { fold(n, sums.part(n * sample)); });
       }
       if (applies_) {
-        for_each_task(args.parallel, tasks, [&](int64_t t) {
-          const int64_t back = tasks - 1 - t;  // reduce left it in the cache
-          apply(back / chunks_, back % chunks_);
-        });
+        for_each_task(args.parallel, tasks, [&](int64_t t) { apply(t / chunks_, t % chunks_); }, Order::kBackwards);
       }
     } else {
       for_each_task(args.parallel, outer_, [&](int64_t n) {

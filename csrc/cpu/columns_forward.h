@@ -139,10 +139,8 @@ class ColumnsForward : Call<T, ForwardCall> {
       });
       if (!far_off || again) break;
     }
-    for_each_task(args.parallel, outer_ * chunks_, [&](int64_t t) {
-      const int64_t back = outer_ * chunks_ - 1 - t;  // reduce left it in the cache
-      apply(back / chunks_, back % chunks_);
-    });
+    for_each_task(
+        args.parallel, outer_ * chunks_, [&](int64_t t) { apply(t / chunks_, t % chunks_); }, Order::kBackwards);
   }
 
   void choose_pivots(int64_t n) const {

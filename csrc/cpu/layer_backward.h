@@ -147,10 +147,11 @@ class LayerBackward : Call<T, BackwardCall> {
     for (int64_t set = 0; set < sets; ++set) {
       for (int64_t t = 1; t < ranges; ++t) totals[set * ranges].merge(totals[set * ranges + t]);
     }
-    for_each_task(args.parallel, applies_ ? sets * ranges : 0, [&](int64_t t) {
-      const int64_t back = sets * ranges - 1 - t, set = back / ranges, begin = back % ranges * kRange;
+    const auto apply_range = [&](int64_t t) {
+      const int64_t set = t % sets, begin = t / sets * kRange;
       apply<1>(set, begin, std::min(begin + kRange, g.D()), totals + set * ranges, nullptr);
-    });
+    };
+    for_each_task(args.parallel, applies_ ? sets * ranges : 0, apply_range, Order::kBackwards);
     write_params([&](int64_t lane) { return static_cast<double>(sums[lane]); });
   }
 

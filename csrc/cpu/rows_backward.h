@@ -77,17 +77,17 @@ class RowsBackward : Call<T, BackwardCall> {
     if (!applies_) return;
     const Buffer<SetTerms<A>> terms(g.sets());
     for (int64_t set = 0; set < g.sets(); ++set) terms[set] = terms_of(set, sums);
-    for_each_task(args.parallel, parts, [&](int64_t t) {
-      const int64_t back = parts - 1 - t;  // reduce left it in the cache
-      const int64_t set = back / parts_of_set, first = back % parts_of_set / chunks * cells;
+    const auto apply_part = [&](int64_t t) {
+      const int64_t set = t / parts_of_set, first = t % parts_of_set / chunks * cells;
       const SharedTerms<A> own = terms[set];
       if (cells_are_short_) {
         apply_cells(set, first, std::min(first + cells, cells_per_set_), own, nullptr);
       } else {
-        const int64_t block = back % chunks * kChunkBlocks;
-        apply(back / chunks, 1, block, std::min(block + kChunkBlocks, blocks_.count()), &own);
+        const int64_t block = t % chunks * kChunkBlocks;
+        apply(t / chunks, 1, block, std::min(block + kChunkBlocks, blocks_.count()), &own);
       }
-    });
+    };
+    for_each_task(args.parallel, parts, apply_part, Order::kBackwards);
   }
 
   // Runs one set, or several sets of batch norm (a cell each) side by side.

@@ -41,11 +41,11 @@ class RowsForward : Call<T, ForwardCall> {
       for (int64_t set = 0; set < g.sets(); ++set) {
         fold(set, 1, pivots + set, [&](int64_t k, PivotSums* out) { *out = partials[set * chunks + k]; });
       }
-      for_each_task(args.parallel, g.sets() * apply_chunks, [&](int64_t t) {
-        const int64_t back = g.sets() * apply_chunks - 1 - t;  // reduce left it in the cache
-        const int64_t first = back % apply_chunks * kChunkBlocks;
-        apply(back / apply_chunks, 1, first, std::min(first + kChunkBlocks, weight_blocks_.count()));
-      });
+      const auto apply_chunk = [&](int64_t t) {
+        const int64_t first = t % apply_chunks * kChunkBlocks;
+        apply(t / apply_chunks, 1, first, std::min(first + kChunkBlocks, weight_blocks_.count()));
+      };
+      for_each_task(args.parallel, g.sets() * apply_chunks, apply_chunk, Order::kBackwards);
       return;
     }
     const int64_t per_task = args.plan.sets_per_task;

@@ -15,7 +15,7 @@
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
-using cpu::BackwardCall, cpu::ForwardCall, cpu::ImageCall, cpu::Parallel;
+using cpu::BackwardCall, cpu::ForwardCall, cpu::ImageCall, cpu::Order, cpu::Parallel;
 
 // Uninitialised memory that is aligned to a pack and can be read one pack past its end.
 template <class E>
@@ -36,17 +36,17 @@ class Buffer {
 };
 
 template <class F>
-void for_each_task(const Parallel& parallel, int64_t tasks, F&& f) {
+void for_each_task(const Parallel& parallel, int64_t tasks, F f, Order order = Order::kForwards) {
   if (parallel.threads <= 1 || tasks <= 1) {
-    for (int64_t t = 0; t < tasks; ++t) f(t);
+    for (int64_t t = 0; t < tasks; ++t) f(order == Order::kForwards ? t : tasks - 1 - t);
     finish_streaming();
     return;
   }
   const auto run = [](void* context, int64_t t) {
-    (*static_cast<std::remove_reference_t<F>*>(context))(t);
+    (*static_cast<F*>(context))(t);
     finish_streaming();
   };
-  parallel.run(tasks, run, &f);
+  parallel.run(tasks, order, run, &f);
 }
 
 // Reads parameters of any type into an array of A; fills it with `absent` where there are none. NaNs become the

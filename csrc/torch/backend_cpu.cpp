@@ -37,28 +37,47 @@ at::Tensor make_empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryForm
   return t;
 }
 
-// Tasks are handed out one by one: on a shared machine equal shares finish at unequal times.
-void run_tasks(int64_t tasks, void (*body)(void*, int64_t), void* context) {
-  struct Queue {
-    std::atomic<int64_t> next{0};
-    int64_t tasks;
-    void (*body)(void*, int64_t);
-    void* context;
-  } queue;
-  queue.tasks = tasks;
-  queue.body = body;
-  queue.context = context;
-  const int64_t workers = std::min<int64_t>(tasks, at::get_num_threads());
-  const auto work = [](int64_t begin, int64_t end, void* q) {
-    Queue& queue = *static_cast<Queue*>(q);
-    for (; begin < end; ++begin) {
-      for (int64_t t; (t = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.tasks;) {
-        queue.body(queue.context, t);
-      }
+// The tasks of a parallel region: a stretch of them for each worker, in equal shares as torch's own loops have. So a
+// worker meets the data of the pass before, and of the layer before: where processors share no last cache, another's
+// are three times as far. On a shared machine equal shares finish at unequal times, so who is done helps the others.
+class Region {
+ public:
+  Region(int64_t tasks, int64_t workers, cpu::Order order, void (*body)(void*, int64_t), void* context)
+      : tasks_(tasks), stretches_(workers), order_(order), body_(body), context_(context) {}
+
+  void work(int64_t worker) {
+    const int64_t workers = stretches_.size();
+    for (int64_t i = 0; i < workers; ++i) work_on((worker + i) % workers);
+  }
+
+ private:
+  struct alignas(64) Stretch {  // a cache line of its own
+    std::atomic<int64_t> taken{0};
+  };
+
+  void work_on(int64_t stretch) {
+    const int64_t workers = stretches_.size();
+    const int64_t begin = tasks_ * stretch / workers, end = tasks_ * (stretch + 1) / workers;
+    for (int64_t t; (t = stretches_[stretch].taken.fetch_add(1, std::memory_order_relaxed)) < end - begin;) {
+      body_(context_, order_ == cpu::Order::kForwards ? begin + t : end - 1 - t);
     }
+  }
+
+  const int64_t tasks_;
+  std::vector<Stretch> stretches_;
+  const cpu::Order order_;
+  void (*const body_)(void*, int64_t);
+  void* const context_;
+};
+
+void run_tasks(int64_t tasks, cpu::Order order, void (*body)(void*, int64_t), void* context) {
+  const int64_t workers = std::min<int64_t>(tasks, at::get_num_threads());
+  Region region(tasks, workers, order, body, context);
+  const auto work = [](int64_t begin, int64_t end, void* region) {
+    for (; begin < end; ++begin) static_cast<Region*>(region)->work(begin);
   };
   // torch's own loop, out of line: this library links no second OpenMP runtime.
-  TORCH_CHECK(torch_parallel_for(0, workers, 1, work, &queue) == 0, "fastnorm: a parallel task failed");
+  TORCH_CHECK(torch_parallel_for(0, workers, 1, work, &region) == 0, "fastnorm: a parallel task failed");
 }
 
 cpu::Parallel parallel_for(int64_t elements) {
