@@ -22,6 +22,12 @@ constexpr int64_t kMinChunkPositions = 128, kLeastChunkPositions = 16;
 constexpr int64_t kTogetherBytes = 512;
 constexpr int64_t kChunkElements = 65536;
 
+// Whether equal tasks, some of which each thread takes whole, would leave threads idle for more than a ninth of the
+// call. Where they would not, a task keeps its data in one thread's cache, and no thread waits for the others' sums.
+bool are_uneven(int64_t tasks, int threads) {
+  return tasks < int64_t(4) * threads && 8 * div_up(tasks, threads) * threads > 9 * tasks;
+}
+
 // tensors: of x's size, that the call goes through.
 bool stay_in_cache(int tensors, const Geometry& g, DType dtype, const CpuInfo& cpu) {
   return g.numel() * size_of(dtype) * tensors < cpu.l3_bytes / 2;
@@ -35,7 +41,7 @@ CpuPlan plan_rows(const Geometry& g, DType dtype, int tensors, CpuPlan plan, con
   const int64_t sets = kTaskElements / std::max<int64_t>(1, g.set_size());
   plan.sets_per_task = sets > 1 ? div_up(sets, kSetsTogether) * kSetsTogether : 1;
   const int64_t chunks = g.set_size() / (kBlock * kChunkBlocks);
-  plan.split = cpu.threads > 1 && g.sets() < 4 * cpu.threads && chunks > 1;
+  plan.split = are_uneven(g.sets(), cpu.threads) && chunks > 1;
   return plan;
 }
 
@@ -44,7 +50,7 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
   const int64_t rows = std::max<int64_t>(1, g.positions() * g.outer());
   const int64_t quarter = div_up(rows, 4 * kLeastChunkPositions) * kLeastChunkPositions;
   plan.chunk_positions = std::max(std::min(quarter, kMinChunkPositions), kChunkElements / C);
-  plan.split = cpu.threads > 1 && g.outer() < 4 * cpu.threads && g.positions() > plan.chunk_positions;
+  plan.split = are_uneven(g.outer(), cpu.threads) && g.positions() > plan.chunk_positions;
   plan.rows_together = 4 * row_bytes <= kTogetherBytes || stay_in_cache(streams, g, dtype, cpu);
   return plan;
 }
