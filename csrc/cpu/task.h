@@ -1,39 +1,20 @@
-// Every walk needs this around the arithmetic: scratch memory, the parallel loop, parameters as arrays of A, the
-// division of a set into blocks and chunks.
+// Every walk needs this around the arithmetic: the parallel loop, parameters as arrays of A, the division of a set into
+// blocks and chunks.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <new>
 #include <utility>
 
 #include "api.h"
 #include "core/accum.h"
 #include "element.h"
+#include "scratch.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 using cpu::BackwardCall, cpu::ForwardCall, cpu::ImageCall, cpu::Order, cpu::Parallel;
-
-// Uninitialised memory that is aligned to a pack and can be read one pack past its end.
-template <class E>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) {
-    const int64_t bytes = (n * sizeof(E) + 2 * kPackBytes - 1) / kPackBytes * kPackBytes;
-    data_ = static_cast<E*>(std::aligned_alloc(kPackBytes, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator E*() const { return data_; }
-
- private:
-  E* data_;
-};
 
 template <class F>
 void for_each_task(const Parallel& parallel, int64_t tasks, F f, Order order = Order::kForwards) {
@@ -247,19 +228,6 @@ struct Call {
     const Center c = center(set);
     return {c.value, static_cast<A>(c.low), stats.rstd[set], weight[channel], bias[channel]};
   }
-};
-
-// Several arrays of `length` elements in one allocation. Each can be read a pack past its end.
-template <class E, int kArrays>
-class Arrays {
- public:
-  explicit Arrays(int64_t length)
-      : pitch_(div_up(length, Pack<E>::kLanes) * Pack<E>::kLanes + Pack<E>::kLanes), storage_(kArrays * pitch_) {}
-  E* operator[](int k) const { return storage_ + k * pitch_; }
-
- private:
-  int64_t pitch_;
-  Buffer<E> storage_;
 };
 
 // The coefficients of every channel of every sample as arrays in the order of lanes. The mean and rstd of a set are

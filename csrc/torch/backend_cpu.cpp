@@ -1,7 +1,5 @@
 // The CPU backend: torch's threads, the sizes of the caches, huge pages for what is written.
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <sys/mman.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <atomic>
@@ -13,29 +11,12 @@
 #include "backend.h"
 #include "core/formulas.h"
 #include "cpu/api.h"
+#include "cpu_memory.h"
 #include "tensor_args.h"
 
 namespace fastnorm::ops {
 
 namespace {
-
-// From here on a tensor asks for huge pages: the kernel then clears it 2 MB at a time instead of taking a fault for
-// every 4 KB, which for a tensor fresh from the system costs more than all of our arithmetic: BatchNorm2d forward of
-// 32x64x112x112 float32 took 1.1 times x.clone() without and 0.34 with (two threads, malloc as it comes).
-constexpr size_t kHugePageBytes = size_t(2) << 20, kMinHugeBytes = 4 * kHugePageBytes;
-
-// Without the dispatcher's 0.3 us: ops of tiny tensors are made of little else.
-at::Tensor make_empty(at::IntArrayRef sizes, at::ScalarType type, at::MemoryFormat format, at::Device) {
-  at::Tensor t = at::detail::empty_cpu(sizes, type, false, format);
-#if defined(MADV_HUGEPAGE)
-  if (t.nbytes() >= kMinHugeBytes) {
-    const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), page = uintptr_t(4096);
-    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + t.nbytes()) / page * page;
-    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // advice: its failure costs nothing
-  }
-#endif
-  return t;
-}
 
 // The tasks of a parallel region: a stretch of them for each worker, in equal shares as torch's own loops have. So a
 // worker meets the data of the pass before, and of the layer before: where processors share no last cache, another's
@@ -51,8 +32,9 @@ class Region {
   }
 
  private:
-  struct alignas(64) Stretch {  // a cache line of its own
+  struct Stretch {
     std::atomic<int64_t> taken{0};
+    char apart[64 - sizeof(taken)];  // no two counters in a cache line
   };
 
   void work_on(int64_t stretch) {
@@ -209,6 +191,6 @@ void normalize_images(const ImageArgs& args, at::Device) {
 
 }  // namespace
 
-const Backend kCpuBackend{make_empty, forward, backward, fold_partials, update_running_stats, normalize_images};
+const Backend kCpuBackend{make_empty_cpu, forward, backward, fold_partials, update_running_stats, normalize_images};
 
 }  // namespace fastnorm::ops

@@ -109,10 +109,11 @@ Forward run_forward(const Inputs& inputs, const Statistics& given, const Config&
                        args.running.channels, " channels, expected ", g.C);
   }
 
-  Tensor y = allocate.like_x(true, view);
+  // Small tensors first: malloc can then give the place of y, once that is gone, to the next one (cpu/scratch.h).
   Tensor stats = given_stats != nullptr ? *given_stats : allocate.stats(g, dtype);
   const bool masked = save_mask && present(residual) && is_two_sided(args.activation);
   const Tensor mask = masked ? allocate.empty({mask_bytes(g, dtype)}, at::kByte) : Tensor();
+  Tensor y = allocate.like_x(true, view);
   args.stats_given = given_stats != nullptr;
   args.stats = stats.data_ptr();
   args.running.dtype = dtype_of(stats, "stats");
@@ -227,10 +228,10 @@ Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& sta
   FASTNORM_SUPPORTED(!frozen || config.is_batch(), "frozen is set with groups = ", config.groups,
                      " and normalized_dims = ", config.normalized_dims, ", expected both 0 (batch norm)");
   call.args.frozen = frozen;
-  Tensor dx = call.make_dx(output_mask[0]);
-  Tensor dresidual = call.make_dresidual(output_mask[2]);
   Tensor dweight = call.allocate.like_param(output_mask[1], inputs.weight, call.args.dweight);
   Tensor dbias = call.allocate.like_param(output_mask[1], inputs.bias, call.args.dbias);
+  Tensor dx = call.make_dx(output_mask[0]);
+  Tensor dresidual = call.make_dresidual(output_mask[2]);
   if (call.is_empty()) {
     if (dweight.defined()) dweight.zero_();
     if (dbias.defined()) dbias.zero_();
