@@ -93,14 +93,15 @@ class _Follow(Flow):
     def run(self) -> None:
         node: ast.AST = self.site.call
         named: list[ast.Assign] = []
+        names: list[str] = []  # `y += r` and `y.add_(r)` name the sum as well, and assign nothing
         while self.site.act is None:
             parent = self.method.parent(node)
-            if self._activation(node, parent, named) or self._sum(node, parent, named):
+            if self._activation(node, parent, names) or self._sum(node, parent, named):
                 assert self.site.act_node is not None or self.site.sum_node is not None
                 node = self.site.act_node or self.site.sum_node  # type: ignore[assignment]
                 if not self.site.act_node:
                     self.site.named = named
-                    named = []
+                    named, names = [], []
                 continue
             target = self._target(node, parent)
             if target is None:
@@ -108,19 +109,20 @@ class _Follow(Flow):
             mention = self.next_mention(target, self.statement(node))
             if mention is None:
                 break
+            names.append(target)
             if isinstance(parent, ast.Assign):
                 named = [*named, parent]
             node = mention
             if isinstance(mention, ast.AugAssign):
                 if self.site.sum_node is not None or not self._take_sum(mention, mention.value, False, True, named):
                     break
-                self.site.named, named = named, []
+                self.site.named, named, names = named, [], []
         if self.site.act is not None and self.site.sum_node is None:
             self.site.named = named
 
     # ---- one step ----
 
-    def _activation(self, node: ast.AST, parent: ast.AST, named: list[ast.Assign]) -> bool:
+    def _activation(self, node: ast.AST, parent: ast.AST, names: list[str]) -> bool:
         act, call = None, parent
         if isinstance(parent, ast.Attribute) and parent.value is node and parent.attr in METHODS:
             call = self.method.parent(parent)
@@ -131,11 +133,12 @@ class _Follow(Flow):
         if act is None or not isinstance(call, ast.Call):
             return False
         statement = self.statement(call)
-        changes_name = act.in_place and isinstance(node, ast.Name)
-        if isinstance(statement, ast.Expr) and statement.value is call and not changes_name:
+        alone = isinstance(statement, ast.Expr) and statement.value is call
+        if alone and not (act.in_place and isinstance(node, ast.Name)):
             self.end = f"is followed by an activation whose result nobody takes, in {where(self.method)}"
             return False
-        if not self.dead_afterwards(named, statement):
+        # `self.relu(y)`, in place, changes the value under all of its names.
+        if not alone and not self.dead_afterwards(names, statement):
             return False
         self.site.act, self.site.act_node = act, call
         self.site.act_is_module = isinstance(resolve(call.func, self.method), nn.Module)
@@ -207,7 +210,10 @@ class _Follow(Flow):
         if alone is not None and not (in_place and named and _is_method_of_name(node)):
             self.end = f"is added to in a statement of its own, in {where(self.method)}"
             return False
-        if not self.dead_afterwards(named, statement) or not self._may_move(named, statement, residual):
+        names = [assign.targets[0].id for assign in named if isinstance(assign.targets[0], ast.Name)]
+        if alone is not None:
+            names.pop()  # `y.add_(residual)` becomes `y = ...`
+        if not self.dead_afterwards(names, statement) or not self._may_move(named, node, residual):
             return False
         self.site.sum_node, self.site.residual = node, residual
         self.site.norm_on_the_right, self.site.in_place, self.site.add_statement = right, in_place, alone
@@ -228,13 +234,16 @@ class _Follow(Flow):
 
     # ---- moving the norm to where the sum is ----
 
-    def _may_move(self, named: list[ast.Assign], last: ast.stmt, residual: ast.expr) -> bool:
-        """Whether the norm may run after what stands between it and the sum: the other operand, and statements."""
+    def _may_move(self, named: list[ast.Assign], sum_node: ast.AST, residual: ast.expr) -> bool:
+        """Whether the norm may run after what stands between it and the sum: the other operand, statements, and what
+        the sum's own statement runs before it."""
         between: list[ast.AST] = [residual]
         if named:
             block = self.block(named[0])
             places = {id(s): i for i, s in enumerate(block)}
+            last = self.statement(sum_node)
             between += [s for s in block[places[id(named[0])] + 1 : places[id(last)]] if s not in named]
+            between += self.run_before(sum_node)
         if any(isinstance(node, _EXITS) for part in between for node in ast.walk(part)):
             self.end = f"is added to after a way out of {where(self.method)}"
             return False
