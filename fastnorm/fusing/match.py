@@ -28,6 +28,7 @@ from .source import UNKNOWN, Method, chain, function_of, resolve
 __all__ = ["Site", "is_returned", "match"]
 
 _EXITS = (ast.Return, ast.Raise, ast.Break, ast.Continue, ast.Yield, ast.YieldFrom, ast.Await)
+_NAMES = (ast.Name, ast.Attribute, ast.Assign, ast.expr_context)  # nothing is computed
 _SCOPES = ("locals", "vars", "eval", "exec", "globals", "_getframe", "dir")
 
 
@@ -213,7 +214,7 @@ class _Follow(Flow):
         names = [assign.targets[0].id for assign in named if isinstance(assign.targets[0], ast.Name)]
         if alone is not None:
             names.pop()  # `y.add_(residual)` becomes `y = ...`
-        if not self.dead_afterwards(names, statement) or not self._may_move(named, node, residual):
+        if not self.dead_afterwards(names, statement) or not self._may_move(named, node, residual, right):
             return False
         self.site.sum_node, self.site.residual = node, residual
         self.site.norm_on_the_right, self.site.in_place, self.site.add_statement = right, in_place, alone
@@ -234,7 +235,7 @@ class _Follow(Flow):
 
     # ---- moving the norm to where the sum is ----
 
-    def _may_move(self, named: list[ast.Assign], sum_node: ast.AST, residual: ast.expr) -> bool:
+    def _may_move(self, named: list[ast.Assign], sum_node: ast.AST, residual: ast.expr, right: bool) -> bool:
         """Whether the norm may run after what stands between it and the sum: the other operand, statements, and what
         the sum's own statement runs before it."""
         between: list[ast.AST] = [residual]
@@ -262,12 +263,13 @@ class _Follow(Flow):
             if isinstance(node, ast.Call) and self._is_method(node.func):
                 self.end = f"is added to after `{ast.unparse(node)}`, which may read what it changes"
                 return False
-        if isinstance(moved, nn.Module) and moved._modules and not is_norm(moved):
+        stays = right and not named
+        if isinstance(moved, nn.Module) and moved._modules and not is_norm(moved) and not stays:
             random = any("drop" in type(m).__name__.lower() for m in moved.modules())
-            if any(isinstance(node, ast.Call) for part in between for node in ast.walk(part)) and (
+            if not all(isinstance(node, _NAMES) for part in between for node in ast.walk(part)) and (
                 random or not is_fresh(moved)
             ):
-                self.end = f"is added to after calls, which its {type(moved).__name__} may not be moved behind"
+                self.end = f"is added to what its {type(moved).__name__} may change, if it is computed before"
                 return False
         elif self._is_fresh(self.site.call.args[0]):
             return True
@@ -340,8 +342,11 @@ def is_returned(method: Method, call: ast.Call) -> bool:
         target = follow._target(node, parent)
         if target is None or method.parent(parent) is not method.tree:
             return False
-        mention = follow.next_mention(target, follow.statement(node))
+        statement = follow.statement(node)
+        mention = follow.next_mention(target, statement)
         if mention is None or isinstance(mention, ast.AugAssign):
             return False
+        if follow.statement(mention) is not follow.rest(statement)[0]:
+            return False  # what is between may see the value by an older name, or change the residual
         node = mention
     return isinstance(returns[0], ast.Return)
