@@ -20,7 +20,7 @@ def set_compile_mode(mode: CompileMode) -> None:
     before and after. "auto", the default: "kernel", but "decompose" for batch norm by running statistics on a GPU: a
     multiplication and an addition, which cost nothing once they are fused.
 
-    benchmarks/compile_modes.py measures both; docs/compile.md has figures of a CPU. On a GPU nobody has measured yet.
+    benchmarks/compile_modes.py measures both; docs/choosing.md has figures of a CPU. On a GPU nobody has measured yet.
     Functions compiled before are compiled anew at their next call. ValueError for another mode.
     """
     global compile_mode

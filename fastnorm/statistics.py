@@ -36,7 +36,7 @@ def moments(
     """
     if not isinstance(correction, numbers.Real):
         raise TypeError(f"correction must be a number, but got {type(correction).__name__}")
-    if not math.isfinite(correction):
+    if not abs(correction) < math.inf:  # and no math.isfinite: torch.compile may make it a symbol
         raise ValueError(f"correction is {correction}, expected a finite number")
     if x.is_complex():
         raise TypeError(f"x has dtype {x.dtype}, expected a real one")
@@ -54,7 +54,7 @@ def moments(
         shape = [size for d, size in enumerate(x.shape) if d not in reduced]
         mean, var = mean.reshape(shape), var.reshape(shape)
     if correction != 0:
-        count = math.prod(x.shape[d] for d in reduced)
+        count = math.prod([x.shape[d] for d in reduced])  # torch.compile does not trace a generator here
         freedom = max(count - correction, 0)
         var = var * (count / freedom if freedom > 0 else math.inf)
     if keepdim:
@@ -150,11 +150,12 @@ def _shaped(name: str, t: Tensor, x: Tensor) -> Tensor:
     if t.dim() == 1 and x.dim() >= 2 and t.shape[0] == x.shape[1]:
         return t.reshape(-1, *[1] * (x.dim() - 2))
     padded = (1,) * (x.dim() - t.dim()) + tuple(t.shape)
-    vector = t.dim() == 1 and x.dim() >= 2
+    vector = t.dim() == 1 and x.dim() >= 2 and t.shape[0] != 1
     if vector or t.dim() > x.dim() or any(a not in (1, b) for a, b in zip(padded, x.shape, strict=True)):
         channels = f"({x.shape[1]},) or " if x.dim() >= 2 else ""
         raise ValueError(
             f"{name} has shape {tuple(t.shape)}, expected {channels}one that broadcasts against x's {tuple(x.shape)}"
+            + (": a vector belongs to dimension 1" if vector else "")
         )
     return t
 

@@ -141,6 +141,60 @@ def test_a_container_that_is_taken_apart_is_left(cls: type[nn.Module]) -> None:
     assert not fused(ours) and refusals(ours)
 
 
+class KeptByItsOldName(ConvBN):
+    kept: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        z = y
+        self.kept = y
+        return z
+
+
+class ChangesTheResidual(ConvBN):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        x.mul_(2)
+        return y
+
+
+class Scaled(Residual):
+    """What is added is computed after the branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.branch(x) + 2 * x)
+
+
+class ScaledFirst(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(2 * x + self.branch(x))
+
+
+def in_place_first() -> nn.Module:
+    return nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize(
+    "model", [Residual(KeptByItsOldName()), Residual(ChangesTheResidual()), Scaled(in_place_first())]
+)
+def test_a_module_whose_value_or_residual_something_else_sees(model: nn.Module) -> None:
+    ours = fastnorm.fuse(copy.deepcopy(model))
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x.clone()), model(x.clone()))
+    if isinstance(model.branch, KeptByItsOldName):
+        torch.testing.assert_close(ours.branch.kept, model.branch.kept)
+    assert not fused(ours) and refusals(ours)
+
+
+def test_what_is_added_to_a_module_and_runs_before_it() -> None:
+    with torch.no_grad():
+        model, x = ScaledFirst(in_place_first()), torch.randn(2, 4, 5, 5)
+        ours = fastnorm.fuse(copy.deepcopy(model))
+        torch.testing.assert_close(ours(x.clone()), model(x.clone()))
+    assert fused(ours) == {"branch.2": "add + relu"}
+
+
 class Inherits(Residual):
     """Its base's forward is out of use."""
 

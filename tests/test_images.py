@@ -135,6 +135,8 @@ def test_what_is_left_to_torch(backend: Backend) -> None:
     many = batch(torch.uint8, (2, 33, 4, 4), "channels_last")
     y = fastnorm.ImageNormalize((0.5,) * 33, (0.25,) * 33)(many)
     assert y.is_contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(fastnorm.ImageNormalize((0.5,) * 33, (0.25,) * 33), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(many), y)
     torch.testing.assert_close(y.double(), exact(many, (0.5,) * 33, (0.25,) * 33), rtol=0, atol=2e-6)
     x = batch(torch.float32, (4, 2, 3, 5, 5))
     norm = fastnorm.ImageNormalize(MEAN, STD)

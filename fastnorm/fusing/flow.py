@@ -66,7 +66,8 @@ class Flow:
                 self.end = f"is changed in {line}"
                 return None
             loads = [m for m in mentions if isinstance(m.ctx, ast.Load)]
-            if not isinstance(following, _SIMPLE) or len(loads) != 1:
+            changed = isinstance(following, ast.AugAssign) and is_name(following.target, name)  # which reads it too
+            if not isinstance(following, _SIMPLE) or len(loads) != 1 or changed:
                 self.end = f"is used in {line}"
                 return None
             node: ast.AST = loads[0]
@@ -79,16 +80,25 @@ class Flow:
         self.end = f"is followed by nothing in its own block, in {where(self.method)}"
         return None
 
-    def dead_afterwards(self, named: list[ast.Assign], last: ast.stmt) -> bool:
-        """Whether nothing reads the names of the value once `last` has run."""
-        for assign in named:
-            target = assign.targets[0]
-            assert isinstance(target, ast.Name)
-            if isinstance(last, ast.Expr) or (isinstance(last, ast.AugAssign) and is_name(last.target, target.id)):
+    def run_before(self, node: ast.AST) -> list[ast.AST]:
+        """The parts of a node's own statement that run before it."""
+        parts: list[ast.AST] = []
+        while not isinstance(node, ast.stmt):
+            parent = self.method.parent(node)
+            if not isinstance(parent, ast.Assign):  # its targets come last
+                children = list(ast.iter_child_nodes(parent))
+                parts += children[: children.index(node)]
+            node = parent
+        return parts
+
+    def dead_afterwards(self, names: list[str], last: ast.stmt) -> bool:
+        """Whether nothing reads these names of the value once `last` has run."""
+        for name in names:
+            if isinstance(last, ast.AugAssign) and is_name(last.target, name):
                 continue
-            if isinstance(last, ast.Assign) and len(last.targets) == 1 and is_name(last.targets[0], target.id):
+            if isinstance(last, ast.Assign) and len(last.targets) == 1 and is_name(last.targets[0], name):
                 continue
-            if not self._dead(target.id, last):
+            if not self._dead(name, last):
                 self.end = f"is used again after `{ast.unparse(last).splitlines()[0]}` in {where(self.method)}"
                 return False
         return True

@@ -28,6 +28,7 @@ from .source import UNKNOWN, Method, chain, function_of, resolve
 __all__ = ["Site", "is_returned", "match"]
 
 _EXITS = (ast.Return, ast.Raise, ast.Break, ast.Continue, ast.Yield, ast.YieldFrom, ast.Await)
+_NAMES = (ast.Name, ast.Attribute, ast.Assign, ast.expr_context)  # nothing is computed
 _SCOPES = ("locals", "vars", "eval", "exec", "globals", "_getframe", "dir")
 
 
@@ -93,14 +94,15 @@ class _Follow(Flow):
     def run(self) -> None:
         node: ast.AST = self.site.call
         named: list[ast.Assign] = []
+        names: list[str] = []  # `y += r` and `y.add_(r)` name the sum as well, and assign nothing
         while self.site.act is None:
             parent = self.method.parent(node)
-            if self._activation(node, parent, named) or self._sum(node, parent, named):
+            if self._activation(node, parent, names) or self._sum(node, parent, named):
                 assert self.site.act_node is not None or self.site.sum_node is not None
                 node = self.site.act_node or self.site.sum_node  # type: ignore[assignment]
                 if not self.site.act_node:
                     self.site.named = named
-                    named = []
+                    named, names = [], []
                 continue
             target = self._target(node, parent)
             if target is None:
@@ -108,19 +110,20 @@ class _Follow(Flow):
             mention = self.next_mention(target, self.statement(node))
             if mention is None:
                 break
+            names.append(target)
             if isinstance(parent, ast.Assign):
                 named = [*named, parent]
             node = mention
             if isinstance(mention, ast.AugAssign):
                 if self.site.sum_node is not None or not self._take_sum(mention, mention.value, False, True, named):
                     break
-                self.site.named, named = named, []
+                self.site.named, named, names = named, [], []
         if self.site.act is not None and self.site.sum_node is None:
             self.site.named = named
 
     # ---- one step ----
 
-    def _activation(self, node: ast.AST, parent: ast.AST, named: list[ast.Assign]) -> bool:
+    def _activation(self, node: ast.AST, parent: ast.AST, names: list[str]) -> bool:
         act, call = None, parent
         if isinstance(parent, ast.Attribute) and parent.value is node and parent.attr in METHODS:
             call = self.method.parent(parent)
@@ -131,11 +134,12 @@ class _Follow(Flow):
         if act is None or not isinstance(call, ast.Call):
             return False
         statement = self.statement(call)
-        changes_name = act.in_place and isinstance(node, ast.Name)
-        if isinstance(statement, ast.Expr) and statement.value is call and not changes_name:
+        alone = isinstance(statement, ast.Expr) and statement.value is call
+        if alone and not (act.in_place and isinstance(node, ast.Name)):
             self.end = f"is followed by an activation whose result nobody takes, in {where(self.method)}"
             return False
-        if not self.dead_afterwards(named, statement):
+        # `self.relu(y)`, in place, changes the value under all of its names.
+        if not alone and not self.dead_afterwards(names, statement):
             return False
         self.site.act, self.site.act_node = act, call
         self.site.act_is_module = isinstance(resolve(call.func, self.method), nn.Module)
@@ -207,7 +211,10 @@ class _Follow(Flow):
         if alone is not None and not (in_place and named and _is_method_of_name(node)):
             self.end = f"is added to in a statement of its own, in {where(self.method)}"
             return False
-        if not self.dead_afterwards(named, statement) or not self._may_move(named, statement, residual):
+        names = [assign.targets[0].id for assign in named if isinstance(assign.targets[0], ast.Name)]
+        if alone is not None:
+            names.pop()  # `y.add_(residual)` becomes `y = ...`
+        if not self.dead_afterwards(names, statement) or not self._may_move(named, node, residual, right):
             return False
         self.site.sum_node, self.site.residual = node, residual
         self.site.norm_on_the_right, self.site.in_place, self.site.add_statement = right, in_place, alone
@@ -228,13 +235,16 @@ class _Follow(Flow):
 
     # ---- moving the norm to where the sum is ----
 
-    def _may_move(self, named: list[ast.Assign], last: ast.stmt, residual: ast.expr) -> bool:
-        """Whether the norm may run after what stands between it and the sum: the other operand, and statements."""
+    def _may_move(self, named: list[ast.Assign], sum_node: ast.AST, residual: ast.expr, right: bool) -> bool:
+        """Whether the norm may run after what stands between it and the sum: the other operand, statements, and what
+        the sum's own statement runs before it."""
         between: list[ast.AST] = [residual]
         if named:
             block = self.block(named[0])
             places = {id(s): i for i, s in enumerate(block)}
+            last = self.statement(sum_node)
             between += [s for s in block[places[id(named[0])] + 1 : places[id(last)]] if s not in named]
+            between += self.run_before(sum_node)
         if any(isinstance(node, _EXITS) for part in between for node in ast.walk(part)):
             self.end = f"is added to after a way out of {where(self.method)}"
             return False
@@ -253,12 +263,13 @@ class _Follow(Flow):
             if isinstance(node, ast.Call) and self._is_method(node.func):
                 self.end = f"is added to after `{ast.unparse(node)}`, which may read what it changes"
                 return False
-        if isinstance(moved, nn.Module) and moved._modules and not is_norm(moved):
+        stays = right and not named
+        if isinstance(moved, nn.Module) and moved._modules and not is_norm(moved) and not stays:
             random = any("drop" in type(m).__name__.lower() for m in moved.modules())
-            if any(isinstance(node, ast.Call) for part in between for node in ast.walk(part)) and (
+            if not all(isinstance(node, _NAMES) for part in between for node in ast.walk(part)) and (
                 random or not is_fresh(moved)
             ):
-                self.end = f"is added to after calls, which its {type(moved).__name__} may not be moved behind"
+                self.end = f"is added to what its {type(moved).__name__} may change, if it is computed before"
                 return False
         elif self._is_fresh(self.site.call.args[0]):
             return True
@@ -331,8 +342,11 @@ def is_returned(method: Method, call: ast.Call) -> bool:
         target = follow._target(node, parent)
         if target is None or method.parent(parent) is not method.tree:
             return False
-        mention = follow.next_mention(target, follow.statement(node))
+        statement = follow.statement(node)
+        mention = follow.next_mention(target, statement)
         if mention is None or isinstance(mention, ast.AugAssign):
             return False
+        if follow.statement(mention) is not follow.rest(statement)[0]:
+            return False  # what is between may see the value by an older name, or change the residual
         node = mention
     return isinstance(returns[0], ast.Return)
