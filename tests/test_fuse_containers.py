@@ -151,6 +151,22 @@ class KeptByItsOldName(ConvBN):
         return z
 
 
+class AsksForASetting(ConvBN):
+    """As timm's ConvNormAct does between the norm and the return."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x))
+        aa = getattr(self, "aa", None)
+        if aa is not None:
+            x = aa(x)
+        return x
+
+
+def test_a_setting_is_no_use_of_the_value() -> None:
+    ours = compare(Residual(AsksForASetting()), torch.randn(2, 4, 5, 5))
+    assert fused(ours) == {"branch.bn": "add + relu"}
+
+
 class ChangesTheResidual(ConvBN):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(x)

@@ -20,6 +20,7 @@ __all__ = ["specialised"]
 def specialised(method: Method, changing: set[str]) -> Method:
     specialiser = _Specialiser(method, changing)
     method.tree.body = specialiser.block(method.tree.body) or [ast.Pass()]
+    method.tree.body = [s for s in method.tree.body if not specialiser.is_unread(s)] or [ast.Pass()]
     method.index()
     return method
 
@@ -66,6 +67,14 @@ class _Specialiser(ast.NodeTransformer):
             visited = self.visit(statement)
             result += visited if isinstance(visited, list) else [visited]
         return [s for s in result if not _does_nothing(s)]
+
+    def is_unread(self, statement: ast.stmt) -> bool:
+        """Whether it names a setting (`aa = getattr(self, "aa", None)`) for tests that have all been decided."""
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if not isinstance(target, ast.Name) or target.id not in self.aliases:
+            return False
+        mentions = [n for n in ast.walk(self.method.tree) if isinstance(n, ast.Name) and n.id == target.id]
+        return mentions == [target] and self._value(target) is not UNKNOWN
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         for name, value in ast.iter_fields(node):
