@@ -80,7 +80,12 @@ class ColumnsBackward : Call<T, BackwardCall> {
       if (sums_) {
         for_each_task(args.parallel, tasks,
                       [&](int64_t t) { reduce(t / chunks_, t % chunks_, sums.part(t * lanes_)); });
-        for_each_task(Base::parallel_over(outer_ * sample), outer_, [&](int64_t n) { fold(n, sums.part(n * sample)); });
+        // Channels of a group stay together, and samples of groups are several.
+        const int64_t width = g.set_channels() > 1 ? g.C : kFoldChannels, parts = div_up(g.C, width);
+        for_each_task(Base::parallel_over(outer_ * (sample + kFinishNumbers * g.C)), outer_ * parts, [&](int64_t t) {
+          const int64_t n = t / parts, first = t % parts * width;
+          fold(n, first, std::min(width, g.C - first), sums.part(n * sample));
+        });
       }
       if (applies_) {
         for_each_task(args.parallel, tasks, [&](int64_t t) { apply(t / chunks_, t % chunks_); }, Order::kBackwards);
@@ -89,7 +94,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
       for_each_task(args.parallel, outer_, [&](int64_t n) {
         if (sums_) {
           for (int64_t k = 0; k < chunks_; ++k) reduce(n, k, sums.part(n * sample + k * lanes_));
-          fold(n, sums.part(n * sample));
+          fold(n, 0, g.C, sums.part(n * sample));
         }
         for (int64_t k = chunks_; k-- > 0 && applies_;) apply(n, k);
       });
@@ -151,16 +156,18 @@ class ColumnsBackward : Call<T, BackwardCall> {
     }
   }
 
-  // Adds the chunks of a sample up, in the first, and turns the sums of its channels into the terms of their sets.
-  void fold(int64_t n, Sums sums) const {
+  // Adds the chunks of a sample up, in the first, and turns the sums of its channels into the terms of their sets. The
+  // channels begin at a pack.
+  void fold(int64_t n, int64_t first, int64_t channels, Sums sums) const {
+    const int64_t lanes_end = lane_pitch<A>(first + channels);
     for (int64_t k = 1; k < chunks_; ++k) {
       const Sums chunk = sums.part(k * lanes_);
-      for (int64_t i = 0; i < lanes_; ++i) sums.d[i] += chunk.d[i];
-      for (int64_t i = 0; i < lanes_; ++i) sums.d_centered[i] += chunk.d_centered[i];
+      for (int64_t i = first; i < lanes_end; ++i) sums.d[i] += chunk.d[i];
+      for (int64_t i = first; i < lanes_end; ++i) sums.d_centered[i] += chunk.d_centered[i];
     }
     if (args.frozen) return;
     const int64_t D = g.set_channels();
-    for (int64_t c = 0; c < g.C; c += D) {
+    for (int64_t c = first; c < first + channels; c += D) {
       const int64_t set = (n * g.C + c) / D;
       const double low = Base::center(set).low;
       double d = 0, d_xhat = 0;
@@ -173,7 +180,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
       const SetTerms<A> terms = Base::set_terms(set, d, d_xhat, low);
       for (int64_t i = c; i < c + D; ++i) set_terms_at(n, i, terms);
     }
-    clear_lanes_past_end(n);
+    if (first + channels == g.C) clear_lanes_past_end(n);
   }
 
   void set_terms_at(int64_t n, int64_t channel, const SetTerms<A>& terms) const {

@@ -19,6 +19,8 @@ namespace fastnorm::FASTNORM_CPU_CAPABILITY {
 
 // So many positions are summed in A. With 64 the variance of 60 numbers was off by 2.7 epsilons, torch's by 0.7.
 constexpr int64_t kBlockPositions = 32;
+// Of the sums of chunks a task folds about so many channels; to finish one takes as long as to add so many numbers.
+constexpr int64_t kFoldChannels = 512, kFinishNumbers = 32;
 
 // Adds x - pivot and its square to the sums of the channels in rows. Lanes past the last channel have zeros.
 template <class T>
@@ -88,7 +90,6 @@ class ColumnsForward : Call<T, ForwardCall> {
   using Base = Call<T, ForwardCall>;
   using A = Accum<T>;
   using Base::args, Base::whole, Base::g, Base::stats, Base::epilogue;
-  static constexpr int64_t kFoldChannels = 512;  // of a task, about
 
   const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
@@ -100,6 +101,27 @@ class ColumnsForward : Call<T, ForwardCall> {
   struct Sums {
     double *delta, *square;
     Sums part(int64_t i) const { return {delta + i, square + i}; }
+  };
+
+  // Those of some channels over all chunks, merged chunk by chunk: channel by channel each number would take a line of
+  // its own from the cache (a tenth of the time of 32x2048x7x7).
+  class ChannelSums {
+   public:
+    ChannelSums(Sums sums, int64_t chunks, int64_t pitch, int64_t first, int64_t channels)
+        : first_(first / kLanes<A> * kLanes<A>), lanes_(lane_pitch<A>(first + channels) - first_), total_(lanes_) {
+      std::fill_n(total_[0], lanes_, 0.0);
+      std::fill_n(total_[1], lanes_, 0.0);
+      for (int64_t k = 0; k < chunks; ++k) {
+        const Sums chunk = sums.part(k * pitch + first_);
+        for (int64_t i = 0; i < lanes_; ++i) total_[0][i] += chunk.delta[i];
+        for (int64_t i = 0; i < lanes_; ++i) total_[1][i] += chunk.square[i];
+      }
+    }
+    PivotSums operator[](int64_t lane) const { return {total_[0][lane - first_], total_[1][lane - first_]}; }
+
+   private:
+    const int64_t first_, lanes_;
+    const Arrays<double, 2> total_;
   };
 
  public:
@@ -133,7 +155,7 @@ class ColumnsForward : Call<T, ForwardCall> {
       for_each_task(args.parallel, outer_ * chunks_,
                     [&](int64_t t) { reduce(t / chunks_, t % chunks_, sums.part(t * lanes_)); });
       std::atomic<bool> far_off{false};
-      for_each_task(Base::parallel_over(outer_ * sample), outer_ * parts, [&](int64_t t) {
+      for_each_task(Base::parallel_over(outer_ * (sample + kFinishNumbers * g.C)), outer_ * parts, [&](int64_t t) {
         const int64_t n = t / parts, first = t % parts * width;
         if (fold(n, first, std::min(width, g.C - first), sums.part(n * sample))) far_off = true;
       });
@@ -162,18 +184,14 @@ class ColumnsForward : Call<T, ForwardCall> {
     const double count = static_cast<double>(positions_), set_count = count * static_cast<double>(D);
     const double share = 1 / count, set_share = 1 / set_count;
     A* const pivots = pivots_ + n * lanes_;
-    const Buffer<PivotSums> total(D);
+    const ChannelSums total(sums, chunks_, lanes_, first, channels);
     const Buffer<double> mean(D);
     bool far_off = false;
     for (int64_t c = first; c < first + channels; c += D) {
       Moments<double> set{0, 0};
       for (int64_t i = 0; i < D; ++i) {
         const int64_t lane = lane_of<T>(c + i);
-        total[i] = {0, 0};
-        for (int64_t k = 0; k < chunks_; ++k) {
-          total[i].merge({sums.delta[k * lanes_ + lane], sums.square[k * lanes_ + lane]});
-        }
-        const Moments<double> channel = total[i].moments(pivots[lane], share);
+        const Moments<double> channel = total[lane].moments(pivots[lane], share);
         mean[i] = channel.mean;
         set.mean += channel.mean;
         set.m2 += channel.m2;
@@ -181,8 +199,9 @@ class ColumnsForward : Call<T, ForwardCall> {
       if (D > 1) set.mean /= static_cast<double>(D);
       for (int64_t i = 0; i < D && D > 1; ++i) set.m2 += count * (mean[i] - set.mean) * (mean[i] - set.mean);
       for (int64_t i = 0; i < D; ++i) {
-        if (!total[i].far_off(set, share, set_count)) continue;
-        pivots[lane_of<T>(c + i)] = round_pivot<T>(mean[i]);
+        const int64_t lane = lane_of<T>(c + i);
+        if (!total[lane].far_off(set, share, set_count)) continue;
+        pivots[lane] = round_pivot<T>(mean[i]);
         far_off = true;
       }
       stats.finish((n * g.C + c) / D, set, set_share, args.eps);
