@@ -242,6 +242,7 @@ FASTNORM_INLINE Pack<A> tree_dot(const Pack<A> (&a)[P], const Pack<A> (&b)[P]) {
 
 // Adds d and d (x - mean) over a part of one channel to sums in A. With kWide the second is in double from the product
 // on, for a spread so small that the products lose digits in A.
+// Fetches what lies `ahead` of them, unless that is 0.
 template <class T, bool kWide, class E>
 struct SharedGradSums {
   using A = Accum<T>;
@@ -251,11 +252,16 @@ struct SharedGradSums {
   A* cached;  // receives d for the second pass; or null
   HalfSum<A>&sum, &sum_centered;
   PackD& wide;
+  int64_t ahead;
 
   template <int P, class Access, class Layout>
   FASTNORM_INLINE void packs(int64_t i, Access access, Layout layout) const {
     Pack<A> d[P], centered[P];
     load_grad(s, i, coefs, epilogue, access, layout, d, centered);
+    for (int p = 0; p < P && ahead != 0; ++p) {
+      prefetch(s.x + i + layout.element(p) + ahead);
+      prefetch(s.dy + i + layout.dy(p) + ahead);
+    }
     // Past the end dy is zero, but the slope can be Inf or NaN, and their product is NaN.
     for (int p = 0; p < P; ++p) d[p] = access.template zero_past_end<T>(d[p]);
     if (cached) {

@@ -59,17 +59,23 @@ struct PivotSums {
   }
 };
 
-// Adds x - pivot to `delta` and its square to `square`; elements past the end add zero.
+// Adds x - pivot to `delta` and its square to `square`; elements past the end add zero. Fetches what lies `ahead`
+// of it, unless that is 0.
 template <class T>
 struct DeviationPacks {
   using A = Accum<T>;
   const T* x;
   const Pack<A> pivot;
   Pack<A>&delta, &square;
+  int64_t ahead;
   template <int P, class Access, class Layout>
   FASTNORM_INLINE void packs(int64_t i, Access access, Layout layout) const {
     Pack<A> d[P];
-    for (int p = 0; p < P; ++p) d[p] = access.template zero_past_end<T>(access.get(x + i + layout.element(p)) - pivot);
+    for (int p = 0; p < P; ++p) {
+      const T* const at = x + i + layout.element(p);
+      d[p] = access.template zero_past_end<T>(access.get(at) - pivot);
+      if (ahead != 0) prefetch(at + ahead);
+    }
     delta = delta + tree_sum(d);
     square = square + tree_dot(d, d);
   }

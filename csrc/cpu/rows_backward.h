@@ -159,7 +159,7 @@ class RowsBackward : Call<T, BackwardCall> {
       HalfSum<A> sum, sum_centered;
       PackD none(0);
       A* const kept = cached ? cached + i * cached_cell_ : nullptr;
-      for_packs<A>(g.S, SharedGradSums<T, false, E>{s, coefs, e, kept, sum, sum_centered, none});
+      for_packs<A>(g.S, SharedGradSums<T, false, E>{s, coefs, e, kept, sum, sum_centered, none, 0});
       out[i] = {sum_lanes(sum), sum_lanes(sum_centered)};
     });
   }
@@ -185,19 +185,21 @@ class RowsBackward : Call<T, BackwardCall> {
 
   // Reduces one chunk of `cells` cells side by side. Writes d to `cached`, if that is not null.
   void reduce(int64_t cell, int64_t cells, int64_t chunk, Sums* out, A* cached = nullptr) const {
+    const int64_t ahead = Base::distance_ahead(cell_runs_);
     for (int64_t s = 0; s < cells; ++s) out[s] = {0, 0};
     for (int64_t b = chunk * kChunkBlocks; b < std::min((chunk + 1) * kChunkBlocks, blocks_.count()); ++b) {
       GradSums<PackD> lanes[kMaxBatch];
       for (int64_t s = 0; s < cells; ++s) lanes[s] = {PackD(0), PackD(0)};
       for_runs(cell, cells, b, b + 1,
                [&](const BackwardSpan<T>& span, int64_t length, int64_t s, int64_t run, int64_t offset) {
-                 reduce_run(span, length, cell + s, cached ? cached_at(cached, s, run, offset) : nullptr, lanes[s]);
+                 A* const kept = cached ? cached_at(cached, s, run, offset) : nullptr;
+                 reduce_run(span, length, cell + s, kept, ahead, lanes[s]);
                });
       for (int64_t s = 0; s < cells; ++s) out[s].merge({sum_lanes(lanes[s].d), sum_lanes(lanes[s].d_centered)});
     }
   }
 
-  FASTNORM_INLINE void reduce_run(const BackwardSpan<T>& span, int64_t length, int64_t cell, A* cached,
+  FASTNORM_INLINE void reduce_run(const BackwardSpan<T>& span, int64_t length, int64_t cell, A* cached, int64_t ahead,
                                   GradSums<PackD>& lanes) const {
     const SharedCoefs<A> c = coefs(cell);
     const bool wide = stats.var[cell_set(cell)] < kSmallVariance;
@@ -210,9 +212,9 @@ class RowsBackward : Call<T, BackwardCall> {
       with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
         using E = std::decay_t<decltype(e)>;
         if (wide) {
-          for_packs<A>(n, SharedGradSums<T, true, E>{part, c, e, kept, sum, sum_centered, wide_sum});
+          for_packs<A>(n, SharedGradSums<T, true, E>{part, c, e, kept, sum, sum_centered, wide_sum, ahead});
         } else {
-          for_packs<A>(n, SharedGradSums<T, false, E>{part, c, e, kept, sum, sum_centered, wide_sum});
+          for_packs<A>(n, SharedGradSums<T, false, E>{part, c, e, kept, sum, sum_centered, wide_sum, ahead});
         }
       });
       lanes.d = lanes.d + widen(sum);

@@ -86,6 +86,7 @@ class RowsForward : Call<T, ForwardCall> {
   void reduce(int64_t set, int64_t sets, int64_t chunk, const A* pivots, PivotSums* out) const {
     for (int64_t s = 0; s < sets; ++s) out[s] = {0, 0};
     const int64_t begin = chunk * kChunkBlocks, end = std::min(begin + kChunkBlocks, stat_blocks_.count());
+    const int64_t ahead = Base::distance_ahead(stat_runs_);
     for (int64_t b = begin; b < end; ++b) {
       const Block k = stat_blocks_[b];
       Pack<A> delta[kMaxBatch], square[kMaxBatch];
@@ -94,7 +95,7 @@ class RowsForward : Call<T, ForwardCall> {
         for (int64_t s = 0; s < sets; ++s) {
           const T* x = whole.x + set_base(g, set + s) + r * stat_runs_.stride + k.offset;
           Pack<A> d = delta[s], q = square[s];
-          for_packs<A>(k.length, DeviationPacks<T>{x, Pack<A>(pivots[s]), d, q});
+          for_packs<A>(k.length, DeviationPacks<T>{x, Pack<A>(pivots[s]), d, q, ahead});
           delta[s] = d, square[s] = q;
         }
       }

@@ -71,7 +71,6 @@ struct Stats {
   }
 };
 
-constexpr int64_t kShortRunBytes = 2048;
 constexpr int64_t kShortCell = 1024;  // elements; their sums stay in A
 constexpr int64_t kRowsInL1 = 24576;  // bytes of the rows that a layer norm works on at a time
 // Numbers that fill a half of a common L2 and a quarter of a common L3, as float32.
@@ -210,6 +209,9 @@ struct Call {
   bool interleaves_sets(const Runs& runs) const {
     return g.kind == Kind::kBatch && runs.count > 1 && runs.length * static_cast<int64_t>(sizeof(T)) <= kShortRunBytes;
   }
+
+  // How far ahead of a set's elements those lie that are to be fetched; 0 for none.
+  int64_t distance_ahead(const Runs& runs) const { return args.plan.fetches_next_run ? runs.stride : 0; }
 
   // Whether the cells of a set are runs so short that what is done once for each takes longer than their elements.
   bool has_short_cells() const { return g.cells_are_runs() && g.S <= kShortCell; }

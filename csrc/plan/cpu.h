@@ -25,6 +25,10 @@ constexpr int64_t kChunkBlocks = 8;
 // spins (mean 1.6 to 3; 20 us after 5 ms of sleep), and one core moves this many elements in 5 to 10 us.
 constexpr int64_t kMinParallelElements = 49152;
 
+// A run of batch norm of so many bytes ends before the processor has found its stream: several sets, or columns, are
+// walked side by side instead.
+constexpr int64_t kShortRunBytes = 2048;
+
 struct CpuPlan {
   Traversal traversal;
   // A split call reduces, folds and applies in three parallel steps over chunks. Otherwise a task does all three for
@@ -34,6 +38,7 @@ struct CpuPlan {
   int64_t sets_per_task;    // rows, unless split
   int64_t chunk_positions;  // columns: positions of a chunk
   bool rows_together;       // several positions (columns) or sets (layer norm) are worked on at a time
+  bool fetches_next_run;    // rows: while a run is reduced, the next one of its set is fetched
 
   bool operator==(const CpuPlan&) const = default;
 };
