@@ -218,6 +218,28 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
   return grid.shared_bytes <= limit;
 }
 
+// Layer norm over the channels of planar maps: a block has a tile of positions with all their channels, and keeps as
+// many rows of it as fit. A warp adds up the sums of a row, for the gradients of weight and bias.
+bool fused_positions(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,
+                     const DeviceInfo& device, Grid& grid) {
+  grid.tile = std::min(g.S, align_up(div_up(choice.tile_bytes, size_of(dtype)), 8));  // whole bytes of the mask
+  const int64_t threads_x = std::max<int64_t>(min_lanes(grid.pack), power_of_two(div_up(grid.tile, grid.pack)));
+  if (threads_x > kWarp) return false;
+  grid.threads_x = static_cast<int>(threads_x);
+  grid.threads_y = choice.block_threads() / grid.threads_x;
+  grid.piece_length = g.C;
+  grid.items = g.N * div_up(g.S, grid.tile);
+  grid.shared_bytes = columns_merge_bytes(grid, dtype) + align_up(grid.tile * 4 * accum_size(dtype));
+  const int64_t row_bytes = choice.stages * staging.streams * grid.tile * size_of(dtype);
+  const int64_t room = (shared_limit(choice.blocks_per_sm, device) - grid.shared_bytes) / row_bytes;
+  const int64_t wanted = choice.staged_length > 0 ? std::min(choice.staged_length, g.C) : g.C;
+  grid.staged_length = std::min(room, wanted);
+  if (grid.staged_length < g.C) grid.staged_length = grid.staged_length / grid.threads_y * grid.threads_y;
+  if (grid.staged_length <= 0) return false;
+  grid.shared_bytes += choice.stages * staging.streams * grid.stream_bytes(dtype);
+  return grid.shared_bytes <= shared_limit(choice.blocks_per_sm, device);
+}
+
 }  // namespace
 
 int64_t moments_size(DType dtype) { return 4 * accum_size(dtype); }
@@ -288,8 +310,9 @@ int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device) {
 bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging, const FusedChoice& choice,
                 const DeviceInfo& device, Grid& grid) {
   grid = empty_grid(g.traversal(), pack);
-  if (dtype == DType::kFloat64) return false;
-  const auto make = choice.place == Place::kRegisters   ? register_rows
+  if (dtype == DType::kFloat64 && !g.sets_are_positions()) return false;
+  const auto make = g.sets_are_positions()              ? fused_positions
+                    : choice.place == Place::kRegisters ? register_rows
                     : g.traversal() == Traversal::kRows ? fused_rows
                                                         : fused_columns;
   const bool fits = make(g, dtype, staging, choice, device, grid);
