@@ -102,7 +102,8 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
   using A = Accum<T>;
   const int stage_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
   auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes);
-  auto* const tile_terms = reinterpret_cast<InputTerms<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
+  auto* const tile_terms =
+      reinterpret_cast<InputTerms<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };

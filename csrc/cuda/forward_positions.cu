@@ -1,5 +1,5 @@
-// The forward kernels of layer norm over the channels of planar maps. The build compiles this file once for each storage
-// type, as FASTNORM_DTYPE.
+// The forward kernels of layer norm over the channels of planar maps. The build compiles this file once for each
+// storage type, as FASTNORM_DTYPE.
 #include "forward_positions.cuh"
 
 #include "launch.cuh"

@@ -1,12 +1,14 @@
 // Forward of layer norm over the channels of planar maps.
 //
-// What: statistics, y = act((x - mean) * rstd * weight + bias + residual), and the mask's bits of a two-sided activation.
-// Who: a block takes a tile of positions with all their channels (positions.cuh). The blocks are all on the device and
+// What: statistics, y = act((x - mean) * rstd * weight + bias + residual), and the mask's bits of a two-sided
+// activation. Who: a block takes a tile of positions with all their channels (positions.cuh). The blocks are all on the
+// device and
 //   take tiles in strides; with two stages the next tile is copied to shared memory during this one.
 // Traffic: reads x (and residual) once, writes y (and a bit per element) once: the least there is. Rows that do not fit
 //   in shared memory are read twice, the second time from L2.
 // Needs: pack divides S and every address. A tile ends with a whole byte of the mask, or with the row.
-// Numerics: as fused_forward_columns.cuh: a thread's moments of x - origin, then of the block's threads; deviations from
+// Numerics: as fused_forward_columns.cuh: a thread's moments of x - origin, then of the block's threads; deviations
+// from
 //   a common mean.
 #pragma once
 
@@ -21,8 +23,8 @@ struct ForwardRow {
   RowParams<Accum<T>> params;
 };
 
-// y (and the mask) of a tile whose statistics are known; read(place) gives this thread's pack of x. From the last row to
-// the first: L2 has what was read last.
+// y (and the mask) of a tile whose statistics are known; read(place) gives this thread's pack of x. From the last row
+// to the first: L2 has what was read last.
 template <Activation kAct, int U, int W, class Tensors, class T, class A, class Read>
 FASTNORM_DEVICE void forward_tile(const Tensors& t, const Params& weight, const Params& bias,
                                   const ColumnsPiece<W>& piece, const PositionStats<A, W>& stats, Read read) {
@@ -43,9 +45,9 @@ FASTNORM_DEVICE void forward_tile(const Tensors& t, const Params& weight, const 
       use_row(places[0], taken[0], row);
     });
   } else {
-    piece.template walk_read<U, true>(piece.whole(), read_row, [&](const PackPlace& place, const ForwardRow<T, W>& row) {
-      use_row(place, true, row);
-    });
+    piece.template walk_read<U, true>(
+        piece.whole(), read_row,
+        [&](const PackPlace& place, const ForwardRow<T, W>& row) { use_row(place, true, row); });
   }
 }
 
