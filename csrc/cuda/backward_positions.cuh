@@ -12,11 +12,21 @@
 //   channel, a pack's lanes, the row's lanes as a tree, one tile after the other.
 #pragma once
 
-#include "backward_columns.cuh"
+#include "backward.cuh"
 #include "fused_backward.cuh"
 #include "positions.cuh"
 
 namespace fastnorm::cuda {
+
+// A tile whose mask is read, which has a row of bits for each of its rows.
+template <int W>
+struct MaskedPiece : ColumnsPiece<W> {
+  using ColumnsPiece<W>::ColumnsPiece;
+
+  FASTNORM_DEVICE unsigned mask_bits(const uint8_t* mask, const PackPlace& place) const {
+    return load_mask<W>(mask + this->row(place.position) * this->shape.mask_row_bytes, this->channel);
+  }
+};
 
 // Calls body(place, taken) for the rows of a tile, those in shared memory when their copy group has landed. All threads
 // of the block make the same number of calls; the place is this thread's where `taken` holds.
@@ -119,12 +129,14 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
   };
   const auto use_wave = [&](int64_t item, int stage, int /*parity*/, auto ready) {
     const bool valid = item < shape.items;
-    const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
+    const MaskedPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
     const Range kept = piece.template staged<true>();
     const auto read = [&](const auto& tensors, const PackPlace& place) {
-      return place.position < kept.end ? staged_gradient(tensors, piece, staged, place)
-                                       : load_gradient(tensors, piece, place);
+      if (place.position < kept.end) return staged_gradient(tensors, piece, staged, place);
+      return load_gradient<W>(
+          tensors, [&](const auto* tensor) { return tensor + place.element; },
+          [&] { return piece.mask_bits(t.mask, place); });
     };
     SetStats<A> of_sets[W];
     load_lane_stats(piece, t.stats, t.sets, of_sets);
