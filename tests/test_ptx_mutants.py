@@ -72,7 +72,7 @@ UNREACHED = (
         "plans that reread have one stage, after which three groups at most are under way",
     ),
     Excuse(
-        "fused_backward_(rows|columns) Li4ELb0E",
+        "(fused_backward_(rows|columns)|backward_positions) Li4ELb0E",
         r"cp\.async\.wait_group [0-7]",
         "",
         8,
