@@ -20,6 +20,8 @@ WALKS = {
     ),
     "columns": ("channels_last", "", "BatchNorm", "BatchNorm, split", "BatchNorm, frozen"),
 }  # fmt: skip
+# Layer norm over the channels of planar maps, in which channels and positions of columns are exchanged.
+POSITIONS = "LayerNorm2d"
 PLAIN = f"GroupNorm({GROUPS})"  # what activations are counted on
 
 
@@ -39,14 +41,27 @@ def work(table: Table, walk: str, dtype: str, direction: str) -> str:
     return braces(registers, shared, split - apply, apply, piece)
 
 
+def positions_work(table: Table, dtype: str, direction: str) -> str:
+    """As `work`. Taking sums counts for half of what rows in shared memory take."""
+    at = "planar", dtype, direction
+    shared, twice = (instructions(table, POSITIONS + way, *at) for way in ("", ", read twice"))
+    return braces(0, shared, shared / 2, twice - shared / 2, number(table[(POSITIONS, *at)], "piece_instructions"))
+
+
 def narrow(table: Table, dtype: str, direction: str) -> str:
-    """How many times as much work narrower packs are: of 8 bytes in rows, single elements in rows, and in columns."""
+    """How many times as much work narrower packs are: of 8 bytes in rows, single elements in rows, and in columns; of
+    8 bytes and single elements of positions."""
     rows, columns = (instructions(table, "BatchNorm", layout, dtype, direction) for layout in LAYOUTS)
     single = instructions(table, "BatchNorm 7x7", "planar", dtype, direction)
     halves = "BatchNorm 14x14", "planar", dtype, direction
     half_packs = instructions(table, *halves) if halves in table else single
     odd = instructions(table, "BatchNorm, odd channels", "channels_last", dtype, direction)
-    return braces(f"{half_packs / rows:.2f}", f"{single / rows:.2f}", f"{odd / columns:.2f}")
+    wide, *of_positions = (
+        instructions(table, f"{POSITIONS}{size}", "planar", dtype, direction)
+        for size in ("", " 14x14" if (f"{POSITIONS} 14x14", *halves[1:]) in table else " 7x7", " 7x7")
+    )
+    ratios = (half_packs / rows, single / rows, odd / columns, *(each / wide for each in of_positions))
+    return braces(*(f"{ratio:.2f}" for ratio in ratios))
 
 
 def residual(table: Table, dtype: str, direction: str) -> float:
@@ -87,19 +102,20 @@ def header(rows: Sequence[Row]) -> str:
         "  double registers, shared, reduce, apply, piece;",
         "};",
         "",
-        "// [forward, backward][rows, rows whose weights change with every element, columns], packs of 16 bytes, no",
-        "// activation.",
-        "constexpr ElementWork kElementWork[2][3][2] = {",
+        "// [forward, backward][rows, rows whose weights change with every element, columns, positions], packs of 16",
+        "// bytes, no activation.",
+        "constexpr ElementWork kElementWork[2][4][2] = {",
     ]
     for direction in DIRECTIONS:
         pairs = [braces(*(work(table, walk, dtype, direction) for dtype in HALF_AND_FULL)) for walk in WALKS]
+        pairs.append(braces(*(positions_work(table, dtype, direction) for dtype in HALF_AND_FULL)))
         lines.append("    {" + ",\n     ".join(pairs) + "},")
     lines += [
         "};",
         "",
         "// Times so much with narrower packs: [forward, backward], of 8 bytes in rows, single elements in rows and in",
-        "// columns.",
-        "constexpr double kNarrowPacks[2][2][3] = {",
+        "// columns; of 8 bytes and single elements of positions.",
+        "constexpr double kNarrowPacks[2][2][5] = {",
     ]
     for direction in DIRECTIONS:
         lines.append("    " + braces(*(narrow(table, dtype, direction) for dtype in HALF_AND_FULL)) + ",")

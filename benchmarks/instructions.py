@@ -90,7 +90,8 @@ class Family:
     def case(self, dtype: str, shape: tuple[int, ...]) -> Case:
         """Parameters are float32, as in training under autocast."""
         if dtype == "float32" and self.layout == "planar" and self.norm != "LayerNorm":
-            shape = halved(shape, 0 if self.norm.startswith("Batch") else 2)  # as many bytes
+            sets_have_all_of_a_sample = self.norm.startswith(("Batch", "LayerNorm2d"))
+            shape = halved(shape, 0 if sets_have_all_of_a_sample else 2)  # as many bytes
         channels = shape[1]
         args = (GROUPS, channels) if self.norm == "GroupNorm" else (channels,)
         kwargs = (("affine", True),) if self.norm.startswith("Instance") else ()
@@ -147,6 +148,11 @@ def layer_norm(width: int, way: str = "", forced: Forced = REGISTERS, **more: An
     return Family(f"LayerNorm {width}{way}", "LayerNorm", "planar", shapes, forced, **more)
 
 
+def layer_norm_2d(way: str, space: tuple[int, int], forced: Forced, **more: Any) -> Family:
+    small, large = ((16 // (space[0] // 7), channels, *space) for channels in (128, 256))
+    return Family(f"LayerNorm2d{way}", "LayerNorm2d", "planar", (small, large), forced, **more)
+
+
 FAMILIES: tuple[Family, ...] = (
     # Layers of models, with the lines to reach.
     batch_norm("planar", " + relu", activation="relu", lines=(16, 26)),
@@ -174,6 +180,12 @@ FAMILIES: tuple[Family, ...] = (
            fused("block", 1, traversal="columns"), dtypes=HALF_AND_FULL),
     Family("BatchNorm, odd channels", "BatchNorm2d", "channels_last", ((8, 65, 28, 28), (16, 65, 28, 28)),
            fused("grid", 1, pieces=8, tile_bytes=32), dtypes=HALF_AND_FULL),
+    # Layer norm over the channels of maps: packs of 16 bytes, the same with most channels read twice, packs of 8 bytes
+    # of a half type, single elements.
+    layer_norm_2d("", (28, 32), fused("block", 2, tile_bytes=128), dtypes=HALF_AND_FULL),
+    layer_norm_2d(", read twice", (28, 32), fused("block", 2, tile_bytes=128, staged_length=32), dtypes=HALF_AND_FULL),
+    layer_norm_2d(" 14x14", (14, 14), fused("block", 2, tile_bytes=64), dtypes=("bfloat16",)),
+    layer_norm_2d(" 7x7", (7, 7), fused("block", 2, tile_bytes=32), dtypes=HALF_AND_FULL),
     # The other activations, and the layer without one.
     *(group_norm("channels_last", activation, dtypes=HALF_AND_FULL)
       for activation in (None, "relu", "leaky_relu", "gelu_tanh", "hardswish", "sigmoid", "tanh")),

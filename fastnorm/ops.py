@@ -114,8 +114,6 @@ def why_unsupported(
         if groups > 0 and x.shape[1] % groups != 0:
             return f"x has {x.shape[1]} channels, expected a multiple of {groups} groups"
         expected = x.shape[1:2]
-        if normalized_dims == NORMALIZED_CHANNELS and x.device.type == "cuda" and _sets_are_positions(x):
-            return "x is a planar map, expected channels_last: there are no CUDA kernels for its channels' layer norm"
     if (mean is None) != (var is None):
         return "got one of mean and var, expected both or neither"
     dtype = None

@@ -105,7 +105,7 @@ def has_cuda() -> bool:
 
 def thinned_cases() -> dict[str, set[Case]]:
     """The part of the parity table that each emulated device runs, emulated and on ptx."""
-    cases = [case for case in parity_cases() if not case.cpu_alone]
+    cases = list(parity_cases())
     return {plays: set(thinned(cases, start=3 * i + 1)) for i, plays in enumerate(EMULATED_DEVICES)}
 
 
@@ -155,9 +155,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drops the cases that CUDA has no kernels for, and of the parity table those that the emulated devices leave out;
-    without --backend, all that ptx would run beside that table; with --backend, the tests that run on another backend.
-    A test that names no backend counts as one of the cpu."""
+    """Drops of the parity table the cases that the emulated devices leave out; without --backend, all that ptx would
+    run beside that table; with --backend, the tests that run on another backend. A test that names no backend counts
+    as one of the cpu."""
     named = config.getoption("--backend")
     chosen = {backend.name for backend in chosen_backends(config)}
     kept = thinned_cases()
@@ -172,9 +172,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         params = item.callspec.params
         backend = params["backend"]
         if not isinstance(backend, Backend):  # an empty set of them
-            return False
-        case = params.get("case")
-        if isinstance(case, Case) and case.cpu_alone and backend.name != "cpu":
             return False
         in_table = item.originalname == "test_values" and "case" in params
         if backend.name == "ptx" and ptx_build.nvcc() is None:

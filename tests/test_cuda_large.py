@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ LARGE = [
     Large(Layer("group", "GroupNorm", (2, 48, 4733, 4729), (6, 48)), "channels_last"),
     Large(Layer("instance", "InstanceNorm2d", (3, 41, 4181, 4177), (41,)), "planar"),
     Large(Layer("instance", "InstanceNorm2d", (3, 40, 4231, 4237), (40,)), "channels_last"),
+    Large(Layer("positions", "LayerNorm2d", (3, 41, 4181, 4177), (41,)), "planar"),
     Large(Layer("rows", "LayerNorm", (2800001, 768), (768,)), "planar"),
     Large(Layer("long rows", "LayerNorm", (17, 126400001), (126400001,)), "planar"),
 ]
@@ -59,6 +61,8 @@ def norm(case: Large, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     layer = case.layer
     if layer.norm == "LayerNorm":
         return functional.layer_norm(x, layer.args, weight, bias, EPS, activation="relu")
+    if layer.norm == "LayerNorm2d":
+        return functional.layer_norm2d(x, weight, bias, EPS, activation="relu")
     if layer.norm == "GroupNorm":
         return functional.group_norm(x, layer.groups, weight, bias, EPS, activation="relu")
     if layer.norm == "InstanceNorm2d":
@@ -66,10 +70,12 @@ def norm(case: Large, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return functional.batch_norm(x, None, None, weight, bias, True, 0.1, EPS, activation="relu")
 
 
-def some_sets(case: Large) -> Iterator[tuple[slice | int, slice]]:
-    """Sample or row, and channels: of the first set, one in the middle and the last."""
-    n, c = case.layer.shape[:2]
-    if case.layer.norm == "LayerNorm":
+def some_sets(case: Large) -> Iterator[tuple[Any, ...]]:
+    """Sample or row, channels, and of LayerNorm2d the position: of the first set, one in the middle and the last."""
+    n, c, *space = case.layer.shape
+    if case.layer.norm == "LayerNorm2d":
+        yield from ((i * (n - 1) // 2, slice(0, c), *(i * (size - 1) // 2 for size in space)) for i in range(3))
+    elif case.layer.norm == "LayerNorm":
         yield from ((row, slice(0, c)) for row in (0, n // 2, n - 1))
     elif case.layer.norm == "BatchNorm2d":
         yield from ((slice(None), slice(channel, channel + 1)) for channel in (0, c // 2, c - 1))
@@ -96,8 +102,8 @@ def test_forward_and_backward(case: Large) -> None:
     y = norm(case, x, weight, bias)
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), dy)
     assert y.stride() == dx.stride() == x.stride()
-    for sample, chosen in some_sets(case):
-        index = (sample, chosen)
+    for index in some_sets(case):
+        chosen = index[1]
         part = [t.detach()[index].double() for t in (x, dy, y, dx)]
         # One set, as [channels or nothing, elements]: its channels' weights beside it.
         if case.layer.norm == "BatchNorm2d":

@@ -16,6 +16,7 @@ from tests.common.cases import (
     EPILOGUES,
     LAYERS,
     LAYOUTS,
+    MAPS,
     PRECISIONS,
     TYPICAL,
     Case,
@@ -47,7 +48,9 @@ def thin(layers: tuple[Layer, ...], epilogues: tuple[tuple[str | None, bool], ..
             yield Case(layer, layout, next(precisions), activation, residual)
 
 
-SCHEDULED = list(thin(LAYERS, (("relu", True), ("silu", True), (None, False), ("leaky_relu", True), ("gelu", False))))
+SCHEDULED = list(
+    thin((*LAYERS, *MAPS), (("relu", True), ("silu", True), (None, False), ("leaky_relu", True), ("gelu", False)))
+)
 
 
 @pytest.mark.parametrize("device", EMULATED_DEVICES)
@@ -74,7 +77,7 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("device", EMULATED_DEVICES)
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
+@pytest.mark.parametrize("layer", [*LAYERS, *MAPS], ids=lambda layer: layer.id)
 def test_all_is_written_and_nothing_else_read(layer: Layer, device: str, poisoned: None) -> None:
     assert torch.empty(3).isnan().all() and torch.empty(2, dtype=torch.uint8).eq(255).all()
     with emulator.load().configured(device=device):
@@ -98,7 +101,7 @@ def misaligned(t: Tensor, elements: int) -> Tensor:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:4], ids="-".join)
-@pytest.mark.parametrize("layer", [*TYPICAL, *LAYERS[8:10]], ids=lambda layer: layer.id)
+@pytest.mark.parametrize("layer", [*TYPICAL, *LAYERS[8:10], MAPS[6]], ids=lambda layer: layer.id)
 def test_any_alignment(layer: Layer, precision: tuple[str, str]) -> None:
     """One misaligned tensor narrows the accesses of all. The emulator fails misaligned accesses."""
     settings = emulator.load()
@@ -162,7 +165,7 @@ def test_the_thinned_table_has_every_pair() -> None:
     def pairs(cases: set[Case]) -> set[frozenset[tuple[str, object]]]:
         return {frozenset(pair) for case in cases for pair in itertools.combinations(values(case), 2)}
 
-    thinned, full = thinned_cases(), {case for case in parity_cases() if not case.cpu_alone}
+    thinned, full = thinned_cases(), set(parity_cases())
     assert set(thinned) == set(EMULATED_DEVICES)
     assert pairs(set().union(*thinned.values())) == pairs(full)
     singles = [{value for case in cases for value in values(case)} for cases in (*thinned.values(), full)]

@@ -4,12 +4,13 @@ fused plan moves every tensor once. Parameters, statistics and partials are smal
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
 
 from fastnorm import _C
-from tests.common.cases import BENCH, LAYERS, Case, Layer
+from tests.common.cases import BENCH, LAYERS, MAPS, Case, Layer
 from tests.common.gangs import facts_of
 from tests.common.numerics import make_inputs
 from tests.common.plan_model import DTYPES, Shape, div_up
@@ -43,6 +44,12 @@ def mask_written(shape: Shape) -> int:
     return shape.N * shape.C * shape.S // shape.mask_run * div_up(shape.mask_run, 8)
 
 
+def read_again(grid: _C.Grid) -> Fraction:
+    """The part of x that is not kept in shared memory from the first read to the last."""
+    beyond = grid.piece_length - grid.staged_length if grid.traversal == "columns" else 0
+    return Fraction(beyond, grid.piece_length)
+
+
 def check_forward(settings: emulator.Emulator, call: RawCall, facts: _C.DeviceInfo) -> dict[str, torch.Tensor]:
     case, shape = call.case, call.shape
     plan = _C.plan_forward(
@@ -56,7 +63,7 @@ def check_forward(settings: emulator.Emulator, call: RawCall, facts: _C.DeviceIn
     with settings.counting() as counts:
         outputs = call.forward()
     tensor = call.x.numel() * DTYPES[case.precision[0]]
-    reads_of_x = {"fused": 1, "split": 2, "apply": 1}[plan.strategy]
+    reads_of_x = {"fused": 1 + read_again(plan.grid), "split": 2, "apply": 1}[plan.strategy]
     masked = case.residual and case.activation == "relu"
     what = f"{case.id}: {plan}"
     assert counts.traffic.read_stream == (reads_of_x + case.residual) * tensor, what
@@ -104,6 +111,10 @@ def check_backward(
     for grid in (plan.reduce, plan.apply, plan.params):
         if grid.items > 0:  # dy and x, and what z is made of: the residual, or a byte of the mask for every pack
             read += (2 + recomputes) * tensor + (call.x.numel() // grid.pack if masked else 0)
+    if plan.strategy == "fused" and writes:
+        read += read_again(plan.reduce) * (2 + recomputes) * tensor
+        if masked and shape.of_positions:
+            read += call.x.numel() // plan.reduce.pack
     what = f"{case.id}, needs {needs}: {plan}"
     assert counts.traffic.read_stream == read, what
     assert counts.traffic.written_stream == writes * tensor, what
@@ -117,7 +128,7 @@ def check_backward(
         assert plan.launches == 1, what
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
+@pytest.mark.parametrize("layer", [*LAYERS, *MAPS], ids=lambda layer: layer.id)
 def test_bytes_are_the_plans(layer: Layer, emulated: Backend) -> None:
     settings = emulator.load()
     facts = facts_of(settings.device(emulated.plays))

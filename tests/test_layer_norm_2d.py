@@ -6,6 +6,7 @@ tests/models compares it with torchvision's and timm's own classes.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from typing import Any
@@ -18,7 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnorm
 from fastnorm import _C, ops, plain
-from fastnorm.dispatch import Unsupported
 from tests.common.cases import DATA, DTYPES, LAYOUTS, MAPS, PRECISIONS, Case, Layer, to_layout
 from tests.common.numerics import assert_alike, build, compare, differences, make_inputs, run
 from tests.conftest import Backend
@@ -36,27 +36,29 @@ def expected_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.emulated
 @pytest.mark.parametrize("layer", MAPS, ids=lambda layer: layer.id)
-def test_keeps_the_memory_format(layer: Layer, layout: str) -> None:
+def test_keeps_the_memory_format(layer: Layer, layout: str, device: torch.device) -> None:
     case = Case(layer, layout, residual=True, activation="silu")
-    inputs = make_inputs(case, CPU)
-    results = run(case, build(case, fastnorm, CPU), inputs)
+    inputs = make_inputs(case, device)
+    results = run(case, build(case, fastnorm, device), inputs)
     for name in ("y", "dx", "dresidual"):
         assert results[name].is_contiguous(memory_format=FORMATS[layout]), name
         if 1 not in layer.shape:
             assert results[name].stride() == inputs.x.stride(), name
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("layer", MAPS, ids=lambda layer: layer.id)
-def test_any_strides(layer: Layer, activation: str) -> None:
+def test_any_strides(layer: Layer, activation: str, device: torch.device) -> None:
     """Input, residual and incoming gradient may each have a layout of its own."""
     case = Case(layer, activation=activation, residual=True)
-    inputs = make_inputs(case, CPU)
+    inputs = make_inputs(case, device)
     for field, t in vars(inputs).items():
         views = strided_views(t) | {"channels_last": to_layout(t, "channels_last")}
         for name, view in views.items():
-            assert not differences(case, inputs, CPU, {field: view}), name
+            assert not differences(case, inputs, device, {field: view}), name
 
 
 @pytest.mark.emulated
@@ -68,20 +70,19 @@ def test_error_is_at_most_torchs(
 ) -> None:
     """As tests/test_accuracy.py of the other norms. 768 positions have their means far from each other."""
     case = Case(Layer("", "LayerNorm2d", (2, 768, 6, 8), (768,)), layout, precision)
-    if case.cpu_alone and backend.name != "cpu":
-        pytest.skip("no CUDA kernels")
     errors = compare(case, device, data, plain=backend.name == "cpu" and case.dtype != torch.float64)
     slack = 4 if case.dtype == torch.float64 else {"cpu": 1.0, "cuda": 1.5}.get(backend.name, 3.0)
     assert not [str(error) for error in errors if not error.ours <= 1.02 * error.native + slack]
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_positions_far_from_their_pivots(dtype: torch.dtype) -> None:
+def test_positions_far_from_their_pivots(dtype: torch.dtype, device: torch.device) -> None:
     """The channels that pivots come from are unlike the others: the sums are taken again about the means."""
     x = torch.randn(2, 64, 9, 9)
     x[:, ::8] += 1000
     x[0, :, 3, 5] += torch.linspace(0, 1e4, 64)
-    x = x.to(dtype)
+    x = x.to(device, dtype)
     y = fastnorm.functional.layer_norm2d(x)
     exact = expected_of(x.double(), None, None)
     assert_alike(y, exact.to(dtype), exact)
@@ -115,15 +116,16 @@ def test_large(dtype: torch.dtype) -> None:
         assert not [str(e) for e in compare(case, CPU) if not e.ours <= 1.02 * e.native + 1.0]
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_inf_spoil_their_position_alone(value: float, layout: str) -> None:
-    x = to_layout(torch.randn(2, 40, 5, 9), layout)
+def test_nan_and_inf_spoil_their_position_alone(value: float, layout: str, device: torch.device) -> None:
+    x = to_layout(torch.randn(2, 40, 5, 9, device=device), layout)
     x[1, 7, 2, 3] = value
-    norm = fastnorm.LayerNorm2d(40, activation="silu")
+    norm = fastnorm.LayerNorm2d(40, activation="silu").to(device)
     y = norm(x.requires_grad_())
     (dx,) = torch.autograd.grad(y.sum(), x)
-    spoiled = torch.zeros(2, 5, 9, dtype=torch.bool)
+    spoiled = torch.zeros(2, 5, 9, dtype=torch.bool, device=device)
     spoiled[1, 2, 3] = True
     for t in (y, dx):
         assert torch.equal(t.isnan().all(1), spoiled) and torch.equal(t.isfinite().all(1), ~spoiled)
@@ -132,14 +134,16 @@ def test_nan_and_inf_spoil_their_position_alone(value: float, layout: str) -> No
 # Derivatives and transforms.
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_gradcheck(layout: str, activation: str | None) -> None:
+def test_gradcheck(layout: str, activation: str | None, device: torch.device) -> None:
     def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return fastnorm.functional.layer_norm2d(x, weight, bias, activation=activation, residual=residual)
 
-    x, residual = (to_layout(torch.randn(2, 3, 2, 2).double(), layout).requires_grad_() for _ in range(2))
-    weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    numbers = functools.partial(torch.randn, dtype=torch.float64, device=device)
+    x, residual = (to_layout(numbers(2, 3, 2, 2), layout).requires_grad_() for _ in range(2))
+    weight, bias = (numbers(3).requires_grad_() for _ in range(2))
     assert torch.autograd.gradcheck(call, (x, residual, weight, bias))
     assert torch.autograd.gradgradcheck(call, (x, residual, weight, bias))
 
@@ -250,18 +254,6 @@ def test_other_shapes_are_refused_as_torch_refuses_them(shape: tuple[int, ...]) 
 @pytest.mark.parametrize("shape", [(0, 6, 5, 4), (2, 6, 0, 4)])
 def test_empty(shape: tuple[int, ...]) -> None:
     assert fastnorm.LayerNorm2d(6)(torch.randn(shape)).shape == shape
-
-
-@pytest.mark.emulated
-def test_planar_maps_are_refused_without_cuda_kernels(backend: Backend, device: torch.device) -> None:
-    """channels_last is served everywhere."""
-    norm, x = fastnorm.LayerNorm2d(6).to(device), torch.randn(2, 6, 5, 4, device=device)
-    assert_alike(norm(to_layout(x, "channels_last")), expected_of(x, norm.weight, norm.bias))
-    if backend.name == "cpu":
-        norm(x)
-        return
-    with pytest.raises(Unsupported, match="planar map, expected channels_last"):
-        norm(x)
 
 
 def test_plans() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastnorm import _C
-from tests.common.cases import BENCH, LAYERS, Layer
+from tests.common.cases import BENCH, LAYERS, MAPS, Layer
 from tests.common.plan_checks import check_everywhere
 from tests.common.plan_model import (
     BATCH,
@@ -115,7 +115,7 @@ def test_the_sweep_reaches_every_choice() -> None:
     assert wanted <= seen, wanted - seen
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
+@pytest.mark.parametrize("layer", [*LAYERS, *MAPS], ids=lambda layer: layer.id)
 def test_every_case_of_the_parity_table(layer: Layer) -> None:
     """The shapes that the kernels are tested on, with all that can be asked for."""
     for layout in layer.layouts:
@@ -178,6 +178,8 @@ REAL = (
     Layer("nnU-Net", "InstanceNorm3d", (2, 320, 8, 8, 8), (320,), (("affine", True),)),
     Layer("transformer", "LayerNorm", (1024, 12288), (12288,)),
     Layer("transformer", "LayerNorm", (16384, 4096), (4096,)),
+    *(Layer("ConvNeXt", "LayerNorm2d", (32, c, s, s), (c,)) for c, s in ((96, 56), (192, 28), (384, 14), (768, 7))),
+    Layer("SAM", "LayerNorm2d", (1, 256, 64, 64), (256,)),
 )
 
 

@@ -47,6 +47,7 @@ UNNOTICED = (
     Excuse("fused_backward_rows Li1E", r"bar\.sync|bar\.warp\.sync", "sync < fused_backward_rows", 2, SINGLE),
     Excuse("fused_backward_rows Li1E", r"bar\.sync", "sum_team <", 1, SINGLE),
     Excuse("fused_backward_columns", r"barrier\.sync", "finish_fused <", 1, GATHERED),
+    Excuse("backward_positions", r"barrier\.sync", "backward_positions$", 1, GATHERED),
     Excuse(
         "fused_(forward|backward)_rows Li1E",
         r"barrier\.sync",
@@ -72,7 +73,7 @@ UNREACHED = (
         "plans that reread have one stage, after which three groups at most are under way",
     ),
     Excuse(
-        "fused_backward_(rows|columns) Li4ELb0E",
+        "(fused_backward_(rows|columns)|backward_positions) Li4ELb0E",
         r"cp\.async\.wait_group [0-7]",
         "",
         8,

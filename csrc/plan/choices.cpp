@@ -11,6 +11,10 @@ namespace {
 // fewer of them to spread over the SMs.
 constexpr int64_t kTileBytes[] = {64, 128, 256};
 
+// Layer norm over the channels of planar maps, where a tile of few positions has room for more channels. A row of the
+// widest is a warp's.
+constexpr int64_t kPositionsTileBytes[] = {32, 64, 128, 256, 512};
+
 // Two blocks per SM wait in turn; one block alone has all of its shared memory. There are no more, because the kernels
 // are compiled for two.
 constexpr int kBlocksPerSm[] = {2, 1};
@@ -54,10 +58,29 @@ std::vector<int64_t> grid_pieces(const StagedSets& sets, const FusedChoice& choi
   return pieces;
 }
 
+// Tiles have whole sets, so that gangs have nothing to share. Blocks take tiles in strides, and gather the sums of the
+// channels on the way.
+std::vector<FusedChoice> positions_choices(const Forced& forced) {
+  std::vector<FusedChoice> choices;
+  if (!allows(forced.gang, static_cast<int>(Gang::kBlock))) return choices;
+  if (!allows(forced.place, static_cast<int>(Place::kShared))) return choices;
+  for (const int64_t tile : options_of(forced.tile_bytes, kPositionsTileBytes)) {
+    for (const int64_t blocks_per_sm : options_of(forced.blocks_per_sm, kBlocksPerSm)) {
+      for (const int stages : {1, 2}) {
+        if (!allows(forced.stages, stages)) continue;
+        choices.push_back({Gang::kBlock, 1, stages, static_cast<int>(blocks_per_sm), tile, Place::kShared,
+                           std::max(0, forced.staged_length), true});
+      }
+    }
+  }
+  return choices;
+}
+
 }  // namespace
 
 std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, const Staging& staging, bool persistent,
                                        const DeviceInfo& device, const Forced& forced) {
+  if (g.sets_are_positions()) return positions_choices(forced);
   std::vector<FusedChoice> choices;
   const bool columns = g.traversal() == Traversal::kColumns;
   const auto tiles = columns ? tile_bytes_of(g, dtype, forced) : std::vector<int64_t>{1};  // rows: none

@@ -113,12 +113,13 @@ double exchange_us(const Grid& grid, DType dtype, const DeviceInfo& device) {
 
 ElementWork element_work(bool backward, const Geometry& g, int pack, DType dtype, Activation activation,
                          bool residual) {
-  const bool columns = g.traversal() == Traversal::kColumns;
+  const bool columns = g.traversal() == Traversal::kColumns, positions = g.sets_are_positions();
   const int full = size_of(dtype) > 2;  // the table's last index
-  ElementWork work = kElementWork[backward][columns ? 2 : g.per_element() ? 1 : 0][full];
+  ElementWork work = kElementWork[backward][positions ? 3 : columns ? 2 : g.per_element() ? 1 : 0][full];
   double more = kActivationWork[backward][static_cast<int>(activation)][full];
   if (pack * size_of(dtype) < 16) {
-    const double times = kNarrowPacks[backward][full][columns ? 2 : pack == 1 ? 1 : 0];
+    const int single = pack == 1;
+    const double times = kNarrowPacks[backward][full][positions ? 3 + single : columns ? 2 : single];
     work = {0, work.shared * times, work.reduce * times, work.apply * times, work.piece};
   }
   const double again = backward ? more / 2 : 0;  // both passes of backward need the derivative

@@ -76,6 +76,9 @@ std::optional<View> view_samples_as_rows(const Geometry& g, DType dtype, int ali
   return is_wide(pack) ? std::optional(View{rows, pack}) : std::nullopt;
 }
 
+// The elements that lie side by side in a row of columns.
+int64_t row_length(const Geometry& g) { return g.sets_are_positions() ? g.S : g.C; }
+
 // The inputs of planning a call, forward or backward.
 template <class Needs>
 struct Planner {
@@ -133,7 +136,7 @@ struct Planner {
 
 struct ForwardPlanner : Planner<ForwardNeeds> {
   Streams streams_of(const View& view) const {
-    return {1, needs.output + needs.residual, dtype, view.geometry.numel(), view.geometry.C};
+    return {1, needs.output + needs.residual, dtype, view.geometry.numel(), row_length(view.geometry)};
   }
   ElementWork work_of(const View& view) const {
     return element_work(false, view.geometry, view.pack, dtype, needs.activation, needs.residual);
@@ -174,7 +177,7 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
     if (allows_fused(options.forced)) {
       for (const View& view : views(needs.residual && is_two_sided(needs.activation))) add_fused(view, plans);
     }
-    if (allows_split(options.forced)) plans.push_back(separate(Strategy::kSplit));
+    if (allows_split(options.forced) && !g.sets_are_positions()) plans.push_back(separate(Strategy::kSplit));
     return plans;
   }
 };
@@ -192,7 +195,8 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
   const int64_t pair = 2 * accum_size(dtype);
 
   Streams streams_of(const View& view) const {
-    return {needs.residual ? 3 : 2, needs.input + needs.dresidual, dtype, view.geometry.numel(), view.geometry.C};
+    return {needs.residual ? 3 : 2, needs.input + needs.dresidual, dtype, view.geometry.numel(),
+            row_length(view.geometry)};
   }
   ElementWork work_of(const View& view) const {
     return element_work(true, view.geometry, view.pack, dtype, needs.activation, needs.dresidual);
@@ -279,12 +283,17 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
   std::vector<BackwardPlan> all() const {
     if (needs.frozen && !needs.params) return {given()};
     // Blocks can gather along the rows only where a channel has the same place in every row: with one group.
-    const ParamSums sums = !needs.params     ? ParamSums::kNone
-                           : g.per_element() ? ParamSums::kOwnLaunch
-                                             : ParamSums::kFromCells;
+    const ParamSums sums = !needs.params            ? ParamSums::kNone
+                           : g.sets_are_positions() ? ParamSums::kInGang
+                           : g.per_element()        ? ParamSums::kOwnLaunch
+                                                    : ParamSums::kFromCells;
     std::vector<BackwardPlan> plans;
+    bool in_registers = false;
+    if (g.sets_are_positions()) {
+      if (allows_fused(options.forced)) add_fused(own, sums, in_registers, plans);
+      return plans;
+    }
     if (needs.input && allows_fused(options.forced)) {
-      bool in_registers = false;
       for (const View& view : views(needs.mask)) {
         if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(view, ParamSums::kInGang, in_registers, plans);
         add_fused(view, sums, in_registers, plans);
@@ -324,11 +333,11 @@ std::vector<Plan> compared(std::vector<Plan> plans) {
 int pack_width(const Geometry& g, DType dtype, int alignment) {
   if (dtype == DType::kFloat64) return 1;
   const int64_t run = g.mask_run(), size = size_of(dtype);
-  const bool rows = g.traversal() == Traversal::kRows;
+  const bool of_positions = g.traversal() == Traversal::kRows || g.sets_are_positions();
   for (const int pack : {8, 4}) {
-    // Packs of 8 bytes of a half type exist for rows alone, for 14x14 maps. Numbers of channels are multiples of 8 or
-    // odd.
-    const bool instantiated = pack * size == 16 || (rows && pack * size == 8);
+    // Packs of 8 bytes of a half type exist for runs of positions, for 14x14 maps. Numbers of channels are multiples of
+    // 8 or odd.
+    const bool instantiated = pack * size == 16 || (of_positions && pack * size == 8);
     if (instantiated && run % pack == 0 && pack * size <= alignment) return pack;
   }
   return 1;

@@ -218,6 +218,32 @@ bool fused_columns(const Geometry& g, DType dtype, const Staging& staging, const
   return grid.shared_bytes <= limit;
 }
 
+// Layer norm over the channels of planar maps: a block has a tile of positions with all their channels, and keeps as
+// many rows of it as fit. A warp adds up the sums of a row, for the gradients of weight and bias. Where not even a row
+// for each row of threads fits, the block has fewer of them.
+bool fused_positions(const Geometry& g, DType dtype, const Staging& staging, const FusedChoice& choice,
+                     const DeviceInfo& device, Grid& grid) {
+  grid.tile = std::min(g.S, align_up(div_up(choice.tile_bytes, size_of(dtype)), 8));  // whole bytes of the mask
+  const int64_t threads_x = std::max<int64_t>(min_lanes(grid.pack), power_of_two(div_up(grid.tile, grid.pack)));
+  if (threads_x > kWarp) return false;
+  grid.threads_x = static_cast<int>(threads_x);
+  grid.piece_length = g.C;
+  grid.items = g.N * div_up(g.S, grid.tile);
+  const int64_t streams = choice.stages * staging.streams, row_bytes = streams * grid.tile * size_of(dtype);
+  const int64_t wanted = choice.staged_length > 0 ? std::min(choice.staged_length, g.C) : g.C;
+  for (int threads = choice.block_threads(); threads >= kWarp; threads /= 2) {
+    grid.threads_y = threads / grid.threads_x;
+    const int64_t merge = columns_merge_bytes(grid, dtype) + align_up(grid.tile * 4 * accum_size(dtype));
+    // What remains of a tensor that is padded to whole blocks of 16 bytes.
+    const int64_t room = shared_limit(choice.blocks_per_sm, device) - merge - streams * 16;
+    grid.staged_length = std::min(wanted, room / row_bytes);
+    if (grid.staged_length < g.C) grid.staged_length = grid.staged_length / grid.threads_y * grid.threads_y;
+    grid.shared_bytes = merge + streams * grid.stream_bytes(dtype);
+    if (grid.staged_length > 0) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 int64_t moments_size(DType dtype) { return 4 * accum_size(dtype); }
@@ -288,8 +314,9 @@ int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device) {
 bool fused_grid(const Geometry& g, DType dtype, int pack, const Staging& staging, const FusedChoice& choice,
                 const DeviceInfo& device, Grid& grid) {
   grid = empty_grid(g.traversal(), pack);
-  if (dtype == DType::kFloat64) return false;
-  const auto make = choice.place == Place::kRegisters   ? register_rows
+  if (dtype == DType::kFloat64 && !g.sets_are_positions()) return false;
+  const auto make = g.sets_are_positions()              ? fused_positions
+                    : choice.place == Place::kRegisters ? register_rows
                     : g.traversal() == Traversal::kRows ? fused_rows
                                                         : fused_columns;
   const bool fits = make(g, dtype, staging, choice, device, grid);

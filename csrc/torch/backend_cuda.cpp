@@ -24,7 +24,6 @@
 #include "gang_refusals.h"
 #include "plan/cuda.h"
 #include "plan_cache.h"
-#include "supported.h"
 
 namespace fastnorm::ops {
 
@@ -116,7 +115,9 @@ int common_alignment(Pointers... addresses) {
   return static_cast<int>(bits & -bits);
 }
 // Whether the parameters of neighbouring elements are neighbours, so that kernels read them in packs.
-bool packs_params(const Geometry& g) { return g.per_element() || g.traversal() == Traversal::kColumns; }
+bool packs_params(const Geometry& g) {
+  return g.per_element() || (g.traversal() == Traversal::kColumns && !g.sets_are_positions());
+}
 
 // The workspace of a call. It can be freed on return, because torch's allocator reuses memory in the stream's order.
 class Workspace {
@@ -220,14 +221,7 @@ void fold_partials(const FoldArgs& args, at::Device device) {
   check_cuda(launch([&] { return cuda::launch_fold_partials(args, current_stream(device)); }));
 }
 
-void check_served(const Geometry& g) {
-  FASTNORM_SUPPORTED(!g.sets_are_positions(),
-                     "x is a planar map, expected channels_last: the CUDA kernels have no layer ",
-                     "norm over the channels of planar maps");
-}
-
 void forward(const ForwardArgs& args, at::Device device) {
-  check_served(args.geometry);
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.x, args.residual, args.y);
   if (packs_params(args.geometry)) {
@@ -246,7 +240,6 @@ void forward(const ForwardArgs& args, at::Device device) {
 }
 
 void backward(const BackwardArgs& args, at::Device device) {
-  check_served(args.geometry);
   const c10::DeviceGuard guard(device);
   int alignment = common_alignment(args.dy, args.x, args.residual, args.dx, args.dresidual);
   if (packs_params(args.geometry)) {

@@ -65,7 +65,7 @@ std::string plan(const std::string& kind, int64_t N, int64_t C, int64_t S, int64
 // The conditions that the ops check before they plan.
 void check_plannable(const Geometry& g, DType dtype, int alignment) {
   require(g.numel() > 0, "the geometry has no elements");
-  require(!g.sets_are_positions(), "there are no CUDA kernels for layer norm over the channels of planar maps");
+  require(!g.sets_are_positions() || g.C > 1, "the geometry has one channel, whose positions are rows: S is 1");
   const bool known = alignment == 1 || alignment == 2 || alignment == 4 || alignment == 8 || alignment == 16;
   require(known && alignment >= size_of(dtype),
           "alignment is " + std::to_string(alignment) + ", expected a power of two from the element's size to 16");

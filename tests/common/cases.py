@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -102,13 +101,6 @@ class Case:
     @property
     def param_dtype(self) -> torch.dtype:
         return DTYPES[self.precision[1]]
-
-    @property
-    def cpu_alone(self) -> bool:
-        """Whether there are no CUDA kernels for it: layer norm over the channels of planar maps."""
-        _, c, *space = self.layer.shape if len(self.layer.shape) > 1 else (1, *self.layer.shape)
-        walks_positions = self.layout == "planar" and c > 1 and math.prod(space) > 1
-        return self.layer.norm == "LayerNorm2d" and walks_positions
 
     @property
     def id(self) -> str:

@@ -43,6 +43,8 @@ LAYERS = (
     Layer("", "LayerNorm", (13, 40), (40,)),
     Layer("", "LayerNorm", (13, 41), (41,)),
     Layer("", "LayerNorm", (5, 777), (777,)),
+    Layer("", "LayerNorm2d", (3, 70, 9, 16), (70,)),
+    Layer("", "LayerNorm2d", (9, 13, 7, 7), (13,)),
 )
 # Pieces so long that every group of copies has something. They have no residual, lest two stages be too much.
 LONG_LAYERS = (
@@ -61,6 +63,7 @@ GANGS: tuple[dict[str, str | int], ...] = (
     {"gang": "grid", "exchange": "scatter"},
     {"gang": "grid", "exchange": "scatter", "staged_length": 64, "pieces": 2},
     {"gang": "cluster", "pieces": 2, "traversal": "columns"},
+    {"gang": "block", "staged_length": 32},
 )
 FUSED = tuple({"strategy": "fused", **gang} for gang in GANGS)
 OTHERS: tuple[dict[str, str | int], ...] = (

@@ -21,6 +21,7 @@ REGISTER_THREADS = 512
 THREAD_ELEMENTS = (32, 16)
 REGISTER_LADDER = 2 * (REGISTER_THREADS // WARP) * 8
 MAX_OFFSET = 2**31  # packs of memory from the first of a piece to the last
+SECTOR = 32  # bytes: no tile is narrower
 SMALL_PIECE = 1024  # packs: a split stops there
 SMALL_COLUMN = 8  # positions of a thread, likewise
 PARTIAL = 2  # numbers of what a gang exchanges
@@ -54,8 +55,9 @@ def check_launch(grid: _C.Grid, call: Call, facts: _C.DeviceInfo) -> None:
     assert 1 <= grid.blocks <= min(MAX_BLOCKS, rounds(grid))
     assert 0 <= grid.shared_bytes <= min(facts.shared_per_block, facts.shared_per_sm - RESERVED)
     assert grid.shared_bytes % 16 == 0 and grid.team_bytes % 16 == 0
-    # What kernels are compiled for: 16 bytes, single elements, and for rows half packs of the half types.
-    assert grid.pack == 1 or grid.pack * call.size in ((8, 16) if grid.traversal == "rows" else (16,))
+    # What kernels are compiled for: 16 bytes, single elements, and for runs of positions half packs of the half types.
+    halves = grid.traversal == "rows" or call.shape.of_positions
+    assert grid.pack == 1 or grid.pack * call.size in ((8, 16) if halves else (16,))
     assert grid.pack * call.size <= call.alignment and (grid.pack == 1 or call.size < 8)
 
 
@@ -149,7 +151,9 @@ def check_fused(grid: _C.Grid, call: Call, facts: _C.DeviceInfo, kind: Fused, fr
     elif grid.staged_length != grid.piece_length:
         # The rest is read twice. Every thread goes on where it would have.
         assert 0 < grid.staged_length < grid.piece_length and grid.staged_length % grid.threads_y == 0
-        assert grid.gang == "grid" and grid.pack * call.size == 16
+        assert call.shape.of_positions or (grid.gang == "grid" and grid.pack * call.size == 16)
+    if call.shape.of_positions:  # tiles are of whole sets, and a warp adds up the sums of a row
+        assert grid.gang == "block" and grid.threads_x <= WARP
     assert (facts.cooperative_clusters if grid.gang == "cluster" else facts.cooperative) or not kind.cooperative
     # Blocks that wait for each other, and blocks that take their items one after the other.
     if kind.cooperative or kind.gathers or grid.stages == 2:
@@ -247,12 +251,13 @@ def check_fused_view(grid: _C.Grid, call: Call, strategy: str) -> None:
 
 def check_forward(call: Call, facts: _C.DeviceInfo, plan: _C.ForwardPlan, free: int = 0) -> None:
     grid, four = plan.grid, 4 * call.accum  # a count, then mean and m2 side by side
-    assert plan.strategy == "apply" if call.frozen else plan.strategy in ("fused", "split")
+    strategies = ("fused",) if call.shape.of_positions else ("apply",) if call.frozen else ("fused", "split")
+    assert plan.strategy in strategies
     check_fused_view(grid, call, plan.strategy)
     check_grid(grid, call, call.shape.walked_as(grid.traversal), facts, plan.strategy == "fused")
     check_estimate(plan.estimate, (1 + call.input) * call.bytes, grid.blocks, facts)
     if plan.strategy == "fused":
-        assert call.size < 8
+        assert call.size < 8 or call.shape.of_positions
         check_fused(grid, call, facts, Fused(1, False, 0, grid.gang == "grid", False), free)
         assert (plan.workspace_bytes, plan.launches) == (gang_bytes(grid), 1)
     elif plan.strategy == "split":
@@ -296,7 +301,8 @@ def check_launches(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan) -> N
     assert 1 <= plan.launches <= 3
     assert plan.reduce.pack == plan.apply.pack  # one instantiation serves both
     if plan.strategy == "fused":
-        assert call.input and call.size < 8 and reduces and not applies
+        assert call.shape.of_positions or (call.input and call.size < 8)
+        assert reduces and not applies
         assert plan.launches == 1 + own_launch + (folds and not plan.grid_sync)
         syncs = facts.cooperative_clusters if plan.reduce.gang == "cluster" else facts.cooperative
         assert plan.launches == 1 or own_launch or not syncs
@@ -335,6 +341,9 @@ def check_workspace(call: Call, plan: _C.BackwardPlan) -> None:
 def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free: int = 0) -> None:
     shape, sums, grid, fused = call.shape, plan.param_sums, plan.reduce, plan.strategy == "fused"
     sources = ("in_gang", "own_launch") if shape.per_element else ("from_cells",)
+    if shape.of_positions:
+        sources = ("in_gang",)
+        assert fused
     assert sums in (sources if call.params else ("none",))
     assert sums != "in_gang" or (fused and shape.G == 1)  # a channel has one place in every row
     check_launches(call, facts, plan)
@@ -359,8 +368,10 @@ def check_backward(call: Call, facts: _C.DeviceInfo, plan: _C.BackwardPlan, free
 
 
 def check_chosen(grid: _C.Grid, strategy: str, call: Call, facts: _C.DeviceInfo) -> None:
-    """A large tensor keeps half of the SMs busy at least, where blocks can share its sets."""
+    """A large tensor keeps half of the SMs busy at least, where blocks can share its sets, or there are enough."""
     gangs = facts.cooperative or facts.largest_cluster > 1
+    if call.shape.of_positions:
+        gangs = call.shape.N * (call.shape.S * call.size // SECTOR) >= facts.num_sms
     if strategy == "fused" and gangs and call.bytes > LARGE_US * facts.bytes_per_us:
         assert 2 * grid.blocks >= facts.num_sms
 

@@ -84,7 +84,14 @@ class Shape:
         return _C.Geometry(self.kind, self.N, self.C, self.S, self.G, self.last)
 
     @property
+    def of_positions(self) -> bool:
+        """Layer norm over the channels of planar maps, whose sets are the positions."""
+        return self.kind == LAYER and self.S > 1
+
+    @property
     def sets(self) -> int:
+        if self.of_positions:
+            return self.N * self.S
         return self.C if self.kind == BATCH else self.N * self.G
 
     @property
@@ -101,12 +108,14 @@ class Shape:
 
     @property
     def traversal(self) -> str:
-        side_by_side = self.last and self.S > 1
+        side_by_side = self.of_positions or (self.last and self.S > 1)
         return "columns" if side_by_side or (self.kind == BATCH and (self.last or self.S == 1)) else "rows"
 
     @property
     def mask_run(self) -> int:
         """Elements that lie side by side and share a row of the mask."""
+        if self.of_positions:
+            return self.S
         if self.traversal == "columns":
             return self.C
         return self.C // self.G if self.per_element else self.S
@@ -136,12 +145,17 @@ class Shape:
     def set_of(self, address: np.ndarray) -> np.ndarray:
         """The set of the element at each address."""
         sample, rest = address // (self.C * self.S), address % (self.C * self.S)
+        if self.of_positions:
+            return sample * self.S + rest % self.S
         channel = rest % self.C if self.last else rest // self.S
         return channel if self.kind == BATCH else sample * self.G + channel // (self.C // self.G)
 
     def walked_as(self, traversal: str) -> Shape:
         """Columns of a planar batch norm: the elements of a sample are channels, those of a run are a group, and the
-        samples are the positions."""
+        samples are the positions. Columns of layer norm over the channels of planar maps: channels and positions are
+        exchanged."""
+        if self.of_positions:
+            return Shape(GROUP, self.N, self.S, self.C, self.S, True)
         if traversal == self.traversal or self.kind != BATCH:
             return self
         return Shape(GROUP, 1, self.C * self.S, self.N, self.C, True)
@@ -155,6 +169,9 @@ class Shape:
 
 def shape_of(layer: Layer, layout: str) -> Shape:
     n, c, *space = layer.shape if len(layer.shape) > 1 else (1, *layer.shape)
+    if layer.norm == "LayerNorm2d":
+        planar = layout == "planar" and c > 1 and prod(space) > 1
+        return Shape(LAYER, n, c, prod(space), 1, False) if planar else Shape(LAYER, n * prod(space), c, 1, 1, False)
     if layer.norm == "LayerNorm":
         normalized = layer.args[0]
         c = prod(normalized) if isinstance(normalized, tuple) else normalized
@@ -243,7 +260,9 @@ def random_call(r: random.Random) -> Call:
 
     kind = r.choice((BATCH, GROUP, GROUP, LAYER))
     groups, per_group = size(11), size(9)
-    if kind == LAYER:
+    if kind == LAYER and r.random() < 0.5:
+        shape = Shape(kind, size(14), 1 + groups * per_group, size(24), 1, False)
+    elif kind == LAYER:
         shape = Shape(kind, size(26), groups * per_group, 1, 1, False)
     else:
         C = groups * per_group

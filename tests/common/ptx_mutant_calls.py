@@ -30,6 +30,8 @@ LONG_PIECES: Table = (
         Layer("", "GroupNorm", (1, 50, 20, 25), (1, 50)),
         Layer("", "BatchNorm1d", (3300, 8), (8,)),
         Layer("", "BatchNorm1d", (400, 21), (21,)),
+        Layer("", "LayerNorm2d", (1, 3300, 1, 8), (3300,)),
+        Layer("", "LayerNorm2d", (1, 900, 1, 7), (900,)),
     ),
     FUSED[:2],
     HUGE,

@@ -68,6 +68,14 @@ inline std::vector<Case> free_cases() {
       {{kLayer, 4, 4096, 1, 1, false}, kF16, kRelu, true, true},
       {{kLayer, 6, 37, 1, 1, false}, kF64, kTanh, false, false, false, kF64},
       {{kLayer, 8, 96, 1, 1, false}, kBF16, kGelu, false, false, false, kF32, true, 2},
+      // layer over the channels of planar maps
+      {{kLayer, 3, 40, 64, 1, false}, kBF16, kRelu, true, true},
+      {{kLayer, 2, 300, 20, 1, false}, kF16, kSilu, true, false, false, kF16},
+      {{kLayer, 2, 13, 77, 1, false}, kF32, kLeakyRelu, true, true},
+      {{kLayer, 5, 9, 2, 1, false}, kF32},
+      {{kLayer, 2, 24, 30, 1, false}, kF64, kTanh, true, false, false, kF64},
+      {{kLayer, 2, 12, 64, 1, false}, kF32, kGelu, false, false, false, kF32, true, 1},
+      {{kLayer, 2, 35, 48, 1, false}, kBF16, kNone, false, false, false, kF32, false},
   };
 }
 
@@ -162,6 +170,22 @@ inline std::vector<Case> channel_cases() {
       cases, {choice(-1, -1, Exchange::kScatter), choice(2, 64, Exchange::kGather), choice(3, 64, Exchange::kScatter)});
 }
 
+// For the device `few`: layer norm over the channels of planar maps; blocks that take several tiles, of which all or a
+// part is staged.
+inline std::vector<Case> position_cases() {
+  const std::vector<Case> cases = {
+      {{Kind::kLayer, 9, 100, 40, 1, false}, DType::kBFloat16, Activation::kRelu, true, true},
+      {{Kind::kLayer, 7, 70, 36, 1, false}, DType::kFloat16, Activation::kSilu, true},
+      {{Kind::kLayer, 20, 50, 7, 1, false}, DType::kFloat32, Activation::kLeakyRelu, false, true},
+  };
+  const auto choice = [](int stages, int staged_length) {
+    Forced f = forced_gang(Gang::kBlock, -1, stages);
+    f.staged_length = staged_length;
+    return f;
+  };
+  return forced(cases, {choice(1, -1), choice(2, -1), choice(1, 64), choice(2, 64)});
+}
+
 // For the device `few`: planar, the samples as rows of columns.
 inline std::vector<Case> sample_cases() {
   const std::vector<Case> cases = {
@@ -217,6 +241,7 @@ inline std::vector<Case> cases_of(const std::string& device) {
     for (const Case& c : row_cases()) all.push_back(c);
     for (const Case& c : channel_cases()) all.push_back(c);
     for (const Case& c : sample_cases()) all.push_back(c);
+    for (const Case& c : position_cases()) all.push_back(c);
   }
   if (device == "h200") {
     for (const Case& c : large_cluster_cases()) all.push_back(c);
