@@ -289,17 +289,13 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
                                                     : ParamSums::kFromCells;
     std::vector<BackwardPlan> plans;
     bool in_registers = false;
-    if (g.sets_are_positions()) {
-      if (allows_fused(options.forced)) add_fused(own, sums, in_registers, plans);
-      return plans;
-    }
-    if (needs.input && allows_fused(options.forced)) {
+    if ((needs.input || g.sets_are_positions()) && allows_fused(options.forced)) {
       for (const View& view : views(needs.mask)) {
         if (sums == ParamSums::kOwnLaunch && g.G == 1) add_fused(view, ParamSums::kInGang, in_registers, plans);
         add_fused(view, sums, in_registers, plans);
       }
     }
-    if (allows_split(options.forced)) plans.push_back(split(sums));
+    if (allows_split(options.forced) && !g.sets_are_positions()) plans.push_back(split(sums));
     return plans;
   }
 };
