@@ -1,15 +1,14 @@
 // Forward of layer norm over the channels of planar maps.
 //
 // What: statistics, y = act((x - mean) * rstd * weight + bias + residual), and the mask's bits of a two-sided
-// activation. Who: a block takes a tile of positions with all their channels (positions.cuh). The blocks are all on the
-// device and
+//   activation.
+// Who: a block takes a tile of positions with all their channels (positions.cuh). The blocks are all on the device and
 //   take tiles in strides; with two stages the next tile is copied to shared memory during this one.
 // Traffic: reads x (and residual) once, writes y (and a bit per element) once: the least there is. Rows that do not fit
 //   in shared memory are read twice, the second time from L2.
 // Needs: pack divides S and every address. A tile ends with a whole byte of the mask, or with the row.
 // Numerics: as fused_forward_columns.cuh: a thread's moments of x - origin, then of the block's threads; deviations
-// from
-//   a common mean.
+//   from a common mean.
 #pragma once
 
 #include "forward.cuh"
