@@ -32,6 +32,7 @@ def aten_switches() -> list[tuple[str, str, bool, int, dict[str, int]]]:
     """For each norm and device: the names, whether the switch is on, calls served, calls left to torch by reason."""
 
 STATS_ROWS: int
+MAX_IMAGE_CHANNELS: int
 """Rows of an op's `stats`: mean, rstd, biased variance, what rounding cut off the mean."""
 
 def plan(

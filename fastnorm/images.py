@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 from .dispatch import Unsupported, entry_for, fall_back
+from .extension import _C
 
 __all__ = ["ImageNormalize"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MOST_CHANNELS = 32  # of the kernels: csrc/core/images.h
 LEAST_STD = 1e-30  # its inverse is a float32
 FORMATS = (torch.preserve_format, torch.contiguous_format, torch.channels_last)
 
@@ -76,8 +76,8 @@ class ImageNormalize(nn.Module):
         arguments = (offset, scale, dtype, self.memory_format)
         try:
             entry_for(images)  # refuses where torch has to see its own operators
-            if len(self.mean) > MOST_CHANNELS:  # torch.compile cannot catch the operator's own refusal
-                raise Unsupported(f"x has {len(self.mean)} channels, expected at most {MOST_CHANNELS}")
+            if len(self.mean) > _C.MAX_IMAGE_CHANNELS:  # torch.compile cannot catch the operator's own refusal
+                raise Unsupported(f"x has {len(self.mean)} channels, expected at most {_C.MAX_IMAGE_CHANNELS}")
             return normalize_images(images, *arguments)  # type: ignore[no-any-return]
         except RuntimeError as error:
             return fall_back("ImageNormalize", error, lambda: reference(images, *arguments))  # type: ignore[no-any-return]

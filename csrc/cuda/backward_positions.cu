@@ -3,7 +3,7 @@
 #include "backward_positions.cuh"
 
 #include "launch.cuh"
-#include "positions_launches.h"
+#include "launches.h"
 
 namespace fastnorm::cuda {
 

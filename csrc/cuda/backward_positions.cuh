@@ -86,14 +86,14 @@ FASTNORM_DEVICE void add_row(const Tensors& t, const BackwardTensors<T>& all, co
 }
 
 // dx and dresidual of a tile, from the last row to the first.
-template <Activation kAct, int U, int W, class T, class Tensors, class A, class Read>
+template <Activation kAct, int W, class T, class Tensors, class A, class Read>
 FASTNORM_DEVICE void apply_tile(const Tensors& t, const BackwardTensors<T>& all, const ColumnsPiece<W>& piece,
                                 const PositionStats<A, W>& stats, const LaneTerms<A, W>& terms, Read read) {
   struct Row {
     GradientPacks<T, W> packs;
     RowParams<A> params;
   };
-  piece.template walk_read<U, true>(
+  piece.template walk_read<1, true>(
       piece.whole(),
       [&](const PackPlace& place) {
         return Row{read(t, place), load_row_params<T>(all.weight, all.bias, place.position)};
@@ -160,10 +160,8 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
     sync_block();
     LaneTerms<A, W> terms{};
     piece.values_of_sets(tile_terms, terms.lane);
-    dispatch_backward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
-      constexpr int kTogether = 1;
-      apply_tile<act.value, kTogether>(tensors, t, piece, stats, terms, read);
-    });
+    dispatch_backward<kSmooth, W>(
+        t, [&](const auto& tensors, auto act) { apply_tile<act.value>(tensors, t, piece, stats, terms, read); });
   };
   for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
   if (!f.grid_sync) return;

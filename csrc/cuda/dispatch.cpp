@@ -1,6 +1,5 @@
 // The launches of api.h: a storage type and a traversal, known at run time, pick the ones compiled for them.
 #include "launches.h"
-#include "positions_launches.h"
 
 namespace fastnorm::cuda {
 

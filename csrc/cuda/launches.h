@@ -12,6 +12,12 @@ int forward_of(const ForwardArgs& args, const ForwardPlan& plan, void* workspace
 template <class T, Traversal kTraversal>
 int backward_of(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
 
+// Those of layer norm over the channels of planar maps.
+template <class T>
+int forward_positions_of(const ForwardArgs& args, const ForwardPlan& plan, void* stream);
+template <class T>
+int backward_positions_of(const BackwardArgs& args, const BackwardPlan& plan, void* workspace, void* stream);
+
 // Partials lie as [outer, pieces, groups * columns]; a set has `columns` neighbouring partials of every piece.
 template <class A>
 struct FoldForwardArgs {

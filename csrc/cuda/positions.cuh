@@ -12,13 +12,13 @@
 #pragma once
 
 #include "columns_reduce.cuh"
-#include "core/positions.h"
 #include "gang.cuh"
 
 namespace fastnorm::cuda {
 
+// The positions are the channels of columns, a set each, and the channels are the positions.
 inline ColumnsShape positions_shape(const Geometry& g, const Grid& grid, DType dtype) {
-  return columns_shape(positions_as_columns(g), grid, dtype);
+  return columns_shape({Kind::kGroup, g.N, g.S, g.C, g.S, true}, grid, dtype);
 }
 
 // The statistics of a thread's positions. xhat = (x - mean) * rstd + shift, which takes in what rounding cut off the

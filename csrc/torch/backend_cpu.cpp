@@ -1,4 +1,4 @@
-// The CPU backend: torch's threads, the sizes of the caches, huge pages for what is written.
+// The CPU backend: torch's threads, the sizes of the caches.
 #include <ATen/Parallel.h>
 #include <torch/csrc/stable/c/shim.h>
 

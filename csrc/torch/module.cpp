@@ -317,6 +317,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("two_sided_activations", &two_sided_activations,
         "Those whose derivative is one of two constants, so that one bit an element tells it.");
   m.attr("STATS_ROWS") = static_cast<int>(kStatsRows);
+  m.attr("MAX_IMAGE_CHANNELS") = static_cast<int>(kMaxImageChannels);
   m.def("plan", &plan, "How a call on the CPU is cut into tasks, on one line.", py::arg("kind"), py::arg("N"),
         py::arg("C"), py::arg("S"), py::arg("groups"), py::arg("channels_last"), py::arg("dtype"), py::arg("streams"),
         py::arg("l2_bytes"), py::arg("l3_bytes"), py::arg("threads"), py::arg("outputs") = 1);

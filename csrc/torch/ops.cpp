@@ -109,7 +109,7 @@ Forward run_forward(const Inputs& inputs, const Statistics& given, const Config&
                        args.running.channels, " channels, expected ", g.C);
   }
 
-  // Small tensors first: malloc can then give the place of y, once that is gone, to the next one (cpu/scratch.h).
+  // Small tensors first: malloc can then give the place of y, once that is gone, to the next one (cpu_memory.h).
   Tensor stats = given_stats != nullptr ? *given_stats : allocate.stats(g, dtype);
   const bool masked = save_mask && present(residual) && is_two_sided(args.activation);
   const Tensor mask = masked ? allocate.empty({mask_bytes(g, dtype)}, at::kByte) : Tensor();

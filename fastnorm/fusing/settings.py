@@ -19,7 +19,7 @@ __all__ = ["specialised"]
 
 def specialised(method: Method, changing: set[str]) -> Method:
     specialiser = _Specialiser(method, changing)
-    method.tree.body = specialiser.block(method.tree.body) or [ast.Pass()]
+    method.tree.body = specialiser.block(method.tree.body)
     method.tree.body = [s for s in method.tree.body if not specialiser.is_unread(s)] or [ast.Pass()]
     method.index()
     return method
