@@ -20,7 +20,7 @@ from tests.gpu import first, sanitize, stress
 GPU = Path(__file__).parent / "gpu"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
-# Answers run.sh's questions, and plays pip, pytest and the scripts: SLOW and BROKEN name what takes long or fails.
+# Answers run.sh's questions, and plays setup.py, pytest and the scripts: SLOW and BROKEN name what takes long or fails.
 PYTHON = """#!/bin/bash
 case "$1" in
     -c) case "$2" in *capability*) echo 9.0 ;; *get_device_name*) echo a GPU ;; esac; exit 0 ;;
@@ -87,10 +87,10 @@ def verdicts(printed: str) -> dict[str, str]:
     return dict(re.findall(r"^(\w+) +(passed|failed \(\d+\)|out of time|not started) +\d+ s", printed, re.MULTILINE))
 
 
-def test_the_sanitizers_come_first(run_script: Run) -> None:
-    """And torch.compile last; the benchmarks have a call of their own."""
+def test_what_is_done_and_in_which_order(run_script: Run) -> None:
+    """The build and the first launches alone, then the checks side by side; the benchmarks have a call of their own."""
     status, printed, log = run_script()
-    order = ["install", "first", *SANITIZERS, "stress", "cuda", "suite", "compile"]
+    order = ["build", "first", *SANITIZERS, "stress", "cuda", "suite", "compile"]
     assert stages_of(log) == order and verdicts(printed) == dict.fromkeys(order, "passed")
     assert status == 0, printed
     assert "--ignore test_compile.py" in re.findall("==== suite: .*", log)[0]
