@@ -7,6 +7,7 @@ next best; each with what forces exactly that plan on a call.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -127,12 +128,13 @@ class Parts:
 
     @property
     def counted(self) -> dict[str, float]:
-        """The parts that the total is the sum of: memory and the issue of instructions go on side by side, and only the
-        longer one counts."""
-        by_memory = self.memory >= self.issue
+        """What the parts add to the total. Memory and the issue of instructions go on side by side, and together take
+        the square root of the sum of their squares: each is counted in proportion to its square."""
+        both = math.hypot(self.memory, self.issue)
+        share = self.memory**2 / both**2 if both > 0 else 0.0
         return {
-            "memory": self.memory if by_memory else 0.0,
-            "issue": 0.0 if by_memory else self.issue,
+            "memory": both * share,
+            "issue": both * (1 - share),
             "waits": self.waits,
             "launches": self.launches,
         }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -55,7 +56,7 @@ def prediction(job: Job, facts: _C.DeviceInfo) -> Prediction:
     copy, copies = copy_parts(job, facts), job.passes / CLONE_PASSES
     lost = {
         "m": parts.memory - copies * copy.memory,
-        "i": parts.issue - parts.memory,
+        "i": math.hypot(parts.memory, parts.issue) - parts.memory,
         "w": parts.waits + parts.launches - copies * (copy.waits + copy.launches),
     }
     return Prediction(job, copies * copy.total / parts.total, max(lost, key=lambda part: lost[part]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 import subprocess
 import sys
@@ -319,14 +320,29 @@ def test_another_tensor_costs_more() -> None:
         assert a.estimate.memory < b.estimate.memory and a.estimate.total <= b.estimate.total, f"{a}; {b}"
 
 
-def test_larger_gangs_cost_more_to_meet() -> None:
+def test_gangs_wait_for_longer_than_blocks() -> None:
     call = Call(Shape(GROUP, 2, 32, 64, 2, False), "float32", 16, False, False, True, False)
-    waits = [
-        chosen(call, DEVICES["H200"], backward, forced={"gang": gang, "stages": 1}).estimate.barriers
-        for backward in (False, True)
-        for gang in GANGS
-    ]
-    assert waits[0] < waits[1] < waits[2] and waits[3] < waits[4] < waits[5]
+    for backward in (False, True):
+        block, cluster, grid = (
+            chosen(call, DEVICES["H200"], backward, forced={"gang": gang, "stages": 1}).estimate for gang in GANGS
+        )
+        assert block.barriers + 1 < min(cluster.barriers, grid.barriers)
+        assert block.launches == cluster.launches < grid.launches
+
+
+def test_folds_of_many_partials_cost_more() -> None:
+    """Columns leave a partial of a channel for every piece, and a warp merges them 32 at a time. The many sets of a
+    LayerNorm take turns."""
+
+    def waits(shape: Shape, backward: bool) -> float:
+        call = Call(shape, "bfloat16", 16, False, False, True, True)
+        return chosen(call, DEVICES["H200"], backward, forced=SPLIT).estimate.barriers
+
+    for backward in (False, True):
+        few, many = (waits(Shape(BATCH, 32, 64, 56 * 56, 64, last), backward) for last in (False, True))
+        assert few + 5 < many
+        few, many = (waits(Shape(LAYER, rows, 1024, 1, 1, False), backward) for rows in (1000, 1_000_000))
+        assert few * 100 < many
 
 
 def with_facts(facts: _C.DeviceInfo, **other: int) -> _C.DeviceInfo:
@@ -343,7 +359,8 @@ def test_faster_memory_costs_no_more() -> None:
 
 
 def test_memory_and_issue_go_on_side_by_side() -> None:
-    """The same plan on SMs of another clock: the longer of the two counts."""
+    """The same plan on SMs of another clock: nearly the longer of the two counts where the other is far shorter, and
+    together they take longer than each."""
     for backward in (False, True):
         estimates = []
         for megahertz in (500, 1980, 100_000):
@@ -353,8 +370,9 @@ def test_memory_and_issue_go_on_side_by_side() -> None:
         assert slow.memory == usual.memory == fast.memory
         assert slow.issue * 500 == pytest.approx(usual.issue * 1980) == pytest.approx(fast.issue * 100_000)
         assert fast.issue < fast.memory < slow.issue
-        others = slow.barriers + slow.launches
-        assert (fast.total, slow.total) == pytest.approx((fast.memory + others, slow.issue + others))
+        together = [each.total - each.barriers - each.launches for each in estimates]
+        assert together == pytest.approx([math.hypot(each.memory, each.issue) for each in estimates])
+        assert together[2] == pytest.approx(fast.memory, rel=1e-3)
 
 
 def test_instructions_of_an_activation_and_of_narrow_packs() -> None:

@@ -25,7 +25,7 @@ from tests.common.raw_calls import RawCall
 
 JOBS = list(jobs())
 H200 = DEVICES["H200"]
-COPY_BYTES_PER_US = 0.9 * H200.bytes_per_us  # kCopyShare of csrc/plan/cost.cpp
+COPY_BYTES_PER_US = 0.86 * H200.bytes_per_us  # kCopyShare of csrc/plan/cost.cpp
 
 
 def job(pattern: str) -> Job:
@@ -126,7 +126,8 @@ def test_a_residual_is_predicted_with_its_bytes() -> None:
         name = "ResNet-50 BatchNorm2d 256x64x112x112 bfloat16 planar"
         both = job(f"{name} plain {direction}"), job(rf"{name} \+add\+relu {direction}")
         plain, add = (next(p.estimate for p in each.compare(H200) if p.strategy == "split") for each in both)
-        assert add.memory - plain.memory == pytest.approx(256 * 64 * 112 * 112 * 2 / COPY_BYTES_PER_US)
+        # The few blocks of the last wave do not keep the memory quite busy.
+        assert add.memory - plain.memory == pytest.approx(256 * 64 * 112 * 112 * 2 / COPY_BYTES_PER_US, rel=5e-3)
         assert add.issue > plain.issue
         assert (add.barriers, add.launches) == (plain.barriers, plain.launches)
 

@@ -8,44 +8,56 @@ namespace fastnorm {
 
 namespace {
 
-// We have measured none of these constants on a GPU yet (benchmarks/tune.py will), except the bandwidth of copies. Each
-// comment gives the constant's basis.
+// Fitted to the times of an H200 (benchmarks/results/tune-h200-*.json) by benchmarks/refit.py, but where a comment says
+// that nothing was measured. Devices that were never measured go by the same constants.
 
-// From the end of one launch of a stream to the full speed of the next: the first drains, the second starts.
-constexpr double kLaunchUs = 2.0;
+// A launch and the end of its kernel. Three launches in a row take 9 us where they have nothing to do.
+constexpr double kLaunchUs = 3.1;
 // The extra time that a cooperative launch takes to begin.
-constexpr double kCooperativeUs = 1.0;
+constexpr double kCooperativeUs = 0.3;
 
-// A load from memory.
-constexpr double kLatencyUs = 0.7;
-// Publish partials and sync: in a cluster; in a grid through L2, with an atomic counter that all blocks watch: two
-// trips of 0.65 us.
-constexpr double kClusterBarrierUs = 0.5;
-constexpr double kGridBarrierUs = 1.3;
-// A trip to the partials of other blocks, which fetches kFetchedPartials of csrc/cuda/gang.cuh for each lane: through
-// L2 430 cycles; from the shared memory of another block of the cluster 210.
-constexpr double kFetchUs[] = {0, 0.12, 0.25};  // by Gang
-constexpr int64_t kFetchedPartials = 2;         // of moments; twice as many of sums of gradients
+// A load from memory, as far as it takes longer than the start of a kernel hides.
+constexpr double kLatencyUs = 0.4;
+// Publish partials and sync: in a cluster, whose blocks also start and end together; in a grid through L2, with an
+// atomic counter that all blocks watch.
+constexpr double kClusterBarrierUs = 2.3;
+constexpr double kGridBarrierUs = 1.4;
+// A trip to the partials of other blocks, which fetches kFetchedPartials of csrc/cuda/gang.cuh for each lane: from the
+// shared memory of another block of the cluster (not measured: 210 cycles); through L2.
+constexpr double kClusterFetchUs = 0.12;
+constexpr double kGridFetchUs = 0.6;
+constexpr int64_t kFetchedPartials = 2;  // of moments; twice as many of sums of gradients
 // The fraction of a wave's latency and barrier that takes time even if other loads are under way all the time.
-constexpr double kExposed = 0.1;
+constexpr double kExposed = 0.35;
 
-// Plain copies reach 4.3 TB/s of an H200's 4.8, and 3.0 of an H100's 3.35.
-constexpr double kCopyShare = 0.9;
+// A trip in which the 32 lanes of a warp fetch and merge partials of a set (fold_forward and fold_terms of
+// csrc/cuda/fold.cuh), in double: the partials of 32 blocks, one after another. And one in which a lane fetches and
+// adds a partial of a channel (fold_params): there loads do not wait for each other.
+constexpr double kFoldTripUs = 0.7;
+constexpr double kFoldParamsTripUs = 0.4;
+
+// Kernels reach 4.1 TB/s of an H200's 4.8; a copy reaches 4.2.
+constexpr double kCopyShare = 0.86;
 
 // An SM has four schedulers, each of which issues an instruction for 32 lanes in a cycle when one of its warps is
-// ready. Warps wait for results most of the time: with so many for a scheduler it issues in every second cycle.
-constexpr double kSchedulers = 4, kLanes = 32, kHalfBusyWarps = 2;
+// ready. Warps wait for results most of the time: with so many for a scheduler it issues in every second cycle. A
+// thread that keeps its row in registers has 16 or 32 elements that do not depend on each other, and waits less.
+constexpr double kSchedulers = 4, kLanes = 32;
+constexpr double kHalfBusyWarps = 2.8;
+constexpr double kHalfBusyRegisterWarps = 0.5;
 
-// One SM can draw so many times its share of the memory's bandwidth: two thirds of the SMs keep the memory busy.
-constexpr double kOneSmShare = 1.5;
+// One SM can draw so many times its share of the memory's bandwidth, 90 GB/s of an H200's: copies into shared memory
+// with any number of threads, loads into registers with all threads that it holds.
+constexpr double kOneSmShare = 2.5;
 
-// The fraction of L2 that still holds the data read last, and L2's speed relative to memory's.
-constexpr double kL2Share = 0.5;
+// The fraction of L2 that still holds the data read last: hardly any, because the bytes that are written go through L2,
+// too. And L2's speed relative to memory's, not measured.
+constexpr double kL2Share = 0.1;
 constexpr double kL2Speed = 2.0;
 
 // Contiguous bytes cost as much as so many bytes more: memory moves 64 bytes at a time and opens rows of kilobytes. A
-// tile of 64 bytes gets four fifths of the bandwidth.
-constexpr double kContiguousBytes = 16;
+// tile of 64 bytes gets three quarters of the bandwidth.
+constexpr double kContiguousBytes = 20;
 
 // The fraction of the bandwidth that contiguous pieces of this size get. Rows adjoin each other, and so do the
 // positions of a tile of all channels: they get all of it.
@@ -55,19 +67,28 @@ double contiguous_share(const Grid& grid, const Streams& streams) {
   return bytes / (bytes + kContiguousBytes);
 }
 
-// The microseconds in which `blocks` blocks move so many bytes each.
-double move_us(double bytes, int64_t blocks, const DeviceInfo& device) {
-  const double busy = static_cast<double>(std::min<int64_t>(blocks, device.num_sms));
+// The microseconds in which so many bytes are moved while so many SMs are busy.
+double move_us(double bytes, double busy, const DeviceInfo& device) {
   const double share = std::min(1.0, busy * kOneSmShare / device.num_sms);
-  return bytes * static_cast<double>(blocks) / (share * kCopyShare * static_cast<double>(device.bytes_per_us));
+  return bytes / (share * kCopyShare * static_cast<double>(device.bytes_per_us));
 }
 
-// The microseconds in which an SM that has so many threads at a time executes so many instructions for each of these
-// elements.
-double issue_us(double elements, double instructions, int64_t threads, const DeviceInfo& device) {
-  const double warps = static_cast<double>(threads) / (kLanes * kSchedulers);
-  const double busy = warps / (warps + kHalfBusyWarps);
-  return elements * instructions / (kSchedulers * kLanes * busy * device.clock_mhz);
+// The microseconds in which the busiest of the SMs executes so many instructions for each of a block's elements.
+double issue_us(const Grid& grid, double elements, double instructions, int64_t blocks, const DeviceInfo& device) {
+  const int64_t each = div_up(blocks, device.num_sms);
+  const double warps = static_cast<double>(each * grid.threads()) / (kLanes * kSchedulers);
+  const double idle = grid.place() == Place::kRegisters ? kHalfBusyRegisterWarps : kHalfBusyWarps;
+  const double issued = kSchedulers * kLanes * warps / (warps + idle) * device.clock_mhz;
+  return static_cast<double>(each) * elements * instructions / issued;
+}
+
+// Memory and issue of blocks of which so many are on the device at a time; wave_of(blocks) is the estimate of a wave.
+template <class WaveOf>
+Estimate in_waves(int64_t blocks, int64_t together, WaveOf wave_of) {
+  const int64_t more = div_up(blocks, together) - 1;
+  const Estimate wave = wave_of(together), last = wave_of(blocks - more * together);
+  const double times = static_cast<double>(more);
+  return {times * wave.memory + last.memory, times * wave.issue + last.issue, 0, 0};
 }
 
 // The fraction of the lanes that have channels. In rows all have elements but for the end of a piece.
@@ -96,7 +117,7 @@ double fetch_trips(const Grid& grid, int64_t channels, int64_t pieces) {
 
 double exchange_us(const Grid& grid, DType dtype, const DeviceInfo& device) {
   if (grid.gang == Gang::kBlock) return 0;
-  const double trip = kFetchUs[static_cast<int>(grid.gang)];
+  const double trip = grid.gang == Gang::kCluster ? kClusterFetchUs : kGridFetchUs;
   const int64_t channels = grid.traversal == Traversal::kColumns ? grid.tile : 1;
   if (grid.gang == Gang::kCluster) return kClusterBarrierUs + trip * fetch_trips(grid, channels, grid.pieces);
   const auto through_l2 = [&](int64_t partials) {  // of each block
@@ -147,15 +168,14 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
                                   ? work.registers
                                   : work.shared + reread_share(grid) * (work.reduce + work.apply - work.shared);
   const auto issue_of = [&](double of_block, double of_element, int64_t blocks) {
-    const int64_t each = div_up(blocks, device.num_sms);  // of the busiest SM
-    return issue_us(of_block * static_cast<double>(each), of_element, each * grid.threads(), device);
+    return issue_us(grid, of_block, of_element, blocks, device);
   };
   const auto wave_of = [&](int64_t blocks) {
-    return Estimate{move_us(bytes, blocks, device), issue_of(elements, instructions, blocks), 0, 0};
+    const double busy = static_cast<double>(std::min<int64_t>(blocks, device.num_sms));
+    return Estimate{move_us(bytes * static_cast<double>(blocks), busy, device),
+                    issue_of(elements, instructions, blocks), 0, 0};
   };
-  const Estimate wave = wave_of(together), last = wave_of(wanted - (waves - 1) * together);
-  const double more = static_cast<double>(waves - 1);  // waves
-  Estimate e{more * wave.memory + last.memory, more * wave.issue + last.issue, 0, 0};
+  Estimate e = in_waves(wanted, together, wave_of);
   const auto average = [&](double us) { return us / static_cast<double>(waves); };
   // Nothing else goes on while a block reduces its last copy group, merges its sums and those of its gang, and prepares
   // to apply them.
@@ -164,13 +184,10 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   const double wait =
       kLatencyUs + exchange_us(grid, streams.dtype, device) + issue_of(last_group, work.reduce, together) + merge;
   // While a block waits, other blocks on the SM go on with their work, and so do the copies of its own second stage.
-  // The blocks of a grid all wait together, and then only the memory has something to do, if instructions leave it
-  // behind.
+  // The blocks of a grid all wait together, and a second stage hides nothing of that: it leaves half as much for a
+  // wave.
   double hidden = 0;
-  if (grid.gang == Gang::kGrid) {
-    const double behind = std::max(0.0, average(e.memory - e.issue));
-    if (grid.stages == 2) hidden = std::min(behind, move_us(stream * streams.read, together, device));
-  } else {
+  if (grid.gang != Gang::kGrid) {
     const double loads = static_cast<double>(grid.stages * together) / device.num_sms;
     const double one = wave_of(std::min<int64_t>(together, device.num_sms)).total();
     if (loads > 1) hidden = std::min((loads - 1) * one, average(e.total()));
@@ -178,24 +195,38 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   // What is hidden is work for the SM still.
   const double at_least = std::max(kExposed * wait, average(e.issue - e.total()) + merge);
   const double shown = hidden > 0 ? std::max(at_least, wait - hidden) : wait;
-  e.barriers = wait + more * shown;
+  e.barriers = wait + static_cast<double>(waves - 1) * shown;
   return e;
 }
 
-Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, double instructions,
-                         const DeviceInfo& device) {
-  const double read = streams.bytes(streams.read);
-  const double found = std::min(read, kL2Share * static_cast<double>(device.l2_bytes));
-  const double bytes = passes * read + streams.bytes(streams.applied) - (passes - 1) * found * (1 - 1 / kL2Speed);
-  Estimate e{};
-  e.memory = move_us(bytes / static_cast<double>(grid.blocks) / contiguous_share(grid, streams), grid.blocks, device);
-  const int64_t blocks = div_up(grid.blocks, device.num_sms);  // of an SM, of which so many threads run at a time:
-  const int64_t threads = std::min<int64_t>(blocks * grid.threads(), kResidentThreads);
-  const double share = static_cast<double>(blocks) / static_cast<double>(grid.blocks);
-  const double elements = static_cast<double>(streams.numel) / busy_lanes(grid, streams);
-  e.issue = issue_us(elements * share, instructions, threads, device);
-  e.barriers = passes * kLatencyUs;
+Estimate estimate_pass(const Grid& grid, const Streams& streams, int moved, bool again, double instructions,
+                       const DeviceInfo& device) {
+  const double left = again ? kL2Share * static_cast<double>(device.l2_bytes) : 0;
+  const double found = std::min(left, streams.bytes(streams.read));
+  const double all = static_cast<double>(grid.blocks);
+  const double bytes = (streams.bytes(moved) - found * (1 - 1 / kL2Speed)) / contiguous_share(grid, streams) / all;
+  const double elements = static_cast<double>(streams.numel) / busy_lanes(grid, streams) / all;
+  const int64_t each = std::max(1, kResidentThreads / grid.threads());
+  const auto wave_of = [&](int64_t blocks) {
+    const double full = static_cast<double>(blocks) / static_cast<double>(each);  // SMs
+    return Estimate{move_us(bytes * static_cast<double>(blocks), full, device),
+                    issue_us(grid, elements, instructions, blocks, device), 0, 0};
+  };
+  Estimate e = in_waves(grid.blocks, std::min(grid.blocks, each * device.num_sms), wave_of);
+  e.barriers = kLatencyUs;
   return e;
+}
+
+Estimate estimate_fold(int64_t sets, int64_t partials, const DeviceInfo& device) {
+  const int64_t warps = int64_t(device.num_sms) * kResidentThreads / kWarp;  // each has a set at a time
+  const int64_t trips = div_up(partials, kWarp) + 1;                         // and one to the set's own numbers
+  return {0, 0, kFoldTripUs * static_cast<double>(trips * div_up(sets, warps)), 0};
+}
+
+Estimate estimate_fold_params(int64_t channels, int64_t partials, const DeviceInfo& device) {
+  const int64_t trips = std::max(std::min<int64_t>(partials, 8), div_up(partials, kWarp));  // fold_lanes of fold.cuh
+  const int64_t threads = int64_t(device.num_sms) * kResidentThreads, lanes = channels * div_up(partials, trips);
+  return {0, 0, kFoldParamsTripUs * static_cast<double>((trips + 1) * div_up(lanes, threads)), 0};
 }
 
 Estimate estimate_launches(int launches, bool cooperative) {

@@ -25,10 +25,15 @@ ElementWork element_work(bool backward, const Geometry& g, int pack, DType dtype
 Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementWork& work, int64_t resident,
                         const DeviceInfo& device);
 
-// Launches in a row, of which `passes` read the same tensors; together they execute so many instructions for an
-// element. A pass finds in L2 what the one before left there.
-Estimate estimate_passes(const Grid& grid, const Streams& streams, int passes, double instructions,
-                         const DeviceInfo& device);
+// A launch of blocks that do not wait for each other, and read or write so many tensors in all. again: it reads what
+// the launch before it read, and finds in L2 what that left there.
+Estimate estimate_pass(const Grid& grid, const Streams& streams, int moved, bool again, double instructions,
+                       const DeviceInfo& device);
+
+// The folds, beside their launches: of so many partials of each of these sets; of each of these channels, to the
+// gradients of the parameters.
+Estimate estimate_fold(int64_t sets, int64_t partials, const DeviceInfo& device);
+Estimate estimate_fold_params(int64_t channels, int64_t partials, const DeviceInfo& device);
 
 // The time in which the blocks of a gang exchange the partials of a wave.
 double exchange_us(const Grid& grid, DType dtype, const DeviceInfo& device);

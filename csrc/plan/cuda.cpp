@@ -145,16 +145,20 @@ struct ForwardPlanner : Planner<ForwardNeeds> {
   ForwardPlan separate(Strategy strategy) const {
     ForwardPlan plan{strategy, split_grid(g, dtype, pack, device), 0, 1, {}};
     const ElementWork work = work_of(own);
-    int passes = 1;
-    double instructions = work.apply;
-    if (strategy == Strategy::kSplit) {
-      plan.workspace_bytes = partials(g, plan.grid) * moments_size(dtype);
+    const Streams streams = streams_of(own);
+    const bool splits = strategy == Strategy::kSplit;
+    if (splits) {
+      const int64_t all = partials(g, plan.grid);
+      plan.workspace_bytes = all * moments_size(dtype);
       plan.launches = needs.output ? 3 : 2;
-      passes = needs.output ? 2 : 1;
-      instructions = work.reduce + (needs.output ? work.apply : 0);
+      plan.estimate = estimate_pass(plan.grid, streams, streams.read, false, work.reduce, device) +
+                      estimate_fold(g.sets(), all / g.sets(), device);
     }
-    plan.estimate = estimate_passes(plan.grid, streams_of(own), passes, instructions, device) +
-                    estimate_launches(plan.launches, false);
+    if (needs.output || !splits) {
+      plan.estimate =
+          plan.estimate + estimate_pass(plan.grid, streams, streams.read + streams.applied, splits, work.apply, device);
+    }
+    plan.estimate = plan.estimate + estimate_launches(plan.launches, false);
     return plan;
   }
 
@@ -215,6 +219,15 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     plan.params_bytes = plan.params.pieces * g.C * pair;
   }
 
+  Estimate params_pass(const Grid& grid, double instructions, bool again) const {
+    const Streams streams{streams_of(own).read, 0, dtype, g.numel(), g.C};
+    return estimate_pass(grid, streams, streams.read, again, instructions, device);
+  }
+  // Where nothing goes on beside it.
+  Estimate params_fold(const BackwardPlan& plan) const {
+    return estimate_fold_params(g.C, (plan.sums_bytes + plan.params_bytes) / (g.C * pair), device);
+  }
+
   void add_fused(const View& view, ParamSums sums, bool& in_registers, std::vector<BackwardPlan>& plans) const {
     const bool in_gang = sums == ParamSums::kInGang, own_launch = sums == ParamSums::kOwnLaunch;
     // The fused sums of a batch norm are final, and the kernel writes them as the gradients.
@@ -224,27 +237,25 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     const Streams streams = streams_of(view);
     const ElementWork work = work_of(view);
     const Staging staging{streams.read, true, in_gang, !own_launch, rereads};
-    for_each_fused(
-        view, staging, in_gang, folds, in_registers, [&](const Grid& grid, int64_t resident, bool grid_sync) {
-          BackwardPlan plan = empty(Strategy::kFused, sums, view);
-          plan.reduce = grid;
-          plan.grid_sync = grid_sync;
-          if (has_units(view.geometry, grid)) plan.units = choose_units(grid);
-          if (folds && !in_gang) plan.sums_bytes = g.outer() * run_pieces(g, grid) * g.C * pair;
-          if (in_gang) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
-          add_params(plan);
-          plan.gang_bytes = gang_bytes(grid, dtype);
-          plan.launches = 1 + (own_launch ? 2 : 0) + (folds && !grid_sync);
-          plan.estimate = estimate_fused(grid, streams, work, resident, device) +
-                          estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
-                          estimate_launches(plan.launches, grid_sync || grid.gang == Gang::kGrid);
-          if (grid_sync) plan.estimate = plan.estimate + estimate_grid_sync();
-          if (own_launch) {
-            plan.estimate = plan.estimate + estimate_passes(plan.params, {streams.read, 0, dtype, g.numel(), g.C}, 1,
-                                                            work.reduce, device);
-          }
-          plans.push_back(plan);
-        });
+    for_each_fused(view, staging, in_gang, folds, in_registers,
+                   [&](const Grid& grid, int64_t resident, bool grid_sync) {
+                     BackwardPlan plan = empty(Strategy::kFused, sums, view);
+                     plan.reduce = grid;
+                     plan.grid_sync = grid_sync;
+                     if (has_units(view.geometry, grid)) plan.units = choose_units(grid);
+                     if (folds && !in_gang) plan.sums_bytes = g.outer() * run_pieces(g, grid) * g.C * pair;
+                     if (in_gang) plan.params_bytes = grid.blocks / grid.pieces * g.C * pair;
+                     add_params(plan);
+                     plan.gang_bytes = gang_bytes(grid, dtype);
+                     plan.launches = 1 + (own_launch ? 2 : 0) + (folds && !grid_sync);
+                     plan.estimate = estimate_fused(grid, streams, work, resident, device) +
+                                     estimate_partials(plan.sums_bytes + plan.params_bytes, device) +
+                                     estimate_launches(plan.launches, grid_sync || grid.gang == Gang::kGrid);
+                     if (grid_sync) plan.estimate = plan.estimate + estimate_grid_sync();
+                     if (own_launch) plan.estimate = plan.estimate + params_pass(plan.params, work.reduce, false);
+                     if (folds || own_launch) plan.estimate = plan.estimate + params_fold(plan);
+                     plans.push_back(plan);
+                   });
   }
 
   BackwardPlan split(ParamSums sums) const {
@@ -262,12 +273,20 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     if (terms) plan.terms_bytes = g.sets() * pair, ++plan.launches;
     if (needs.input) plan.apply = split_grid(g, dtype, pack, device);
     ++plan.launches;  // apply, or the fold of the parameters
-    const int passes = (plan.reduce.items > 0) + own_launch + needs.input;
-    const Grid& main = needs.input ? plan.apply : own_launch ? plan.params : plan.reduce;
-    const double instructions =
-        (plan.reduce.items > 0 || own_launch ? work.reduce : 0) + (needs.input ? work.apply : 0);
-    plan.estimate = estimate_passes(main, streams_of(own), passes, instructions, device) +
-                    estimate_launches(plan.launches, false) + estimate_partials(plan.workspace_bytes(), device);
+    const Streams streams = streams_of(own);
+    const bool reduces = plan.reduce.items > 0;
+    plan.estimate = estimate_launches(plan.launches, false) + estimate_partials(plan.workspace_bytes(), device);
+    const auto add = [&](const Estimate& part) { plan.estimate = plan.estimate + part; };
+    if (reduces) add(estimate_pass(plan.reduce, streams, streams.read, false, work.reduce, device));
+    if (own_launch) add(params_pass(plan.params, reduces ? 0 : work.reduce, reduces));  // work.reduce is of both
+    if (terms) add(estimate_fold(g.sets(), partials(plan.cells, plan.reduce) / g.sets(), device));
+    if (needs.input) {
+      // The fold of the parameters goes on beside it.
+      const int moved = streams.read + streams.applied;
+      add(estimate_pass(plan.apply, streams, moved, reduces || own_launch, work.apply, device));
+    } else {
+      add(params_fold(plan));
+    }
     return plan;
   }
 
@@ -275,8 +294,10 @@ struct BackwardPlanner : Planner<BackwardNeeds> {
     BackwardPlan plan = empty(Strategy::kApply, ParamSums::kNone, own);
     plan.apply = split_grid(g, dtype, pack, device);
     plan.launches = 1;
+    const Streams streams = streams_of(own);
+    const int moved = streams.read + streams.applied;
     plan.estimate =
-        estimate_passes(plan.apply, streams_of(own), 1, work_of(own).apply, device) + estimate_launches(1, false);
+        estimate_pass(plan.apply, streams, moved, false, work_of(own).apply, device) + estimate_launches(1, false);
     return plan;
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <string>
 
@@ -131,11 +132,12 @@ inline int64_t run_pieces(const Geometry& g, const Grid& grid) {
 // The microseconds that the planner expects of a call. They serve to compare plans and promise nothing.
 struct Estimate {
   double memory;    // bytes over the part of the bandwidth that the launch can use
-  double issue;     // instructions over what the SMs issue; goes on beside the memory's work
+  double issue;     // instructions over what the SMs issue
   double barriers;  // of clusters and grids, and the latency of memory where nothing hides it
   double launches;
 
-  double total() const { return std::max(memory, issue) + barriers + launches; }
+  // Memory and issue go on side by side, but neither without a pause: together they take longer than each.
+  double total() const { return std::hypot(memory, issue) + barriers + launches; }
   Estimate operator+(const Estimate& o) const {
     return {memory + o.memory, issue + o.issue, barriers + o.barriers, launches + o.launches};
   }

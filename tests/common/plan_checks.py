@@ -236,7 +236,7 @@ def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: 
     """No launch is free, and none moves memory faster than the device can, nor than so many blocks can."""
     parts = (estimate.memory, estimate.issue, estimate.barriers, estimate.launches)
     assert all(math.isfinite(part) and part >= 0 for part in parts) and estimate.issue > 0 and estimate.launches > 0
-    assert math.isclose(estimate.total, max(parts[:2]) + sum(parts[2:]))
+    assert math.isclose(estimate.total, math.hypot(*parts[:2]) + sum(parts[2:]))
     share = min(1.0, MOST_SHARES * blocks / facts.num_sms)
     assert estimate.memory * facts.bytes_per_us * share >= least_bytes * (1 - 1e-9)
 
