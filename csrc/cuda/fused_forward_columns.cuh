@@ -53,8 +53,6 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     stage_columns(piece, piece.template staged<kRereads>(), [&](const PackPlace& place) {
       fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
     });
-    // L2 has to hold what is read again.
-    if (!kRereads && t.residual != nullptr) prefetch_columns(piece, t.residual);
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;

@@ -38,7 +38,8 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
     const bool valid = item < shape.items;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     stage_rows<T, W>(piece, team, valid, {{t.x, memory_of(stage)}});
-    if (t.residual != nullptr && valid) prefetch_rows(piece, team, t.residual);
+    const bool in_batches = !kSmooth && !shape.per_element;  // forward_rows_with
+    if (t.residual != nullptr && !in_batches && valid) prefetch_rows(piece, team, t.residual);
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;

@@ -19,7 +19,11 @@ struct FusedChoice {
   int64_t staged_length;
   bool persistent;  // all blocks are on the device at a time and take items in strides
 
-  int block_threads() const { return blocks_per_sm == 1 ? kResidentThreads : kBlockThreads; }
+  int block_threads() const {  // a power of two, so that the blocks of an SM have kResidentThreads at most
+    int threads = kResidentThreads;
+    while (threads > kWarp && threads * blocks_per_sm > kResidentThreads) threads /= 2;
+    return threads;
+  }
 };
 
 // The contents of a fused launch's shared memory.
