@@ -162,7 +162,7 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
     dispatch_backward<kSmooth, W>(
         t, [&](const auto& tensors, auto act) { apply_tile<act.value>(tensors, t, piece, stats, terms, read); });
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, [] {}, use_wave);
   if (!f.grid_sync) return;
   sync_grid();
   fold_params(f.fold, all_blocks());

@@ -108,7 +108,7 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       forward_tile<act.value, kTogether, W, Tensors, T>(tensors, t.weight, t.bias, piece, stats, read);
     });
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
+  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, [] {}, use_wave);
 }
 
 }  // namespace fastnorm::cuda

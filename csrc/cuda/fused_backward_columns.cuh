@@ -41,7 +41,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
   const int stage_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
   auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes);
   auto* const terms_of = reinterpret_cast<InputTerms<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
-  const GangPartials<GradSums<A>, A> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
+  GangPartials<GradSums<A>, A> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
@@ -112,7 +112,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     auto mask = mask_reader(rest.mask, piece, kept);
     apply_gradient_columns<kSmooth, 1, false>(rest, piece, kept, coefs, terms, from_shared(mask));
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, [&] { gang.begin(); }, use_wave);
   finish_fused(f, gang);
 }
 

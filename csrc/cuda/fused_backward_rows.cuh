@@ -163,7 +163,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
   unsigned char* const mine = shared_memory() + team.index * f.shape.team_bytes;
   auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.stages * stage_bytes);  // of units, or gathered
   unsigned char* const scratch = shared_memory() + teams * f.shape.team_bytes;
-  const GangPartials<GradSums<A>, A> gang(f.shape, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
+  GangPartials<GradSums<A>, A> gang(f.shape, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   if (f.gathered != nullptr) {
     for (int i = team.lane; i < shape.piece_length * W; i += team.width) extra[i] = {};
     team.sync();
@@ -203,7 +203,9 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     });
     release_staged<W>(team);
   };
-  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece, use_wave);
+  for_waves(
+      f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece,
+      [&] { gang.begin(); }, use_wave);
   if (f.gathered != nullptr) {
     store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes),
                       teams);

@@ -164,10 +164,10 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   const double wait =
       kLatencyUs + exchange_us(grid, streams.dtype, device) + issue_of(last_group, work.reduce, together) + merge;
   // While a block waits, other blocks on the SM go on with their work, and so do the copies of its own second stage.
-  // The blocks of a grid all wait together, and then only the memory has something to do, if instructions leave it
-  // behind.
+  // The blocks of a grid that sync as one wait together, and then only the memory has something to do, if instructions
+  // leave it behind.
   double hidden = 0;
-  if (grid.gang == Gang::kGrid) {
+  if (grid.gang == Gang::kGrid && !grid.syncs_by_gang()) {
     const double behind = std::max(0.0, average(e.memory - e.issue));
     if (grid.stages == 2) hidden = std::min(behind, move_us(stream * streams.read, together, device));
   } else {

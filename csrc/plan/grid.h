@@ -67,6 +67,9 @@ int64_t moments_size(DType dtype);
 int64_t partial_size(DType dtype);
 
 // The shared memory of each block where an SM has so many blocks.
+// Bytes of the partials of a grid's gangs, for two waves, and of the sums that scattered gangs exchange.
+int64_t gang_partials_bytes(const Grid& grid, DType dtype);
+
 int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device);
 
 }  // namespace fastnorm
