@@ -14,7 +14,8 @@
 # With more time, on a call of its own: STAGES="build tune" races the planner's candidates and fits its constants to
 # this GPU.
 #
-#   PYTHON=python3       the Python to build for, with torch for CUDA, setuptools, ninja, pybind11, pytest, hypothesis
+#   PYTHON=python3       the Python to build for, with torch for CUDA and what requirements-dev.txt names to build and to
+#                        test with; tests of which a package is missing fail, and the others run
 #   STAGES="build first memcheck racecheck initcheck synccheck stress cuda suite compile"
 #                        what to do, and `tune` and `bench`; always in the order of this file
 #   TOTAL=540            seconds in all; each stage has a budget of its own within them
