@@ -131,11 +131,11 @@ class MaskReader {
     while (index - begin_ >= batch) {
       bits_ = 0;
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) bits_ |= ahead_[i] << 8 * i;
+      for (int i = 0; i < kAhead; ++i) bits_ |= ahead_[i] << (8 * i);
       begin_ += batch;
       load(begin_ + batch);
     }
-    return bits_ >> 8 * (index - begin_ >> log_width_);
+    return bits_ >> (8 * ((index - begin_) >> log_width_));
   }
 
  private:
