@@ -20,7 +20,7 @@ Plan = _C.ForwardPlan | _C.BackwardPlan
 Forced = dict[str, str | int]
 Kind = tuple[str, str, int]
 
-BLOCKS_PER_SM = (1, 2)  # plans divide an SM's shared memory among so many
+BLOCKS_PER_SM = (1, 2, 4)  # plans divide an SM's shared memory among so many
 
 
 def _of(label: str) -> list[cases.Layer]:

@@ -187,9 +187,10 @@ def in_turn(calls: Sequence[Call]) -> Call:
     results: list[object] = [None] * len(calls)
     turns = itertools.cycle(range(len(calls)))
 
-    def call() -> None:
+    def call() -> object:
         turn = next(turns)
         results[turn] = calls[turn]()
+        return results[turn]
 
     return call
 

@@ -100,14 +100,19 @@ def measure(job: Job, facts: _C.DeviceInfo, found: Sequence[Candidate], budget_s
     calls = [timed_call(job, raw) for raw in raws]
     ring = in_turn(calls)  # one for all candidates: a dozen outputs of the largest tensors would not fit
     try:
+        wrong, refused, before = [], [], _C.refused_gangs()
         expected = run_forced(found[0].forced, calls[0])
-        wrong = tuple(disagreement(run_forced(each.forced, calls[0]), expected) for each in found)
+        for each in found:
+            wrong.append(disagreement(run_forced(each.forced, calls[0]), expected))
+            refused.append(_C.refused_gangs() - before)  # at its first call: later ones know
+            before += refused[-1]
         del expected
         contestants = {each.label: partial(run_forced, each.forced, ring) for each in found}
         times = race({**contestants, "copy": in_turn([raw.x.clone for raw in raws])}, budget_s, device)
     finally:
         _C.set_plan_options()
-    return Outcome(job, facts, tuple(found), tuple(times[each.label] for each in found), times["copy"], wrong)
+    us = tuple(times[each.label] for each in found)
+    return Outcome(job, facts, tuple(found), us, times["copy"], tuple(wrong), tuple(refused))
 
 
 def measure_ceilings(device: str) -> Ceilings:

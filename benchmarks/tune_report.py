@@ -55,6 +55,11 @@ class Outcome:
     times: tuple[Timing, ...] = ()
     copy: Timing | None = None
     disagreements: tuple[float, ...] = ()  # from the choice's outputs, in epsilons
+    refusals: tuple[int, ...] = ()  # launches that the GPU refused: the candidate's time is that of another plan
+
+    def ran(self, i: int) -> bool:
+        """Whether a candidate's time is its own."""
+        return not self.refusals or self.refusals[i] == 0
 
     def us(self, i: int = 0) -> float:
         """Microseconds of a candidate: measured, or predicted."""
@@ -84,7 +89,7 @@ class Outcome:
 
     @property
     def best(self) -> int:
-        return min(range(len(self.candidates)), key=self.us)
+        return min((i for i in range(len(self.candidates)) if i == 0 or self.ran(i)), key=self.us)
 
     @property
     def loss(self) -> float:
@@ -102,6 +107,7 @@ class Outcome:
             }
             if self.times:
                 entry |= {"us": in_us(self.times[i]), "disagreement_eps": round(self.disagreements[i], 2)}
+                entry |= {"refused_launches": self.refusals[i]}
             found.append(entry)
         return {
             "row": self.job.row.name,
@@ -132,6 +138,7 @@ def measured_table(outcomes: Sequence[Outcome]) -> Table:
     lines: list[tuple[str, Sequence[str]]] = []
     for o in by_shape(outcomes):
         which = "the choice" if o.best == 0 else o.candidates[o.best].label
+        which += "" if o.ran(0) else ", which was refused: the time is of another plan"
         us = (o.floor_us, o.us(), o.candidates[0].predicted.total)
         cells = [o.job.row.variant, o.job.direction, *(f"{each:.1f}" for each in us), f"{o.share:.0%}"]
         lines.append((o.job.row.title, [*cells, f"{o.us(o.best):.1f}", f"{1 / o.loss:.2f}", which]))
@@ -237,6 +244,8 @@ def fit_parts(outcomes: Iterable[Outcome]) -> Fit | None:
     parts, us, kinds = [], [], []
     for o in outcomes:
         for i, candidate in enumerate(o.candidates if o.times else ()):
+            if not o.ran(i):
+                continue
             parts.append([candidate.predicted.counted[part] for part in PARTS])
             us.append(o.us(i))
             strategy, gang, stages = kind_of(candidate.plan)
@@ -307,6 +316,13 @@ def print_report(
         if not error <= WRONG_EPSILONS
     ]
     print_list(console, "Differs from the planner's choice", wrong, len(wrong))
+    refused = [
+        f"{count}  {o.job.name}: {candidate.plan}"
+        for o in outcomes
+        for candidate, count in zip(o.candidates, o.refusals, strict=False)
+        if count
+    ]
+    print_list(console, "Refused by the GPU, at so many launches, and replaced by another plan", refused, len(refused))
     print_list(console, "Not measured", [f"{name}: {why}" for name, why in skipped])
     if ceilings:
         console.print(

@@ -56,6 +56,8 @@ def disagreement(value: object, reference: object, limit: float) -> str | None:
         error = output_error(value, reference)
         return None if error <= limit else f"differs from torch.nn by {error:.0f} epsilons, at most {limit:.0f} may be"
     ours, theirs = (v if isinstance(v, tuple) else (v,) for v in (value, reference))
+    if not ours or not all(isinstance(v, Tensor) for v in ours):
+        return f"returns {', '.join(type(v).__name__ for v in ours) or 'nothing'}, expected tensors"
     for i, (a, b) in enumerate(zip(ours, theirs, strict=False)):
         error, most = relative_error(a, b), WRONG_GRADIENT[ours[0].dtype]
         if not error <= most:

@@ -17,7 +17,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -142,6 +142,19 @@ def chosen_backends(config: pytest.Config) -> list[Backend]:
     if "ptx" in names and ptx_build.nvcc() is None:
         raise pytest.UsageError(f"--backend ptx: {NO_NVCC}")
     return [b for b in (CPU, CUDA, *EMULATED, *PTX) if b.name in names]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """A test module that builds the emulated kernels when it is imported would do so whatever backend is asked for."""
+
+    def refuse(name: str, *_: Any) -> None:
+        raise RuntimeError(f"{name} is built while tests are collected: load it in a test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for build in (emulator.build, ptx_build):
+            patch.setattr(build, "run_ninja", refuse)
+        return (yield)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -159,6 +159,18 @@ def test_a_contestant_with_other_values_is_not_timed(mode: str) -> None:
         bench.raise_ours(TINY, "eval", found)
 
 
+@pytest.mark.parametrize("mode", ["forward", "step", "eval"])
+def test_values_are_compared_where_inputs_take_turns(mode: str) -> None:
+    """As they do on a GPU."""
+    arena = Arena(TINY, copies=3)
+    calls = arena.calls(mode)
+    exact = partial(arena.exact, mode)
+    assert validation.faults(calls, exact) == []
+    # Each from its first turn.
+    (found,) = validation.faults({**arena.calls(mode), "apex": wrong(arena.calls(mode)["torch"])}, exact)
+    assert found.contestant == "apex" and "differs from torch.nn" in str(found)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mode", ["forward", "step", "eval"])
 def test_float64_decides_where_torch_is_the_one_that_is_wrong(mode: str, dtype: str) -> None:
@@ -187,6 +199,9 @@ def test_another_dtype_or_shape_is_another_result() -> None:
     assert "of shape (3, 2)" in str(validation.disagreement(x.T, x, 64))
     assert validation.disagreement(x * torch.nan, x, 64) is not None
     assert validation.disagreement((x * torch.nan,), (x,), 64) is not None
+    for value, words in ((None, "NoneType"), ((), "nothing"), ((x, None), "Tensor, NoneType")):
+        for reference in (x, (x, x)):
+            assert validation.disagreement(value, reference, 64) == f"returns {words}, expected tensors"
 
 
 def test_a_wrong_row_of_ours_is_left_out_and_fails_the_run(

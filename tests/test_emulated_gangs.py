@@ -68,8 +68,6 @@ PLACES = (
 
 FACTS = facts_of(FEW)
 UNROLL = 4  # kRowsUnroll and kMomentsRows in csrc/cuda, where packs have several elements
-# Two SMs with room for long pieces.
-WIDE = emulator.load().device("wide")
 LONG_GANGS = (
     *({"gang": "block", "stages": stages} for stages in (1, 2)),
     *({"gang": gang, "pieces": 2, "stages": stages} for gang in ("cluster", "grid") for stages in (1, 2)),
@@ -123,8 +121,9 @@ def test_values_schedules_and_traffic(gang_case: GangCase) -> None:
 
 @pytest.mark.parametrize("gang_case", list(long_cases()), ids=lambda gang_case: gang_case.id)
 def test_long_pieces(gang_case: GangCase) -> None:
-    """All four copy groups have a round, forward and backward."""
-    plans = gang_case.plans(facts_of(WIDE))
+    """All four copy groups have a round, forward and backward, on two SMs with room for long pieces."""
+    wide = emulator.load().device("wide")
+    plans = gang_case.plans(facts_of(wide))
     assert plans is not None
     for grid in (plans[0].grid, plans[1].reduce):
         rows = grid.traversal == "rows"
@@ -132,7 +131,7 @@ def test_long_pieces(gang_case: GangCase) -> None:
         rounds = -(-grid.piece_runs * grid.piece_length // together)
         assert grid.pack > 1 and rounds > 3 * -(-rounds // 4), "the last copy group is empty"
         assert grid.stages == 1 or grid.items > grid.blocks
-    check_on(gang_case, WIDE)
+    check_on(gang_case, wide)
 
 
 def check_on(gang_case: GangCase, device: emulator.Device) -> None:

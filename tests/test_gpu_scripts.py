@@ -10,11 +10,17 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from fastnorm import _C
+from tests.common.cases import Case, Layer
 from tests.common.plan_model import DEVICES
+from tests.emulator import backend as emulator
 from tests.gpu import first, sanitize, stress
 
 GPU = Path(__file__).parent / "gpu"
@@ -36,6 +42,7 @@ exit 0
 SANITIZER = """#!/bin/bash
 if [ "$1" = --help ]; then
     echo "  --kernel-name arg"
+    echo "  --check-api-memory-access arg"
     for i in $(seq 20000); do echo "  --option-$i arg   of the tool, which takes some words to explain"; done
     exit 0
 fi
@@ -100,6 +107,13 @@ def test_only_our_kernels_are_watched(run_script: Run) -> None:
     """However much help the tool writes."""
     _, _, log = run_script(STAGES="memcheck synccheck")
     assert log.count("--kernel-name kns=fastnorm") == 4  # the command, and the stand-in's echo
+    assert "check-api-memory-access" not in log
+
+
+def test_initcheck_leaves_copies_alone(run_script: Run) -> None:
+    """Their source may be what a kernel of torch wrote, which nobody watched."""
+    _, _, log = run_script(STAGES="initcheck")
+    assert log.count("--check-api-memory-access no") == 2
 
 
 def test_benchmarks_have_a_call_of_their_own(run_script: Run) -> None:
@@ -164,6 +178,29 @@ def test_the_sanitizers_watch_gangs_first(name: str) -> None:
     for which in seen:
         assert {kind for kind in wanted if clusters or kind[1] == "grid"} <= which
     assert not clusters or {("cluster", pieces) for pieces in (2, 5, 16)} <= sizes
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("precision", [("bfloat16", "float32"), ("float32", "float32")], ids=str)
+def test_masks_are_compared_by_what_they_mean(precision: tuple[str, str]) -> None:
+    """The CPU's bits have another order here. Bits of the wrong side are told, and so are wrong gradients."""
+    layer = Layer("", "BatchNorm2d", (9, 4, 7, 7), (4,))
+    case, cpu = Case(layer, "planar", precision, "relu", residual=True), torch.device("cpu")
+    emulator.load()
+    kernels = torch.ops.fastnorm_emulated
+
+    def wrong_forward(*args: Any) -> tuple[Tensor, ...]:
+        y, stats, mask = kernels.norm_forward(*args)
+        mask[0] ^= 0xFF
+        return y, stats, mask
+
+    def wrong(forward: Any = kernels.norm_forward, backward: Any = kernels.norm_backward) -> str:
+        operators = SimpleNamespace(norm_forward=forward, norm_backward=backward)
+        return " ".join(sanitize.check(case, cpu, operators))
+
+    assert wrong() == ""
+    assert "mask: 8 elements on the wrong side" in wrong(forward=wrong_forward)
+    assert "dx: " in wrong(backward=lambda dy, *args: kernels.norm_backward(2 * dy, *args))
 
 
 @pytest.mark.parametrize("name", ["T4", "A100", "H100", "H200", "B200"])

@@ -76,6 +76,22 @@ def test_compile_modes(training: bool) -> None:
         assert (graphs == 3 and mode == "decompose") or is_ours(recorder.graphs[-1]) == ours
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_auto_decomposes_evaluation_on_a_gpu(training: bool, device: torch.device) -> None:
+    """Batch norm by running statistics, there alone. torch's operators give the same values, gradients and buffers."""
+    results, recorder = [], Recorder()
+    for compiles in (False, True):
+        norm = fastnorm.BatchNorm2d(6, activation="relu").to(device, torch.float64).train(training)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(4, 6, 5, 5, generator=generator, dtype=torch.float64).to(device).requires_grad_()
+        call = torch.compile(norm, backend=recorder, fullgraph=True) if compiles else norm
+        y = call(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *norm.parameters()]), *norm.buffers()])
+    assert is_ours(recorder.graphs[0]) == (training or device.type == "cpu")
+    for compiled, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-9, atol=1e-9)
+
+
 def test_strict_mode_takes_a_choice_for_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastnorm.dispatch.strict", True)
     fastnorm.set_compile_mode("decompose")

@@ -207,6 +207,21 @@ def test_report_of_made_up_times() -> None:
     assert "Ceilings: a large copy moves 4,000 GB/s, of 4,800; the shortest call takes 3.2 us" in lines
 
 
+def test_refused_plans_are_told_and_count_for_nothing() -> None:
+    """Their times are those of other plans."""
+    o = dataclasses.replace(in_order(RESNET, 30.0, 24.0, 27.0, copy=20.0), refusals=(0, 2, 0))
+    assert o.best == 2
+    lines = [" ".join(line.split()) for line in printed([o], H200).splitlines()]
+    i = lines.index("Refused by the GPU, at so many launches, and replaced by another plan: 1")
+    assert lines[i + 1].startswith(f"2 {RESNET.name}: {str(o.candidates[1].plan)[:40]}")
+    chosen = dataclasses.replace(o, refusals=(1, 0, 0))
+    assert chosen.best == 1
+    assert "which was refused: the time is of another plan" in printed([chosen], H200)
+    few = [in_order(RESNET, 30.0, 24.0, 27.0, copy=20.0)] * 3
+    fitted, without = fit_parts(few), fit_parts([dataclasses.replace(few[0], refusals=(0, 1, 0)), *few[1:]])
+    assert fitted is not None and without is not None and (fitted.plans, without.plans) == (9, 8)
+
+
 def test_report_of_predictions() -> None:
     outcomes = [Outcome(j, H200, tuple(candidates(j, H200, 3))) for j in jobs("2x1280x16x16 bfloat16 planar plain")]
     text = printed(outcomes, H200)
@@ -331,6 +346,25 @@ def test_measuring(epilogue: str, backward: bool, monkeypatch: pytest.MonkeyPatc
     saved = json.loads(json.dumps(outcome.to_json()))
     assert [c["forced"] for c in saved["candidates"]] == [c.forced for c in found]
     assert saved["candidates"][1]["us"]["median"] == pytest.approx(outcome.us(1), abs=1e-3)
+
+
+def test_refusals_are_counted_by_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused plan is refused at its first call: the choice's comes before the comparison."""
+    each = small_job("plain", True)
+    found = candidates(each, H200, 3)
+    refusing, current = [found[0].forced, found[2].forced], {"count": 0}
+
+    def set_plan_options(**options: object) -> None:
+        if options.get("forced") in refusing:
+            refusing.remove(options["forced"])  # type: ignore[arg-type]
+            current["count"] += 2
+
+    monkeypatch.setattr(tune._C, "set_plan_options", set_plan_options)
+    monkeypatch.setattr(tune._C, "refused_gangs", lambda: 5 + current["count"])
+    outcome = tune.measure(each, H200, found, 0.0, "cpu")
+    assert outcome.refusals == (2, 0, 2)
+    saved = json.loads(json.dumps(outcome.to_json()))
+    assert [c["refused_launches"] for c in saved["candidates"]] == [2, 0, 2]
 
 
 def test_calls_compute_what_torch_does() -> None:

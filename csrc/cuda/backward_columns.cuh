@@ -12,6 +12,14 @@ FASTNORM_DEVICE auto load_gradient(const Tensors& t, const ColumnsPiece<W>& piec
       t, [&](const auto* tensor) { return tensor + place.element; }, [&] { return piece.mask_bits(t.mask, place); });
 }
 
+// Of the first positions of this thread's column, in order.
+template <int W>
+FASTNORM_DEVICE auto mask_reader(const uint8_t* mask, const ColumnsPiece<W>& piece, const Range& range) {
+  const auto bits_at = [=, &piece](int position) { return piece.mask_bits(mask, {position, 0}); };
+  return MaskReader(range.begin + piece.y, piece.shape.log_threads_y, mask != nullptr && piece.in ? range.end : 0,
+                    bits_at);
+}
+
 template <int W, class T, class A = Accum<T>>
 FASTNORM_DEVICE LaneCoefs<A, W> load_lane_coefs(const BackwardTensors<T>& t, const ColumnsPiece<W>& piece) {
   SetStats<A> stats[W];

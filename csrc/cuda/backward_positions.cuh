@@ -133,10 +133,9 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
     const Staged<T, W> staged = memory_of(stage);
     const Range kept = piece.template staged<true>();
     const auto read = [&](const auto& tensors, const PackPlace& place) {
-      if (place.position < kept.end) return staged_gradient(tensors, piece, staged, place);
-      return load_gradient<W>(
-          tensors, [&](const auto* tensor) { return tensor + place.element; },
-          [&] { return piece.mask_bits(t.mask, place); });
+      const auto bits = [&] { return piece.mask_bits(t.mask, place); };
+      if (place.position < kept.end) return staged_gradient(tensors, piece, staged, place, bits);
+      return load_gradient<W>(tensors, [&](const auto* tensor) { return tensor + place.element; }, bits);
     };
     SetStats<A> of_sets[W];
     load_lane_stats(piece, t.stats, t.sets, of_sets);
@@ -163,7 +162,7 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
     dispatch_backward<kSmooth, W>(
         t, [&](const auto& tensors, auto act) { apply_tile<act.value>(tensors, t, piece, stats, terms, read); });
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, [] {}, use_wave);
   if (!f.grid_sync) return;
   sync_grid();
   fold_params(f.fold, all_blocks());

@@ -10,9 +10,9 @@ namespace fastnorm::cuda {
 
 // Packs that a thread has under way where tensors are read from global memory: two or three of them at every step.
 template <bool kSmooth, int W>
-constexpr int kBackwardUnroll = kSmooth || W == 8 ? 1
-                                : W == 4          ? 2
-                                                  : 4;
+constexpr int kBackwardUnroll = kSmooth  ? 1
+                                : W >= 4 ? 2
+                                         : 4;
 
 template <int W, class T>
 FASTNORM_DEVICE GradientPacks<T, W> load_gradient(const BackwardTensors<T>& t, const RowsPiece<W>& piece,

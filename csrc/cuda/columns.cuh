@@ -362,11 +362,6 @@ FASTNORM_DEVICE void walk_landed(const ColumnsPiece<W>& piece, const Range& stag
     piece.template walk_on<U>(place, std::min(left, length), body);
   }
 }
-// Begins to bring a piece of `tensor` into L2, where later reads find it.
-template <int W, class T>
-FASTNORM_DEVICE void prefetch_columns(const ColumnsPiece<W>& piece, const T* tensor) {
-  piece.template walk<1>(piece.whole(), [&](const auto& places) { prefetch_l2(tensor + places[0].element); });
-}
 
 // The weights and biases of this thread's channels. Load them before a barrier whose results they are used with.
 template <class A, int W>

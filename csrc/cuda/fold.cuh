@@ -3,7 +3,9 @@
 // Who: a warp takes a set; neighbouring lanes take a channel. The lanes take the partials in strides and merge their
 //   sums in a fixed order.
 // Traffic: reads the partials once and writes a few numbers per set.
-// Numerics: double throughout, because partials are few and the result must not show how many there were.
+// Numerics: double throughout, because partials are few and the result must not show how many there were. A lane takes
+//   plain sums about its first partial's mean: merging one after the other would take divisions, which each wait for the
+//   last.
 #pragma once
 
 #include "core/formulas.h"
@@ -31,27 +33,65 @@ FASTNORM_DEVICE void for_each_channel(int64_t channels, Body body) {
   }
 }
 
-// Calls use(index, column) for this lane's part of the partials of set `group` of `outer`.
-template <class Use>
-FASTNORM_DEVICE void for_partials(int64_t outer, int64_t group, int64_t pieces, int64_t groups, int64_t columns,
-                                  int lane, Use use) {
-  for (int64_t i = lane; i < pieces * columns; i += kWarp) {
-    const int64_t piece = columns == 1 ? i : i / columns, column = columns == 1 ? 0 : i - piece * columns;
-    use((outer * pieces + piece) * groups * columns + group * columns + column, column);
+// Partials that a lane has under way.
+constexpr int kFoldedTogether = 8;
+
+// Calls use(partial, column) for this lane's part of the partials of set `group` of `outer`.
+template <class Partial, class Args, class Use>
+FASTNORM_DEVICE void for_partials(const Partial* partials, const Args& f, int64_t outer, int64_t group, int lane,
+                                  Use use) {
+  const int64_t row = f.groups * f.columns, lanes_rows = kWarp / f.columns;
+  const int64_t lanes_columns = kWarp - lanes_rows * f.columns, begin = lane / f.columns;
+  const Partial* const of_set = partials + outer * f.pieces * row + group * f.columns;
+  int64_t piece = begin, column = lane - begin * f.columns;
+  while (piece < f.pieces) {
+    Partial some[kFoldedTogether];
+    int64_t columns[kFoldedTogether];
+    bool in[kFoldedTogether];
+#pragma unroll
+    for (int k = 0; k < kFoldedTogether; ++k) {
+      in[k] = piece < f.pieces;
+      columns[k] = column;
+      if (in[k]) some[k] = load_one(of_set + piece * row + column);
+      piece += lanes_rows;
+      column += lanes_columns;
+      if (column >= f.columns) column -= f.columns, ++piece;
+    }
+#pragma unroll
+    for (int k = 0; k < kFoldedTogether; ++k) {
+      if (in[k]) use(some[k], columns[k]);
+    }
   }
 }
+
+// Plain sums of moments: of counts, of values about an origin, and of their squares.
+struct PooledMoments {
+  double origin = 0, count = 0, sum = 0, squares = 0;
+
+  template <class A>
+  FASTNORM_DEVICE void add(const Welford<A>& p) {
+    const double n = p.count, mean = p.moments.mean;
+    if (count == 0 && mean - mean == 0) origin = mean;
+    const double from_origin = n * (mean - origin);
+    count += n;
+    sum += from_origin;
+    squares += std::fma(from_origin, mean - origin, double(p.moments.m2));
+  }
+  FASTNORM_DEVICE Welford<double> total() const {
+    if (count == 0) return {};
+    const double mean = sum / count;
+    return {count, {origin + mean, std::fma(-sum, mean, squares)}};
+  }
+};
 
 template <class A>
 FASTNORM_KERNEL(kBlockThreads, 1)
 fold_forward(FoldForwardArgs<A> f) {
   for_each_by_warp(f.sets, [&](int64_t set, int lane) {
     const int64_t outer = set / f.groups, group = set - outer * f.groups;
-    Welford<double> total{};
-    for_partials(outer, group, f.pieces, f.groups, f.columns, lane, [&](int64_t at, int64_t) {
-      const Welford<A> p = load_one(f.partials + at);
-      total.merge({double(p.count), {double(p.moments.mean), double(p.moments.m2)}});
-    });
-    total = reduce_lanes(total, kWarp);
+    PooledMoments mine;
+    for_partials(f.partials, f, outer, group, lane, [&](const Welford<A>& partial, int64_t) { mine.add(partial); });
+    const Welford<double> total = reduce_lanes(mine.total(), kWarp);
     if (lane != 0) return;
     const double first = load_number<double>(f.x, f.dtype, outer * f.outer_stride + group * f.set_stride);
     const double mean = (first - first == 0 ? first : 0) + total.moments.mean, var = total.moments.m2 / total.count;
@@ -73,8 +113,7 @@ fold_terms(FoldTermsArgs<A> f) {
   for_each_by_warp(f.sets, [&](int64_t set, int lane) {
     const int64_t outer = set / f.groups, group = set - outer * f.groups;
     GradSums<double> total{};
-    for_partials(outer, group, f.pieces, f.groups, f.columns, lane, [&](int64_t at, int64_t column) {
-      const GradSums<A> p = load_one(f.sums + at);
+    for_partials(f.sums, f, outer, group, lane, [&](const GradSums<A>& p, int64_t column) {
       const double weight = f.weighted ? 1.0 : load_param(f.weight, group * f.columns + column, 1.0);
       merge_weighted(total, p.d, p.d_centered, weight);
     });

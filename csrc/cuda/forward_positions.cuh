@@ -38,10 +38,14 @@ FASTNORM_DEVICE void forward_tile(const Tensors& t, const Params& weight, const 
   };
   constexpr bool kSharesBytes = is_two_sided(kAct) && kLanesPerByte<W> > 1 && !is_plain_forward<Tensors>;
   if constexpr (kSharesBytes) {  // the lanes whose bits share a byte write it together
-    piece.template walk_together<1, true>(piece.whole(), [&](const PackPlace(&places)[1], const auto& taken) {
-      ForwardRow<T, W> row{};
-      if (taken[0]) row = read_row(places[0]);
-      use_row(places[0], taken[0], row);
+    piece.template walk_together<U, true>(piece.whole(), [&](const PackPlace(&places)[U], const auto& taken) {
+      ForwardRow<T, W> rows[U]{};
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        if (taken[u]) rows[u] = read_row(places[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < U; ++u) use_row(places[u], taken[u], rows[u]);
     });
   } else {
     piece.template walk_read<U, true>(
@@ -65,8 +69,6 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     stage_columns(piece, piece.template staged<true>(), [&](const PackPlace& place) {
       fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
     });
-    // Where rows are read twice, L2 has to hold those.
-    if (t.residual != nullptr && shape.staged_length >= shape.positions) prefetch_columns(piece, t.residual);
   };
   const auto use_wave = [&](int64_t item, int stage, int /*parity*/, auto ready) {
     const bool valid = item < shape.items;
@@ -101,12 +103,12 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       if (piece.in) stats.set(w, tile_stats[piece.x * W + w]);
     }
     dispatch_forward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
-      constexpr int kTogether = kSmooth || W == 4 ? 1 : 2;
       using Tensors = std::remove_cvref_t<decltype(tensors)>;
+      constexpr int kTogether = kForwardPacks < kSmooth, kSmooth || W == 4 ? 1 : 2, Tensors > ;
       forward_tile<act.value, kTogether, W, Tensors, T>(tensors, t.weight, t.bias, piece, stats, read);
     });
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
+  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, [] {}, use_wave);
 }
 
 }  // namespace fastnorm::cuda

@@ -54,21 +54,24 @@ FASTNORM_DEVICE void forward_steps(const Tensors& t, const RowsPiece<W>& piece, 
 template <bool kSmooth, bool kFromEnd, int kUnroll, int W, class T, class Coefs, class Read>
 FASTNORM_DEVICE void forward_rows_with(const ForwardTensors<T>& t, const RowsPiece<W>& piece, const ThreadSteps& range,
                                        Coefs& coefs, Read read) {
+  constexpr bool kStaged = kUnroll == 1 && !kFromEnd, kByRun = std::is_same_v<Coefs, RunCoefsReader<T, W>>;
   const auto call = [&](const auto& tensors, auto act) {
     constexpr bool kShares = is_two_sided(act.value) && kLanesPerByte<W> > 1;
-    if constexpr (kUnroll == 1 && !kFromEnd && (!kShares || is_plain_forward<std::remove_cvref_t<decltype(tensors)>>)) {
+    constexpr bool kPlain = is_plain_forward<std::remove_cvref_t<decltype(tensors)>>;
+    constexpr bool kBatches = kStaged && !kSmooth && kByRun && !kPlain;  // others have no registers for it
+    if constexpr (kStaged && !kBatches && (!kShares || kPlain)) {
       piece.for_steps(range, [&](const Step& step) {
         const Step steps[1] = {step};
         forward_steps<act.value, kFromEnd>(tensors, piece, steps, coefs, read);
       });
     } else {
-      piece.template walk<kUnroll, kFromEnd>(
+      piece.template walk<kBatches ? kResidualPacks : kUnroll, kFromEnd>(
           range, [&](const auto& steps) { forward_steps<act.value, kFromEnd>(tensors, piece, steps, coefs, read); });
     }
   };
   // Only fused kernels have a loop for plain calls, and only of runs of one channel: of the others most are in
   // registers.
-  if constexpr (kUnroll == 1 && !kFromEnd && std::is_same_v<Coefs, RunCoefsReader<T, W>>) {
+  if constexpr (kStaged && kByRun) {
     dispatch_forward<kSmooth, W>(t, call);
   } else {
     dispatch_activation<kSmooth>(t.epilogue.activation, [&](auto act) { call(t, act); });

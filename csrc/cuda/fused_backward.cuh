@@ -41,15 +41,15 @@ struct Staged {
         residual(reinterpret_cast<Pack<T, W>*>(memory + 2 * stream_bytes)) {}
 };
 
-// Reads a step (rows) or a place (columns) of a staged piece, and the mask's bits from global memory.
-template <int W, class Tensors, class T, class Piece, class At>
+// Reads a place of a staged piece; bits() gives the mask's bits.
+template <int W, class Tensors, class T, class Piece, class At, class Bits>
 FASTNORM_DEVICE GradientPacks<T, W> staged_gradient(const Tensors& t, const Piece& piece, const Staged<T, W>& staged,
-                                                    const At& at) {
+                                                    const At& at, Bits bits) {
   GradientPacks<T, W> packs{};  // as in load_gradient
   packs.x = staged.x[piece.slot(at, t.x)];
   packs.dy = staged.dy[piece.slot(at, t.dy)];
   if (t.residual != nullptr) packs.residual = staged.residual[piece.slot(at, static_cast<const T*>(t.residual))];
-  if (t.mask != nullptr) packs.bits = piece.mask_bits(t.mask, at);
+  if (t.mask != nullptr) packs.bits = bits();
   return packs;
 }
 

@@ -41,7 +41,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
   const int stage_bytes = (t.residual != nullptr ? 3 : 2) * f.shape.stream_bytes;
   auto* const merged = reinterpret_cast<GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes);
   auto* const terms_of = reinterpret_cast<InputTerms<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
-  const GangPartials<GradSums<A>, A> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
+  GangPartials<GradSums<A>, A> gang(f.shape, reinterpret_cast<A*>(terms_of) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
@@ -64,8 +64,10 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     const Staged<T, W> staged = memory_of(stage);
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     const Range kept = piece.template staged<kRereads>(), beyond{kept.end, piece.positions};
-    const auto from_shared = [&](const auto& tensors, const PackPlace& place) {
-      return staged_gradient(tensors, piece, staged, place);
+    const auto from_shared = [&](auto& mask) {
+      return [&](const auto& tensors, const PackPlace& place) {
+        return staged_gradient(tensors, piece, staged, place, [&] { return mask(place.position); });
+      };
     };
     const auto from_memory = [&](const auto& tensors, const PackPlace& place) {
       return load_gradient(tensors, piece, place);
@@ -76,8 +78,9 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
         if (!kRereads && act.value == Activation::kRelu) staged.dy[piece.slot(place, t.dy)] = narrow<T>(d);
       };
       constexpr int kTogether = kPacks<kSmooth, 1, decltype(tensors)>;
+      auto mask = mask_reader(tensors.mask, piece, kept);
       walk_landed<kTogether>(piece, kept, ready, [&](const auto& places) {
-        add_sums<act.value>(tensors, places, coefs, from_shared, keep, mine);
+        add_sums<act.value>(tensors, places, coefs, from_shared(mask), keep, mine);
       });
       if constexpr (kRereads) {
         piece.template walk<kTogether>(
@@ -106,9 +109,10 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     if constexpr (kRereads) {
       apply_gradient_columns<kSmooth, 1, true>(rest, piece, beyond, coefs, terms, from_memory);
     }
-    apply_gradient_columns<kSmooth, 1, false>(rest, piece, kept, coefs, terms, from_shared);
+    auto mask = mask_reader(rest.mask, piece, kept);
+    apply_gradient_columns<kSmooth, 1, false>(rest, piece, kept, coefs, terms, from_shared(mask));
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, [&] { gang.begin(); }, use_wave);
   finish_fused(f, gang);
 }
 

@@ -26,12 +26,20 @@ class StagedRows {
         dy_(piece, W > 1 ? t.x : t.dy),
         residual_(piece, W > 1 ? t.x : t.residual) {}
 
-  // Reads a step, and the mask's bits from global memory.
-  template <bool kSmooth, class Tensors>
-  FASTNORM_DEVICE GradientPacks<T, W> read(const Tensors& t, const Step& step) const {
+  // The mask's bits are in global memory, and come from a reader of the range that the step is of.
+  FASTNORM_DEVICE auto mask_reader(const uint8_t* mask, const ThreadSteps& range) const {
+    const auto bits_at = [=, &piece = piece_](int index) {
+      const Step step = piece.step_at(index);
+      return piece.has_pack(step) ? piece.mask_bits(mask, step) : 0u;
+    };
+    const int end = mask != nullptr && range.valid ? range.begin + range.count : 0;
+    return MaskReader(range.begin + range.lane, range.shift, end, bits_at);
+  }
+  template <bool kSmooth, class Tensors, class Mask>
+  FASTNORM_DEVICE GradientPacks<T, W> read(const Tensors& t, const Step& step, Mask& mask) const {
     GradientPacks<T, W> packs{staged_.x[x_(step)], staged_.dy[dy_(step)], {}, 0};
     if (t.residual != nullptr) packs.residual = staged_.residual[residual_(step)];
-    if (!kSmooth && t.mask != nullptr) packs.bits = piece_.mask_bits(t.mask, step);
+    if (!kSmooth && t.mask != nullptr) packs.bits = mask(step.index);
     return packs;
   }
   template <class A>
@@ -94,9 +102,10 @@ FASTNORM_DEVICE GradSums<A> sums_of_piece(const BackwardTensors<T>& t, const Fus
     ThreadSteps range = by_units ? steps_of_unit(f, piece, valid, unit, lane) : piece.first_group(team, valid, length);
 #pragma unroll 1
     for (int group = 0; by_units ? unit - slot < units : range.count > 0; ++group) {
+      auto mask = staged.mask_reader(sums.t.mask, range);
       if (!by_units && W > 1) ready(group);
       piece.for_steps(range, [&](const Step& step) {
-        const auto packs = staged.template read<kSmooth>(sums.t, step);
+        const auto packs = staged.template read<kSmooth>(sums.t, step, mask);
         const auto keep = [&](const Step&, const A(&centered)[W], const A(&d)[W]) {
           if constexpr (Sums::kAct == Activation::kRelu) staged.replace_dy(step, d);
           if constexpr (Sums::kByElement) {
@@ -154,7 +163,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
   unsigned char* const mine = shared_memory() + team.index * f.shape.team_bytes;
   auto* const extra = reinterpret_cast<GradSums<A>*>(mine + f.shape.stages * stage_bytes);  // of units, or gathered
   unsigned char* const scratch = shared_memory() + teams * f.shape.team_bytes;
-  const GangPartials<GradSums<A>, A> gang(f.shape, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
+  GangPartials<GradSums<A>, A> gang(f.shape, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   if (f.gathered != nullptr) {
     for (int i = team.lane; i < shape.piece_length * W; i += team.width) extra[i] = {};
     team.sync();
@@ -188,12 +197,15 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
         t.frozen ? InputTerms<A>{} : InputTerms<A>(set_terms<A>(sums, stats.rstd, stats.low, scale), stats.rstd);
     const BackwardTensors<T> rest = second_half<kSmooth>(t);
     with_gradients<true, kSmooth>(rest, piece, stats, first, terms, [&](const auto& tensors, auto use) {
-      piece.for_steps(piece.whole(team, valid),
-                      [&](const Step& step) { use(step, staged.template read<kSmooth>(tensors, step)); });
+      const ThreadSteps whole = piece.whole(team, valid);
+      auto mask = staged.mask_reader(tensors.mask, whole);
+      piece.for_steps(whole, [&](const Step& step) { use(step, staged.template read<kSmooth>(tensors, step, mask)); });
     });
     release_staged<W>(team);
   };
-  for_waves(f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece, use_wave);
+  for_waves(
+      f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece,
+      [&] { gang.begin(); }, use_wave);
   if (f.gathered != nullptr) {
     store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes),
                       teams);

@@ -43,7 +43,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   unsigned char* const extra = shared_memory() + f.stages * f.stream_bytes;
   auto* const merged = reinterpret_cast<Moments<A>*>(extra);
   auto* const set_stats = reinterpret_cast<SetStats<A>*>(merged + merged_packs(block_threads(), shape.threads_x) * W);
-  const GangPartials<Moments<A>, A> gang(f, reinterpret_cast<A*>(set_stats) + 4 * shape.tile, shape.tile);
+  GangPartials<Moments<A>, A> gang(f, reinterpret_cast<A*>(set_stats) + 4 * shape.tile, shape.tile);
   const auto memory_of = [&](int stage) {
     return reinterpret_cast<Pack<T, W>*>(shared_memory() + stage * f.stream_bytes);
   };
@@ -53,8 +53,6 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     stage_columns(piece, piece.template staged<kRereads>(), [&](const PackPlace& place) {
       fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
     });
-    // L2 has to hold what is read again.
-    if (!kRereads && t.residual != nullptr) prefetch_columns(piece, t.residual);
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
@@ -99,7 +97,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       forward_columns<kSmooth, kSmooth || W == 4 ? 1 : 2, kRereads>(t, piece, lane_coefs(stats, params), read);
     }
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, use_wave);
+  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, [&] { gang.begin(); }, use_wave);
   gang.exit();
 }
 

@@ -32,13 +32,14 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   const int teams = block_threads() >> shape.team_shift;
   unsigned char* const mine = shared_memory() + team.index * f.team_bytes;
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
-  const GangPartials<Moments<A>, A> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
+  GangPartials<Moments<A>, A> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   const auto memory_of = [&](int stage) { return reinterpret_cast<Pack<T, W>*>(mine + stage * f.stream_bytes); };
   const auto load_piece = [&](int64_t item, int stage) {
     const bool valid = item < shape.items;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     stage_rows<T, W>(piece, team, valid, {{t.x, memory_of(stage)}});
-    if (t.residual != nullptr && valid) prefetch_rows(piece, team, t.residual);
+    const bool in_batches = !kSmooth && !shape.per_element;  // forward_rows_with
+    if (t.residual != nullptr && !in_batches && valid) prefetch_rows(piece, team, t.residual);
   };
   const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
@@ -64,7 +65,9 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
     if (t.y != nullptr) forward_rows<kSmooth, false, 1>(t, piece, piece.whole(team, valid), stats, first, read);
     release_staged<W>(team);
   };
-  for_waves(f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece, use_wave);
+  for_waves(
+      f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece, [&] { gang.begin(); },
+      use_wave);
   gang.exit();
 }
 

@@ -3,8 +3,9 @@
 //
 //   Gang::kBlock    one block            nothing to exchange
 //   Gang::kCluster  blocks of a cluster  partials in each block's shared memory, which its peers read; sync_cluster
-//   Gang::kGrid     blocks of a grid     partials in global memory, [2, blocks, channels]; sync_grid. Exchange::kScatter:
-//                                        a block merges some channels, and sync_grid once more for all to read the sums
+//   Gang::kGrid     blocks of a grid     partials in global memory, [2, blocks, channels]; sync_blocks, or sync_grid where
+//                                        there is one wave. Exchange::kScatter: a block merges some channels, and they
+//                                        sync once more for all to read the sums
 //
 // One kernel serves all three: the kind is the same for all threads of a launch, so a branch on it is free.
 //
@@ -29,6 +30,9 @@ struct FusedShape {
   int team_bytes;     // rows: everything of one team
   void* partials;     // kGrid
   Exchange exchange;  // kGrid, columns
+  // kGrid: a counter for every gang, which then waits for its own blocks alone. While it waits, other gangs on the same
+  // SMs keep the memory busy. Null: all blocks of the grid wait for each other.
+  unsigned* arrivals;
 };
 
 // Partials that a lane fetches before it merges the first: a fetch through L2 takes about 430 cycles, and a gang may
@@ -87,6 +91,13 @@ class GangPartials {
       : f_(f), shared_(static_cast<Partial*>(shared)), channels_(channels) {}
   FASTNORM_DEVICE bool is_block() const { return f_.gang == Gang::kBlock; }
 
+  // Call once, before the first exchange.
+  FASTNORM_DEVICE void begin() const {
+    if (f_.gang != Gang::kGrid || f_.arrivals == nullptr) return;
+    if (block_index() % f_.pieces == 0 && thread_index() == 0) store_one(arrivals(), 0u);
+    sync_grid();
+  }
+
   // Makes this block's partial of a channel readable by its peers after sync().
   FASTNORM_DEVICE void publish(int parity, int channel, const Partial& partial) const {
     if (f_.gang == Gang::kCluster) {
@@ -98,7 +109,7 @@ class GangPartials {
 
   // Rows: from this block's partial, the same in all threads, to the gang's.
   template <class Count>
-  FASTNORM_DEVICE Partial exchange(int parity, const Partial& mine, Count count_of) const {
+  FASTNORM_DEVICE Partial exchange(int parity, const Partial& mine, Count count_of) {
     if (is_block()) return mine;
     if (thread_index() == 0) publish(parity, 0, mine);
     sync();
@@ -106,7 +117,7 @@ class GangPartials {
   }
   // Columns, after publish() of this block's partials: calls use(channel, sum over the gang) for the first `channels`.
   template <class Count, class Use>
-  FASTNORM_DEVICE void exchange_channels(int parity, int channels, Count count_of, Use use) const {
+  FASTNORM_DEVICE void exchange_channels(int parity, int channels, Count count_of, Use use) {
     sync();
     const bool scattered = f_.exchange == Exchange::kScatter;
     const int share = scattered ? (channels_ + f_.pieces - 1) / f_.pieces : channels;
@@ -125,19 +136,23 @@ class GangPartials {
     for (int c = thread_index(); c < channels; c += block_threads()) use(c, load_one(totals + c));
   }
 
-  // Call before the block ends: its peers may still read its shared memory.
+  // Call before the block ends: its peers may still read its shared memory. No block reads what another has written
+  // last, and sync_cluster would wait for all outputs to arrive: 7% of a fused batch norm's time on an H200.
   FASTNORM_DEVICE void exit() const {
-    if (f_.gang == Gang::kCluster) sync_cluster();
+    if (f_.gang == Gang::kCluster) meet_cluster();
   }
 
  private:
-  FASTNORM_DEVICE void sync() const {
+  FASTNORM_DEVICE void sync() {
     if (f_.gang == Gang::kCluster) {
       sync_cluster();
-    } else {
+    } else if (f_.arrivals == nullptr) {
       sync_grid();
+    } else {
+      sync_blocks(arrivals(), f_.pieces, met_++);
     }
   }
+  FASTNORM_DEVICE unsigned* arrivals() const { return f_.arrivals + block_index() / f_.pieces; }
   // Calls use(channel, sum over the gang) for `channels` channels from the first.
   template <class Count, class Use>
   FASTNORM_DEVICE void merge_channels(int parity, int first_channel, int channels, Count count_of, Use use) const {
@@ -201,15 +216,16 @@ class GangPartials {
   const FusedShape& f_;
   Partial* shared_;
   int channels_;
+  int met_ = 0;  // times that the blocks have met
 };
 
 // The waves of a fused launch, for a team that takes item `mine` of each. load(item, stage) begins to copy an item to a
 // stage of shared memory, in kCopyGroups groups, and commits each. use(item, stage, parity, ready) finds a group and
 // those before it there after ready(copy_group). All teams make the same number of calls; an item may lie beyond the
-// last.
-template <class Load, class Use>
+// last. started() is called once, when the first copies are on their way.
+template <class Load, class Started, class Use>
 FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Load load,
-                               Use use) {
+                               Started started, Use use) {
   const auto begin = [&](int64_t item, int stage) {
     if (item < items) return load(item, stage);
     for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) commit_copies();
@@ -220,6 +236,7 @@ FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_
   for (int64_t first = 0; first < items; first += wave_items, parity ^= 1) {
     const int64_t item = first + mine;
     begin(ahead ? item + wave_items : item, ahead ? parity ^ 1 : 0);
+    if (first == 0) started();
     use(item, ahead ? parity : 0, parity,
         [&](int copy_group) { wait_copies(kCopyGroups - 1 - copy_group + (ahead ? kCopyGroups : 0)); });
   }

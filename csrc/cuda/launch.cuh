@@ -3,6 +3,7 @@
 
 #include "gang.cuh"
 #include "launches.h"
+#include "plan/grid.h"
 
 namespace fastnorm::cuda {
 
@@ -19,14 +20,20 @@ inline LaunchConfig fused_config(const Grid& grid, bool grid_sync, void* stream)
   config.cooperative = grid_sync || grid.gang == Gang::kGrid;
   return config;
 }
-inline FusedShape fused_shape(const Grid& grid, DType dtype, void* partials) {
+// workspace: the partials of a grid's gangs, and then their counters.
+inline FusedShape fused_shape(const Grid& grid, DType dtype, void* workspace) {
+  unsigned* arrivals = nullptr;
+  if (grid.syncs_by_gang()) {
+    arrivals = reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) + gang_partials_bytes(grid, dtype));
+  }
   return {grid.gang,
           static_cast<int>(grid.pieces),
           grid.stages,
           static_cast<int>(grid.stream_bytes(dtype)),
           static_cast<int>(grid.team_bytes),
-          partials,
-          grid.exchange};
+          workspace,
+          grid.exchange,
+          arrivals};
 }
 
 // float64 has packs of one element, and is not fused.

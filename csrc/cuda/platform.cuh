@@ -65,9 +65,29 @@ FASTNORM_DEVICE void sync_warp() { __syncwarp(); }
 // All blocks of a cooperative launch.
 FASTNORM_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
+// Some blocks of a cooperative launch, which have met so many times before. They count their arrivals in global memory,
+// from 0.
+FASTNORM_DEVICE void sync_blocks(unsigned* arrivals, int blocks, int met) {
+  const unsigned all = static_cast<unsigned>(blocks) * static_cast<unsigned>(met + 1);
+  sync_block();
+  if (thread_index() == 0) {
+    unsigned seen;
+    asm volatile("atom.add.release.gpu.u32 %0, [%1], 1;" : "=r"(seen) : "l"(arrivals) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(arrivals) : "memory");
+    } while (static_cast<int>(seen - all) < 0);
+  }
+  sync_block();
+}
+
 // All blocks of a cluster. Below sm_90 a block is a cluster of its own.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 FASTNORM_DEVICE void sync_cluster() { cooperative_groups::this_cluster().sync(); }
+// The same, but shows no one what was written before it, and so does not wait until those writes have arrived.
+FASTNORM_DEVICE void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 FASTNORM_DEVICE int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 FASTNORM_DEVICE int cluster_size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
 // The same address in the shared memory of block `rank`. A block may read it only while that block runs, so call
@@ -78,6 +98,7 @@ FASTNORM_DEVICE T* cluster_shared(T* place, int rank) {
 }
 #else
 FASTNORM_DEVICE void sync_cluster() { __syncthreads(); }
+FASTNORM_DEVICE void meet_cluster() { __syncthreads(); }
 FASTNORM_DEVICE int cluster_rank() { return 0; }
 FASTNORM_DEVICE int cluster_size() { return 1; }
 template <class T>

@@ -38,10 +38,7 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
   RowRing<Team> ring(shape, memory, 1);
   const T* next = t.x + begin;
   const auto load_row = [&](int i) {
-    if (i < team.rows) {
-      ring.load(team, 0, next);
-      if (t.residual != nullptr) prefetch_row(team, t.residual + (next - t.x));
-    }
+    if (i < team.rows) ring.load(team, 0, next);
     ring.advance();
     next += step;
   };
@@ -60,6 +57,13 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
       total[0] += tree_sum(x.pack[k]);
     }
     load_row(i + shape.stages);
+    Pack<T, W> residual[kPacks];  // on its way while the sums are taken
+    if (t.residual != nullptr && valid) {
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) {
+        if (team.has(k)) residual[k] = load<W>(t.residual + (y - t.y) + team.element(k));
+      }
+    }
     total[0] *= shape.scale;
     team.sum(total, 0);
     const A mean = rounded_product(total[0], shape.inverse_scaled);
@@ -95,7 +99,7 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
       biases.read(k, bias);
 #pragma unroll
       for (int w = 0; w < W; ++w) z[w] = std::fma(std::fma(x.pack[k][w], stats.rstd, shift), weight[w], bias[w]);
-      if (t.residual != nullptr && in) add_residual(load<W>(t.residual + (y - t.y) + team.element(k)), z);
+      if (t.residual != nullptr && in) add_residual(residual[k], z);
       if constexpr (is_two_sided(kAct)) {
         if (t.mask != nullptr) {
           store_mask<W>(t.mask + row * shape.mask_row_bytes + team.element(k) / 8, upper_side<kAct>(z), in);

@@ -201,15 +201,6 @@ class SharedNumbers {
   Pack<A, kLanes>* const own_;
 };
 
-// Begins to bring a row into L2, where later reads find it.
-template <class Team>
-FASTNORM_DEVICE void prefetch_row(const Team& team, const typename Team::T* row) {
-#pragma unroll
-  for (int k = 0; k < Team::kPacks; ++k) {
-    if (team.has(k)) prefetch_l2(row + team.element(k));
-  }
-}
-
 // The rows of some tensors on their way: one or two (stages) of them in shared memory.
 template <class Team>
 class RowRing {

@@ -15,9 +15,9 @@ constexpr int64_t kTileBytes[] = {64, 128, 256};
 // widest is a warp's.
 constexpr int64_t kPositionsTileBytes[] = {32, 64, 128, 256, 512};
 
-// Two blocks per SM wait in turn; one block alone has all of its shared memory. There are no more, because the kernels
-// are compiled for two.
-constexpr int kBlocksPerSm[] = {2, 1};
+// Several blocks per SM wait in turn; one block alone has all of its shared memory. They divide the registers, of which
+// kernels have enough for kResidentThreads.
+constexpr int kBlocksPerSm[] = {4, 2, 1};
 
 // The number of gang sizes that are tried for a grid, from the smallest that may hold a set. Some sizes leave fewer
 // blocks idle in the last wave. Where more than the set is staged, or runs are not cut, the smallest do not hold it.

@@ -30,10 +30,11 @@ constexpr int64_t kFetchedPartials = 2;  // of moments; twice as many of sums of
 // The fraction of a wave's latency and barrier that takes time even if other loads are under way all the time.
 constexpr double kExposed = 0.35;
 
-// A trip in which the 32 lanes of a warp fetch and merge partials of a set (fold_forward and fold_terms of
-// csrc/cuda/fold.cuh), in double: the partials of 32 blocks, one after another. And one in which a lane fetches and
-// adds a partial of a channel (fold_params): there loads do not wait for each other.
+// A trip in which the 32 lanes of a warp fetch kFoldedTogether partials each of a set (fold_forward and fold_terms of
+// csrc/cuda/fold.cuh), and merge them in double. And one in which a lane fetches and adds a partial of a channel
+// (fold_params): there loads do not wait for each other.
 constexpr double kFoldTripUs = 0.7;
+constexpr int64_t kFoldedTogether = 8;
 constexpr double kFoldParamsTripUs = 0.4;
 
 // Kernels reach 4.1 TB/s of an H200's 4.8; a copy reaches 4.2.
@@ -184,10 +185,10 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
   const double wait =
       kLatencyUs + exchange_us(grid, streams.dtype, device) + issue_of(last_group, work.reduce, together) + merge;
   // While a block waits, other blocks on the SM go on with their work, and so do the copies of its own second stage.
-  // The blocks of a grid all wait together, and a second stage hides nothing of that: it leaves half as much for a
-  // wave.
+  // The blocks of a grid that sync as one wait together, and a second stage hides nothing of that: it leaves half as
+  // much for a wave.
   double hidden = 0;
-  if (grid.gang != Gang::kGrid) {
+  if (grid.gang != Gang::kGrid || grid.syncs_by_gang()) {
     const double loads = static_cast<double>(grid.stages * together) / device.num_sms;
     const double one = wave_of(std::min<int64_t>(together, device.num_sms)).total();
     if (loads > 1) hidden = std::min((loads - 1) * one, average(e.total()));
@@ -219,7 +220,7 @@ Estimate estimate_pass(const Grid& grid, const Streams& streams, int moved, bool
 
 Estimate estimate_fold(int64_t sets, int64_t partials, const DeviceInfo& device) {
   const int64_t warps = int64_t(device.num_sms) * kResidentThreads / kWarp;  // each has a set at a time
-  const int64_t trips = div_up(partials, kWarp) + 1;                         // and one to the set's own numbers
+  const int64_t trips = div_up(partials, kFoldedTogether * kWarp) + 1;       // and one to the set's own numbers
   return {0, 0, kFoldTripUs * static_cast<double>(trips * div_up(sets, warps)), 0};
 }
 

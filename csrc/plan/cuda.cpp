@@ -50,12 +50,10 @@ int64_t partials(const Geometry& g, const Grid& grid) {
   return g.sets() * grid.pieces;
 }
 
-// Bytes of the partials of a grid's gangs, for two waves, and of the sums that scattered gangs exchange.
+// The workspace of a grid's gangs: their partials, and a counter each where they sync alone.
 int64_t gang_bytes(const Grid& grid, DType dtype) {
-  if (grid.gang != Gang::kGrid) return 0;
-  const int64_t channels = grid.traversal == Traversal::kColumns ? grid.tile : 1;
-  const int64_t sums = grid.exchange == Exchange::kScatter ? grid.blocks / grid.pieces : 0;
-  return 2 * (grid.blocks + sums) * channels * partial_size(dtype);
+  const int64_t counters = grid.syncs_by_gang() ? grid.blocks / grid.pieces : 0;
+  return gang_partials_bytes(grid, dtype) + counters * int64_t(sizeof(unsigned));
 }
 
 // A call's tensors as a fused launch walks them.

@@ -19,7 +19,11 @@ struct FusedChoice {
   int64_t staged_length;
   bool persistent;  // all blocks are on the device at a time and take items in strides
 
-  int block_threads() const { return blocks_per_sm == 1 ? kResidentThreads : kBlockThreads; }
+  int block_threads() const {  // a power of two, so that the blocks of an SM have kResidentThreads at most
+    int threads = kResidentThreads;
+    while (threads > kWarp && threads * blocks_per_sm > kResidentThreads) threads /= 2;
+    return threads;
+  }
 };
 
 // The contents of a fused launch's shared memory.
@@ -63,6 +67,9 @@ int64_t moments_size(DType dtype);
 int64_t partial_size(DType dtype);
 
 // The shared memory of each block where an SM has so many blocks.
+// Bytes of the partials of a grid's gangs, for two waves, and of the sums that scattered gangs exchange.
+int64_t gang_partials_bytes(const Grid& grid, DType dtype);
+
 int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device);
 
 }  // namespace fastnorm

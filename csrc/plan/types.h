@@ -116,6 +116,8 @@ struct Grid {
   }
   // Items that a block takes at a time.
   int teams() const { return traversal == Traversal::kRows ? threads_y : 1; }
+  // Whether the gangs of a grid wait each for its own blocks: where there are several, and several waves.
+  bool syncs_by_gang() const { return gang == Gang::kGrid && blocks > pieces && items > blocks; }
   bool rereads() const { return staged_length > 0 && staged_length < piece_length; }
   Place place() const { return thread_packs > 0 ? Place::kRegisters : Place::kShared; }
   bool operator==(const Grid&) const = default;

@@ -2,6 +2,7 @@
 // scheduler picks the next. One block runs at a time, or the blocks of a cluster together, or those of a cooperative
 // grid. A thread gets a stack only when it starts, and threads that never wait follow one another on the same stack:
 // kernels without barriers cost no switch at all. A library or program has one emulator, and one launch at a time.
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -38,6 +39,7 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<Cluster> clusters;
   Barrier grid_barrier;
+  std::map<const unsigned*, Barrier> blocks_barriers;  // by what counts the arrivals
   std::vector<std::unique_ptr<SharedArena>> arenas;
 
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -261,6 +263,7 @@ void Machine::begin_blocks(const cuda::LaunchConfig& config, int64_t first_block
   }
   for (Cluster& cluster : clusters) cluster.barrier.reset(config.cluster * config.threads);
   grid_barrier.reset(static_cast<int>(threads.size()));
+  blocks_barriers.clear();
   for (Warp& warp : warps) warp.barrier.reset(warp.lanes);
   for (Thread& thread : threads) {
     thread.done = false;
@@ -340,6 +343,14 @@ void sync_cluster(Site site) {
 void sync_grid(Site site) {
   if (!machine().cooperative) fail("sync_grid in a launch that is not cooperative");
   if (!left_out(site)) arrive(machine().grid_barrier, Wait::kGrid, site);
+}
+
+void sync_blocks(const unsigned* arrivals, int blocks, Site site) {
+  if (!machine().cooperative) fail("sync_blocks in a launch that is not cooperative");
+  if (*arrivals != 0) fail("sync_blocks by a counter that does not begin with 0");
+  const auto [at, is_new] = machine().blocks_barriers.try_emplace(arrivals);
+  if (is_new) at->second.reset(blocks * running_thread()->home->barrier.expected);
+  if (!left_out(site)) arrive(at->second, Wait::kBlocks, site);
 }
 
 bool begin_copy(void (*land)(void*, const void*), void* place, const void* from, int bytes) {

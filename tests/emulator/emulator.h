@@ -43,6 +43,10 @@ inline void sync_block(Site site = Site::current()) { emulator::sync_block(site)
 inline void sync_warp(Site site = Site::current()) { emulator::sync_warp(site); }
 inline void sync_grid(Site site = Site::current()) { emulator::sync_grid(site); }
 inline void sync_cluster(Site site = Site::current()) { emulator::sync_cluster(site); }
+inline void sync_blocks(unsigned* arrivals, int blocks, int /*met*/, Site site = Site::current()) {
+  emulator::sync_blocks(arrivals, blocks, site);
+}
+inline void meet_cluster(Site site = Site::current()) { emulator::sync_cluster(site); }
 inline int cluster_rank() { return emulator::current->block->cluster_rank; }
 inline int cluster_size() { return emulator::grid.cluster; }
 template <class T>

@@ -12,7 +12,7 @@ class SharedArena;
 struct Block;
 struct Warp;
 
-enum class Wait { kBlock, kWarp, kShuffle, kCluster, kGrid };
+enum class Wait { kBlock, kWarp, kShuffle, kCluster, kBlocks, kGrid };
 
 inline const char* name_of(Wait wait) {
   switch (wait) {
@@ -20,6 +20,7 @@ inline const char* name_of(Wait wait) {
     case Wait::kWarp: return "sync_warp";
     case Wait::kShuffle: return "shuffle";
     case Wait::kCluster: return "sync_cluster";
+    case Wait::kBlocks: return "sync_blocks";
     default: return "sync_grid";
   }
 }

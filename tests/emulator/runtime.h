@@ -53,6 +53,8 @@ extern Traffic traffic;
 void sync_block(Site site);
 void sync_warp(Site site);
 void sync_cluster(Site site);
+// arrivals: tells the sets of blocks apart; 0.
+void sync_blocks(const unsigned* arrivals, int blocks, Site site);
 void sync_grid(Site site);
 
 // A shuffle of values of up to 32 bytes: the thread writes its own to outgoing(), and reads lane `from`'s where

@@ -14,7 +14,8 @@
 # With more time, on a call of its own: STAGES="build tune" races the planner's candidates and fits its constants to
 # this GPU.
 #
-#   PYTHON=python3       the Python to build for, with torch for CUDA, setuptools, ninja, pybind11, pytest, hypothesis
+#   PYTHON=python3       the Python to build for, with torch for CUDA and what requirements-dev.txt names to build and to
+#                        test with; tests of which a package is missing fail, and the others run
 #   STAGES="build first memcheck racecheck initcheck synccheck stress cuda suite compile"
 #                        what to do, and `tune` and `bench`; always in the order of this file
 #   TOTAL=540            seconds in all; each stage has a budget of its own within them
@@ -108,20 +109,24 @@ stage build 150 'built|error' "$python" "$root/setup.py" --quiet build_ext --inp
 # What may fail at the first launch on a new device or driver, before anything else does.
 stage first 30 '^(large )?cluster: ' "$python" gpu/first.py
 
-# Only our kernels are watched, where the tool can tell kernels apart.
+# Only our kernels are watched, where the tool can tell kernels apart. (initcheck then does not know what torch's have
+# written, and takes copies of that for reads of uninitialized memory: it is not to look at copies.)
 sanitizer=${SANITIZER:-$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)}
-watched=()
+watched=() copies=()
 if [ -n "$sanitizer" ]; then
   help=$("$sanitizer" --help 2>&1)  # as a whole: a pipe that grep leaves early fails
   case $help in
     *--kernel-name*) watched=(--kernel-name kns=fastnorm) ;;
     *--kernel-regex*) watched=(--kernel-regex kns=fastnorm) ;;
   esac
+  case $help in *--check-api-memory-access*) copies=(--check-api-memory-access no) ;; esac
 fi
 for tool in memcheck racecheck initcheck synccheck; do
+  options=("${watched[@]}")
+  [ $tool = initcheck ] && options+=("${copies[@]}")
   # Every tensor an allocation of its own: reading past its end is then seen.
   start $tool 90 'ERROR SUMMARY|RACECHECK SUMMARY|cases,|not found' env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "${sanitizer:-compute-sanitizer}" --tool $tool "${watched[@]}" --error-exitcode 9 --print-limit 20 \
+    "${sanitizer:-compute-sanitizer}" --tool $tool "${options[@]}" --error-exitcode 9 --print-limit 20 \
     "$python" gpu/sanitize.py --seconds 40
 done
 
