@@ -177,6 +177,10 @@ FASTNORM_DEVICE float reciprocal_approx(float v) {
 // The compiler does not compute v a second time where it is used again.
 FASTNORM_DEVICE void keep_in_register(float& v) { asm("" : "+f"(v)); }
 FASTNORM_DEVICE void keep_in_register(double& v) { asm("" : "+d"(v)); }
+template <class T>
+FASTNORM_DEVICE void keep_in_register(T*& p) {
+  asm("" : "+l"(p));
+}
 
 // max(v, 0); NaN stays NaN.
 FASTNORM_DEVICE float relu_of(float v) {

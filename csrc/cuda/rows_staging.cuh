@@ -78,12 +78,18 @@ FASTNORM_DEVICE void stage_rows(const RowsPiece<W>& piece, const Team& team, boo
     }
   } else if (valid) {
     const Slots<W> slots(piece, tensors[0].tensor);
+    const T* from[kTensors];  // where the piece begins: computed once, not at every step
+#pragma unroll
+    for (int i = 0; i < kTensors; ++i) {
+      from[i] = i < 2 || tensors[i].tensor != nullptr ? tensors[i].tensor + piece.base : nullptr;
+      keep_in_register(from[i]);
+    }
     piece.for_copy_groups(team, true, [&](const ThreadSteps& range, int) {
       piece.for_steps(range, [&](const Step& step) {
 #pragma unroll
         for (int i = 0; i < kTensors; ++i) {
           if (i < 2 || tensors[i].tensor != nullptr) {
-            stage<W>(tensors[i].staged + slots(step), piece.at(tensors[i].tensor, step));
+            stage<W>(tensors[i].staged + slots(step), from[i] + static_cast<int64_t>(step.offset) * W);
           }
         }
       });
