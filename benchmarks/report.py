@@ -34,8 +34,9 @@ from benchmarks.tables import make_markdown
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 RUN = "cpu-epyc-2core.json"  # of bench.py, with memory kept
 SYSTEM_MALLOC_RUN = "cpu-epyc-2core-system-malloc.json"  # the same with --malloc system
+GPU_RUN = "h200.json"  # of bench.py --device cuda
 MODELS_RUN = "models-cpu-epyc-2core.json"  # of end_to_end.py
-PICTURES = {RUN: "cpu-epyc-2core.png"}
+PICTURES = {RUN: "cpu-epyc-2core.png", GPU_RUN: "h200.png"}
 SOURCE = "Source"  # the text of a PNG that has the digest of its run
 
 WIDTH = 120
@@ -99,22 +100,33 @@ def conditions(run: dict[str, Any], file: str) -> str:
     )
 
 
+def results_of(run: dict[str, Any]) -> tuple[list[Result], tuple[str, ...]]:
+    """A run's rows and modes."""
+    device = "cuda" if run["machine"].get("gpu") else "cpu"
+    return [Result.from_json(row, device) for row in run["rows"]], tuple(
+        m for m in MODES if m in run["options"]["modes"]
+    )
+
+
+def cells(shapes: Sequence[Result]) -> str:
+    """What a cell of the table is."""
+    dtypes, layouts = (listed(dict.fromkeys(getattr(r.row, what) for r in shapes)) for what in ("dtype", "layout"))
+    return (
+        f"Each cell is the geometric mean over {dtypes}, {layouts}, plain, +activation and +add+ReLU, and in "
+        'brackets the worst and the best of these. "torch.nn": how many times longer torch.nn takes (with its '
+        'activation and add in place); "copies": our time, where copying the least bytes that must move takes 1.'
+    )
+
+
 def speed() -> str:
     """The table of layers, what it says over all rows, and how far it is from the goals."""
     run = load(RUN)
-    results = [Result.from_json(row, "cpu") for row in run["rows"]]
-    modes = tuple(m for m in MODES if m in run["options"]["modes"])
+    results, modes = results_of(run)
     shapes, tiny = [r for r in results if not r.is_tiny], [r for r in results if r.is_tiny]
     mean = {mode: means(results, mode) for mode in modes}
-    dtypes, layouts = (listed(dict.fromkeys(getattr(r.row, what) for r in shapes)) for what in ("dtype", "layout"))
     figures = [(r.speedup(mode), r, mode) for r in shapes for mode in modes]
     parts = [
-        paragraph(
-            conditions(run, RUN),
-            f"Each cell is the geometric mean over {dtypes}, {layouts}, plain, +activation and +add+ReLU, and in "
-            'brackets the worst and the best of these. "torch.nn": how many times longer torch.nn takes (with its '
-            'activation and add in place); "copies": our time, where copying the least bytes that must move takes 1.',
-        ),
+        paragraph(conditions(run, RUN), cells(shapes)),
         make_markdown(results, modes).rstrip(),
         paragraph(
             f"Over all {len(shapes)} rows: "
@@ -127,6 +139,35 @@ def speed() -> str:
         goals({mode: v["times_torch"] for mode, v in mean.items()}, figures),
     ]
     return "\n\n".join(filter(None, parts))
+
+
+def gpu() -> str:
+    """The table of layers on a GPU, what it says over all rows, and where torch.nn is faster."""
+    run = load(GPU_RUN)
+    results, modes = results_of(run)
+    shapes = [r for r in results if not r.is_tiny]
+    mean = {mode: means(results, mode) for mode in modes}
+    slower: dict[str, list[float]] = {}
+    for r in shapes:
+        for mode in modes:
+            if r.speedup(mode) < 1:
+                slower.setdefault(r.row.title, []).append(r.speedup(mode))
+    figures = sum(map(len, slower.values()))
+    where_slower = listed(f"{title} ({between(v, 2)})" for title, v in sorted(slower.items(), key=lambda t: min(t[1])))
+    return "\n\n".join(
+        (
+            paragraph(conditions(run, GPU_RUN), cells(shapes)),
+            make_markdown(results, modes).rstrip(),
+            paragraph(
+                f"Over all {len(shapes)} rows: "
+                f"{by_mode({m: v['times_torch'] for m, v in mean.items()}, ' times torch.nn')}; "
+                f"{by_mode({m: geometric_mean(r.copies(m) for r in shapes) for m in modes}, ' copies')}.",
+                f"torch.nn is the faster one in {figures} of {len(shapes) * len(modes)} figures: {where_slower}."
+                if figures
+                else "",
+            ),
+        )
+    )
 
 
 def against_onednn(shapes: Sequence[Result], modes: Sequence[str]) -> str:
@@ -208,7 +249,7 @@ def models() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"speed": speed, "models": models}
+SECTIONS: dict[str, Callable[[], str]] = {"speed": speed, "gpu": gpu, "models": models}
 
 
 def rewritten(text: str) -> str:
@@ -233,7 +274,7 @@ def is_drawn(run: str, picture: Path) -> bool:
 
 def draw(name: str, picture: Path) -> None:
     run = load(name)
-    results = [Result.from_json(row, "cpu") for row in run["rows"]]
+    results, _ = results_of(run)
     title = f"{where(run['machine'])}, torch {run['versions']['torch']}"
     save_figure(results, picture, title, {SOURCE: digest(name)})
 
