@@ -199,13 +199,15 @@ def force(job: Job, plan: Plan, facts: _C.DeviceInfo) -> Forced | None:
     if plan.strategy != "fused":
         return {"strategy": plan.strategy}
     grid = grid_of(plan)
-    forced: Forced = {"strategy": "fused", "gang": grid.gang, "stages": grid.stages}
+    forced: Forced = {
+        "strategy": "fused", "gang": grid.gang, "stages": grid.stages, "traversal": grid.traversal
+    }  # fmt: skip
     if grid.gang != "block":
         forced["pieces"] = grid.pieces
     else:
         forced["place"] = "registers" if grid.thread_packs > 0 else "shared"
     if grid.traversal == "columns":
-        forced |= {"tile_bytes": grid.tile * job.call.size, "traversal": "columns"}
+        forced["tile_bytes"] = grid.tile * job.call.size
         if grid.gang == "grid":
             forced["exchange"] = grid.exchange
         if grid.staged_length < grid.piece_length:

@@ -58,6 +58,8 @@ def outcome_of(saved: dict[str, Any], facts: _C.DeviceInfo) -> Outcome | None:
     (job,) = jobs(f"^{re.escape(saved['row'])} {saved['direction']}$")
     found = []
     for each in saved["candidates"]:
+        if each.get("refused_launches"):  # its time is another plan's
+            continue
         if plan := planned(job, facts, each["plan"].split("; estimate ")[0], each["forced"]):
             candidate = Candidate(plan, each["forced"], parts_of(plan.estimate))
             found.append((candidate, timing_of(each["us"])))
@@ -69,7 +71,7 @@ def outcome_of(saved: dict[str, Any], facts: _C.DeviceInfo) -> Outcome | None:
 
 
 def read(path: Path, pattern: str = "") -> tuple[list[Outcome], int]:
-    """The outcomes, and how many measured plans are not made any more."""
+    """The outcomes, and how many measured plans are not made any more, or were refused by the GPU."""
     saved = json.loads(path.read_text())
     facts = _C.DeviceInfo(**saved["facts"])
     chosen = [each for each in saved["jobs"] if re.search(pattern, f"{each['row']} {each['direction']}")]
@@ -181,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if of_them := [o for o in outcomes if is_held_out(o.job) == kept]:
             print(f"{name}: {regret(of_them)}")
     if gone:
-        print(f"{gone} measured plans are not made any more")
+        print(f"{gone} measured plans are not made any more, or were refused")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_the_sweep_reaches_every_choice() -> None:
     gangs, several = ("block", "cluster", "grid"), ("cluster", "grid")
     wanted: set[object] = set(product(("fused", "split", "apply"), ("rows", "columns")))
     wanted |= set(product(gangs, ("rows", "columns", 1, 2, 4, 8)))
-    wanted.remove(("grid", 2))  # its second stage hides nothing; test_plan_choices.py checks what is not chosen
+    wanted -= {("grid", 2), ("cluster", 2)}  # never the cheapest; test_plan_choices.py checks what is not chosen
     wanted |= set(product(several, ("one wave", "waves", "runs", "parts of runs")))
     wanted |= set(product(("fused", "split"), ("none", "from_cells", "own_launch"))) | {
         ("fused", "in_gang"),

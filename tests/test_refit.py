@@ -27,7 +27,7 @@ def save(path: Path, *factors: float) -> list[Outcome]:
         found = tuple(candidates(job, H200, len(factors)))
         us = [factor * each.predicted.total for factor, each in zip(factors, found, strict=True)]
         times = tuple(Timing(each * 1e-6, each * 1e-6, each * 1e-6, 5) for each in us)
-        outcomes.append(Outcome(job, H200, found, times, times[0], (0.0,) * len(found)))
+        outcomes.append(Outcome(job, H200, found, times, times[0], (0.0,) * len(found), (0,) * len(found)))
     path.write_text(json.dumps({"facts": facts_json(H200), "jobs": [each.to_json() for each in outcomes]}))
     return outcomes
 
@@ -53,6 +53,16 @@ def test_plans_that_are_not_made_any_more_are_counted(tmp_path: Path) -> None:
     path.write_text(json.dumps(text))
     outcomes, gone = read(path)
     assert gone == 3 and [each.job for each in outcomes] == JOBS[1:] and len(outcomes[0].candidates) == 1
+
+
+def test_plans_that_the_gpu_refused_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    save(path, 1.0, 1.0)
+    text = json.loads(path.read_text())
+    text["jobs"][0]["candidates"][0]["refused_launches"] = 3
+    path.write_text(json.dumps(text))
+    outcomes, gone = read(path)
+    assert gone == 1 and [len(each.candidates) for each in outcomes] == [1] + [2] * (len(JOBS) - 1)
 
 
 def test_regret_and_misfit(tmp_path: Path) -> None:
@@ -86,7 +96,7 @@ def test_a_third_is_held_out() -> None:
     assert all(is_held_out(job) == ((job.row.title, job.row.dtype, job.row.layout) in names) for job in every)
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Sequence[str]:
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Sequence[str]:
     refit.main(arguments)
     return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
@@ -94,7 +104,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> Sequence[str]:
 def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "t.json"
     save(path, 3.0, 1.0, 1.0)
-    lines = run(capsys, str(path), "--by", "epilogue")
+    lines = printed(capsys, str(path), "--by", "epilogue")
     assert f"act {2 * 3} 1.00 1.00 3.00 0%" in lines
     assert sum("x " in line and "forward: " in line for line in lines) == len(JOBS)
     assert any(line.startswith("measured over estimated: memory ") for line in lines)
@@ -105,9 +115,11 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         refit.main([str(path), "--filter", "nothing"])
 
 
-def test_the_file_that_the_constants_were_fitted_to() -> None:
+@pytest.mark.parametrize("run", ["first", "second"])
+def test_the_files_that_the_constants_were_fitted_to(run: str) -> None:
     """The planner chooses well among its plans, as far as it still makes them."""
-    (path,) = (Path(refit.__file__).parent / "results").glob("tune-h200-*-first.json")
-    outcomes, _ = read(path, "^((?!add).)*$")
+    (path,) = (Path(refit.__file__).parent / "results").glob(f"tune-h200-*-{run}.json")
+    # The first run's kernels read a residual with one load in flight.
+    outcomes, _ = read(path, "^((?!add).)*$" if run == "first" else "")
     found = regret(outcomes)
-    assert found.mean < 1.03 and found.misfit < 0.1
+    assert found.mean < 1.02 and found.misfit < 0.1

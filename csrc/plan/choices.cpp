@@ -117,7 +117,8 @@ std::vector<FusedChoice> fused_choices(const Geometry& g, DType dtype, const Sta
           add(choice, Gang::kBlock, {1});
           if (place == Place::kRegisters) continue;
           add(choice, Gang::kCluster, clusters);
-          if (device.cooperative) {
+          // A second stage hides nothing of a grid's syncs, and leaves half as much for a wave.
+          if (device.cooperative && (stages == 1 || forced.stages == 2)) {
             add(choice, Gang::kGrid, grid_pieces(sets, choice, staging.streams, device));
           }
         }

@@ -226,10 +226,14 @@ def partials(grid: _C.Grid, shape: Shape) -> int:
 
 
 def gang_bytes(grid: _C.Grid) -> int:
-    """The partials that the gangs of a grid exchange: [2, blocks, channels]; and sums: [2, gangs, channels]."""
+    """The partials that the gangs of a grid exchange: [2, blocks, channels]; sums: [2, gangs, channels]; and a counter
+    of each gang, where there are several that sync more than once."""
+    if grid.gang != "grid":
+        return 0
     channels = grid.tile if grid.traversal == "columns" else 1
     sums = grid.blocks // grid.pieces if grid.exchange == "scatter" else 0
-    return 2 * (grid.blocks + sums) * channels * PARTIAL * 4 if grid.gang == "grid" else 0
+    counters = grid.blocks // grid.pieces if grid.items > grid.blocks > grid.pieces else 0
+    return 2 * (grid.blocks + sums) * channels * PARTIAL * 4 + 4 * counters
 
 
 def check_estimate(estimate: _C.Estimate, least_bytes: int, blocks: int, facts: _C.DeviceInfo) -> None:
