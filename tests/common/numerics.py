@@ -281,7 +281,7 @@ class Error:
 
 def measure(name: str, ours: Tensor, native: Tensor, exact: Tensor, scale: float) -> Error:
     """Largest difference from the truth, over epsilon x scale. A NaN or Inf out of place is infinite."""
-    # On the CPU: to divide by a number torch's CUDA kernels multiply by its reciprocal, which is Inf for a denormal unit.
+    # On the CPU: to divide by a number, torch's CUDA kernels multiply by its reciprocal, which for a denormal is Inf.
     ours, native, exact = ours.cpu(), native.cpu(), exact.cpu()
     assert ours.dtype == native.dtype, f"{name} has dtype {ours.dtype}, torch.nn {native.dtype}"
     assert ours.shape == native.shape == exact.shape, (
