@@ -34,14 +34,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import compare, onednn, peers
-from benchmarks.contestants import DTYPES, MODES, Arena, Row, copies_for, quick_table, table
+from benchmarks.contestants import DTYPES, MODES, Arena, Row, call_or_refusal, copies_for, quick_table, table
 from benchmarks.machine import busy_cores, cache_bytes, cpu_cores, describe, refusals, where
 from benchmarks.options import choices, image, memory_format, positive, regex
 from benchmarks.presets import PRESETS
 from benchmarks.results import Result, json_text, moved
 from benchmarks.tables import make_console, make_markdown, print_moved, print_results, print_summary
 from benchmarks.timing import keep_memory, race
-from benchmarks.validation import OURS, Fault, faults
+from benchmarks.validation import OURS, REFERENCE, Fault, faults
 from fastnorm import _C
 from tests.common import cases
 
@@ -75,7 +75,8 @@ def measure(
     other rows run without torch.compile.
 
     vs: the other contestants, of peers.NAMES; default: peers.DEFAULT. fault: told of each call that is not timed
-    because it computes something else than torch.nn; a row of ours that does is left out. Default: an error for ours.
+    because it fails, or computes something else than torch.nn; without ours or torch.nn's a row is left out. Default:
+    an error for ours.
     """
     vs = peers.DEFAULT[device] if vs is None else vs
     cache = cache_bytes(device)
@@ -88,26 +89,26 @@ def measure(
         copies = copies_for(row.nbytes, cache) if device == "cuda" and row.layer.label != "tiny" else 1
         arena = Arena(row, device, copies, peers.contestants(vs, row))
         row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
-        disagreement, times, right = arena.disagreement(), {}, True
+        times, right = {}, True
         compiled = with_compile and compiling < compile_budget_s
         for mode in modes:
             start = time.perf_counter()
             calls = arena.calls(mode, compiled)
             if "onednn" in vs and onednn.serves(row):
-                calls["onednn"] = onednn.mode_call(row, mode, arena.x, arena.modules["torch"])
+                calls["onednn"] = call_or_refusal(partial(onednn.mode_call, row, mode, arena.x, arena.modules["torch"]))
             for found in faults(calls, partial(arena.exact, mode)):
                 fault(row, mode, found)
                 del calls[found.contestant]
             if compiled:
                 deadline += time.perf_counter() - start
                 compiling += time.perf_counter() - start
-            right = right and OURS in calls
+            right = {OURS, REFERENCE} <= calls.keys()
             if not right:
                 break
             part = row_budget * SHARE[mode] / sum(SHARE[m] for m in modes)
             times[mode] = race(calls, part, "cpu" if row.layer.label == "tiny" else device)
         if right:
-            results.append(Result(row, times, disagreement, copies * row.nbytes > cache, device))
+            results.append(Result(row, times, arena.disagreement(), copies * row.nbytes > cache, device))
         if compiled:
             torch._dynamo.reset()
         if device == "cuda":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ CUDA_QUICK = (
 class Row:
     """One line of the table: a layer, its dtype, its layout and its fused epilogue.
 
-    Parameters are float32 whatever the input is, as in training under autocast.
+    Parameters are float32 whatever the input is, as in training under autocast; torch.nn's where it takes these
+    (`torch_parameters`).
     """
 
     layer: cases.Layer
@@ -151,6 +153,12 @@ def quick_table(pattern: str = "", device: str = "cpu") -> Iterator[Row]:
     return (row for row in table(quick, device=device) if re.search(pattern, row.name))
 
 
+def torch_parameters(row: Row, device: str) -> torch.dtype:
+    """The dtype of torch.nn's parameters: on a GPU its group norm and layer norm take none but the input's."""
+    any_dtype = device == "cpu" or row.layer.norm.startswith(("BatchNorm", "InstanceNorm"))
+    return torch.float32 if any_dtype else cases.DTYPES[row.dtype]
+
+
 def torch_activation(name: str | None) -> Callable[[Tensor], Tensor]:
     """The activation as a torch.nn user writes it: ReLU in place, as in torchvision's models; the others
     not in place, because there they would save a copy for the backward pass.
@@ -193,6 +201,23 @@ def in_turn(calls: Sequence[Call]) -> Call:
         return results[turn]
 
     return call
+
+
+def refusing(error: Exception) -> Callable[..., Any]:
+    """A call or a norm that fails with `error`."""
+
+    def refuse(*_: object) -> Any:
+        raise error
+
+    return refuse
+
+
+def call_or_refusal(make: Callable[[], Call]) -> Call:
+    """The call that `make` makes; where that fails, one that fails likewise, so that validation tells of it."""
+    try:
+        return make()
+    except Exception as error:
+        return refusing(error)
 
 
 def incoming(y: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -256,7 +281,7 @@ class Arena:
         self.x, self.residual = self.inputs[0]
         self.modules = {
             "fastnorm": row.layer.build(fastnorm, activation=row.activation).to(device),
-            "torch": row.layer.build(nn).to(device),
+            "torch": row.layer.build(nn).to(device, torch_parameters(row, device)),
         }
         self.modules["compile"] = self.modules["torch"]
         self.norms: dict[str, Norm] = {
@@ -267,18 +292,21 @@ class Arena:
             self.modules[name], self.norms[name] = module.to(device), norm
 
     def calls(self, mode: str, with_compile: bool = False) -> dict[str, Call]:
-        """The calls to time in `mode`, by contestant; "clone" is the copy that measures the floor."""
-        for module in self.modules.values():
-            module.train(mode != "eval")
-            if mode == "eval":  # by the same running statistics, however often each was called before
-                module.load_state_dict(self.modules["torch"].state_dict())
+        """The calls to time in `mode`, by contestant; "clone" is the copy that measures the floor. Where one of the
+        others fails to be made, its call fails."""
         if with_compile and "compile" not in self.norms:
             self.norms["compile"] = torch.compile(self.norms["torch"], fullgraph=True, dynamic=False)
-        calls = {}
-        for name, norm in self.norms.items():
-            parameters = list(self.modules[name].parameters())
-            calls[name] = in_turn([mode_call(mode, norm, x, r, parameters) for x, r in self.inputs])
+        calls = {"fastnorm": self._call("fastnorm", mode)}
+        for name in self.norms:
+            calls.setdefault(name, call_or_refusal(partial(self._call, name, mode)))
         return calls | {"clone": in_turn([x.detach().clone for x, _ in self.inputs])}
+
+    def _call(self, name: str, mode: str) -> Call:
+        module = self.modules[name].train(mode != "eval")
+        if mode == "eval":  # by the same running statistics, however often each was called before
+            module.load_state_dict(self.modules["torch"].state_dict())
+        parameters = list(module.parameters())
+        return in_turn([mode_call(mode, self.norms[name], x, r, parameters) for x, r in self.inputs])
 
     def exact(self, mode: str) -> object:
         """What torch.nn returns in float64, for the first of the inputs: who is right where two disagree."""

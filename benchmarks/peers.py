@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import onednn
-from benchmarks.contestants import Norm, Row, torch_norm
+from benchmarks.contestants import Norm, Row, refusing, torch_norm
 
 Contestant = tuple[nn.Module, Norm]  # the parameters, and the call
 
@@ -48,7 +48,8 @@ def cudnn_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _cudnn(row: Row) -> Contestant | None:
-    if not row.layer.norm.startswith("BatchNorm"):
+    """Batch norm of float32 and float16: of bfloat16 torch's call takes no float32 parameters."""
+    if not row.layer.norm.startswith("BatchNorm") or row.dtype not in ("float32", "float16"):
         return None
     module = row.layer.build(nn)
     return module, torch_norm(row, cudnn_norm(module))
@@ -118,9 +119,17 @@ def why_absent(name: str, device: str) -> str | None:
     return None
 
 
+def built(name: str, row: Row) -> Contestant | None:
+    """The norm by the library `name`, None where it does not serve the row. Where building it fails, its call does."""
+    try:
+        return PEERS[name].build(row)
+    except Exception as error:
+        return row.layer.build(nn), refusing(error)
+
+
 def why_idle(name: str, rows: Iterable[Row]) -> str | None:
     """Why `name`, which is there, runs in none of `rows`, or None."""
-    serves = onednn.serves if name == "onednn" else lambda row: PEERS[name].build(row) is not None
+    serves = onednn.serves if name == "onednn" else lambda row: built(name, row) is not None
     if name in ("eager", "compile") or any(map(serves, rows)):
         return None
     return "serves none of these rows"
@@ -128,8 +137,8 @@ def why_idle(name: str, rows: Iterable[Row]) -> str | None:
 
 def contestants(names: Sequence[str], row: Row) -> dict[str, Contestant]:
     """The norms of those of `names` that serve this row. Only names that are not absent."""
-    built = ((name, PEERS[name].build(row)) for name in names if name in PEERS)
-    return {name: contestant for name, contestant in built if contestant is not None}
+    found = ((name, built(name, row)) for name in names if name in PEERS)
+    return {name: contestant for name, contestant in found if contestant is not None}
 
 
 def version(name: str) -> str | None:

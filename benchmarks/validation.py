@@ -33,6 +33,11 @@ class Fault:
         return f"{self.contestant} {self.reason}"
 
 
+def refusal(contestant: str, error: Exception) -> Fault:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return Fault(contestant, f"refuses: {type(error).__name__}: {first}")
+
+
 def output_error(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, in epsilons of the dtype of `ours` times the larger of 1 and the value."""
     ours_32, theirs_32 = ours.detach().float(), theirs.detach().float()
@@ -80,8 +85,12 @@ def _rounded(value: object, like: object) -> object:
 
 def faults(calls: Mapping[str, Callable[[], object]], exact: Callable[[], object]) -> list[Fault]:
     """Run each call once, and say which do not compute what torch.nn does, or refuse. What our own call raises is
-    raised; the copy is no norm. exact: the same by torch.nn in float64, called where a call disagrees."""
-    reference = calls[REFERENCE]()
+    raised; the copy is no norm; where torch.nn refuses there is nothing to compare with. exact: the same by torch.nn in
+    float64, called where a call disagrees."""
+    try:
+        reference = calls[REFERENCE]()
+    except Exception as error:
+        return [refusal(REFERENCE, error)]
     found = []
     for name, call in calls.items():
         if name in (REFERENCE, "clone"):
@@ -91,8 +100,7 @@ def faults(calls: Mapping[str, Callable[[], object]], exact: Callable[[], object
         except Exception as error:
             if name == OURS:
                 raise
-            first = (str(error).strip().splitlines() or [""])[0]
-            found.append(Fault(name, f"refuses: {type(error).__name__}: {first}"))
+            found.append(refusal(name, error))
             continue
         limit = WRONG_EPSILONS if name == OURS else OTHERS_EPSILONS
         reason = disagreement(value, reference, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 from collections.abc import Iterator
 
@@ -86,8 +87,8 @@ def two_forwards(namespace: object, device: torch.device) -> Iterator[Tensor]:
     module = build(case, namespace, device)
     x = make_inputs(case, device).x.requires_grad_()
     first, second = module(x), module(x * 2)
-    yield from torch.autograd.grad(first.square().sum(), [x, *module.parameters()])
-    yield from torch.autograd.grad(second.square().sum(), [x, *module.parameters()])
+    yield from gradients(first, module, x)
+    yield from gradients(second, module, x)
 
 
 def test_frozen_statistics_are_those_of_the_call(device: torch.device) -> None:
@@ -148,15 +149,14 @@ def test_saved_tensor_hooks(layer: Layer, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast(layer: Layer, dtype: torch.dtype, device: torch.device) -> None:
-    """torch's autocast leaves the norms alone on the CPU: the output has the input's dtype."""
+    """The dtypes of torch.nn's output: autocast leaves the norms alone on the CPU, and widens some of them on a GPU."""
     outputs = []
     for namespace in (nn, fastnorm):
         module = build(Case(layer), namespace, device)
         x = make_inputs(Case(layer), device).x.to(dtype).requires_grad_()
         with torch.autocast(device.type, torch.bfloat16):
             y = module(x)
-        (dx,) = torch.autograd.grad(y.float().square().sum(), x)
-        outputs.append((y, dx))
+        outputs.append((y, *gradients(y.float(), module, x)[:1]))
     torch.testing.assert_close(*outputs)
 
 
@@ -169,9 +169,13 @@ def test_autocast_with_a_residual_of_another_dtype(layer: Layer, device: torch.d
         (inputs.x.bfloat16(), inputs.residual),
         (inputs.x, inputs.residual.bfloat16()),
     ):
-        ours = call(case, build(case, fastnorm, device), x, residual)
-        native = call(case, build(case, nn, device), x, residual)
-        torch.testing.assert_close(ours, native)
+        try:
+            native = call(case, build(case, nn, device), x, residual)
+        except RuntimeError as error:  # a group or layer norm on a GPU: its parameters are float32, and x is not
+            with pytest.raises(RuntimeError, match=f"^{re.escape(str(error))}$"):
+                call(case, build(case, fastnorm, device), x, residual)
+        else:
+            torch.testing.assert_close(call(case, build(case, fastnorm, device), x, residual), native)
 
 
 @pytest.mark.fallback(r"residual has shape")

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks import bench, compare, peers, validation
-from benchmarks.contestants import Arena, Row, table
+from benchmarks.contestants import Arena, Row, table, torch_parameters
 from benchmarks.presets import CUDA_LAYERS, PRESETS
 from benchmarks.results import NAMES
 from benchmarks.tables import WIDTHS
@@ -128,7 +128,9 @@ def test_the_others_are_named_where_they_are_absent_or_idle(monkeypatch: pytest.
     assert peers.why_absent("onednn", "cuda") == "its norms run on a CPU"
     assert peers.why_absent("eager", "cuda") is peers.why_absent("compile", "cpu") is None
     group = Row(PRESETS["tiny"][1], "float32", "planar", "plain")
-    assert peers.why_idle("cudnn", [group]) == "serves none of these rows" and peers.why_idle("cudnn", [TINY]) is None
+    half = Row(cases.TINY, "bfloat16", "planar", "plain")
+    assert peers.why_idle("cudnn", [group, half]) == "serves none of these rows"
+    assert peers.why_idle("cudnn", [half, TINY]) is None
     assert set(NAMES) == {"torch", *peers.NAMES} - {"eager"} and set(NAMES) <= set(WIDTHS)
 
 
@@ -191,6 +193,65 @@ def test_a_contestant_that_refuses_is_named_and_one_of_ours_raises() -> None:
     assert str(found) == "apex refuses: RuntimeError: not supported"
     with pytest.raises(RuntimeError, match="not supported"):
         validation.faults({**calls, "fastnorm": refuse}, partial(arena.exact, "eval"))
+
+
+REFUSALS = {
+    "build": "no kernels for this shape",
+    "making of a call": "not of this dtype",
+    "state": "Error(s) in loading state_dict for Dropout:",
+    "call": "not supported",
+}
+
+
+@pytest.mark.parametrize("where", REFUSALS)
+def test_a_row_goes_on_without_a_contestant_that_refuses_it(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Wherever it does."""
+
+    def build(row: Row) -> peers.Contestant:
+        if where == "build":
+            raise RuntimeError(REFUSALS[where])
+
+        def norm(x: Tensor, _: Tensor | None) -> Tensor:
+            if where != "state":
+                raise RuntimeError(f"{REFUSALS[where]}\nat line 3")
+            return x
+
+        return nn.Dropout() if where == "state" else row.layer.build(nn), norm
+
+    monkeypatch.setitem(peers.PEERS, "liger", peers.Peer("types", "no-such-package", ("cpu",), build))
+    mode = {"making of a call": "step", "state": "eval"}.get(where, "forward")
+    arguments = ["--preset", "tiny", "--filter", "BatchNorm2d.*float32 planar plain", "--vs", "eager,liger"]
+    options = ["--mode", mode, "--budget", "0.01", "--malloc", "system", "--json", str(tmp_path / "a.json")]
+    bench.main([*arguments, *options])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"planar plain, {mode}: liger refuses: RuntimeError: {REFUSALS[where]}" in said
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert set(row["modes"][mode]["us"]) == {"fastnorm", "torch", "clone"}
+
+
+def test_a_row_that_torch_refuses_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        raise RuntimeError("expected scalar type BFloat16 but found Float")
+
+    monkeypatch.setattr(nn.GroupNorm, "forward", forward)
+    arguments = ["--preset", "tiny", "--filter", "(Batch|Group)Norm.*float32 planar plain", "--mode", "forward"]
+    bench.main([*arguments, "--budget", "0.01", "--malloc", "system", "--json", str(tmp_path / "a.json")])
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "forward: torch refuses: RuntimeError: expected scalar type BFloat16 but found Float" in said
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert rows and all(row["norm"].startswith("BatchNorm") for row in rows)
+
+
+def test_torchs_parameters_are_of_a_dtype_that_it_takes() -> None:
+    """On a GPU its group norm and layer norm of bfloat16 refuse float32."""
+    for row in table(device="cuda"):
+        half_only = row.dtype == "bfloat16" and row.layer.norm in ("GroupNorm", "LayerNorm")
+        expected = torch.bfloat16 if half_only else torch.float32
+        assert torch_parameters(row, "cuda") == expected and torch_parameters(row, "cpu") == torch.float32
 
 
 def test_another_dtype_or_shape_is_another_result() -> None:

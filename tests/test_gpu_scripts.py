@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import _C
-from tests.common.cases import Case, Layer
+from tests.common.cases import LAYOUTS, Case, Layer, to_layout
 from tests.common.plan_model import DEVICES
 from tests.emulator import backend as emulator
 from tests.gpu import first, sanitize, stress
@@ -201,6 +201,25 @@ def test_masks_are_compared_by_what_they_mean(precision: tuple[str, str]) -> Non
     assert wrong() == ""
     assert "mask: 8 elements on the wrong side" in wrong(forward=wrong_forward)
     assert "dx: " in wrong(backward=lambda dy, *args: kernels.norm_backward(2 * dy, *args))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_no_kernel_of_torch_copies_what_the_sanitizers_see_read(activation: str | None, layout: str) -> None:
+    """What has x's layout goes to our kernels as it is."""
+    case = Case(Layer("", "BatchNorm2d", (3, 5, 4, 3), (5,)), layout, activation=activation, residual=True)
+    kernels, strides = torch.ops.fastnorm, []
+
+    def watched(name: str) -> Any:
+        def call(*args: Any) -> Any:
+            strides.extend(a.stride() for a in args if isinstance(a, Tensor) and a.dim() == 4)
+            return getattr(kernels, name)(*args)
+
+        return call
+
+    operators = SimpleNamespace(norm_forward=watched("norm_forward"), norm_backward=watched("norm_backward"))
+    assert sanitize.check(case, torch.device("cpu"), operators) == []
+    assert set(strides) == {to_layout(torch.empty(3, 5, 4, 3), layout).stride()}
 
 
 @pytest.mark.parametrize("name", ["T4", "A100", "H100", "H200", "B200"])

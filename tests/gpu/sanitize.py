@@ -4,9 +4,10 @@ precisions, epilogues and modes in turn. Values are compared with the CPU's.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py --seconds 40
 
-Inputs come from the host by plain copies, and so do those that torch has put together, so that whoever watches only our
-kernels knows what was written. Under a sanitizer fewer blocks may be resident than the planner expects. A launch that
-is refused for that reason is an error here, because the kernel that was to be watched has not run.
+Inputs come from the host by plain copies, dense in x's layout, and so do those that torch has put together, so that
+whoever watches only our kernels knows what was written. Under a sanitizer fewer blocks may be resident than the planner
+expects. A launch that is refused for that reason is an error here, because the kernel that was to be watched has not
+run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from fastnorm import _C
 from tests.common.cases import LAYERS, PRECISIONS, Case, Layer, modes
 from tests.common.gangs import GangCase, device_gang_cases
-from tests.common.numerics import Inputs, make_inputs, measure
+from tests.common.numerics import make_inputs, measure
 from tests.common.raw_calls import RawCall
 
 CUDA, HOST = torch.device("cuda"), torch.device("cpu")
@@ -65,13 +66,13 @@ def all_cases(facts: _C.DeviceInfo) -> list[GangCase]:
 def check(case: Case, device: torch.device = CUDA, operators: Any = torch.ops.fastnorm) -> list[str]:
     """What differs from the CPU's kernels by more than two correct computations may."""
     inputs = make_inputs(case, HOST)
-    call, reference = RawCall(case, on(device, inputs), operators, device), RawCall(case, inputs)
+    call, reference = RawCall(case, inputs.to(device), operators, device), RawCall(case, inputs)
     forward, expected = call.forward(), reference.forward()
     wrong = []
     if expected["mask"].numel():
         # Each side reads its own mask: the order of the bits is a matter of the kernels.
         ones = dataclasses.replace(inputs, grad=torch.ones_like(inputs.grad))
-        slope = slopes(RawCall(case, on(device, ones), operators, device), forward).cpu()
+        slope = slopes(RawCall(case, ones.to(device), operators, device), forward).cpu()
         other_side = slope != slopes(RawCall(case, ones), expected)
         from_kink = RawCall(dataclasses.replace(case, activation=None), inputs).forward()["y"].double().abs()
         epsilon = torch.finfo(expected["stats"].dtype).eps
@@ -80,8 +81,9 @@ def check(case: Case, device: torch.device = CUDA, operators: Any = torch.ops.fa
         if count:
             wrong.append(f"{case.id}: mask: {count} elements on the wrong side")
         # At the kink a rounding decides. Without a gradient it counts for nothing.
-        inputs.grad = inputs.grad.masked_fill((other_side & at_kink).view(inputs.grad.shape), 0)
-        call, reference = RawCall(case, on(device, inputs), operators, device), RawCall(case, inputs)
+        # (In place: its layout stays, or the operator would copy it into x's by a kernel of torch.)
+        inputs.grad.masked_fill_((other_side & at_kink).view(inputs.grad.shape), 0)
+        call, reference = RawCall(case, inputs.to(device), operators, device), RawCall(case, inputs)
     results = {"y": forward["y"], **call.backward(forward["stats"], forward["mask"])}
     # The same statistics from here on, or a rounding at a kink would count.
     expected = {"y": expected["y"], **reference.backward(forward["stats"].cpu(), expected["mask"])}
@@ -91,11 +93,6 @@ def check(case: Case, device: torch.device = CUDA, operators: Any = torch.ops.fa
         if not error.ours <= 64:
             wrong.append(f"{case.id}: {error}")
     return wrong
-
-
-def on(device: torch.device, inputs: Inputs) -> Inputs:
-    residual = None if inputs.residual is None else inputs.residual.to(device)
-    return Inputs(inputs.x.to(device), residual, inputs.grad.to(device))
 
 
 def slopes(call_of_ones: RawCall, forward: dict[str, torch.Tensor]) -> torch.Tensor:
