@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastnorm import BatchNorm2d, dispatch, functional, modules
 from tests.common.cases import DTYPES, make_data
-from tests.common.numerics import assert_alike
+from tests.common.numerics import assert_alike, native_settings
 
 pytestmark = pytest.mark.emulated
 
@@ -172,9 +172,9 @@ ODD_CALLS = list(odd_calls())
 def test_ends_as_in_torch(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The same exception with the same text, or the same values and the same change of the arguments."""
     results = []
-    for namespace in (functional, F):
+    for namespace, settings in ((functional, kwargs), (F, native_settings(name, kwargs, kwargs.get("training")))):
         mine = tuple(copied(a) for a in args)
-        result = outcome(lambda a=mine, n=namespace: getattr(n, name)(*a, **kwargs))
+        result = outcome(lambda a=mine, n=namespace, s=settings: getattr(n, name)(*a, **s))
         results.append((result, [a for a in mine if isinstance(a, Tensor)]))
     (ours, our_args), (native, native_args) = results
     assert ours[0] == native[0], f"fastnorm {ours}, torch {native}"

@@ -103,6 +103,14 @@ def test_what_is_done_and_in_which_order(run_script: Run) -> None:
     assert "--ignore test_compile.py" in re.findall("==== suite: .*", log)[0]
 
 
+def test_every_test_of_cuda_alone_runs_and_the_large_ones_in_turn(run_script: Run) -> None:
+    _, _, log = run_script(STAGES="cuda")
+    (command,) = re.findall("==== cuda: .*", log)
+    marked = {path.name for path in GPU.parent.glob("test_*.py") if "pytest.mark.cuda\n" in path.read_text()}
+    assert {"test_cuda_large.py", "test_ops.py"} < marked <= set(command.split())
+    assert command.endswith("-n 4 --dist loadfile -m cuda") and "--durations 5" in command
+
+
 def test_only_our_kernels_are_watched(run_script: Run) -> None:
     """However much help the tool writes."""
     _, _, log = run_script(STAGES="memcheck synccheck")

@@ -132,16 +132,19 @@ done
 
 start stress 120 '^stress|^grids' "$python" gpu/stress.py --iterations 2000 --seconds 110
 
-workers=()
-if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 10); fi
+# The tests of CUDA alone: their files are named, because collecting all takes half a minute; and a file has one worker,
+# because each test of test_cuda_large.py needs 60 GB.
+mapfile -t cuda_files < <(cd "$root/tests" && grep -l 'mark\.cuda' test_*.py)
+workers=() file_workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 10) file_workers=(-n 4 --dist loadfile); fi
 # pytest_stage NAME BUDGET ARGUMENTS...
 pytest_stage() {
   local name=$1 budget=$2
   shift 2
   start "$name" "$budget" ' in [0-9.]+s' \
-    "$python" -m pytest -q -p no:cacheprovider --backend cuda --maxfail 200 "--junitxml=$results/gpu-$name.xml" "$@"
+    "$python" -m pytest -q -p no:cacheprovider --backend cuda --maxfail 200 --durations 5 "--junitxml=$results/gpu-$name.xml" "$@"
 }
-pytest_stage cuda 150 . -m cuda
+pytest_stage cuda 150 "${cuda_files[@]}" "${file_workers[@]}" -m cuda
 # One activation stands for the others where gradients are differentiated numerically; the CPU's tests have them all.
 pytest_stage suite 240 . "${workers[@]}" "${suite_args[@]}" -m "not cuda" --ignore test_compile.py -k "not test_gradcheck.py or silu"
 pytest_stage compile 180 test_compile.py -m "not cuda"
