@@ -18,6 +18,17 @@ pytestmark = pytest.mark.emulated
 # In epsilons of the dtype, times the size of the terms of the sum.
 TOLERANCE = 5.0
 TOLERANCE_FLOAT64 = 20.0  # the truth is rounded as well
+# Of a GPU's exp and reciprocal, which smooth activations of half types take: 2^-16, in epsilons of float32, which the
+# gradients of parameters may have.
+TOLERANCE_APPROXIMATE = 128.0
+
+
+def tolerance(case: Case, backend: Backend) -> float:
+    if case.dtype == torch.float64:
+        return TOLERANCE_FLOAT64
+    half, smooth = case.dtype.itemsize == 2, case.activation not in (None, "relu", "leaky_relu")
+    mixed = case.param_dtype == torch.float32
+    return TOLERANCE_APPROXIMATE if backend.name == "cuda" and half and smooth and mixed else TOLERANCE
 
 
 @st.composite
@@ -117,6 +128,6 @@ def test_against_truth(backend: Backend) -> None:
         assert ours.keys() == exact.values.keys()
         for name, value in exact.values.items():
             error = measure(name, ours[name], ours[name], value, scale_of(name, exact, plain=False))
-            assert error.ours <= (TOLERANCE_FLOAT64 if case.dtype == torch.float64 else TOLERANCE), error
+            assert error.ours <= tolerance(case, backend), error
 
     check()

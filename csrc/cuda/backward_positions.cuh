@@ -117,15 +117,6 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
-  const auto prepare = [&](int64_t item) {
-    const bool valid = item < shape.items;
-    SetStats<A> of_sets[W];
-    load_lane_stats(ColumnsPiece<W>(shape, valid ? item : 0, valid), t.stats, t.sets, of_sets);
-    PositionStats<A, W> stats;
-#pragma unroll
-    for (int w = 0; w < W; ++w) stats.set(w, of_sets[w]);
-    return stats;
-  };
   const auto load_piece = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
@@ -136,7 +127,7 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
       if (t.residual != nullptr) fastnorm::cuda::stage<W>(staged.residual + slot, t.residual + place.element);
     });
   };
-  const auto use_wave = [&](int64_t item, const PositionStats<A, W>& stats, int stage, int /*parity*/, auto ready) {
+  const auto use_wave = [&](int64_t item, int stage, int /*parity*/, auto ready) {
     const bool valid = item < shape.items;
     const MaskedPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
@@ -146,6 +137,11 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
       if (place.position < kept.end) return staged_gradient(tensors, piece, staged, place, bits);
       return load_gradient<W>(tensors, [&](const auto* tensor) { return tensor + place.element; }, bits);
     };
+    SetStats<A> of_sets[W];
+    load_lane_stats(piece, t.stats, t.sets, of_sets);
+    PositionStats<A, W> stats;
+#pragma unroll
+    for (int w = 0; w < W; ++w) stats.set(w, of_sets[w]);
     const RowSums<A> rows{f.gathered == nullptr ? nullptr : f.gathered + block_index() * shape.positions,
                           item == block_index()};
     LaneSums<A, W> mine;
@@ -166,7 +162,7 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
     dispatch_backward<kSmooth, W>(
         t, [&](const auto& tensors, auto act) { apply_tile<act.value>(tensors, t, piece, stats, terms, read); });
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), prepare, load_piece, [] {}, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, [] {}, use_wave);
   if (!f.grid_sync) return;
   sync_grid();
   fold_params(f.fold, all_blocks());

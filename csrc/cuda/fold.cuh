@@ -40,13 +40,15 @@ constexpr int kFoldedTogether = 8;
 template <class Partial, class Args, class Use>
 FASTNORM_DEVICE void for_partials(const Partial* partials, const Args& f, int64_t outer, int64_t group, int lane,
                                   Use use) {
-  const int64_t row = f.groups * f.columns, lanes_rows = kWarp / f.columns;
-  const int64_t lanes_columns = kWarp - lanes_rows * f.columns, begin = lane / f.columns;
+  const int64_t row = f.groups * f.columns;
+  const int set_columns = static_cast<int>(f.columns);
+  const int lanes_rows = kWarp / set_columns, lanes_columns = kWarp % set_columns;
   const Partial* const of_set = partials + outer * f.pieces * row + group * f.columns;
-  int64_t piece = begin, column = lane - begin * f.columns;
+  int64_t piece = lane / set_columns;
+  int column = lane % set_columns;
   while (piece < f.pieces) {
     Partial some[kFoldedTogether];
-    int64_t columns[kFoldedTogether];
+    int columns[kFoldedTogether];
     bool in[kFoldedTogether];
 #pragma unroll
     for (int k = 0; k < kFoldedTogether; ++k) {
@@ -55,7 +57,7 @@ FASTNORM_DEVICE void for_partials(const Partial* partials, const Args& f, int64_
       if (in[k]) some[k] = load_one(of_set + piece * row + column);
       piece += lanes_rows;
       column += lanes_columns;
-      if (column >= f.columns) column -= f.columns, ++piece;
+      if (column >= set_columns) column -= set_columns, ++piece;
     }
 #pragma unroll
     for (int k = 0; k < kFoldedTogether; ++k) {
@@ -90,7 +92,7 @@ fold_forward(FoldForwardArgs<A> f) {
   for_each_by_warp(f.sets, [&](int64_t set, int lane) {
     const int64_t outer = set / f.groups, group = set - outer * f.groups;
     PooledMoments mine;
-    for_partials(f.partials, f, outer, group, lane, [&](const Welford<A>& partial, int64_t) { mine.add(partial); });
+    for_partials(f.partials, f, outer, group, lane, [&](const Welford<A>& partial, int) { mine.add(partial); });
     const Welford<double> total = reduce_lanes(mine.total(), kWarp);
     if (lane != 0) return;
     const double first = load_number<double>(f.x, f.dtype, outer * f.outer_stride + group * f.set_stride);
@@ -113,7 +115,7 @@ fold_terms(FoldTermsArgs<A> f) {
   for_each_by_warp(f.sets, [&](int64_t set, int lane) {
     const int64_t outer = set / f.groups, group = set - outer * f.groups;
     GradSums<double> total{};
-    for_partials(f.sums, f, outer, group, lane, [&](const GradSums<A>& p, int64_t column) {
+    for_partials(f.sums, f, outer, group, lane, [&](const GradSums<A>& p, int column) {
       const double weight = f.weighted ? 1.0 : load_param(f.weight, group * f.columns + column, 1.0);
       merge_weighted(total, p.d, p.d_centered, weight);
     });

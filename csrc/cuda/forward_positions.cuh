@@ -63,15 +63,6 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
   const auto memory_of = [&](int stage) {
     return reinterpret_cast<Pack<T, W>*>(shared_memory() + stage * f.stream_bytes);
   };
-  struct Prepared {
-    A origin[W];
-  };
-  const auto prepare = [&](int64_t item) {
-    const bool valid = item < shape.items;
-    Prepared prepared;
-    load_origins(ColumnsPiece<W>(shape, valid ? item : 0, valid), t.x, prepared.origin);
-    return prepared;
-  };
   const auto load_piece = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     Pack<T, W>* const staged = memory_of(stage);
@@ -79,7 +70,7 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
     });
   };
-  const auto use_wave = [&](int64_t item, const Prepared& prepared, int stage, int /*parity*/, auto ready) {
+  const auto use_wave = [&](int64_t item, int stage, int /*parity*/, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = memory_of(stage);
@@ -89,7 +80,8 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     const auto read = [&](const PackPlace& place) {
       return place.position < kept.end ? from_shared(place) : from_memory(place);
     };
-    const auto& origin = prepared.origin;
+    A origin[W];
+    load_origins(piece, t.x, origin);
     LaneMoments<A, W> moments;
     walk_landed<kMomentsRows>(piece, kept, ready,
                               [&](const auto& places) { read_moments<T>(places, origin, from_shared, moments); });
@@ -116,7 +108,7 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       forward_tile<act.value, kTogether, W, Tensors, T>(tensors, t.weight, t.bias, piece, stats, read);
     });
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), prepare, load_piece, [] {}, use_wave);
+  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, [] {}, use_wave);
 }
 
 }  // namespace fastnorm::cuda

@@ -45,10 +45,6 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
   const auto memory_of = [&](int stage) {
     return Staged<T, W>(shared_memory() + stage * stage_bytes, f.shape.stream_bytes);
   };
-  const auto prepare = [&](int64_t item) {
-    const bool valid = item < shape.items;
-    return load_lane_coefs(t, ColumnsPiece<W>(shape, valid ? item : 0, valid));
-  };
   const auto load_piece = [&](int64_t item, int stage) {
     const ColumnsPiece<W> piece(shape, item);
     const Staged<T, W> staged = memory_of(stage);
@@ -62,10 +58,11 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     };
     t.residual != nullptr ? copy(std::true_type{}) : copy(std::false_type{});
   };
-  const auto use_wave = [&](int64_t item, const LaneCoefs<A, W>& coefs, int stage, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
+    const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
     const Range kept = piece.template staged<kRereads>(), beyond{kept.end, piece.positions};
     const auto from_shared = [&](auto& mask) {
       return [&](const auto& tensors, const PackPlace& place) {
@@ -115,7 +112,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     auto mask = mask_reader(rest.mask, piece, kept);
     apply_gradient_columns<kSmooth, 1, false>(rest, piece, kept, coefs, terms, from_shared(mask));
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), prepare, load_piece, [&] { gang.begin(); }, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, [&] { gang.begin(); }, use_wave);
   finish_fused(f, gang);
 }
 

@@ -26,20 +26,23 @@ class StagedRows {
         dy_(piece, W > 1 ? t.x : t.dy),
         residual_(piece, W > 1 ? t.x : t.residual) {}
 
-  // The mask's bits are in global memory, and come from a reader of the range that the step is of.
+  // The mask's bits are in global memory, and come from a reader of the range that the step is of. Narrower packs take
+  // theirs one by one: to find a place twice costs them more than the wait.
   FASTNORM_DEVICE auto mask_reader(const uint8_t* mask, const ThreadSteps& range) const {
-    const auto bits_at = [=, &piece = piece_](int index) {
-      const Step step = piece.step_at(index);
-      return piece.has_pack(step) ? piece.mask_bits(mask, step) : 0u;
-    };
-    const int end = mask != nullptr && range.valid ? range.begin + range.count : 0;
-    return MaskReader(range.begin + range.lane, range.shift, end, bits_at);
+    if constexpr (W == 8) {
+      const auto bits_at = [=, &piece = piece_](int index) { return piece.mask_bits(mask, piece.step_at(index)); };
+      const int end = mask != nullptr && range.valid ? range.begin + range.count : 0;
+      auto reader = MaskReader(range.begin + range.lane, range.shift, end, bits_at);
+      return [=](const Step& step) mutable { return reader(step.index); };
+    } else {
+      return [=, &piece = piece_](const Step& step) { return piece.mask_bits(mask, step); };
+    }
   }
   template <bool kSmooth, class Tensors, class Mask>
   FASTNORM_DEVICE GradientPacks<T, W> read(const Tensors& t, const Step& step, Mask& mask) const {
     GradientPacks<T, W> packs{staged_.x[x_(step)], staged_.dy[dy_(step)], {}, 0};
     if (t.residual != nullptr) packs.residual = staged_.residual[residual_(step)];
-    if (!kSmooth && t.mask != nullptr) packs.bits = mask(step.index);
+    if (!kSmooth && t.mask != nullptr) packs.bits = mask(step);
     return packs;
   }
   template <class A>
@@ -169,26 +172,18 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     team.sync();
   }
   const auto memory_of = [&](int stage) { return Staged<T, W>(mine + stage * stage_bytes, f.shape.stream_bytes); };
-  struct Prepared {
-    SetStats<A> stats;
-    ChannelParams<A> first;
-  };
-  const auto prepare = [&](int64_t item) {
-    const RowsPiece<W> piece(shape, item < shape.items ? item : 0);
-    return Prepared{load_stats(t.stats, t.sets, piece.span.set), channel_params<T>(piece, t.weight, t.bias)};
-  };
   const auto load_piece = [&](int64_t item, int stage) {
     const bool valid = item < shape.items;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     const Staged<T, W> staged = memory_of(stage);
     stage_rows<T, W>(piece, team, valid, {{t.x, staged.x}, {t.dy, staged.dy}, {t.residual, staged.residual}});
   };
-  const auto use_wave = [&](int64_t item, const Prepared& prepared, int stage, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
     const bool valid = item < shape.items, by_units = f.unit_length > 0;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     const StagedRows<T, W> staged(t, piece, memory_of(stage));
-    const SetStats<A>& stats = prepared.stats;
-    const ChannelParams<A>& first = prepared.first;
+    const SetStats<A> stats = load_stats(t.stats, t.sets, piece.span.set);
+    const ChannelParams<A> first = channel_params<T>(piece, t.weight, t.bias);
     GradSums<A> sums = sums_of_piece<kSmooth>(t, f, piece, team, valid, stats, first, staged, extra, ready);
     sums = sum_team(team, sums, scratch);
     if (!by_units && !f.batch && !shape.per_element) {  // a piece of one cell
@@ -212,7 +207,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     release_staged<W>(team);
   };
   for_waves(
-      f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, prepare, load_piece,
+      f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece,
       [&] { gang.begin(); }, use_wave);
   if (f.gathered != nullptr) {
     store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes),
