@@ -141,6 +141,26 @@ def speed() -> str:
     return "\n\n".join(filter(None, parts))
 
 
+TORCH_PARAMETERS = (
+    "torch.nn's group and layer norms of bfloat16 have bfloat16 parameters, because on a GPU they take no others; ours "
+    "have float32 ones."
+)
+
+
+def left_out(shapes: Sequence[Result]) -> str:
+    """The dtypes that were measured with some epilogues alone."""
+    measured: dict[str, set[str]] = {}
+    for r in shapes:
+        measured.setdefault(r.row.dtype, set()).add(r.row.epilogue)
+    every = set().union(*measured.values())
+    phrases = {"plain": "plain", "act": "+activation", "add_act": "+add+ReLU"}
+    return " ".join(
+        f"Of {dtype}: {listed(phrases[e] for e in phrases if e in epilogues)} alone."
+        for dtype, epilogues in measured.items()
+        if epilogues != every
+    )
+
+
 def gpu() -> str:
     """The table of layers on a GPU, what it says over all rows, and where torch.nn is faster."""
     run = load(GPU_RUN)
@@ -153,16 +173,16 @@ def gpu() -> str:
             if r.speedup(mode) < 1:
                 slower.setdefault(r.row.title, []).append(r.speedup(mode))
     figures = sum(map(len, slower.values()))
-    where_slower = listed(f"{title} ({between(v, 2)})" for title, v in sorted(slower.items(), key=lambda t: min(t[1])))
+    layers = [f"{title} ({between(v, 2)})" for title, v in sorted(slower.items(), key=lambda item: min(item[1]))]
     return "\n\n".join(
         (
-            paragraph(conditions(run, GPU_RUN), cells(shapes)),
+            paragraph(conditions(run, GPU_RUN), cells(shapes), left_out(shapes), TORCH_PARAMETERS),
             make_markdown(results, modes).rstrip(),
             paragraph(
                 f"Over all {len(shapes)} rows: "
                 f"{by_mode({m: v['times_torch'] for m, v in mean.items()}, ' times torch.nn')}; "
                 f"{by_mode({m: geometric_mean(r.copies(m) for r in shapes) for m in modes}, ' copies')}.",
-                f"torch.nn is the faster one in {figures} of {len(shapes) * len(modes)} figures: {where_slower}."
+                f"torch.nn is the faster one in {figures} of {len(shapes) * len(modes)} figures: {listed(layers)}."
                 if figures
                 else "",
             ),

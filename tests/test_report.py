@@ -24,7 +24,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """README and the runs in a folder of their own, which the test may change."""
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    for name in (report.RUN, report.SYSTEM_MALLOC_RUN, *report.PICTURES.values()):
+    for name in (report.RUN, report.SYSTEM_MALLOC_RUN, report.GPU_RUN, *report.PICTURES.values()):
         shutil.copy(report.RESULTS / name, results / name)
     shutil.copy(report.README, tmp_path / "README.md")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
@@ -63,10 +63,10 @@ def test_readmes_speed_section_has_no_figure_outside_of_the_marks() -> None:
     assert outside != section[1] and not re.search(r"\d", outside), outside
 
 
-@pytest.mark.parametrize("path", [report.RUN, report.SYSTEM_MALLOC_RUN])
+@pytest.mark.parametrize("path", [report.RUN, report.SYSTEM_MALLOC_RUN, report.GPU_RUN])
 def test_a_row_comes_back_from_json(path: str) -> None:
     for row in report.load(path)["rows"]:
-        result = Result.from_json(row, "cpu")
+        result = Result.from_json(row, "cuda" if path == report.GPU_RUN else "cpu")
         again = result.to_json()
         assert {k: v for k, v in again.items() if k != "modes"} == {k: v for k, v in row.items() if k != "modes"}
         for mode, measured in row["modes"].items():
@@ -107,6 +107,19 @@ def test_goals_that_are_reached_are_said_to_be(copied: Path) -> None:
     assert "it is the faster one" not in text
 
 
+def test_a_gpus_table_says_where_torch_is_faster_and_what_was_left_out(copied: Path) -> None:
+    def no_float32_plain(run: dict[str, Any]) -> None:
+        run["rows"] = [row for row in run["rows"] if row["dtype"] != "float32" or row["epilogue"] != "plain"]
+
+    edit(report.GPU_RUN, no_float32_plain)
+    edit(report.GPU_RUN, slower(0.01))
+    text = " ".join(report.gpu().split())
+    assert "NVIDIA H200" in text and "torch.nn is the faster one" not in text and "Of float32: " in text
+    edit(report.GPU_RUN, slower(1e4))
+    figures = re.search(r"torch\.nn is the faster one in (\d+) of (\d+) figures: ", " ".join(report.gpu().split()))
+    assert figures is not None and figures[1] == figures[2] != "0"
+
+
 def test_a_busy_machine_and_no_onednn_are_said(copied: Path) -> None:
     def change(run: dict[str, Any]) -> None:
         run["machine"]["busy_cores"] = 0.7
@@ -137,7 +150,7 @@ def test_models_have_a_section(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- report: sped -->\n<!-- end -->", "sped -->: expected one of speed, models"),
+        ("<!-- report: sped -->\n<!-- end -->", "sped -->: expected one of speed, gpu, models"),
         ("<!-- report: speed -->\n", "has no `<!-- end -->`"),
     ],
 )
