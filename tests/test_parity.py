@@ -35,8 +35,8 @@ def same_format(ours: torch.Tensor, native: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.id)
 def test_memory_format(layer: Layer, device: torch.device) -> None:
-    """Outputs have torch.nn's memory format, except that InstanceNorm keeps channels_last, and so does the gradient of a
-    frozen BatchNorm on a GPU, where torch.nn returns a planar one."""
+    """Outputs have torch.nn's memory format, except that InstanceNorm keeps channels_last. On a GPU the gradient of a
+    frozen BatchNorm does too, where torch.nn returns a planar one."""
     for layout in layer.layouts:
         for residual in (False, True):
             for mode in modes(layer):
