@@ -49,14 +49,22 @@ UNNOTICED = (
     Excuse("fused_backward_columns", r"barrier\.sync", "finish_fused <", 1, GATHERED),
     Excuse("backward_positions", r"barrier\.sync", "backward_positions$", 1, GATHERED),
     Excuse(
-        "fused_(forward|backward)_rows Li1E",
-        r"barrier\.sync",
+        "fused_(forward|backward)_rows Li.E",
+        r"barrier\.sync|bar\.sync",
         "sync < exchange <",
-        1,
-        "cooperative groups meets before it releases, and the thread that releases is the one that has published",
+        2,
+        "the block meets before it releases, and the thread that releases is the one that has published",
+    ),
+    Excuse(
+        "fused_(forward|backward)_(rows|columns)",
+        r"barrier\.sync",
+        "begin <",
+        2,
+        "the thread that clears a gang's counter is the one that counts its block's arrivals",
     ),
 )
 GRIDS = "the planner scatters and rereads in grids alone"
+GANGS = "no call has several waves of several gangs of columns; rows meet by the same lines, and reach them"
 UNREACHED = (
     Excuse(
         "fused_(forward|backward)_columns Li.ELb.ELb0E", r"barrier\.cluster", "sync < exchange_channels <", 1, GRIDS
@@ -65,6 +73,8 @@ UNREACHED = (
         "fused_(forward|backward)_columns Li4ELb.ELb1E", r"barrier\.cluster", "sync < exchange_channels <", 2, GRIDS
     ),
     Excuse("fused_(forward|backward)_columns Li4ELb.ELb1E", r"barrier\.cluster", "exit <", 1, GRIDS),
+    Excuse("fused_(forward|backward)_columns", r"(atom|ld)\..*\.gpu|bar\.sync", "sync < exchange_channels <", 8, GANGS),
+    Excuse("fused_(forward|backward)_columns", r"(atom|ld)\..*\.gpu|barrier\.sync", "begin <", 4, GANGS),
     Excuse(
         "fused_(forward|backward)_columns Li4ELb.ELb1E",
         r"cp\.async\.wait_group [4-7]",
