@@ -130,11 +130,10 @@ class Parts:
     def counted(self) -> dict[str, float]:
         """What the parts add to the total. Memory and the issue of instructions go on side by side, and together take
         the square root of the sum of their squares: each is counted in proportion to its square."""
-        both = math.hypot(self.memory, self.issue)
-        share = self.memory**2 / both**2 if both > 0 else 0.0
+        both = math.hypot(self.memory, self.issue) or 1.0
         return {
-            "memory": both * share,
-            "issue": both * (1 - share),
+            "memory": self.memory**2 / both,
+            "issue": self.issue**2 / both,
             "waits": self.waits,
             "launches": self.launches,
         }
@@ -174,6 +173,11 @@ def grid_of(plan: Plan) -> _C.Grid:
 def kind_of(plan: Plan) -> Kind:
     grid = grid_of(plan)
     return plan.strategy, "registers" if grid.thread_packs > 0 else grid.gang, grid.stages
+
+
+def kind_text(plan: Plan) -> str:
+    strategy, gang, stages = kind_of(plan)
+    return f"{gang}{', 2 stages' if stages == 2 else ''}" if strategy == "fused" else strategy
 
 
 def parts_of(estimate: _C.Estimate) -> Parts:

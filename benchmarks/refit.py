@@ -25,10 +25,9 @@ from typing import Any
 # Run as a file, only its own folder is on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.candidates import Candidate, Job, Plan, grid_of, jobs, kind_of, parts_of
-from benchmarks.results import geometric_mean
-from benchmarks.timing import Timing
-from benchmarks.tune_report import LOSS_LINE, PARTS, Outcome, Table, as_text, fit_parts, losses
+from benchmarks.candidates import Candidate, Job, Plan, grid_of, jobs, kind_text, parts_of
+from benchmarks.results import geometric_mean, timing_from_json
+from benchmarks.tune_report import LOSS_LINE, Outcome, Table, as_text, fit_parts, losses
 from fastnorm import _C
 from tests.common.plan_model import words
 
@@ -49,10 +48,6 @@ def planned(job: Job, facts: _C.DeviceInfo, text: str, forced: dict[str, Any]) -
     return next((plan for plan in job.compare(facts) if words(plan) == text), None)
 
 
-def timing_of(us: dict[str, Any]) -> Timing:
-    return Timing(us["median"] * 1e-6, us["low"] * 1e-6, us["high"] * 1e-6, us["rounds"])
-
-
 def outcome_of(saved: dict[str, Any], facts: _C.DeviceInfo) -> Outcome | None:
     """The measured candidates in the order in which the planner prefers them today. None where none is left."""
     (job,) = jobs(f"^{re.escape(saved['row'])} {saved['direction']}$")
@@ -62,12 +57,12 @@ def outcome_of(saved: dict[str, Any], facts: _C.DeviceInfo) -> Outcome | None:
             continue
         if plan := planned(job, facts, each["plan"].split("; estimate ")[0], each["forced"]):
             candidate = Candidate(plan, each["forced"], parts_of(plan.estimate))
-            found.append((candidate, timing_of(each["us"])))
+            found.append((candidate, timing_from_json(each["us"])))
     if not found:
         return None
     found.sort(key=lambda pair: (pair[0].predicted.total, pair[0].predicted.memory + pair[0].predicted.issue))
     candidates, times = zip(*found, strict=True)
-    return Outcome(job, facts, candidates, times, timing_of(saved["copy_us"]))
+    return Outcome(job, facts, candidates, times, timing_from_json(saved["copy_us"]))
 
 
 def read(path: Path, pattern: str = "") -> tuple[list[Outcome], int]:
@@ -85,11 +80,6 @@ def read(path: Path, pattern: str = "") -> tuple[list[Outcome], int]:
 def size_class(job: Job) -> str:
     megabytes = job.row.nbytes / 2**20
     return next((f"under {limit} MB" for limit in (1, 4, 16, 64) if megabytes < limit), "64 MB and more")
-
-
-def kind_text(plan: Plan) -> str:
-    strategy, gang, stages = kind_of(plan)
-    return f"{gang}{', 2 stages' if stages == 2 else ''}" if strategy == "fused" else strategy
 
 
 def tile_bytes(job: Job, plan: Plan) -> str:
@@ -177,8 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for line in losses(outcomes)[:SHOWN]:
         print(line)
     if fitted := fit_parts(outcomes):
-        factors = ", ".join(f"{part} {getattr(fitted, part):.2f}" for part in PARTS)
-        print(f"measured over estimated: {factors}; that leaves {fitted.misfit:.1%} of {fitted.plans} plans")
+        print(f"measured over estimated: {fitted.factors}; that leaves {fitted.misfit:.1%} of {fitted.plans} plans")
     for name, kept in (("fitted", False), ("held out", True)):
         if of_them := [o for o in outcomes if is_held_out(o.job) == kept]:
             print(f"{name}: {regret(of_them)}")

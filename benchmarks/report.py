@@ -220,8 +220,7 @@ def host_time(tiny: Sequence[Result], modes: Sequence[str]) -> str:
 def kept_memory() -> str:
     """What malloc has to do with it."""
     run = load(SYSTEM_MALLOC_RUN)
-    rows = [Result.from_json(row, "cpu") for row in run["rows"]]
-    large = [r for r in rows if r.row.layer.shape == LARGE and r.row.dtype == "float32"]
+    large = [r for r in results_of(run)[0] if r.row.layer.shape == LARGE and r.row.dtype == "float32"]
     earlier = f", of earlier kernels, {run['date'][:10]}" if run["commit"] != load(RUN)["commit"] else ""
     return paragraph(
         "The table keeps freed memory in the process (`--malloc keep`), which shows the kernels. With malloc as it "

@@ -14,8 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks.candidates import Candidate, Job, kind_of, predict_copy
-from benchmarks.results import CLONE_PASSES, geometric_mean
+from benchmarks.candidates import Candidate, Job, kind_text, predict_copy
+from benchmarks.results import CLONE_PASSES, geometric_mean, timing_json
 from benchmarks.tables import SHOWN_MISSES
 from benchmarks.timing import Timing
 from benchmarks.validation import WRONG_EPSILONS
@@ -106,7 +106,7 @@ class Outcome:
                 "predicted_us": {name: round(value, 3) for name, value in predicted.items()},
             }
             if self.times:
-                entry |= {"us": in_us(self.times[i]), "disagreement_eps": round(self.disagreements[i], 2)}
+                entry |= {"us": timing_json(self.times[i]), "disagreement_eps": round(self.disagreements[i], 2)}
                 entry |= {"refused_launches": self.refusals[i]}
             found.append(entry)
         return {
@@ -114,14 +114,10 @@ class Outcome:
             "direction": self.job.direction,
             "bytes": self.job.row.nbytes,
             "passes": self.job.passes,
-            "copy_us": in_us(self.copy) if self.copy else {"predicted": round(self.copy_us, 3)},
+            "copy_us": timing_json(self.copy) if self.copy else {"predicted": round(self.copy_us, 3)},
             "share": round(self.share, 4),
             "candidates": found,
         }
-
-
-def in_us(timing: Timing) -> dict[str, float]:
-    return {k: v if isinstance(v, int) else round(v * 1e6, 3) for k, v in asdict(timing).items()}
 
 
 # ---- tables ----
@@ -238,6 +234,10 @@ class Fit:
     misfit: float
     by_kind: dict[str, float]  # the median of measured over predicted, of each kind of plan
 
+    @property
+    def factors(self) -> str:
+        return ", ".join(f"{part} {getattr(self, part):.2f}" for part in PARTS)
+
 
 def fit_parts(outcomes: Iterable[Outcome]) -> Fit | None:
     """None where there are too few plans to mean anything."""
@@ -248,8 +248,7 @@ def fit_parts(outcomes: Iterable[Outcome]) -> Fit | None:
                 continue
             parts.append([candidate.predicted.counted[part] for part in PARTS])
             us.append(o.us(i))
-            strategy, gang, stages = kind_of(candidate.plan)
-            kinds.append(f"{gang}{', 2 stages' if stages == 2 else ''}" if strategy == "fused" else strategy)
+            kinds.append(kind_text(candidate.plan))
     if len(us) < 2 * len(PARTS):
         return None
     known, taken = np.array(parts), np.array(us)
@@ -331,6 +330,7 @@ def print_report(
         )
     found = fit_parts(outcomes)
     if found:
-        factors = ", ".join(f"{part} {getattr(found, part):.2f}" for part in PARTS)
-        console.print(f"[bold]Measured over estimated:[/] {factors}; fits {found.plans} plans to {found.misfit:.1%}")
+        console.print(
+            f"[bold]Measured over estimated:[/] {found.factors}; fits {found.plans} plans to {found.misfit:.1%}"
+        )
         console.print("  unfitted: " + ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in found.by_kind.items()))

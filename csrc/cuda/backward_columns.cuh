@@ -12,7 +12,7 @@ FASTNORM_DEVICE auto load_gradient(const Tensors& t, const ColumnsPiece<W>& piec
       t, [&](const auto* tensor) { return tensor + place.element; }, [&] { return piece.mask_bits(t.mask, place); });
 }
 
-// Of the first positions of this thread's column, in order.
+// The mask's bits down this thread's column, from the first position of a range to its last.
 template <int W>
 FASTNORM_DEVICE auto mask_reader(const uint8_t* mask, const ColumnsPiece<W>& piece, const Range& range) {
   const auto bits_at = [=, &piece](int position) { return piece.mask_bits(mask, {position, 0}); };

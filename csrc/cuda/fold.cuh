@@ -33,9 +33,6 @@ FASTNORM_DEVICE void for_each_channel(int64_t channels, Body body) {
   }
 }
 
-// Partials that a lane has under way.
-constexpr int kFoldedTogether = 8;
-
 // Calls use(partial, column) for this lane's part of the partials of set `group` of `outer`.
 template <class Partial, class Args, class Use>
 FASTNORM_DEVICE void for_partials(const Partial* partials, const Args& f, int64_t outer, int64_t group, int lane,

@@ -104,7 +104,8 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
     }
     dispatch_forward<kSmooth, W>(t, [&](const auto& tensors, auto act) {
       using Tensors = std::remove_cvref_t<decltype(tensors)>;
-      constexpr int kTogether = kForwardPacks < kSmooth, kSmooth || W == 4 ? 1 : 2, Tensors > ;
+      constexpr int kPlain = kSmooth || W == 4 ? 1 : 2;
+      constexpr int kTogether = kForwardPacks<kSmooth, kPlain, Tensors>;
       forward_tile<act.value, kTogether, W, Tensors, T>(tensors, t.weight, t.bias, piece, stats, read);
     });
   };

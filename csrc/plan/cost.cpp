@@ -37,7 +37,6 @@ constexpr double kExposedInStep = 0.45;
 // csrc/cuda/fold.cuh), and merge them in double. And one in which a lane fetches and adds a partial of a channel
 // (fold_params): there loads do not wait for each other.
 constexpr double kFoldTripUs = 1.3;
-constexpr int64_t kFoldedTogether = 8;
 constexpr double kFoldParamsTripUs = 0.5;
 
 // Kernels reach 4.1 TB/s of an H200's 4.8; a copy reaches 4.2.

@@ -48,6 +48,9 @@ constexpr int kRegisterLadderBytes = 2 * (kResidentThreads / kWarp) * 2 * 4;
 // A staged piece lands in so many cp.async groups: a block reduces the first while the last are under way.
 constexpr int kCopyGroups = 4;
 
+// A lane of a fold has so many partials under way.
+constexpr int kFoldedTogether = 8;
+
 // The shared memory of a reduction over a block: an accumulator of three numbers for every warp, and the result.
 FASTNORM_HOST_DEVICE constexpr int ladder_bytes(int threads, int number_bytes) {
   return ((threads / kWarp + 1) * 3 * number_bytes + 15) / 16 * 16;
