@@ -41,6 +41,7 @@ template <class T>
 using Accum = typename AccumOf<T>::type;
 
 constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 constexpr const char* name_of(DType dtype) {
   switch (dtype) {

@@ -3,7 +3,7 @@
 
 #include "gang.cuh"
 #include "launches.h"
-#include "plan/grid.h"
+#include "plan/types.h"
 
 namespace fastnorm::cuda {
 
@@ -24,7 +24,7 @@ inline LaunchConfig fused_config(const Grid& grid, bool grid_sync, void* stream)
 inline FusedShape fused_shape(const Grid& grid, DType dtype, void* workspace) {
   unsigned* arrivals = nullptr;
   if (grid.syncs_by_gang()) {
-    arrivals = reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) + gang_partials_bytes(grid, dtype));
+    arrivals = reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) + grid.partials_bytes(dtype));
   }
   return {grid.gang,
           static_cast<int>(grid.pieces),

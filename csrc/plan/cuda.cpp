@@ -53,7 +53,7 @@ int64_t partials(const Geometry& g, const Grid& grid) {
 // The workspace of a grid's gangs: their partials, and a counter each where they sync alone.
 int64_t gang_bytes(const Grid& grid, DType dtype) {
   const int64_t counters = grid.syncs_by_gang() ? grid.blocks / grid.pieces : 0;
-  return gang_partials_bytes(grid, dtype) + counters * int64_t(sizeof(unsigned));
+  return grid.partials_bytes(dtype) + counters * int64_t(sizeof(unsigned));
 }
 
 // A call's tensors as a fused launch walks them.

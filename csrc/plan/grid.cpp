@@ -248,17 +248,6 @@ bool fused_positions(const Geometry& g, DType dtype, const Staging& staging, con
 
 int64_t moments_size(DType dtype) { return 4 * accum_size(dtype); }
 
-int64_t partial_size(DType dtype) { return 2 * accum_size(dtype); }
-
-int64_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
-int64_t gang_partials_bytes(const Grid& grid, DType dtype) {
-  if (grid.gang != Gang::kGrid) return 0;
-  const int64_t channels = grid.traversal == Traversal::kColumns ? grid.tile : 1;
-  const int64_t sums = grid.exchange == Exchange::kScatter ? grid.blocks / grid.pieces : 0;
-  return 2 * (grid.blocks + sums) * channels * partial_size(dtype);
-}
-
 int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device) {
   return std::min(device.shared_per_block, device.shared_per_sm / blocks_per_sm - kReservedShared);
 }

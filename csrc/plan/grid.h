@@ -60,16 +60,10 @@ StagedSets staged_sets(const Geometry& g, DType dtype, int64_t tile_bytes);
 // fill them.
 int64_t co_resident_blocks(const Grid& grid, const DeviceInfo& device);
 
-int64_t accum_size(DType dtype);
 // What reduce leaves of a piece in forward: a count, and mean and m2 side by side.
 int64_t moments_size(DType dtype);
-// What the blocks of a gang exchange for a channel, or a set of rows: two numbers.
-int64_t partial_size(DType dtype);
 
 // The shared memory of each block where an SM has so many blocks.
-// Bytes of the partials of a grid's gangs, for two waves, and of the sums that scattered gangs exchange.
-int64_t gang_partials_bytes(const Grid& grid, DType dtype);
-
 int64_t shared_limit(int blocks_per_sm, const DeviceInfo& device);
 
 }  // namespace fastnorm

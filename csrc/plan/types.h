@@ -67,6 +67,9 @@ enum class Place : int { kShared = 0, kRegisters = 1 };
 
 enum class Strategy : int { kFused = 0, kSplit = 1, kApply = 2 };
 
+// What the blocks of a gang exchange for a channel, or a set of rows: two numbers.
+constexpr int64_t partial_size(DType dtype) { return 2 * accum_size(dtype); }
+
 // The blocks that share a set or a tile in a fused launch; each has a piece.
 enum class Gang : int {
   kBlock = 0,    // one block: nothing to share
@@ -116,6 +119,14 @@ struct Grid {
   int64_t stream_bytes(DType dtype) const {
     const int64_t packs = traversal == Traversal::kRows ? piece_runs * run_slots(dtype) : tile * staged_length / pack;
     return (packs * pack * size_of(dtype) + 15) / 16 * 16;
+  }
+  // Bytes of the partials of gangs that are grids, for two waves, and of the sums that they exchange where they
+  // scatter.
+  int64_t partials_bytes(DType dtype) const {
+    if (gang != Gang::kGrid) return 0;
+    const int64_t channels = traversal == Traversal::kColumns ? tile : 1;
+    const int64_t sums = exchange == Exchange::kScatter ? blocks / pieces : 0;
+    return 2 * (blocks + sums) * channels * partial_size(dtype);
   }
   // Items that a block takes at a time.
   int teams() const { return traversal == Traversal::kRows ? threads_y : 1; }
