@@ -26,18 +26,20 @@ def gradients(y: Tensor, *leaves: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 37], ids=["aligned", "odd"])
 @pytest.mark.parametrize("layout", ["planar", "channels_last"])
-def test_instance_norm(layout: str, width: int, dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize("activation", ["relu", "silu", None])
+def test_instance_norm(activation: str | None, layout: str, width: int, dtype: torch.dtype, threads: int) -> None:
+    """With relu the bits of a mask go with whole packs, where runs begin in the middle of a line."""
     channels = width // 2
     samples = BYTES // (channels * width * width * dtype.itemsize) // 4 * 4
     x, residual = (
         to_layout(torch.randn(samples, channels, width, width, dtype=dtype), layout).requires_grad_() for _ in range(2)
     )
     torch.set_num_threads(threads)
-    whole = gradients(functional.instance_norm(x, residual=residual, activation="relu"), x, residual)
+    whole = gradients(functional.instance_norm(x, residual=residual, activation=activation), x, residual)
     for i in range(0, samples, samples // 4):
         part = slice(i, i + samples // 4)
         a, b = (t.detach()[part].requires_grad_() for t in (x, residual))
-        parts = gradients(functional.instance_norm(a, residual=b, activation="relu"), a, b)
+        parts = gradients(functional.instance_norm(a, residual=b, activation=activation), a, b)
         assert all(torch.equal(t[part], p) for t, p in zip(whole, parts, strict=True))
 
 

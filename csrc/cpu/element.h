@@ -110,6 +110,11 @@ struct ForwardSpan {
   uint8_t* mask;
   bool stream;  // y is too large to stay in the cache
 
+  // Of n elements. The bytes of a mask belong to whole packs from the first element on.
+  FASTNORM_INLINE Stores stores(int64_t n) const {
+    if (!stream || (mask && !can_stream(y))) return {};
+    return {true, elements_to_line(y, n)};
+  }
   // The span `at` elements further on; mask_at bytes of the mask.
   ForwardSpan moved(int64_t at, int64_t mask_at) const {
     return {x + at, residual ? residual + at : nullptr, y + at, mask ? mask + mask_at : nullptr, stream};
@@ -148,7 +153,7 @@ template <class T, class Coefs>
 FASTNORM_INLINE void forward_span(const ForwardSpan<T>& s, int64_t n, const Coefs& coefs,
                                   const Epilogue<Accum<T>>& epilogue) {
   with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
-    for_packs<Accum<T>>(n, ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s, coefs, e}, s.stream && can_stream(s.y));
+    store_packs<Accum<T>>(n, ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s, coefs, e}, s.stores(n));
   });
 }
 
@@ -177,6 +182,15 @@ struct BackwardSpan {
   T* dresidual;
   bool stream;  // dx and dresidual are too large to stay in the cache
 
+  // Of n elements. The bytes of a mask, and d that was cached, belong to whole packs from the first element on.
+  FASTNORM_INLINE Stores stores(int64_t n) const {
+    if (!stream) return {};
+    if (can_stream(dx) && can_stream(dresidual)) return {true, 0};
+    const int64_t head = elements_to_line(dx ? dx : dresidual, n);
+    const bool whole_packs = mask || !std::is_same_v<D, T>;
+    if (whole_packs || (dresidual && elements_to_line(dresidual, n) != head)) return {};
+    return {true, head};
+  }
   // The same span for a second pass that finds d in `cached`.
   BackwardSpan<T, Accum<T>> with_d(const Accum<T>* cached) const {
     return {cached, x, nullptr, nullptr, dx, dresidual, stream};
@@ -305,9 +319,9 @@ struct BackwardPacks {
 template <class T, class D, class Coefs, class Terms>
 FASTNORM_INLINE void backward_span(const BackwardSpan<T, D>& s, int64_t n, const Coefs& coefs, const Terms& terms,
                                    const Epilogue<Accum<T>>& epilogue) {
-  const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
   with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
-    for_packs<Accum<T>>(n, BackwardPacks<T, D, Coefs, Terms, std::decay_t<decltype(e)>>{s, coefs, terms, e}, stream);
+    using Packs = BackwardPacks<T, D, Coefs, Terms, std::decay_t<decltype(e)>>;
+    store_packs<Accum<T>>(n, Packs{s, coefs, terms, e}, s.stores(n));
   });
 }
 

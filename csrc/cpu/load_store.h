@@ -6,6 +6,9 @@
 // lanes, too; lane_of says which lane has which element.
 #pragma once
 
+#include <algorithm>
+#include <array>
+
 #include "pack.h"
 
 namespace fastnorm::FASTNORM_CPU_CAPABILITY {
@@ -193,6 +196,13 @@ FASTNORM_INLINE bool can_stream(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
+// The elements at p, of n, that lie before the first line.
+template <class T>
+FASTNORM_INLINE int64_t elements_to_line(const T* p, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return std::min(n, -static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof(T)) & (kLine - 1));
+}
+
 // Makes this thread's streamed stores visible before its next ordinary store.
 FASTNORM_INLINE void finish_streaming() {
 #if defined(__AVX2__)
@@ -206,6 +216,49 @@ FASTNORM_INLINE Pack<Accum<T>> round_to(Pack<Accum<T>> v) {
   if constexpr (sizeof(T) == 2) return Lines<T>(v).unpack();
   return v;
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// AVX2 has no masked accesses of 16 bits, and processors of AMD take 12 cycles and more for its masked stores. Calls of
+// memcpy took longer than the rest of a short run.
+
+constexpr int kPackWords = kPackBytes / 4;
+// Of the words of 32 bits of a pack's line k: ones in those that are among the first `words` of the pack.
+template <class Line>
+FASTNORM_INLINE Vector<int32_t, sizeof(Line)> first_words(int64_t words, int k) {
+  static constexpr auto kOnesAndZeros = [] {
+    std::array<int32_t, 2 * kPackWords> r{};
+    for (int i = 0; i < kPackWords; ++i) r[i] = -1;
+    return r;
+  }();
+  Vector<int32_t, sizeof(Line)> r;
+  std::memcpy(&r, kOnesAndZeros.data() + kPackWords - words + k * sizeof r / 4, sizeof r);
+  return r;
+}
+
+// Stores the first `bytes` of a line, fewer than all. Out of line: inlined, it took registers from the loops before it.
+__attribute__((noinline)) inline void store_bytes(char* to, __m128i v, int64_t bytes) {
+  if (bytes & 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), v);
+    v = _mm_srli_si128(v, 8);
+    to += 8;
+  }
+  if (bytes & 4) {
+    _mm_storeu_si32(to, v);
+    v = _mm_srli_si128(v, 4);
+    to += 4;
+  }
+  if (bytes & 2) _mm_storeu_si16(to, v);
+}
+__attribute__((noinline)) inline void store_bytes(char* to, __m256i v, int64_t bytes) {
+  __m128i rest = _mm256_castsi256_si128(v);
+  if (bytes & 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), rest);
+    rest = _mm256_extracti128_si256(v, 1);
+    to += 16;
+  }
+  store_bytes(to, rest, bytes);
+}
+#endif
 
 // The first n elements, 0 < n <= kLanes. Lanes of others are zero, and their memory is not touched.
 template <class T>
@@ -225,6 +278,26 @@ FASTNORM_INLINE Pack<Accum<T>> load_first(const T* p, int64_t n) {
       lines.line[k] = (HalfPart)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(m), at);
     }
   });
+#elif defined(__AVX2__)
+  const int64_t words = n * static_cast<int64_t>(sizeof(T)) / 4;
+  for_each_index<Lines<T>::kCount>([&](auto k) FASTNORM_LAMBDA {
+    using Line = typename Lines<T>::Line;
+    const int* at = reinterpret_cast<const int*>(p + k * Lines<T>::kElements);
+    if constexpr (sizeof(Line) == 32) {
+      lines.line[k] = (Line)_mm256_maskload_epi32(at, (__m256i)first_words<Line>(words, k));
+    } else {
+      lines.line[k] = (Line)_mm_maskload_epi32(at, (__m128i)first_words<Line>(words, k));
+    }
+  });
+  if constexpr (sizeof(T) == 2) {
+    if (n % 2 == 0) return lines.unpack();
+    const int last = p[n - 1].bits;  // half a word
+    for_each_index<Lines<T>::kCount>([&](auto k) FASTNORM_LAMBDA {
+      using Line = typename Lines<T>::Line;
+      const auto place = first_words<Line>(words + 1, k) ^ first_words<Line>(words, k);
+      lines.line[k] |= (Line)(place & last);
+    });
+  }
 #else
   std::memset(lines.line, 0, sizeof lines.line);
   std::memcpy(lines.line, p, n * sizeof(T));
@@ -247,6 +320,18 @@ FASTNORM_INLINE void store_first(T* p, Pack<Accum<T>> v, int64_t n) {
     }
     if constexpr (std::is_same_v<T, Float16>)
       _mm256_mask_storeu_epi16(at, static_cast<__mmask16>(m), (__m256i)lines.line[k]);
+  });
+#elif defined(__AVX2__)
+  for_each_index<Lines<T>::kCount>([&](auto k) FASTNORM_LAMBDA {
+    constexpr int64_t kBytes = sizeof lines.line[k];
+    char* const to = reinterpret_cast<char*>(p) + k * kBytes;
+    const int64_t left = n * static_cast<int64_t>(sizeof(T)) - k * kBytes;
+    if (left >= kBytes) {
+      std::memcpy(to, &lines.line[k], kBytes);
+    } else if (left > 0) {
+      if constexpr (kBytes == 32) store_bytes(to, (__m256i)lines.line[k], left);
+      if constexpr (kBytes == 16) store_bytes(to, (__m128i)lines.line[k], left);
+    }
   });
 #else
   std::memcpy(p, lines.line, n * sizeof(T));

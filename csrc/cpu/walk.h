@@ -100,18 +100,39 @@ struct Single {
 // ones: more would only double the compile time.
 constexpr int kGroup = kParts > 4 ? 1 : 2;
 
-// Calls f.template packs<P>(i, access, layout) over n adjacent elements: kGroup packs at a time, then single ones, then
-// what is left.
+// Calls f.template packs<P>(i, access, layout) over n adjacent elements from i on: kGroup packs at a time, then single
+// ones. Returns where it stopped: less than a pack is left.
 template <class A, class F>
-FASTNORM_INLINE void for_packs(int64_t n, const F& f, bool stream = false) {
+FASTNORM_INLINE int64_t for_whole_packs(int64_t i, int64_t n, const F& f, bool stream) {
   constexpr int64_t L = kLanes<A>;
   constexpr Adjacent<A> layout{};
-  int64_t i = 0;
   for (; i + kGroup * L <= n; i += kGroup * L) f.template packs<kGroup>(i, Whole{stream}, layout);
   if constexpr (kGroup > 1) {
     for (; i + L <= n; i += L) f.template packs<1>(i, Whole{stream}, layout);
   }
-  if (i < n) f.template packs<1>(i, Tail{n - i}, layout);
+  return i;
+}
+// The same, and then over what is left.
+template <class A, class F>
+FASTNORM_INLINE void for_packs(int64_t n, const F& f, bool stream = false) {
+  const int64_t i = for_whole_packs<A>(0, n, f, stream);
+  if (i < n) f.template packs<1>(i, Tail{n - i}, Adjacent<A>{});
+}
+
+// How the elements of a span are stored. Past the cache packs begin at lines, behind the first `head` elements.
+struct Stores {
+  bool stream = false;
+  int64_t head = 0;
+};
+// The same as for_packs, the head first.
+template <class A, class F>
+FASTNORM_INLINE void store_packs(int64_t n, const F& f, Stores stores) {
+  int64_t i = 0, part = stores.head;
+  do {  // once for the head, if any, and once for what is left
+    if (part > 0) f.template packs<1>(i, Tail{part}, Adjacent<A>{});
+    i = for_whole_packs<A>(i + part, n, f, stores.stream);
+    part = n - i;
+  } while (part > 0);
 }
 
 // So many rows are worked on at a time, as far as registers go: they share coefficients and sums.
