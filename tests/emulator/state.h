@@ -13,6 +13,7 @@
 #include "scheduler.h"
 
 namespace fastnorm::emulator {
+namespace {
 
 struct Machine {
   Settings settings;
@@ -55,4 +56,5 @@ struct Machine {
   void run(const cuda::LaunchConfig& config);
 };
 
+}  // namespace
 }  // namespace fastnorm::emulator
