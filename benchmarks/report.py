@@ -34,6 +34,7 @@ from benchmarks.tables import make_markdown
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 RUN = "cpu-epyc-2core.json"  # of bench.py, with memory kept
 SYSTEM_MALLOC_RUN = "cpu-epyc-2core-system-malloc.json"  # the same with --malloc system
+AVX2_RUN = "cpu-epyc-avx2-2core.json"  # the same on a processor without AVX-512
 GPU_RUN = "h200.json"  # of bench.py --device cuda
 MODELS_RUN = "models-cpu-epyc-2core.json"  # of end_to_end.py
 PICTURES = {RUN: "cpu-epyc-2core.png", GPU_RUN: "h200.png"}
@@ -161,12 +162,8 @@ def left_out(shapes: Sequence[Result]) -> str:
     )
 
 
-def gpu() -> str:
-    """The table of layers on a GPU, what it says over all rows, and where torch.nn is faster."""
-    run = load(GPU_RUN)
-    results, modes = results_of(run)
-    shapes = [r for r in results if not r.is_tiny]
-    mean = {mode: means(results, mode) for mode in modes}
+def torch_is_faster(shapes: Sequence[Result], modes: Sequence[str]) -> str:
+    """The layers in which it is, the worst first."""
     slower: dict[str, list[float]] = {}
     for r in shapes:
         for mode in modes:
@@ -174,6 +171,31 @@ def gpu() -> str:
                 slower.setdefault(r.row.title, []).append(r.speedup(mode))
     figures = sum(map(len, slower.values()))
     layers = [f"{title} ({between(v, 2)})" for title, v in sorted(slower.items(), key=lambda item: min(item[1]))]
+    if not figures:
+        return ""
+    return f"torch.nn is the faster one in {figures} of {len(shapes) * len(modes)} figures: {listed(layers)}."
+
+
+def avx2() -> str:
+    """What a run without AVX-512 says over all rows."""
+    run = load(AVX2_RUN)
+    results, modes = results_of(run)
+    shapes = [r for r in results if not r.is_tiny]
+    mean = {mode: means(results, mode)["times_torch"] for mode in modes}
+    return paragraph(
+        f"The same rows on {conditions(run, AVX2_RUN)}",
+        f"{by_mode(mean, ' times torch.nn').capitalize()}.",
+        against_onednn(shapes, modes),
+        torch_is_faster(shapes, modes),
+    )
+
+
+def gpu() -> str:
+    """The table of layers on a GPU, what it says over all rows, and where torch.nn is faster."""
+    run = load(GPU_RUN)
+    results, modes = results_of(run)
+    shapes = [r for r in results if not r.is_tiny]
+    mean = {mode: means(results, mode) for mode in modes}
     return "\n\n".join(
         (
             paragraph(conditions(run, GPU_RUN), cells(shapes), left_out(shapes), TORCH_PARAMETERS),
@@ -182,9 +204,7 @@ def gpu() -> str:
                 f"Over all {len(shapes)} rows: "
                 f"{by_mode({m: v['times_torch'] for m, v in mean.items()}, ' times torch.nn')}; "
                 f"{by_mode({m: geometric_mean(r.copies(m) for r in shapes) for m in modes}, ' copies')}.",
-                f"torch.nn is the faster one in {figures} of {len(shapes) * len(modes)} figures: {listed(layers)}."
-                if figures
-                else "",
+                torch_is_faster(shapes, modes),
             ),
         )
     )
@@ -268,7 +288,7 @@ def models() -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"speed": speed, "gpu": gpu, "models": models}
+SECTIONS: dict[str, Callable[[], str]] = {"speed": speed, "avx2": avx2, "gpu": gpu, "models": models}
 
 
 def rewritten(text: str) -> str:

@@ -17,6 +17,7 @@ from benchmarks.results import Result, json_text
 from benchmarks.timing import Timing
 
 Edit = Callable[[dict[str, Any]], None]
+RUNS = (report.RUN, report.SYSTEM_MALLOC_RUN, report.AVX2_RUN, report.GPU_RUN)  # of bench.py
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """README and the runs in a folder of their own, which the test may change."""
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    for name in (report.RUN, report.SYSTEM_MALLOC_RUN, report.GPU_RUN, *report.PICTURES.values()):
+    for name in (*RUNS, *report.PICTURES.values()):
         shutil.copy(report.RESULTS / name, results / name)
     shutil.copy(report.README, tmp_path / "README.md")
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
@@ -63,7 +64,7 @@ def test_readmes_speed_section_has_no_figure_outside_of_the_marks() -> None:
     assert outside != section[1] and not re.search(r"\d", outside), outside
 
 
-@pytest.mark.parametrize("path", [report.RUN, report.SYSTEM_MALLOC_RUN, report.GPU_RUN])
+@pytest.mark.parametrize("path", RUNS)
 def test_a_row_comes_back_from_json(path: str) -> None:
     for row in report.load(path)["rows"]:
         result = Result.from_json(row, "cuda" if path == report.GPU_RUN else "cpu")
@@ -105,6 +106,14 @@ def test_goals_that_are_reached_are_said_to_be(copied: Path) -> None:
     text = report.speed()
     assert "What we aimed for is reached: 2.6 times torch.nn forward" in text and "do not reach" not in text
     assert "it is the faster one" not in text
+
+
+def test_a_run_without_avx512_says_where_torch_is_faster(copied: Path) -> None:
+    figures = 3 * sum(row["model"] != "tiny" for row in report.load(report.AVX2_RUN)["rows"])
+    edit(report.AVX2_RUN, slower(100))
+    assert f"torch.nn is the faster one in {figures} of {figures} figures" in " ".join(report.avx2().split())
+    edit(report.AVX2_RUN, slower(1e-4))
+    assert "torch.nn is the faster one" not in report.avx2()
 
 
 def test_a_gpus_table_says_where_torch_is_faster_and_what_was_left_out(copied: Path) -> None:
@@ -150,7 +159,7 @@ def test_models_have_a_section(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- report: sped -->\n<!-- end -->", "sped -->: expected one of speed, gpu, models"),
+        ("<!-- report: sped -->\n<!-- end -->", "sped -->: expected one of speed, avx2, gpu, models"),
         ("<!-- report: speed -->\n", "has no `<!-- end -->`"),
     ],
 )
