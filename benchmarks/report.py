@@ -184,7 +184,7 @@ def avx2() -> str:
     mean = {mode: means(results, mode)["times_torch"] for mode in modes}
     return paragraph(
         f"The same rows on {conditions(run, AVX2_RUN)}",
-        f"{by_mode(mean, ' times torch.nn').capitalize()}.",
+        f"{by_mode(mean, ' times torch.nn')}.",
         against_onednn(shapes, modes),
         torch_is_faster(shapes, modes),
     )

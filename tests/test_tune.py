@@ -1,5 +1,4 @@
-"""benchmarks/tune.py without a GPU: the jobs, their candidates, the report of made-up times, and measuring itself, on
-the CPU, which heeds no plan."""
+"""benchmarks/tune.py without a GPU: its jobs, their candidates, and measuring itself on the CPU, which heeds no plan."""
 
 from __future__ import annotations
 

@@ -110,9 +110,12 @@ struct ForwardSpan {
   uint8_t* mask;
   bool stream;  // y is too large to stay in the cache
 
-  // Of n elements. The bytes of a mask belong to whole packs from the first element on.
-  FASTNORM_INLINE Stores stores(int64_t n) const {
-    if (!stream || (mask && !can_stream(y))) return {};
+  // Whether all packs from the first element on are stored past the cache.
+  FASTNORM_INLINE bool streams() const { return stream && can_stream(y); }
+  // Of n elements. whole_packs: what is read beside x lies in whole packs from the first element on, as the bytes of a
+  // mask do.
+  FASTNORM_INLINE Stores stores(int64_t n, bool whole_packs) const {
+    if (!stream || ((whole_packs || mask) && !can_stream(y))) return {};
     return {true, elements_to_line(y, n)};
   }
   // The span `at` elements further on; mask_at bytes of the mask.
@@ -152,8 +155,9 @@ struct ForwardPacks {
 template <class T, class Coefs>
 FASTNORM_INLINE void forward_span(const ForwardSpan<T>& s, int64_t n, const Coefs& coefs,
                                   const Epilogue<Accum<T>>& epilogue) {
+  constexpr bool kWholePacks = !std::is_same_v<Coefs, SharedCoefs<Accum<T>>>;
   with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
-    store_packs<Accum<T>>(n, ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s, coefs, e}, s.stores(n));
+    store_packs<Accum<T>>(n, ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s, coefs, e}, s.stores(n, kWholePacks));
   });
 }
 
@@ -165,7 +169,7 @@ FASTNORM_INLINE void forward_rows(const ForwardSpan<T>& s, int64_t rows, int64_t
     const auto at_row = [&](int64_t r) {
       return ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s.moved(r * stride, r * mask_row), coefs, e};
     };
-    for_rows<Accum<T>>(rows, n, together, Strided{stride, mask_row, 0, 0}, at_row, s.stream && can_stream(s.y));
+    for_rows<Accum<T>>(rows, n, together, Strided{stride, mask_row, 0, 0}, at_row, s.streams());
   });
 }
 
@@ -182,10 +186,12 @@ struct BackwardSpan {
   T* dresidual;
   bool stream;  // dx and dresidual are too large to stay in the cache
 
+  // Whether all packs from the first element on are stored past the cache.
+  FASTNORM_INLINE bool streams() const { return stream && can_stream(dx) && can_stream(dresidual); }
   // Of n elements. The bytes of a mask, and d that was cached, belong to whole packs from the first element on.
   FASTNORM_INLINE Stores stores(int64_t n) const {
     if (!stream) return {};
-    if (can_stream(dx) && can_stream(dresidual)) return {true, 0};
+    if (streams()) return {true, 0};
     const int64_t head = elements_to_line(dx ? dx : dresidual, n);
     const bool whole_packs = mask || !std::is_same_v<D, T>;
     if (whole_packs || (dresidual && elements_to_line(dresidual, n) != head)) return {};
@@ -330,7 +336,7 @@ template <class T, class D, class Coefs, class Terms>
 FASTNORM_INLINE void backward_rows(const BackwardSpan<T, D>& s, int64_t rows, int64_t n, int64_t stride, int64_t d_row,
                                    int64_t mask_row, const Coefs& coefs, const Terms& terms,
                                    const Epilogue<Accum<T>>& epilogue, bool together) {
-  const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
+  const bool stream = s.streams();
   with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
     using Packs = BackwardPacks<T, D, Coefs, Terms, std::decay_t<decltype(e)>>;
     for_rows<Accum<T>>(

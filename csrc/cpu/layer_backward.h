@@ -208,7 +208,7 @@ class LayerBackward : Call<T, BackwardCall> {
       const SetTerms<A> own = Base::set_terms(set + p, total[p].d, Base::xhat_sum(set + p, total[p], low), low);
       terms.offset[p] = own.offset, terms.slope[p] = own.slope;
     }
-    const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
+    const bool stream = s.streams();
     if (cached) {
       using E = FixedEpilogue<Activation::kNone, A>;
       const E none{Pack<A>(0)};

@@ -105,7 +105,7 @@ class LayerForward : Call<T, ForwardCall> {
                                        biases_.of_group(group));
     with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
       const ForwardPacks<T, ElementCoefs<A, kRows>, std::decay_t<decltype(e)>> packs{s, coefs, e};
-      across_rows<kRows, A>(D_, packs, layout, s.stream && can_stream(s.y));
+      across_rows<kRows, A>(D_, packs, layout, s.streams());
     });
   }
 };

@@ -172,7 +172,7 @@ class PositionsBackward : Call<T, BackwardCall> {
   void apply(const BackwardSpan<T, D>& s, int64_t d_row, int64_t positions, const Scratch& scratch,
              const Epilogue<A>& after) const {
     const ChannelTerms<A> terms{scratch.terms[0], scratch.terms[1]};
-    const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
+    const bool stream = s.streams();
     with_activation(after, [&](const auto& e) FASTNORM_LAMBDA {
       using Packs = BackwardPacks<T, D, PositionCoefs<A>, ChannelTerms<A>, std::decay_t<decltype(e)>>;
       for_row_groups(g.C, true, [&](auto rows, int64_t c) FASTNORM_LAMBDA {

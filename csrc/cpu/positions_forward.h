@@ -59,7 +59,7 @@ class PositionsForward : Call<T, ForwardCall> {
     const ForwardSpan<T> s = whole.moved(at, row * mask_row_ + tile.first / 8);
     with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
       using Packs = ForwardPacks<T, PositionCoefs<A>, std::decay_t<decltype(e)>>;
-      const bool stream = s.stream && can_stream(s.y);
+      const bool stream = s.streams();
       for_row_groups(g.C, true, [&](auto rows, int64_t c) FASTNORM_LAMBDA {
         const PositionCoefs<A> coefs{own.mean, own.rstd, weight + c, bias + c};
         across_rows<decltype(rows)::value, A>(tile.positions, Packs{s.moved(c * g.S, c * mask_row_), coefs, e},

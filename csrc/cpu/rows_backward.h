@@ -169,7 +169,7 @@ class RowsBackward : Call<T, BackwardCall> {
     Base::for_cells(set, begin, end, [&](int64_t i, const SharedCoefs<A>& coefs) FASTNORM_LAMBDA {
       const auto s = with_d(span(set * cells_per_set_ + i, 0, 0), i);
       using D = std::remove_cvref_t<decltype(*s.dy)>;
-      const bool stream = s.stream && can_stream(s.dx) && can_stream(s.dresidual);
+      const bool stream = s.streams();
       for_packs<A>(g.S, BackwardPacks<T, D, SharedCoefs<A>, Terms, E>{s, coefs, terms, e}, stream);
     });
   }

@@ -157,7 +157,7 @@ class RowsForward : Call<T, ForwardCall> {
   __attribute__((noinline)) void apply_cells(int64_t set, int64_t begin, int64_t end, const E& e) const {
     Base::for_cells(set, begin, end, [&](int64_t i, const SharedCoefs<A>& coefs) FASTNORM_LAMBDA {
       const ForwardSpan<T> s = span(set_base(g, set) + i * g.S, 0);
-      for_packs<A>(g.S, ForwardPacks<T, SharedCoefs<A>, E>{s, coefs, e}, s.stream && can_stream(s.y));
+      for_packs<A>(g.S, ForwardPacks<T, SharedCoefs<A>, E>{s, coefs, e}, s.streams());
     });
   }
 
