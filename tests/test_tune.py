@@ -1,4 +1,4 @@
-"""benchmarks/tune.py without a GPU: its jobs, their candidates, and measuring itself on the CPU, which heeds no plan."""
+"""benchmarks/tune.py without a GPU: jobs, their candidates, and measuring itself on the CPU, which heeds no plan."""
 
 from __future__ import annotations
 
