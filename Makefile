@@ -9,7 +9,8 @@
 # make docs     the pages of docs/ and the API reference, into build/docs
 # make lint     formatting, lint and types          make format   puts formatting right
 # make build    the extension alone                 make clean    removes what was built, keeps .venv
-# make check-cuda   compiles the CUDA kernels for every architecture and reads their machine code; needs nvcc, no GPU
+# make check-cuda   compiles the CUDA kernels for every architecture and reads their machine code; needs nvcc, no GPU;
+#               ARGS=--update saves what it counts, ARGS=--sample compiles a part and compares
 # make count-instructions   counts what they execute for an element, and compares; ARGS=--update saves the counts
 # make count-cpu-instructions   the same for the CPU kernels, by single steps on this processor; needs no nvcc
 #
@@ -71,8 +72,7 @@ docs: $(BUILT)
 build: $(BUILT)
 
 check-cuda: $(READY)
-	FASTNORM_CUDA=check $(PY) setup.py --quiet build_ext
-	$(PY) tests/check_sass.py
+	$(PY) tests/check_cuda.py $(ARGS)
 
 count-instructions: $(BUILT)
 	$(PY) benchmarks/count_instructions.py $(ARGS)

@@ -8,8 +8,6 @@ Environment variables:
     MAX_JOBS            compilations at a time; default the number of processors
     FASTNORM_CUDA       auto (default): CUDA kernels too, where torch has CUDA and there is an nvcc
                         0: none; 1: with any torch, for one that comes later
-                        check: compiles them for every architecture into build/cuda-check, with warnings
-                        as errors, and links nothing: python setup.py build_ext
     TORCH_CUDA_ARCH_LIST  GPUs to compile for, as "9.0;12.0+PTX"; default those at hand, else all
     CUDA_HOME           the CUDA toolkit; default the newest in /usr/local, else nvcc's on PATH
     FASTNORM_LINEINFO   1: the CUDA kernels tell profilers and compute-sanitizer their lines
@@ -23,6 +21,9 @@ with one sentence that says what to do. Sources are compiled in five groups:
     csrc/torch/module.cpp        with pybind11, without torch: seconds instead of twenty
     csrc/torch/*.cpp             with torch, without pybind11
     csrc/*/*.cpp                 plain C++; those of csrc/cuda only where CUDA kernels are built
+
+Objects of torch or Python lie in build/PYTHON-TORCH, all others, which are most of the work, in build/kernels and
+build/cuda-CODES: another torch compiles its binding only.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ except ImportError:
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip removes it when it builds
-from setup_cuda import Cuda, cuda_mode, find_cuda, nvcc_flags, stop  # noqa: E402
+from setup_cuda import Cuda, cuda_mode, cuda_objects, find_cuda, stop, with_lines  # noqa: E402
 from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
 MIN_PYTHON = (3, 10)
@@ -69,9 +70,6 @@ X86_CAPABILITIES = {  # least first
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [*AVX512_FLAGS, "-mfma", "-mf16c"],
 }
-
-STORAGE_TYPES = ["float", "double", "BFloat16", "Float16"]
-KERNEL_BUDGET = 300  # instantiations: the limit keeps the build short
 
 
 # The tools, and what to do where one is missing.
@@ -107,8 +105,6 @@ class Tools(NamedTuple):
 def find_tools() -> Tools:
     check_platform()
     mode, jobs, ninja = cuda_mode(), max_jobs(), find_ninja()
-    if mode == "check":
-        stop("FASTNORM_CUDA=check installs nothing: run `FASTNORM_CUDA=check python setup.py build_ext`.")
     python, compiler, torch = find_python_headers(), find_compiler(), find_torch()
     pybind11, cuda = find_pybind11(torch), find_cuda(mode, torch.cuda, torch.gpus)
     return Tools(torch, compiler, find_capabilities(compiler), ninja, pybind11, python, jobs, cuda)
@@ -251,15 +247,9 @@ def find_python_headers(include: str = sysconfig.get_paths()["include"]) -> Path
 # The build.
 
 
-def plan_cuda_objects(csrc: Path, flags: Sequence[str]) -> list[Object]:
-    """The CUDA kernels: files with FASTNORM_DTYPE in them, once per storage type."""
-    objects = []
-    for source in sorted((csrc / "cuda").glob("*.cu")):
-        for dtype in STORAGE_TYPES if "FASTNORM_DTYPE" in source.read_text() else [""]:
-            name = f"cuda_{source.stem}" + f".{dtype}" * bool(dtype)
-            own = [f"-I{csrc}", *([f"-DFASTNORM_DTYPE={dtype}"] if dtype else [])]
-            objects.append(Object(f"{name}.o", source, [*nvcc_flags(), *flags, *own], "nvcc"))
-    return objects
+def place_of(torch: Torch) -> str:
+    """The folder in build/ of what depends on the Python or on torch."""
+    return f"{sys.implementation.cache_tag}-torch{torch.version}"
 
 
 def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
@@ -267,7 +257,7 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
     sets come last, so that the linker keeps the baseline copy of an inline function they share."""
     torch, capabilities, cuda = tools.torch, tools.capabilities, tools.cuda
     common = [*COMMON_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", f"-I{csrc}"]
-    common.append(f"-ffile-prefix-map={ROOT}=.")
+    common.append(f"-ffile-prefix-map={ROOT}/=")
     strict = os.environ.get("FASTNORM_WERROR") == "1"
     common += ["-Werror"] * strict
     facts = {
@@ -282,59 +272,23 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
     with_cuda = [f"-DFASTNORM_CUDA_BUILD={json.dumps(str(cuda))}"] if cuda else []
     plain = [f"-DFASTNORM_HAVE_{name.upper()}" for name in capabilities if name != "baseline"]
 
-    objects, kernels = [], []
+    objects, kernels, own_place = [], [], place_of(torch)
     places = ("core", "plan", "cpu", "torch", *(["cuda"] if cuda else []))
     for source in sorted(path for place in places for path in (csrc / place).glob("*.cpp")):
         name = "_".join(source.relative_to(csrc).with_suffix("").parts)
         if name.startswith("cpu_kernels"):
             kernels.append((name, source))
         elif name == "torch_module":
-            objects.append(Object(f"{name}.o", source, common + with_pybind11 + with_cuda))
+            objects.append(Object(f"{own_place}/{name}.o", source, common + with_pybind11 + with_cuda))
+        elif name.startswith("torch_"):
+            own = [*with_torch, *(with_cuda if name.startswith("torch_backend") else [])]
+            objects.append(Object(f"{own_place}/{name}.o", source, common + own))
         else:
-            own = with_torch if name.startswith("torch_") else plain
-            own = own + with_cuda if name.startswith("torch_backend") else own
-            objects.append(Object(f"{name}.o", source, common + own))
+            objects.append(Object(f"kernels/{name}.o", source, common + plain))
     for capability, flags in capabilities.items():
         own = [*common, *KERNEL_FLAGS, f"-DFASTNORM_CPU_CAPABILITY={capability}", *flags]
-        objects += [Object(f"{name}.{capability}.o", source, own) for name, source in kernels]
-    if cuda:
-        flags = [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in cuda.codes]
-        objects += plan_cuda_objects(csrc, [*flags, "-c", *["--Werror=all-warnings"] * strict])
-    return objects
-
-
-def check_cuda() -> None:
-    """Compiles every kernel for every architecture, with warnings as errors, to cubins and ptxas's reports."""
-    jobs, ninja, cuda = max_jobs(), find_ninja(), find_cuda("check")
-    codes = [code for code in cuda.codes if code.startswith("sm_")]
-    objects = []
-    for code in codes:
-        flags = [f"-arch={code}", "-cubin", "-Xptxas=-v", "--Werror=all-warnings"]
-        for o in plan_cuda_objects(ROOT / "csrc", flags):
-            objects.append(o._replace(path=f"{Path(o.path).stem}.{code}.cubin", rule="cubin"))
-    place = ROOT / "build" / "cuda-check"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "build.ninja").write_text(ninja_file("", objects, [], [], cuda.nvcc))
-    for left in set(place.glob("*.cubin")) - {place / o.path for o in objects}:
-        left.unlink()
-
-    start, times = time.monotonic(), []
-    for code in ("sm_90", "sm_"):  # sm_90 first, then all the others
-        paths = [o.path for o in objects if f".{code}" in o.path]
-        if not paths:
-            continue
-        if subprocess.run([*ninja, "-C", str(place), "-j", str(jobs), *paths]).returncode:
-            stop("CUDA kernels do not compile: nvcc's own message is above.")
-        times.append(f"{code if code == 'sm_90' else ' '.join(codes)} in {time.monotonic() - start:.0f} s")
-    reports = [place / f"{o.path}.ptxas" for o in objects if f".{codes[0]}." in o.path]
-    kernels = sum(report.read_text().count("Compiling entry function") for report in reports)
-    print(
-        f"fastnorm: CUDA {cuda.version}, {jobs} compilations at a time: {', '.join(dict.fromkeys(times))}; "
-        f"{kernels} kernels, at most {KERNEL_BUDGET} are allowed",
-        flush=True,
-    )
-    if kernels > KERNEL_BUDGET:
-        stop(f"there are more than {KERNEL_BUDGET} kernels: instantiate less, or raise KERNEL_BUDGET and say why.")
+        objects += [Object(f"kernels/{name}.{capability}.o", source, own) for name, source in kernels]
+    return objects + (cuda_objects(csrc, cuda.codes, with_lines(), strict) if cuda else [])
 
 
 class CheckFirst(dist_info):
@@ -346,26 +300,21 @@ class CheckFirst(dist_info):
 
 
 class BuildWithNinja(build_ext):
-    def run(self) -> None:
-        if cuda_mode() == "check":
-            check_cuda()
-        else:
-            super().run()
-
     def build_extension(self, ext: Extension) -> None:
         start = time.monotonic()
         tools = find_tools()
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         objects = plan_objects(ROOT / "csrc", tools, self.distribution.get_version())
 
-        place = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{tools.torch.version}"
-        place.mkdir(parents=True, exist_ok=True)
+        build, place = ROOT / "build", place_of(tools.torch)
+        (build / place).mkdir(parents=True, exist_ok=True)
         link, nvcc = torch_link_flags(tools.torch.root), "nvcc"
         if tools.cuda:
             link, nvcc = [*link, *tools.cuda.link], tools.cuda.nvcc
-        rules = ninja_file(library.name, objects, tools.compiler.command, link, nvcc)
-        (place / "build.ninja").write_text(rules)
-        ninja = [*tools.ninja, "-C", str(place)]
+        built = f"{place}/{library.name}"
+        rules = ninja_file(built, objects, tools.compiler.command, link, nvcc, place=build)
+        (build / f"{place}.ninja").write_text(rules)
+        ninja = [*tools.ninja, "-C", str(build), "-f", f"{place}.ninja"]
         if self.force:
             subprocess.run([*ninja, "-t", "clean"], check=False)
         if subprocess.run([*ninja, "-j", str(tools.jobs)]).returncode:
@@ -374,7 +323,7 @@ class BuildWithNinja(build_ext):
         # copyfile sets the time to now: setuptools then copies the library to its place only where it is newer than the
         # one there, and after a change of torch ninja may have linked it long ago.
         library.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(place / library.name, library)
+        shutil.copyfile(build / built, library)
         print(
             f"fastnorm: built {library.name} in {time.monotonic() - start:.0f} s for "
             f"{', '.join(tools.capabilities)}; CUDA {tools.cuda or 'none'}; "

@@ -14,16 +14,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from setup_ninja import Object
+
 CUDA_ARCHS = ["75", "80", "86", "90", "100", "120"]
+GENERATIONS = [75, 80, 90]
+"""The architectures that csrc/cuda tells apart (__CUDA_ARCH__). nvcc makes PTX for these, which is two thirds of its
+time, and from it the machine code of the newer ones up to the next."""
 MIN_CUDA = (12, 0)
 
-
+STORAGE_TYPES = ["float", "double", "BFloat16", "Float16"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
-def nvcc_flags(env: Mapping[str, str] = os.environ) -> list[str]:
-    return [*NVCC_FLAGS, *["-lineinfo"] * (env.get("FASTNORM_LINEINFO") == "1")]
+def with_lines(env: Mapping[str, str] = os.environ) -> bool:
+    return env.get("FASTNORM_LINEINFO") == "1"
 
 
 def stop(sentence: str) -> NoReturn:
@@ -41,10 +46,43 @@ class Cuda(NamedTuple):
         return " ".join([self.version, *self.codes])
 
 
+def generation_of(arch: int | str) -> int:
+    """That whose PTX an architecture's machine code is made from."""
+    return max((g for g in GENERATIONS if g <= int(arch)), default=int(arch))
+
+
+def gencode_flags(codes: Sequence[str]) -> list[str]:
+    by_generation: dict[int, list[str]] = {}
+    for code in codes:
+        by_generation.setdefault(generation_of(code.split("_")[1]), []).append(code)
+    return [f"-gencode=arch=compute_{g},code=[{','.join(those)}]" for g, those in by_generation.items()]
+
+
+def is_typed(source: Path) -> bool:
+    """Whether a file is compiled once for each storage type."""
+    return "FASTNORM_DTYPE" in source.read_text()
+
+
+def cuda_objects(csrc: Path, codes: Sequence[str], lines: bool, strict: bool) -> list[Object]:
+    """The CUDA kernels and what launches them. lines: with the lines of the source; strict: warnings are errors."""
+    place = "-".join(["cuda", *codes, *["lines"] * lines])
+    own = [*NVCC_FLAGS, *["-lineinfo"] * lines, *["--Werror=all-warnings"] * strict, *gencode_flags(codes), f"-I{csrc}"]
+    return [
+        Object(
+            f"{place}/{source.stem}{f'.{dtype}' if dtype else ''}.o",
+            source,
+            [*own, *[f"-DFASTNORM_DTYPE={dtype}"] * bool(dtype), "-c"],
+            "nvcc",
+        )
+        for source in sorted((csrc / "cuda").glob("*.cu"))
+        for dtype in (STORAGE_TYPES if is_typed(source) else [""])
+    ]
+
+
 def cuda_mode(env: Mapping[str, str] = os.environ) -> str:
     mode = env.get("FASTNORM_CUDA") or "auto"
-    if mode not in ("auto", "0", "1", "check"):
-        stop(f"FASTNORM_CUDA={mode} is none of auto, 0, 1 and check: unset it.")
+    if mode not in ("auto", "0", "1"):
+        stop(f"FASTNORM_CUDA={mode} is none of auto, 0 and 1: unset it.")
     return mode
 
 
@@ -99,11 +137,11 @@ def find_cuda_codes(nvcc: str, gpus: Sequence[str], env: Mapping[str, str] = os.
         if arch not in known:
             stop(f"{nvcc} does not compile for compute capability {name}: set CUDA_HOME to a toolkit that does.")
         codes.append(f"sm_{arch}")
-        ptx += [f"compute_{arch}"] * bool(found[3])
+        ptx += [f"compute_{generation_of(arch)}"] * bool(found[3])
     if not codes:
-        codes = [f"sm_{arch}" for arch in CUDA_ARCHS if arch in known]
-        ptx = [codes[-1].replace("sm", "compute")]
-    return codes + ptx
+        archs = [arch for arch in CUDA_ARCHS if arch in known]
+        codes, ptx = [f"sm_{arch}" for arch in archs], [f"compute_{generation_of(archs[-1])}"]
+    return codes + sorted(set(ptx))
 
 
 def find_cuda_libraries(nvcc: str) -> list[str]:

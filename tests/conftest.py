@@ -116,6 +116,7 @@ MARKERS = {
     "emulator": "drives the emulated kernels itself; --backend emulated runs it too",
     "interpreter": "drives the interpreter of PTX itself; --backend ptx runs it too",
     "fallback": "expects torch's operators to answer: FASTNORM_STRICT is off",
+    "whole": "takes minutes: without --backend it is left to `make test-ptx`",
 }
 
 
@@ -176,6 +177,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = thinned_cases()
 
     def wanted(item: pytest.Item) -> bool:
+        if named is None and item.get_closest_marker("whole") is not None:
+            return False
         if item.get_closest_marker("cuda") is not None:
             if not has_cuda():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and fastnorm built for it"))

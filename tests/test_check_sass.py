@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from tests.check_sass import Kernel, read_report, read_sass
+from tests.check_sass import Kernel, read_code, read_resources
 
 NAME = "_ZN8fastnorm4cuda10apply_rowsINS_8BFloat16ELi8ELb0EEEvNS0_14ForwardTensorsIT_EENS0_9RowsShapeE"
-REPORT = f"""ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '{NAME}' for 'sm_90'
-ptxas info    : Function properties for {NAME}
-    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 96 registers, used 0 barriers, 528 bytes cmem[0]
+PART = """
+Fatbin elf code:
+================
+arch = {arch}
+code version = [1,8]
+host = linux
+compile_size = 64bit
+"""
+RESOURCES = f"""
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function {NAME}:
+  REG:REGISTERS STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 SASS = f"""
-	code for sm_90
 		Function : {NAME}
 	.headerflags	@"EF_CUDA_SM90"
         /*0000*/                   LDC R1, c[0x0][0x28] ;                   /* 0x00000a00ff017b82 */
@@ -25,17 +33,22 @@ SASS = f"""
 
 
 def good(**changes: object) -> Kernel:
-    fields = {"file": "f", "name": NAME, "registers": 96, "spilled": 0, "stack": 0}
+    fields = {"file": "f", "arch": "sm_90", "name": NAME, "registers": 96}
     return Kernel(**{**fields, "instructions": {"LDG.E.128": 2, "STG.E.128": 1}, **changes})  # type: ignore[arg-type]
 
 
-def test_report_and_code_are_read() -> None:
-    kernels = read_report("a.cubin", REPORT)
-    read_sass(SASS, kernels)
-    (kernel,) = kernels.values()
-    assert (kernel.registers, kernel.spilled, kernel.stack, kernel.pack_bytes) == (96, 8, 16, 16)
-    assert kernel.instructions == {"LDC": 1, "LDG.E.128": 1, "STL": 1, "STG.E.128": 1}
-    assert list(kernel.faults()) == ["spills 8 bytes", "has 1 accesses to local memory"]
+def test_resources_and_code_are_read_by_architecture() -> None:
+    first, second = PART.format(arch="sm_90"), PART.format(arch="sm_100")
+    text = first + RESOURCES.replace("REGISTERS", "96") + second + RESOURCES.replace("REGISTERS", "90")
+    kernels = read_resources("a", text)
+    read_code(first + SASS + second + SASS, kernels)
+    assert [(kernel.arch, kernel.registers, kernel.pack_bytes) for kernel in kernels] == [
+        ("sm_90", 96, 16),
+        ("sm_100", 90, 16),
+    ]
+    for kernel in kernels:
+        assert kernel.instructions == {"LDC": 1, "LDG.E.128": 1, "STL": 1, "STG.E.128": 1}
+        assert list(kernel.faults()) == ["has 1 accesses to local memory"]
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def test_a_training_forward_moves_the_running_statistics_in_its_launches(
     for order, momentum in (("fifo", 0.25), ("random", 0.25), ("fifo", None)):
         moved = [torch.rand(40, 2).to(dtype)[:, 0], torch.rand(40).to(dtype), torch.tensor(3)]
         alone = [t.clone() for t in moved]
-        with settings.configured(order, 1, forced=forced):
+        with settings.configured(order, 1, device="few", forced=forced):
             with settings.counting() as counts:
                 y, stats, _ = torch.ops.fastnorm_emulated.batch_norm_forward_(
                     call.x, call.weight, call.bias, None, *moved, 1e-5, call.activation, 0.0, False, momentum

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import statistics
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,7 @@ from benchmarks.instruction_constants import header
 from benchmarks.instructions import FAMILIES, Counts, Job, compare, count_job, jobs, key_of
 from benchmarks.ptx_loops import match_loops, ptx_kernels, sass_loops
 from benchmarks.ptx_weights import divisions, weight, weighted
-from tests.check_sass import TOOLS
+from tests.common.cuda_tools import cuobjdump
 from tests.common.plan_model import DEVICES
 from tests.ptx import build
 
@@ -105,16 +102,12 @@ LARGE_LOOP = 40  # machine instructions
 
 @needs_nvcc
 @pytest.mark.parametrize("name", [name for name, dtype in build.kernel_files() if dtype == "BFloat16"])
-def test_weights_against_loops_in_machine_code(name: str, tmp_path: Path) -> None:
+def test_weights_against_loops_in_machine_code(name: str) -> None:
     """Of the kernels of bfloat16 as they are. A loop's weighted PTX is close to its SASS, or somewhat more: ptxas folds
     negations and some comparisons with the selections that follow, of a mask's bits above all."""
     (ptx,) = build.build_kernels("sm_90", ((name, "BFloat16"),))
-    cubin = tmp_path / "kernels.cubin"
-    ptxas = Path(build.needed_nvcc()).with_name("ptxas")
-    subprocess.run([ptxas, "-arch=sm_90", "-O3", ptx, "-o", cubin], check=True)
-    env = {**os.environ, "PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
-    command = [TOOLS / "cuobjdump", "-sass", cubin]
-    sass = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    (obj,) = (path for path in build.build_shipped() if path.stem == f"{name}.BFloat16")
+    sass = cuobjdump("-sass", str(obj))
     # Loops over elements, which read or write memory; others go over a few partials.
     matches = [
         match

@@ -60,7 +60,7 @@ OTHERS = (
 ARCHES = {"sm_75": "small", "sm_80": "alone"}
 
 
-@pytest.fixture(scope="module", params=ARCHES)
+@pytest.fixture(scope="module", params=["sm_75", pytest.param("sm_80", marks=pytest.mark.whole)])
 def device_of_arch(request: pytest.FixtureRequest) -> Iterator[str]:
     ptx = backend.load()
     ptx.load_kernels(request.param, OTHERS)

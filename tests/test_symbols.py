@@ -20,7 +20,8 @@ import torch
 
 from fastnorm import _C
 
-BUILD = Path(__file__).parents[1] / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+BUILD = Path(__file__).parents[1] / "build"
+PLACE = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
 WIDE = ("avx2", "avx512")
 WEAK = "WVu"  # nm's letters for symbols that several objects may define
 
@@ -57,10 +58,10 @@ def linked_objects() -> list[Path]:
     """The object files of the extension that is loaded, in link order."""
     if not sys.platform.startswith("linux"):
         pytest.skip("objects are not ELF")
-    rules, loaded = BUILD / "build.ninja", Path(str(_C.__file__))
-    built = BUILD / loaded.name
+    rules, loaded = BUILD / f"{PLACE}.ninja", Path(str(_C.__file__))
+    built = BUILD / PLACE / loaded.name
     if not rules.is_file() or not built.is_file() or built.read_bytes() != loaded.read_bytes():
-        pytest.skip(f"the extension was not built in {BUILD.name}: there are no object files to look at")
+        pytest.skip(f"the extension was not built in build/{PLACE}: there are no object files to look at")
     line = next(line for line in rules.read_text().splitlines() if ": link " in line)
     return [BUILD / name for name in line.partition(": link ")[2].split()]
 

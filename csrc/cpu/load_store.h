@@ -235,8 +235,9 @@ FASTNORM_INLINE Vector<int32_t, sizeof(Line)> first_words(int64_t words, int k) 
   return r;
 }
 
-// Stores the first `bytes` of a line, fewer than all. Out of line: inlined, it took registers from the loops before it.
-__attribute__((noinline)) inline void store_bytes(char* to, __m128i v, int64_t bytes) {
+// Stores the first `bytes` of a line, fewer than all.
+template <bool kHalves>
+FASTNORM_INLINE void store_pieces(char* to, __m128i v, int64_t bytes) {
   if (bytes & 8) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), v);
     v = _mm_srli_si128(v, 8);
@@ -247,16 +248,24 @@ __attribute__((noinline)) inline void store_bytes(char* to, __m128i v, int64_t b
     v = _mm_srli_si128(v, 4);
     to += 4;
   }
-  if (bytes & 2) _mm_storeu_si16(to, v);
+  if (kHalves && (bytes & 2)) _mm_storeu_si16(to, v);
 }
-__attribute__((noinline)) inline void store_bytes(char* to, __m256i v, int64_t bytes) {
+template <bool kHalves>
+FASTNORM_INLINE void store_pieces(char* to, __m256i v, int64_t bytes) {
   __m128i rest = _mm256_castsi256_si128(v);
   if (bytes & 16) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), rest);
     rest = _mm256_extracti128_si256(v, 1);
     to += 16;
   }
-  store_bytes(to, rest, bytes);
+  store_pieces<kHalves>(to, rest, bytes);
+}
+// Out of line for 16-bit types: inlined, it took registers from the loops before it.
+__attribute__((noinline)) inline void store_halves(char* to, __m128i v, int64_t bytes) {
+  store_pieces<true>(to, v, bytes);
+}
+__attribute__((noinline)) inline void store_halves(char* to, __m256i v, int64_t bytes) {
+  store_pieces<true>(to, v, bytes);
 }
 #endif
 
@@ -329,8 +338,9 @@ FASTNORM_INLINE void store_first(T* p, Pack<Accum<T>> v, int64_t n) {
     if (left >= kBytes) {
       std::memcpy(to, &lines.line[k], kBytes);
     } else if (left > 0) {
-      if constexpr (kBytes == 32) store_bytes(to, (__m256i)lines.line[k], left);
-      if constexpr (kBytes == 16) store_bytes(to, (__m128i)lines.line[k], left);
+      if constexpr (sizeof(T) > 2) store_pieces<false>(to, (__m256i)lines.line[k], left);
+      if constexpr (std::is_same_v<T, BFloat16>) store_halves(to, (__m256i)lines.line[k], left);
+      if constexpr (std::is_same_v<T, Float16>) store_halves(to, (__m128i)lines.line[k], left);
     }
   });
 #else

@@ -29,8 +29,9 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
                                                const Team& team, unsigned char* memory) {
   using A = Accum<T>;
   constexpr int W = Team::W, kPacks = Team::kPacks;
-  constexpr bool kSharesBytes = kLanesPerByte<W> > 1;  // of the mask
-  const int step = team.row_step * shape.length;       // elements
+  constexpr bool kSharesBytes = kLanesPerByte<W> > 1;           // of the mask
+  constexpr int kAhead = sizeof(T) == 4 ? kPacks / 2 : kPacks;  // packs of the residual: all of float32's would spill
+  const int step = team.row_step * shape.length;                // elements
   const int64_t begin = team.first_row * shape.length;
   const SharedNumbers<Team> weights(team, t.weight, A(1), memory + shape.ring_bytes);
   const SharedNumbers<Team> biases(team, t.bias, A(0),
@@ -57,13 +58,13 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
       total[0] += tree_sum(x.pack[k]);
     }
     load_row(i + shape.stages);
-    Pack<T, W> residual[kPacks];  // on its way while the sums are taken
-    if (t.residual != nullptr && valid) {
+    Pack<T, W> residual[kAhead];
+    const bool has_residual = t.residual != nullptr && valid;
+    const auto load_residual = [&](int k) {
+      if (has_residual && team.has(k)) residual[k % kAhead] = load<W>(t.residual + (y - t.y) + team.element(k));
+    };
 #pragma unroll
-      for (int k = 0; k < kPacks; ++k) {
-        if (team.has(k)) residual[k] = load<W>(t.residual + (y - t.y) + team.element(k));
-      }
-    }
+    for (int k = 0; k < kAhead; ++k) load_residual(k);  // on their way while the sums are taken
     total[0] *= shape.scale;
     team.sum(total, 0);
     const A mean = rounded_product(total[0], shape.inverse_scaled);
@@ -99,7 +100,8 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
       biases.read(k, bias);
 #pragma unroll
       for (int w = 0; w < W; ++w) z[w] = std::fma(std::fma(x.pack[k][w], stats.rstd, shift), weight[w], bias[w]);
-      if (t.residual != nullptr && in) add_residual(residual[k], z);
+      if (t.residual != nullptr && in) add_residual(residual[k % kAhead], z);
+      if (k + kAhead < kPacks) load_residual(k + kAhead);
       if constexpr (is_two_sided(kAct)) {
         if (t.mask != nullptr) {
           store_mask<W>(t.mask + row * shape.mask_row_bytes + team.element(k) / 8, upper_side<kAct>(z), in);

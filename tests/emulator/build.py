@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # run as a file, only its own folder is on the path
 
+from setup_cuda import STORAGE_TYPES, is_typed  # noqa: E402
 from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
 CSRC = ROOT / "csrc"
@@ -37,7 +38,6 @@ PLACE = ROOT / "build" / "emulator"
 LIBRARY = "plain/fastnorm_emulated.so"
 
 VARIANTS = ("plain", "address", "thread")
-DTYPES = ("float", "double", "BFloat16", "Float16")
 
 COMMON = ["-std=c++20", "-DFASTNORM_EMULATE", f"-I{CSRC}", f"-I{EMULATOR}", f"-ffile-prefix-map={ROOT}/="]
 COMMON += ["-fPIC", "-fvisibility=hidden", "-pthread", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -48,6 +48,9 @@ SANITIZE = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
     "thread": ["-fsanitize=thread"],
 }
+# The storage types whose kernels a variant compiles. Two types of a size are the same to a sanitizer, and to that of
+# threads all are: it looks for the order of events. drive_kernels_types.cpp stands in for the others.
+VARIANT_TYPES = {"plain": STORAGE_TYPES, "address": ["float", "BFloat16"], "thread": ["float"]}
 SANITIZER_MACRO = {
     "plain": [],
     "address": ["-DFASTNORM_SANITIZE_ADDRESS"],
@@ -99,8 +102,8 @@ def emulator_objects(variant: str) -> list[Object]:
 @functools.cache
 def kernel_files() -> tuple[tuple[str, str], ...]:
     """The name and the storage type of every compilation of a .cu file; "" where a file is of no storage type."""
-    names = {path.stem: "FASTNORM_DTYPE" in path.read_text() for path in sorted((CSRC / "cuda").glob("*.cu"))}
-    return tuple((name, dtype) for name, typed in names.items() for dtype in (DTYPES if typed else ("",)))
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    return tuple((path.stem, dtype) for path in sources for dtype in (STORAGE_TYPES if is_typed(path) else ("",)))
 
 
 def kernel_objects(variant: str) -> list[Object]:
@@ -116,6 +119,7 @@ def kernel_objects(variant: str) -> list[Object]:
             optimize=optimize,
         )
         for name, dtype in kernel_files()
+        if dtype in ("", *VARIANT_TYPES[variant])
     ]
     return objects + planner_objects(variant)
 
@@ -161,7 +165,11 @@ def make_target(path: str) -> Target:
     sources = sorted(EMULATOR.glob(f"{name}*.cpp"))
     if variant not in VARIANTS or not sources:
         raise BuildError(f"no target {path}")
-    objects = [plain_object(variant, source, optimize="-O2" if variant == "plain" else "-O1") for source in sources]
+    absent = " ".join(f"ABSENT({dtype})" for dtype in STORAGE_TYPES if dtype not in VARIANT_TYPES[variant])
+    objects = [
+        plain_object(variant, source, f"-DFASTNORM_ABSENT={absent}", optimize="-O2" if variant == "plain" else "-O1")
+        for source in sources
+    ]
     objects += emulator_objects(variant) + (kernel_objects(variant) if name == "drive_kernels" else [])
     return Target(path, objects, link)
 
@@ -173,18 +181,18 @@ def all_targets() -> list[str]:
 def build(path: str, quiet: bool = True) -> Path:
     """Brings a target up to date and returns its file. Raises BuildError with what the compiler says."""
     target = make_target(path)
-    run_ninja(path, ninja_file(target.path, target.objects, compiler(), target.flags), quiet)
+    run_ninja(path, ninja_file(target.path, target.objects, compiler(), target.flags, place=PLACE), quiet)
     return PLACE / path
 
 
-def run_ninja(name: str, text: str, quiet: bool = True) -> None:
-    """Brings all that ninja's file makes up to date."""
-    PLACE.mkdir(parents=True, exist_ok=True)
-    rules = PLACE / (name.replace("/", "_") + ".ninja")
-    with open(PLACE / "lock", "w") as lock:  # pytest-xdist: one process builds, the others find it built
+def run_ninja(name: str, text: str, quiet: bool = True, place: Path = PLACE) -> None:
+    """Brings all that ninja's file makes, in the folder, up to date."""
+    place.mkdir(parents=True, exist_ok=True)
+    rules = place / (name.replace("/", "_") + ".ninja")
+    with open(place / "lock", "w") as lock:  # pytest-xdist: one process builds, the others find it built
         fcntl.flock(lock, fcntl.LOCK_EX)
         rules.write_text(text)
-        command = [sys.executable, "-m", "ninja", "-C", str(PLACE), "-f", rules.name]
+        command = [sys.executable, "-m", "ninja", "-C", str(place), "-f", rules.name]
         if os.environ.get("MAX_JOBS", "").strip():
             command += ["-j", os.environ["MAX_JOBS"]]
         run = subprocess.run(command, stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT, text=True)

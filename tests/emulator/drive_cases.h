@@ -23,6 +23,19 @@ struct Case {
   Forced forced{};
 };
 
+// Whether this variant has kernels of the type (drive_kernels_types.cpp).
+bool has_kernels(DType dtype);
+
+// Of a type that there are kernels of, if possible one of the same size; false where a forced plan is of the case's
+// own.
+inline bool compiled(Case& c) {
+  if (has_kernels(c.dtype)) return true;
+  const bool to_half = c.dtype == DType::kFloat16 && has_kernels(DType::kBFloat16);
+  c.dtype = to_half ? DType::kBFloat16 : DType::kFloat32;
+  if (c.params != DType::kFloat32) c.params = c.dtype;
+  return to_half || c.forced == Forced{};
+}
+
 // Cases whose plans are the cheapest ones.
 inline std::vector<Case> free_cases() {
   constexpr Kind kBatch = Kind::kBatch, kGroup = Kind::kGroup, kLayer = Kind::kLayer;

@@ -1,9 +1,10 @@
 """Builds the interpreter of PTX, and what it executes, with ninja, incrementally, into build/emulator/ptx.
 
     interpreter.so     the interpreter alone, for its own tests
-    fastnorm_ptx.so    the ops of torch.ops.fastnorm_ptx: csrc/torch, the planner, and the host half of csrc/cuda as
-                       nvcc compiles it, on the CUDA runtime of cuda_runtime.cpp
-    sm_90/*.ptx        the kernels, as nvcc compiles them; so for sm_75 and sm_80 where a test asks for it
+    fastnorm_ptx.so    the ops of torch.ops.fastnorm_ptx: csrc/torch, the planner, and the objects of csrc/cuda that an
+                       installation for an H100 links, with the CUDA runtime of cuda_runtime.cpp
+    sm_90/*.ptx        the kernels: the PTX in these objects. For other architectures, where a test asks for one, PTX
+                       that nvcc writes.
 
 Needs nvcc for all but the first.
 """
@@ -15,8 +16,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from setup_cuda import find_nvcc
+from setup_cuda import NVCC_FLAGS, cuda_objects, find_nvcc
 from setup_ninja import Object, ninja_file, torch_link_flags
+from tests.common.cuda_tools import extract_ptx
 from tests.emulator.build import (
     CSRC,
     EMULATOR,
@@ -37,9 +39,9 @@ PTX = ROOT / "tests" / "ptx"
 INTERPRETER = "ptx/interpreter.so"
 LIBRARY = "ptx/fastnorm_ptx.so"
 
-NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--extended-lambda"]
-# The host half runs for microseconds, and the device code beside it is not used.
-NVCC_HOST = ["-gencode=arch=compute_90,code=compute_90", "-Xcicc=-O0", "-Xcompiler=-O0,-fPIC,-fvisibility=hidden", "-c"]
+# As for TORCH_CUDA_ARCH_LIST=9.0+PTX: the code of the objects is checked elsewhere, their PTX is what is executed.
+ARCH = "sm_90"
+CODES = (ARCH, "compute_90")
 
 
 @functools.cache
@@ -62,48 +64,67 @@ def interpreter_objects() -> list[Object]:
     return [plain_object("plain", source, *flags, optimize="-O3") for source in sources]
 
 
-def nvcc_object(path: str, source: Path, flags: Sequence[str], dtype: str = "") -> Object:
-    own = [*NVCC, f"-I{CSRC}", f"-I{EMULATOR}", *([f"-DFASTNORM_DTYPE={dtype}"] if dtype else [])]
-    return Object(path, source, [*own, *flags], "nvcc")
-
-
 def file_name(name: str, dtype: str) -> str:
     return f"{name}.{dtype}" if dtype else name
 
 
+def shipped_objects() -> list[Object]:
+    """With the lines of the source, which errors and mutants name."""
+    return cuda_objects(CSRC, CODES, lines=True, strict=False)
+
+
+def build_shipped(quiet: bool = True) -> list[Path]:
+    """In the folder that setup.py builds in: FASTNORM_CUDA=1 FASTNORM_LINEINFO=1 TORCH_CUDA_ARCH_LIST=9.0+PTX finds
+    them compiled."""
+    place, objects = ROOT / "build", shipped_objects()
+    run_ninja("cuda-ptx", ninja_file("", objects, compiler(), [], needed_nvcc()), quiet, place)
+    return [place / o.path for o in objects]
+
+
 def library_objects() -> list[Object]:
-    host = [
-        nvcc_object(f"ptx/{file_name(name, dtype)}.o", CSRC / "cuda" / f"{name}.cu", NVCC_HOST, dtype)
-        for name, dtype in kernel_files()
-    ]
-    runtime = nvcc_object("ptx/cuda_runtime.o", PTX / "cuda_runtime.cpp", NVCC_HOST[2:])
+    runtime = Object(
+        "ptx/cuda_runtime.o",
+        PTX / "cuda_runtime.cpp",
+        [*NVCC_FLAGS, f"-I{CSRC}", f"-I{EMULATOR}", "-c"],
+        "nvcc",
+    )
     memory = plain_object("plain", PTX / "call_memory.cpp", f"-I{PTX}", *torch_compile_flags())
-    own = [*host, runtime, memory, plain_object("plain", EMULATOR / "bindings.cpp")]
+    own = [runtime, memory, plain_object("plain", EMULATOR / "bindings.cpp")]
     return [*own, *torch_objects("fastnorm_ptx"), *planner_objects("plain"), *interpreter_objects()]
 
 
 def build_interpreter(quiet: bool = True) -> Path:
     link = ["-shared", "-pthread", "-Wl,-z,defs"]
-    run_ninja(INTERPRETER, ninja_file(INTERPRETER, interpreter_objects(), compiler(), link), quiet)
+    run_ninja(INTERPRETER, ninja_file(INTERPRETER, interpreter_objects(), compiler(), link, place=PLACE), quiet)
     return PLACE / INTERPRETER
 
 
 def build_library(quiet: bool = True) -> Path:
+    shipped = build_shipped(quiet)
     link = [*torch_link_flags(torch_root()), "-pthread", "-Wl,-z,defs"]
-    run_ninja(LIBRARY, ninja_file(LIBRARY, library_objects(), compiler(), link, needed_nvcc()), quiet)
+    rules = ninja_file(LIBRARY, library_objects(), compiler(), link, needed_nvcc(), shipped, PLACE)
+    run_ninja(LIBRARY, rules, quiet)
     return PLACE / LIBRARY
 
 
 def build_kernels(arch: str, kernels: Sequence[tuple[str, str]] | None = None, quiet: bool = True) -> list[Path]:
     """The files of PTX, of all kernels unless some are named; arch: as "sm_90"."""
+    names = [file_name(*kernel) for kernel in kernels or kernel_files()]
+    paths = [PLACE / f"ptx/{arch}/{name}.ptx" for name in names]
+    if arch == ARCH:
+        shipped = {path.stem: path for path in build_shipped(quiet)}
+        for name, path in zip(names, paths, strict=True):
+            extract_ptx(shipped[name], path)
+        return paths
+    flags = [*NVCC_FLAGS, f"-I{CSRC}", f"-arch={arch}", "-ptx", "-lineinfo"]
     objects = [
-        nvcc_object(
-            f"ptx/{arch}/{file_name(name, dtype)}.ptx",
+        Object(
+            str(path.relative_to(PLACE)),
             CSRC / "cuda" / f"{name}.cu",
-            [f"-arch={arch}", "-ptx", "-lineinfo"],  # errors then name a line of the source
-            dtype,
+            [*flags, *[f"-DFASTNORM_DTYPE={dtype}"] * bool(dtype)],
+            "nvcc",
         )
-        for name, dtype in kernels or kernel_files()
+        for path, (name, dtype) in zip(paths, kernels or kernel_files(), strict=True)
     ]
     run_ninja(f"ptx/{arch}", ninja_file("", objects, compiler(), [], needed_nvcc()), quiet)
-    return [PLACE / o.path for o in objects]
+    return paths
