@@ -129,6 +129,22 @@ def test_all_is_compiled_saved_and_compared(compiled: Callable[..., tuple[int, l
     assert compiled("--sample", rows=rows)[0] == 1
 
 
+def test_a_sample_is_held_to_what_is_recorded(
+    compiled: Callable[..., tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The faults of other architectures are told."""
+
+    def spilling(path: Path) -> list[Kernel]:
+        file, arch = str(path).split(":")
+        return [kernel(file, arch, registers=129 if arch == "sm_80" else 40)]
+
+    monkeypatch.setattr(check_cuda, "read_object", spilling)
+    assert compiled("--sample", rows=rows_of([kernel(file) for file in FILES]))[0] == 0
+    assert "not recorded: " in capsys.readouterr().out
+    assert compiled("--sample", rows=rows_of([kernel(f, arch) for f in FILES for arch in ("sm_80", "sm_90")]))[0] == 1
+    assert compiled("--update", rows=[])[0] == 1
+
+
 def test_a_record_of_other_code_is_refused(
     compiled: Callable[..., tuple[int, list[str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
