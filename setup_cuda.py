@@ -51,16 +51,26 @@ def generation_of(arch: int | str) -> int:
     return max((g for g in GENERATIONS if g <= int(arch)), default=int(arch))
 
 
-def gencode_flags(codes: Sequence[str]) -> list[str]:
-    by_generation: dict[int, list[str]] = {}
+def by_generation(codes: Sequence[str]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
     for code in codes:
-        by_generation.setdefault(generation_of(code.split("_")[1]), []).append(code)
-    return [f"-gencode=arch=compute_{g},code=[{','.join(those)}]" for g, those in by_generation.items()]
+        found.setdefault(generation_of(code.split("_")[1]), []).append(code)
+    return found
 
 
-def is_typed(source: Path) -> bool:
-    """Whether a file is compiled once for each storage type."""
-    return "FASTNORM_DTYPE" in source.read_text()
+def gencode_flags(codes: Sequence[str]) -> list[str]:
+    return [f"-gencode=arch=compute_{g},code=[{','.join(those)}]" for g, those in by_generation(codes).items()]
+
+
+def kernel_files(csrc: Path) -> list[tuple[str, str]]:
+    """The name and the storage type of every compilation of a .cu file; "" where a file is of no storage type."""
+    sources = sorted((csrc / "cuda").glob("*.cu"))
+    typed = {source.stem: "FASTNORM_DTYPE" in source.read_text() for source in sources}
+    return [(name, dtype) for name in typed for dtype in (STORAGE_TYPES if typed[name] else [""])]
+
+
+def file_name(name: str, dtype: str) -> str:
+    return f"{name}.{dtype}" if dtype else name
 
 
 def cuda_objects(csrc: Path, codes: Sequence[str], lines: bool, strict: bool) -> list[Object]:
@@ -69,13 +79,12 @@ def cuda_objects(csrc: Path, codes: Sequence[str], lines: bool, strict: bool) ->
     own = [*NVCC_FLAGS, *["-lineinfo"] * lines, *["--Werror=all-warnings"] * strict, *gencode_flags(codes), f"-I{csrc}"]
     return [
         Object(
-            f"{place}/{source.stem}{f'.{dtype}' if dtype else ''}.o",
-            source,
+            f"{place}/{file_name(name, dtype)}.o",
+            csrc / "cuda" / f"{name}.cu",
             [*own, *[f"-DFASTNORM_DTYPE={dtype}"] * bool(dtype), "-c"],
             "nvcc",
         )
-        for source in sorted((csrc / "cuda").glob("*.cu"))
-        for dtype in (STORAGE_TYPES if is_typed(source) else [""])
+        for name, dtype in kernel_files(csrc)
     ]
 
 

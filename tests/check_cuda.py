@@ -28,11 +28,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, only its own folder is on the path
 
 from benchmarks.results import json_text
-from setup_cuda import cuda_objects, find_cuda_codes, generation_of, output_of
-from setup_ninja import Object, ninja_file
+from setup_cuda import by_generation, cuda_objects, find_cuda_codes, output_of
 from tests.check_sass import MAX_KERNELS, Kernel, read_object
-from tests.emulator.build import CSRC, ROOT, BuildError, run_ninja
-from tests.ptx.build import ARCH, build_shipped, needed_nvcc
+from tests.emulator.build import CSRC, ROOT, BuildError
+from tests.ptx.build import ARCH, build_shipped, compile_objects, needed_nvcc
 
 RECORD = ROOT / "tests" / "sass.json"
 
@@ -67,21 +66,12 @@ def digest(csrc: Path = CSRC) -> str:
     return found.hexdigest()
 
 
-def compile_objects(name: str, objects: Sequence[Object]) -> list[Path]:
-    place = ROOT / "build"
-    run_ninja(name, ninja_file("", objects, [], [], needed_nvcc()), quiet=False, place=place)
-    return [place / o.path for o in objects]
-
-
 def compile_for(codes: Sequence[str]) -> list[Path]:
     """sm_90 comes with the objects whose PTX the tests execute; the others a generation at a time."""
     paths = build_shipped(quiet=False) if ARCH in codes else []
-    by_generation: dict[int, list[str]] = {}
-    for code in codes:
-        if code != ARCH:
-            by_generation.setdefault(generation_of(code.removeprefix("sm_")), []).append(code)
-    for those in by_generation.values():
-        paths += compile_objects("-".join(["cuda", *those]), cuda_objects(CSRC, those, lines=False, strict=True))
+    for those in by_generation([code for code in codes if code != ARCH]).values():
+        name, objects = "-".join(["cuda", *those]), cuda_objects(CSRC, those, lines=False, strict=True)
+        paths += compile_objects(name, objects, quiet=False)
     return paths
 
 
@@ -90,7 +80,7 @@ def compile_sample(codes: Sequence[str]) -> list[Path]:
     paths, commit = build_shipped(quiet=False), revision()
     for number, code in enumerate(code for code in codes if code != ARCH):
         objects = cuda_objects(CSRC, [code], lines=False, strict=True)
-        paths += compile_objects(f"cuda-{code}", [objects[(commit + number * 7) % len(objects)]])
+        paths += compile_objects(f"cuda-{code}", [objects[(commit + number * 7) % len(objects)]], quiet=False)
     return paths
 
 
@@ -147,8 +137,8 @@ def arguments_of(words: Sequence[str]) -> argparse.Namespace:
 
 
 def main(words: Sequence[str]) -> int:
-    args, record = arguments_of(words), json.loads(RECORD.read_text())
-    same_nvcc, same_code = record["nvcc"] == toolkit(), record["digest"] == digest()
+    args, record, nvcc, code = arguments_of(words), json.loads(RECORD.read_text()), toolkit(), digest()
+    same_nvcc, same_code = record["nvcc"] == nvcc, record["digest"] == code
     if args.sample and same_nvcc and not same_code:
         print("the kernels' code is not that of tests/sass.json: run `make check-cuda ARGS=--update`")
         return 1
@@ -168,7 +158,7 @@ def main(words: Sequence[str]) -> int:
     told = [fault for fault in faults_of(kernels) if fault not in found]
     if args.update and not found:
         recorded = merged(rows, recorded)
-        RECORD.write_text(json_text({"nvcc": toolkit(), "digest": digest(), "rows": recorded}))
+        RECORD.write_text(json_text({"nvcc": nvcc, "digest": code, "rows": recorded}))
     print(*(f"not recorded: {fault}\n" for fault in told), *(f"{fault}\n" for fault in found), sep="", end="")
     most = max(kernel.registers for kernel in kernels)
     missing = [code for code in codes if code not in {row["arch"] for row in recorded}]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from setup_cuda import CUDA_ARCHS, cuda_objects
+from setup_ninja import Object
 from tests import check_cuda
 from tests.check_cuda import differences, digest, faults_of, merged, rows_of
 from tests.check_sass import MAX_KERNELS, Kernel
@@ -83,7 +84,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., t
     def shipped(quiet: bool) -> list[Path]:
         return [Path(f"{file}:sm_90") for file in FILES]
 
-    def compile_objects(name: str, objects: list[check_cuda.Object]) -> list[Path]:
+    def compile_objects(name: str, objects: list[Object], quiet: bool) -> list[Path]:
         return [
             Path(f"{Path(o.path).stem}:{code}")
             for o in objects

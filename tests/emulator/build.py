@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))  # run as a file, only its own folder is on the path
 
-from setup_cuda import STORAGE_TYPES, is_typed  # noqa: E402
+import setup_cuda  # noqa: E402
+from setup_cuda import STORAGE_TYPES  # noqa: E402
 from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
 CSRC = ROOT / "csrc"
@@ -101,9 +102,7 @@ def emulator_objects(variant: str) -> list[Object]:
 
 @functools.cache
 def kernel_files() -> tuple[tuple[str, str], ...]:
-    """The name and the storage type of every compilation of a .cu file; "" where a file is of no storage type."""
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
-    return tuple((path.stem, dtype) for path in sources for dtype in (STORAGE_TYPES if is_typed(path) else ("",)))
+    return tuple(setup_cuda.kernel_files(CSRC))
 
 
 def kernel_objects(variant: str) -> list[Object]:

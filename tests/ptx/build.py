@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from setup_cuda import NVCC_FLAGS, cuda_objects, find_nvcc
+from setup_cuda import NVCC_FLAGS, cuda_objects, file_name, find_nvcc
 from setup_ninja import Object, ninja_file, torch_link_flags
 from tests.common.cuda_tools import extract_ptx
 from tests.emulator.build import (
@@ -64,21 +64,21 @@ def interpreter_objects() -> list[Object]:
     return [plain_object("plain", source, *flags, optimize="-O3") for source in sources]
 
 
-def file_name(name: str, dtype: str) -> str:
-    return f"{name}.{dtype}" if dtype else name
-
-
 def shipped_objects() -> list[Object]:
     """With the lines of the source, which errors and mutants name."""
     return cuda_objects(CSRC, CODES, lines=True, strict=False)
 
 
-def build_shipped(quiet: bool = True) -> list[Path]:
-    """In the folder that setup.py builds in: FASTNORM_CUDA=1 FASTNORM_LINEINFO=1 TORCH_CUDA_ARCH_LIST=9.0+PTX finds
-    them compiled."""
-    place, objects = ROOT / "build", shipped_objects()
-    run_ninja("cuda-ptx", ninja_file("", objects, compiler(), [], needed_nvcc()), quiet, place)
+def compile_objects(name: str, objects: Sequence[Object], quiet: bool = True) -> list[Path]:
+    """By nvcc, in the folder that setup.py builds in."""
+    place = ROOT / "build"
+    run_ninja(name, ninja_file("", objects, [], [], needed_nvcc()), quiet, place)
     return [place / o.path for o in objects]
+
+
+def build_shipped(quiet: bool = True) -> list[Path]:
+    """FASTNORM_CUDA=1 FASTNORM_LINEINFO=1 TORCH_CUDA_ARCH_LIST=9.0+PTX then finds them compiled."""
+    return compile_objects("cuda-ptx", shipped_objects(), quiet)
 
 
 def library_objects() -> list[Object]:
