@@ -10,30 +10,25 @@ namespace cuda {
 
 int absent() { throw std::logic_error("a launch of a storage type that is not compiled"); }
 
-#define ABSENT(T)                                                                                   \
-  template <>                                                                                       \
-  int forward_of<T, Traversal::kRows>(const ForwardArgs&, const ForwardPlan&, void*, void*) {       \
-    return absent();                                                                                \
-  }                                                                                                 \
-  template <>                                                                                       \
-  int forward_of<T, Traversal::kColumns>(const ForwardArgs&, const ForwardPlan&, void*, void*) {    \
-    return absent();                                                                                \
-  }                                                                                                 \
-  template <>                                                                                       \
-  int backward_of<T, Traversal::kRows>(const BackwardArgs&, const BackwardPlan&, void*, void*) {    \
-    return absent();                                                                                \
-  }                                                                                                 \
-  template <>                                                                                       \
-  int backward_of<T, Traversal::kColumns>(const BackwardArgs&, const BackwardPlan&, void*, void*) { \
-    return absent();                                                                                \
-  }                                                                                                 \
-  template <>                                                                                       \
-  int forward_positions_of<T>(const ForwardArgs&, const ForwardPlan&, void*) {                      \
-    return absent();                                                                                \
-  }                                                                                                 \
-  template <>                                                                                       \
-  int backward_positions_of<T>(const BackwardArgs&, const BackwardPlan&, void*, void*) {            \
-    return absent();                                                                                \
+#define ABSENT_TRAVERSAL(T, kTraversal)                                                    \
+  template <>                                                                              \
+  int forward_of<T, kTraversal>(const ForwardArgs&, const ForwardPlan&, void*, void*) {    \
+    return absent();                                                                       \
+  }                                                                                        \
+  template <>                                                                              \
+  int backward_of<T, kTraversal>(const BackwardArgs&, const BackwardPlan&, void*, void*) { \
+    return absent();                                                                       \
+  }
+#define ABSENT(T)                                                                        \
+  ABSENT_TRAVERSAL(T, Traversal::kRows)                                                  \
+  ABSENT_TRAVERSAL(T, Traversal::kColumns)                                               \
+  template <>                                                                            \
+  int forward_positions_of<T>(const ForwardArgs&, const ForwardPlan&, void*) {           \
+    return absent();                                                                     \
+  }                                                                                      \
+  template <>                                                                            \
+  int backward_positions_of<T>(const BackwardArgs&, const BackwardPlan&, void*, void*) { \
+    return absent();                                                                     \
   }
 FASTNORM_ABSENT
 #undef ABSENT
