@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def measure(
     """Time every row in about `budget_s` seconds. Compiling does not count; once it has taken `compile_budget_s`, the
     other rows run without torch.compile.
 
+    An interruption ends it; what was measured before is kept.
+
     vs: the other contestants, of peers.NAMES; default: peers.DEFAULT. fault: told of each call that is not timed
     because it fails, or computes something else than torch.nn; without ours or torch.nn's a row is left out. Default:
     an error for ours.
@@ -83,37 +86,40 @@ def measure(
     deadline, compiling = time.perf_counter() + budget_s, 0.0
     weights = [max(row.nbytes, LEAST_WEIGHT) for row in rows]
     results = []
-    for i, row in enumerate(rows):
-        tick(row)
-        # A tiny row measures the host; on a CPU the caches hold what they would hold between two layers.
-        copies = copies_for(row.nbytes, cache) if device == "cuda" and row.layer.label != "tiny" else 1
-        arena = Arena(row, device, copies, peers.contestants(vs, row))
-        row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
-        times, right = {}, True
-        compiled = with_compile and compiling < compile_budget_s
-        for mode in modes:
-            start = time.perf_counter()
-            calls = arena.calls(mode, compiled)
-            if "onednn" in vs and onednn.serves(row):
-                calls["onednn"] = call_or_refusal(partial(onednn.mode_call, row, mode, arena.x, arena.modules["torch"]))
-            for found in faults(calls, partial(arena.exact, mode)):
-                fault(row, mode, found)
-                del calls[found.contestant]
+    with suppress(KeyboardInterrupt):
+        for i, row in enumerate(rows):
+            tick(row)
+            # A tiny row measures the host; on a CPU the caches hold what they would hold between two layers.
+            copies = copies_for(row.nbytes, cache) if device == "cuda" and row.layer.label != "tiny" else 1
+            arena = Arena(row, device, copies, peers.contestants(vs, row))
+            row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
+            times, right = {}, True
+            compiled = with_compile and compiling < compile_budget_s
+            for mode in modes:
+                start = time.perf_counter()
+                calls = arena.calls(mode, compiled)
+                if "onednn" in vs and onednn.serves(row):
+                    calls["onednn"] = call_or_refusal(
+                        partial(onednn.mode_call, row, mode, arena.x, arena.modules["torch"])
+                    )
+                for found in faults(calls, partial(arena.exact, mode)):
+                    fault(row, mode, found)
+                    del calls[found.contestant]
+                if compiled:
+                    deadline += time.perf_counter() - start
+                    compiling += time.perf_counter() - start
+                right = {OURS, REFERENCE} <= calls.keys()
+                if not right:
+                    break
+                part = row_budget * SHARE[mode] / sum(SHARE[m] for m in modes)
+                times[mode] = race(calls, part, "cpu" if row.layer.label == "tiny" else device)
+            if right:
+                results.append(Result(row, times, arena.disagreement(), copies * row.nbytes > cache, device))
             if compiled:
-                deadline += time.perf_counter() - start
-                compiling += time.perf_counter() - start
-            right = {OURS, REFERENCE} <= calls.keys()
-            if not right:
-                break
-            part = row_budget * SHARE[mode] / sum(SHARE[m] for m in modes)
-            times[mode] = race(calls, part, "cpu" if row.layer.label == "tiny" else device)
-        if right:
-            results.append(Result(row, times, arena.disagreement(), copies * row.nbytes > cache, device))
-        if compiled:
-            torch._dynamo.reset()
-        if device == "cuda":
-            del arena, calls
-            torch.cuda.empty_cache()
+                torch._dynamo.reset()
+            if device == "cuda":
+                del arena, calls
+                torch.cuda.empty_cache()
     return results
 
 
@@ -265,6 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure_with_bar(
         rows, budget, args.device, modes, "compile" in vs, args.compile_budget, vs=vs, fault=lambda *f: wrong.append(f)
     )
+    done = {result.row for result in results} | {row for row, *_ in wrong}
+    if missing := len(rows) - len(done):
+        console.print(f"interrupted: {missing} of {len(rows)} rows were not measured", style="yellow")
+    if not done:
+        sys.exit(1)
     print_results(console, results, modes)
     print_summary(console, results, modes)
     for row, mode, fault in wrong:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,3 +209,20 @@ def test_compiling_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert ["compile" in r.times["eval"] for r in results] == [True, True, False]
     assert compiled == [5.0, 10.0]
     assert [r.seconds("eval") for r in results] == pytest.approx([10.0, 15.0, 30.0])  # no time passes in a race here
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As when a machine that is lent is taken back: the rows before it are printed and saved."""
+    race, rows = bench.race, []
+
+    def interrupted(*arguments: Any) -> Any:
+        rows.append(arguments)
+        if len(rows) == 3:
+            raise KeyboardInterrupt
+        return race(*arguments)
+
+    monkeypatch.setattr(bench, "race", interrupted)
+    path = tmp_path / "bench.json"
+    bench.main(["--filter", "tiny.*float32 planar", "--mode", "eval", "--budget", "0.1", "--json", str(path)])
+    saved = json.loads(path.read_text())["rows"]
+    assert [row["epilogue"] for row in saved] == ["plain", "+relu"]

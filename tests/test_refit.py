@@ -115,7 +115,7 @@ def test_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         refit.main([str(path), "--filter", "nothing"])
 
 
-@pytest.mark.parametrize("run", ["first", "second"])
+@pytest.mark.parametrize("run", ["first", "second", "fourth"])
 def test_the_files_that_the_constants_were_fitted_to(run: str) -> None:
     """The planner chooses well among its plans, as far as it still makes them."""
     (path,) = (Path(refit.__file__).parent / "results").glob(f"tune-h200-*-{run}.json")

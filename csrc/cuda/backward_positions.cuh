@@ -127,7 +127,7 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
       if (t.residual != nullptr) fastnorm::cuda::stage<W>(staged.residual + slot, t.residual + place.element);
     });
   };
-  const auto use_wave = [&](int64_t item, int stage, int /*parity*/, auto ready) {
+  const auto use_wave = [&](int64_t item, Unprepared, int stage, int /*parity*/, auto ready) {
     const bool valid = item < shape.items;
     const MaskedPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
@@ -162,7 +162,7 @@ backward_positions(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsShape
     dispatch_backward<kSmooth, W>(
         t, [&](const auto& tensors, auto act) { apply_tile<act.value>(tensors, t, piece, stats, terms, read); });
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, [] {}, use_wave);
+  for_waves(f.shape, shape.items, grid_blocks(), block_index(), Unprepared{}, load_piece, [] {}, use_wave);
   if (!f.grid_sync) return;
   sync_grid();
   fold_params(f.fold, all_blocks());

@@ -70,7 +70,7 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
     });
   };
-  const auto use_wave = [&](int64_t item, int stage, int /*parity*/, auto ready) {
+  const auto use_wave = [&](int64_t item, Unprepared, int stage, int /*parity*/, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = memory_of(stage);
@@ -109,7 +109,7 @@ forward_positions(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       forward_tile<act.value, kTogether, W, Tensors, T>(tensors, t.weight, t.bias, piece, stats, read);
     });
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, [] {}, use_wave);
+  for_waves(f, shape.items, grid_blocks(), block_index(), Unprepared{}, load_piece, [] {}, use_wave);
 }
 
 }  // namespace fastnorm::cuda

@@ -58,7 +58,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     };
     t.residual != nullptr ? copy(std::true_type{}) : copy(std::false_type{});
   };
-  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, Unprepared, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
@@ -112,7 +112,8 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     auto mask = mask_reader(rest.mask, piece, kept);
     apply_gradient_columns<kSmooth, 1, false>(rest, piece, kept, coefs, terms, from_shared(mask));
   };
-  for_waves(f.shape, shape.items, grid_blocks(), block_index(), load_piece, [&] { gang.begin(); }, use_wave);
+  for_waves(
+      f.shape, shape.items, grid_blocks(), block_index(), Unprepared{}, load_piece, [&] { gang.begin(); }, use_wave);
   finish_fused(f, gang);
 }
 

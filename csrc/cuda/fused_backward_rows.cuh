@@ -172,18 +172,26 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     team.sync();
   }
   const auto memory_of = [&](int stage) { return Staged<T, W>(mine + stage * stage_bytes, f.shape.stream_bytes); };
+  struct Prepared {
+    SetStats<A> stats;
+    ChannelParams<A> first;
+  };
+  const auto prepare = [&](int64_t item) {
+    const RowsPiece<W> piece(shape, item < shape.items ? item : 0);
+    return Prepared{load_stats(t.stats, t.sets, piece.span.set), channel_params<T>(piece, t.weight, t.bias)};
+  };
   const auto load_piece = [&](int64_t item, int stage) {
     const bool valid = item < shape.items;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     const Staged<T, W> staged = memory_of(stage);
     stage_rows<T, W>(piece, team, valid, {{t.x, staged.x}, {t.dy, staged.dy}, {t.residual, staged.residual}});
   };
-  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, const Prepared& prepared, int stage, int parity, auto ready) {
     const bool valid = item < shape.items, by_units = f.unit_length > 0;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     const StagedRows<T, W> staged(t, piece, memory_of(stage));
-    const SetStats<A> stats = load_stats(t.stats, t.sets, piece.span.set);
-    const ChannelParams<A> first = channel_params<T>(piece, t.weight, t.bias);
+    const SetStats<A>& stats = prepared.stats;
+    const ChannelParams<A>& first = prepared.first;
     GradSums<A> sums = sums_of_piece<kSmooth>(t, f, piece, team, valid, stats, first, staged, extra, ready);
     sums = sum_team(team, sums, scratch);
     if (!by_units && !f.batch && !shape.per_element) {  // a piece of one cell
@@ -207,7 +215,7 @@ fused_backward_rows(BackwardTensors<T> t, FusedBackward<Accum<T>> f, RowsShape s
     release_staged<W>(team);
   };
   for_waves(
-      f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece,
+      f.shape, shape.items, grid_blocks() * teams, block_index() * teams + team.index, prepare, load_piece,
       [&] { gang.begin(); }, use_wave);
   if (f.gathered != nullptr) {
     store_gathered<W>(f, shape, reinterpret_cast<const GradSums<A>*>(shared_memory() + f.shape.stages * stage_bytes),

@@ -54,7 +54,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       fastnorm::cuda::stage<W>(staged + piece.slot(place, t.x), t.x + place.element);
     });
   };
-  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, Unprepared, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Pack<T, W>* const staged = memory_of(stage);
@@ -97,7 +97,7 @@ fused_forward_columns(ForwardTensors<T> t, ColumnsShape shape, FusedShape f) {
       forward_columns<kSmooth, kSmooth || W == 4 ? 1 : 2, kRereads>(t, piece, lane_coefs(stats, params), read);
     }
   };
-  for_waves(f, shape.items, grid_blocks(), block_index(), load_piece, [&] { gang.begin(); }, use_wave);
+  for_waves(f, shape.items, grid_blocks(), block_index(), Unprepared{}, load_piece, [&] { gang.begin(); }, use_wave);
   gang.exit();
 }
 

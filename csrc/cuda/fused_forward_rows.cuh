@@ -34,6 +34,15 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
   unsigned char* const scratch = shared_memory() + teams * f.team_bytes;
   GangPartials<Moments<A>, A> gang(f, scratch + ladder_bytes(block_threads(), sizeof(A)), 1);
   const auto memory_of = [&](int stage) { return reinterpret_cast<Pack<T, W>*>(mine + stage * f.stream_bytes); };
+  // Converted when they are used: not before the copies are on their way.
+  struct Prepared {
+    T origin;
+    ChannelParams<A> first;
+  };
+  const auto prepare = [&](int64_t item) {
+    const RowsPiece<W> piece(shape, item < shape.items ? item : 0);
+    return Prepared{load_one(t.x + piece.span.set * shape.set_stride), channel_params<T>(piece, t.weight, t.bias)};
+  };
   const auto load_piece = [&](int64_t item, int stage) {
     const bool valid = item < shape.items;
     const RowsPiece<W> piece(shape, valid ? item : 0);
@@ -41,15 +50,14 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
     const bool in_batches = !kSmooth && !shape.per_element;  // forward_rows_with
     if (t.residual != nullptr && !in_batches && valid) prefetch_rows(piece, team, t.residual);
   };
-  const auto use_wave = [&](int64_t item, int stage, int parity, auto ready) {
+  const auto use_wave = [&](int64_t item, const Prepared& prepared, int stage, int parity, auto ready) {
     const bool valid = item < shape.items;
     const RowsPiece<W> piece(shape, valid ? item : 0);
     const int64_t set = piece.span.set;
     const Pack<T, W>* const staged = memory_of(stage);
     const Slots<W> slots(piece, t.x);
     const auto read = [&](const Step& step) { return staged[slots(step)]; };
-    const A origin = origin_of<A>(t.x + set * shape.set_stride);
-    const ChannelParams<A> first = channel_params<T>(piece, t.weight, t.bias);
+    const A origin = as_origin(widen<A>(prepared.origin));
     ThreadMoments<A> own;
     for_landed(piece, team, valid, ready,
                [&](const ThreadSteps& range) { accumulate_moments<T>(piece, range, origin, read, own); });
@@ -62,12 +70,14 @@ fused_forward_rows(ForwardTensors<T> t, RowsShape shape, FusedShape f) {
       store_stats(t.stats, t.sets, set, stats, var);
       store_running(t.running, set, stats.mean, var);
     }
-    if (t.y != nullptr) forward_rows<kSmooth, false, 1>(t, piece, piece.whole(team, valid), stats, first, read);
+    if (t.y != nullptr) {
+      forward_rows<kSmooth, false, 1>(t, piece, piece.whole(team, valid), stats, prepared.first, read);
+    }
     release_staged<W>(team);
   };
   for_waves(
-      f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, load_piece, [&] { gang.begin(); },
-      use_wave);
+      f, shape.items, grid_blocks() * teams, block_index() * teams + team.index, prepare, load_piece,
+      [&] { gang.begin(); }, use_wave);
   gang.exit();
 }
 

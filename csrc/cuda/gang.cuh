@@ -219,13 +219,20 @@ class GangPartials {
   int met_ = 0;  // times that the blocks have met
 };
 
-// The waves of a fused launch, for a team that takes item `mine` of each. load(item, stage) begins to copy an item to a
-// stage of shared memory, in kCopyGroups groups, and commits each. use(item, stage, parity, ready) finds a group and
-// those before it there after ready(copy_group). All teams make the same number of calls; an item may lie beyond the
-// last. started() is called once, when the first copies are on their way.
-template <class Load, class Started, class Use>
-FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Load load,
-                               Started started, Use use) {
+// What use() of for_waves needs nothing of.
+struct Unprepared {
+  FASTNORM_DEVICE Unprepared operator()(int64_t /*item*/) const { return {}; }
+};
+
+// The waves of a fused launch, for a team that takes item `mine` of each. prepare(item) loads what use() needs before
+// the first copy group: behind the copies it would come last, which took large tensors of rows 6 to 10% longer on an
+// H200. load(item, stage) begins to copy an item to a stage of shared memory, in kCopyGroups groups, and commits each.
+// use(item, prepared, stage, parity, ready) finds a group and those before it there after ready(copy_group). All teams
+// make the same number of calls; an item may lie beyond the last. started() is called once, when the first copies are
+// on their way.
+template <class Prepare, class Load, class Started, class Use>
+FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_items, int64_t mine, Prepare prepare,
+                               Load load, Started started, Use use) {
   const auto begin = [&](int64_t item, int stage) {
     if (item < items) return load(item, stage);
     for (int copy_group = 0; copy_group < kCopyGroups; ++copy_group) commit_copies();
@@ -235,9 +242,10 @@ FASTNORM_DEVICE void for_waves(const FusedShape& f, int64_t items, int64_t wave_
   int parity = 0;
   for (int64_t first = 0; first < items; first += wave_items, parity ^= 1) {
     const int64_t item = first + mine;
+    const auto prepared = prepare(item);
     begin(ahead ? item + wave_items : item, ahead ? parity ^ 1 : 0);
     if (first == 0) started();
-    use(item, ahead ? parity : 0, parity,
+    use(item, prepared, ahead ? parity : 0, parity,
         [&](int copy_group) { wait_copies(kCopyGroups - 1 - copy_group + (ahead ? kCopyGroups : 0)); });
   }
 }

@@ -46,7 +46,9 @@ constexpr double kCopyShare = 0.86;
 // ready. Warps wait for results most of the time: with so many for a scheduler it issues in every second cycle. A
 // thread that keeps its row in registers has 16 or 32 elements that do not depend on each other, and waits less.
 constexpr double kSchedulers = 4, kLanes = 32;
+// Staged rows come with what they need first (for_waves in csrc/cuda/gang.cuh).
 constexpr double kHalfBusyWarps = 2.8;
+constexpr double kHalfBusyRowsWarps = 1.0;
 constexpr double kHalfBusyRegisterWarps = 0.5;
 
 // One SM can draw so many times its share of the memory's bandwidth, 90 GB/s of an H200's: copies into shared memory
@@ -84,12 +86,17 @@ double move_us(double bytes, double busy, const DeviceInfo& device) {
   return bytes / (share * kCopyShare * static_cast<double>(device.bytes_per_us));
 }
 
+double half_busy_warps(const Grid& fused) {
+  if (fused.place() == Place::kRegisters) return kHalfBusyRegisterWarps;
+  return fused.traversal == Traversal::kRows ? kHalfBusyRowsWarps : kHalfBusyWarps;
+}
+
 // The microseconds in which the busiest of the SMs executes so many instructions for each of a block's elements.
-double issue_us(const Grid& grid, double elements, double instructions, int64_t blocks, const DeviceInfo& device) {
+double issue_us(const Grid& grid, double half_busy, double elements, double instructions, int64_t blocks,
+                const DeviceInfo& device) {
   const int64_t each = div_up(blocks, device.num_sms);
   const double warps = static_cast<double>(each * grid.threads()) / (kLanes * kSchedulers);
-  const double idle = grid.place() == Place::kRegisters ? kHalfBusyRegisterWarps : kHalfBusyWarps;
-  const double issued = kSchedulers * kLanes * warps / (warps + idle) * device.clock_mhz;
+  const double issued = kSchedulers * kLanes * warps / (warps + half_busy) * device.clock_mhz;
   return static_cast<double>(each) * elements * instructions / issued;
 }
 
@@ -196,7 +203,7 @@ Estimate estimate_fused(const Grid& grid, const Streams& streams, const ElementW
                                   ? work.registers
                                   : work.shared + reread_share(grid) * (work.reduce + work.apply - work.shared);
   const auto issue_of = [&](double of_block, double of_element, int64_t blocks) {
-    return issue_us(grid, of_block, of_element, blocks, device);
+    return issue_us(grid, half_busy_warps(grid), of_block, of_element, blocks, device);
   };
   const auto wave_of = [&](int64_t blocks) {
     const double busy = static_cast<double>(std::min<int64_t>(blocks, device.num_sms));
@@ -238,7 +245,7 @@ Estimate estimate_pass(const Grid& grid, const Streams& streams, int moved, bool
   const auto wave_of = [&](int64_t blocks) {
     const double full = static_cast<double>(blocks) / static_cast<double>(each);  // SMs
     return Estimate{move_us(bytes * static_cast<double>(blocks), full, device),
-                    issue_us(grid, elements, instructions, blocks, device), 0, 0};
+                    issue_us(grid, kHalfBusyWarps, elements, instructions, blocks, device), 0, 0};
   };
   Estimate e = in_waves(grid.blocks, std::min(grid.blocks, each * device.num_sms), wave_of);
   e.barriers = kLatencyUs;
