@@ -158,7 +158,7 @@ def test_autocast(layer: Layer, dtype: torch.dtype, device: torch.device) -> Non
             y = module(x)
         outputs.append((y, *gradients(y.float(), module, x)[:1]))
     for theirs, ours in zip(*outputs, strict=True):
-        # dx is a difference of terms of the gradient's size, which a GPU's torch.nn rounds on the way; and both round it.
+        # dx is a difference of terms of the gradient's size, which a GPU's torch.nn rounds on the way; both round it.
         rounding = 2 * torch.finfo(theirs.dtype).eps * float(theirs.detach().abs().max())
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=max(rounding, 1e-5))
 
