@@ -219,7 +219,7 @@ class GangPartials {
   int met_ = 0;  // times that the blocks have met
 };
 
-// What use() of for_waves needs nothing of.
+// For a use() of for_waves that needs nothing before its copies.
 struct Unprepared {
   FASTNORM_DEVICE Unprepared operator()(int64_t /*item*/) const { return {}; }
 };
