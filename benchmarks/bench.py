@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -71,11 +71,9 @@ def measure(
     tick: Callable[[Row], None] = lambda row: None,
     vs: Sequence[str] | None = None,
     fault: Callable[[Row, str, Fault], None] = raise_ours,
-) -> list[Result]:
-    """Time every row in about `budget_s` seconds. Compiling does not count; once it has taken `compile_budget_s`, the
-    other rows run without torch.compile.
-
-    An interruption ends it; what was measured before is kept.
+) -> Iterator[Result]:
+    """Time row after row, in about `budget_s` seconds in all. Compiling does not count; once it has taken
+    `compile_budget_s`, the other rows run without torch.compile.
 
     vs: the other contestants, of peers.NAMES; default: peers.DEFAULT. fault: told of each call that is not timed
     because it fails, or computes something else than torch.nn; without ours or torch.nn's a row is left out. Default:
@@ -85,45 +83,40 @@ def measure(
     cache = cache_bytes(device)
     deadline, compiling = time.perf_counter() + budget_s, 0.0
     weights = [max(row.nbytes, LEAST_WEIGHT) for row in rows]
-    results = []
-    with suppress(KeyboardInterrupt):
-        for i, row in enumerate(rows):
-            tick(row)
-            # A tiny row measures the host; on a CPU the caches hold what they would hold between two layers.
-            copies = copies_for(row.nbytes, cache) if device == "cuda" and row.layer.label != "tiny" else 1
-            arena = Arena(row, device, copies, peers.contestants(vs, row))
-            row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
-            times, right = {}, True
-            compiled = with_compile and compiling < compile_budget_s
-            for mode in modes:
-                start = time.perf_counter()
-                calls = arena.calls(mode, compiled)
-                if "onednn" in vs and onednn.serves(row):
-                    calls["onednn"] = call_or_refusal(
-                        partial(onednn.mode_call, row, mode, arena.x, arena.modules["torch"])
-                    )
-                for found in faults(calls, partial(arena.exact, mode)):
-                    fault(row, mode, found)
-                    del calls[found.contestant]
-                if compiled:
-                    deadline += time.perf_counter() - start
-                    compiling += time.perf_counter() - start
-                right = {OURS, REFERENCE} <= calls.keys()
-                if not right:
-                    break
-                part = row_budget * SHARE[mode] / sum(SHARE[m] for m in modes)
-                times[mode] = race(calls, part, "cpu" if row.layer.label == "tiny" else device)
-            if right:
-                results.append(Result(row, times, arena.disagreement(), copies * row.nbytes > cache, device))
+    for i, row in enumerate(rows):
+        tick(row)
+        # A tiny row measures the host; on a CPU the caches hold what they would hold between two layers.
+        copies = copies_for(row.nbytes, cache) if device == "cuda" and row.layer.label != "tiny" else 1
+        arena = Arena(row, device, copies, peers.contestants(vs, row))
+        row_budget = max(0.0, deadline - time.perf_counter()) * weights[i] / sum(weights[i:])
+        times, right = {}, True
+        compiled = with_compile and compiling < compile_budget_s
+        for mode in modes:
+            start = time.perf_counter()
+            calls = arena.calls(mode, compiled)
+            if "onednn" in vs and onednn.serves(row):
+                calls["onednn"] = call_or_refusal(partial(onednn.mode_call, row, mode, arena.x, arena.modules["torch"]))
+            for found in faults(calls, partial(arena.exact, mode)):
+                fault(row, mode, found)
+                del calls[found.contestant]
             if compiled:
-                torch._dynamo.reset()
-            if device == "cuda":
-                del arena, calls
-                torch.cuda.empty_cache()
-    return results
+                deadline += time.perf_counter() - start
+                compiling += time.perf_counter() - start
+            right = {OURS, REFERENCE} <= calls.keys()
+            if not right:
+                break
+            part = row_budget * SHARE[mode] / sum(SHARE[m] for m in modes)
+            times[mode] = race(calls, part, "cpu" if row.layer.label == "tiny" else device)
+        if right:
+            yield Result(row, times, arena.disagreement(), copies * row.nbytes > cache, device)
+        if compiled:
+            torch._dynamo.reset()
+        if device == "cuda":
+            del arena, calls
+            torch.cuda.empty_cache()
 
 
-def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object) -> list[Result]:
+def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object) -> Iterator[Result]:
     """`measure` with a progress bar on stderr."""
     counts = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     columns = (TextColumn("measuring"), *counts, TextColumn("[dim]{task.description}"))
@@ -136,7 +129,7 @@ def measure_with_bar(rows: Sequence[Row], *arguments: object, **options: object)
             progress.update(task, advance=int(started), description=row.name, refresh=True)
             started = True
 
-        return measure(rows, *arguments, **options, tick=tick)  # type: ignore[arg-type, misc]
+        yield from measure(rows, *arguments, **options, tick=tick)  # type: ignore[arg-type, misc]
 
 
 def warn_when_busy(console: Console, device: str) -> None:
@@ -268,9 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     warn_when_busy(console, args.device)
     wrong: list[tuple[Row, str, Fault]] = []
-    results = measure_with_bar(
+    results: list[Result] = []
+    measuring = measure_with_bar(
         rows, budget, args.device, modes, "compile" in vs, args.compile_budget, vs=vs, fault=lambda *f: wrong.append(f)
     )
+    with suppress(KeyboardInterrupt):
+        for result in measuring:
+            results.append(result)  # each by itself: those before an interruption are kept
     done = {result.row for result in results} | {row for row, *_ in wrong}
     if missing := len(rows) - len(done):
         console.print(f"interrupted: {missing} of {len(rows)} rows were not measured", style="yellow")

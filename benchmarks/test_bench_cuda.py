@@ -205,7 +205,7 @@ def test_compiling_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch, "compile", compile_slowly)
     rows = [Row(cases.TINY, "float32", "planar", epilogue) for epilogue in cases.EPILOGUES]
-    results = bench.measure(rows, 30.0, "cpu", ("eval",), True, 8.0)
+    results = list(bench.measure(rows, 30.0, "cpu", ("eval",), True, 8.0))
     assert ["compile" in r.times["eval"] for r in results] == [True, True, False]
     assert compiled == [5.0, 10.0]
     assert [r.seconds("eval") for r in results] == pytest.approx([10.0, 15.0, 30.0])  # no time passes in a race here
@@ -213,11 +213,11 @@ def test_compiling_has_a_budget_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_interruption_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As when a machine that is lent is taken back: the rows before it are printed and saved."""
-    race, rows = bench.race, []
+    race, raced = bench.race, []
 
     def interrupted(*arguments: Any) -> Any:
-        rows.append(arguments)
-        if len(rows) == 3:
+        raced.append(arguments)
+        if len(raced) == 3:
             raise KeyboardInterrupt
         return race(*arguments)
 

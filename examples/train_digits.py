@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     console.print("\n[bold]The layers of large models[/], fastnorm against torch.nn:\n")
     bench.keep_memory()
-    results = bench.measure_with_bar(list(bench.quick_table()), QUICK_TABLE_S if args.quick else TABLE_S, device)
+    results = list(bench.measure_with_bar([*bench.quick_table()], QUICK_TABLE_S if args.quick else TABLE_S, device))
     print_results(console, results)
     path = args.out / "demo.png"
     save_picture(path, networks, results, where)
