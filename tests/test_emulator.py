@@ -302,7 +302,7 @@ def barriers() -> list[str]:
     return [
         f"{path.name}:{number}"
         for path in sorted((build.CSRC / "cuda").glob("*.cu*"))
-        if path.name != "platform.cuh"
+        if path.stem != "platform"
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if re.search(r"\b(sync_(block|warp|cluster|grid)\(\)|wait_copies\(.*\));", line)
     ]

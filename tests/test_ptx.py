@@ -117,7 +117,7 @@ def test_one_element_past_a_tensor(opcode: str, verb: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "few", "alone", "small", "h200"])
 def test_the_device_that_plans_are_made_for(name: str) -> None:
-    """platform.cuh asks the runtime for every fact: a launch is of the size that the planner says."""
+    """platform.cu asks the runtime for every fact: a launch is of the size that the planner says."""
     ptx, call = backend.load(), raw(Case(LAYERS[0], activation="silu"))
     facts = facts_of(ptx.device(name))
     plan = fastnorm._C.plan_forward(call.shape.geometry, "float32", facts, activation="silu")
@@ -138,7 +138,7 @@ def call_on_gangs() -> RawCall:
 
 
 def test_a_device_that_refuses_gangs_is_served_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """platform.cuh tells the runtime's errors apart: cudaErrorCooperativeLaunchTooLarge is a refusal."""
+    """platform.cu tells the runtime's errors apart: cudaErrorCooperativeLaunchTooLarge is a refusal."""
     monkeypatch.setenv("FASTNORM_STRICT", "0")
     ptx, call = backend.load(), call_on_gangs()
     # One in forward. In backward, clusters that sync as a grid are first tried as clusters alone.

@@ -102,7 +102,8 @@ def emulator_objects(variant: str) -> list[Object]:
 
 @functools.cache
 def kernel_files() -> tuple[tuple[str, str], ...]:
-    return tuple(setup_cuda.kernel_files(CSRC))
+    """All but platform.cu: emulator.h is in its place."""
+    return tuple(kernel for kernel in setup_cuda.kernel_files(CSRC) if kernel[0] != "platform")
 
 
 def kernel_objects(variant: str) -> list[Object]:
