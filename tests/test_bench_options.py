@@ -349,7 +349,31 @@ def test_compare_prints_the_slower_first() -> None:
     found = [
         compare.Move(name, "fastnorm", one, compare.Figure(t, t, t)) for name, t in (("a", 0.5), ("b", 2), ("c", 1))
     ]
-    compare.print_moves(console, found, 0.03, "torch")
+    compare.print_moves(console, found, {"fastnorm": 4}, 0.03, "reference")
     lines = console.export_text().splitlines()
     assert lines[0].startswith("2.00x slower  b") and lines[1].startswith("2.00x faster  a")
-    assert "3 figures in both runs, in units of torch.nn: 1 slower, 1 faster, 1 within noise" in lines[2]
+    assert "3 figures in both runs, in units of the reference: 1 slower, 1 faster, 1 within noise" in lines[2]
+    assert lines[3].strip() == "fastnorm: 1.000 times as long as before, geometric mean of 3 of 4 figures"
+
+
+def test_runs_of_tune_are_compared_plan_by_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever forces a plan, and not by kinds that one run alone has."""
+    run = json.loads((SAVED.parent / "tune-h200-2026-11-27-fourth.json").read_text())
+    before, after = run | {"jobs": run["jobs"][:3]}, copy.deepcopy(run | {"jobs": run["jobs"][:2]})
+    plans = [candidate for job in after["jobs"] for candidate in job["candidates"]]
+    rows = [c for c in plans if c["plan"].startswith("fused: rows")]
+    for candidate in rows:
+        candidate["forced"] = {}
+        candidate["us"] = {k: v if k == "rounds" else v * 1.5 for k, v in candidate["us"].items()}
+    rows[0]["plan"] = "fused: rows, of another size; estimate 1 us"
+    paths = [tmp_path / "before.json", tmp_path / "after.json"]
+    for path, text in zip(paths, (before, after), strict=True):
+        path.write_text(json.dumps(text))
+    assert compare.main([*map(str, paths)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("1.50x slower") == len(rows) - 1
+    assert (
+        f"fused rows: 1.500 times as long as before, geometric mean of {len(rows) - 1} of {len(rows)} figures" in said
+    )
+    others = len(plans) - len(rows)
+    assert f"split rows: 1.000 times as long as before, geometric mean of {others} of {others} figures" in said
