@@ -10,7 +10,7 @@ namespace fastnorm::ops {
 namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
-using CudnnOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using OutputsAndReserve = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using OutputMask = std::array<bool, 3>;
 
 // ---- what torch's own arguments have to be ----
@@ -97,10 +97,29 @@ Outputs batch_norm_no_training(const Tensor& x, const OptTensor& weight, const O
 
 // The last output is what cuDNN's backward wants. An empty one tells that ours has to follow, whatever the switch then
 // is.
-CudnnOutputs cudnn_batch_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                              const OptTensor& running_mean, const OptTensor& running_var, bool training,
-                              double momentum, double eps) {
+OutputsAndReserve cudnn_batch_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                   const OptTensor& running_mean, const OptTensor& running_var, bool training,
+                                   double momentum, double eps) {
   auto [y, mean, rstd] = batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps);
+  return {y, mean, rstd, nothing(x, at::kByte)};
+}
+
+// Where torch picks one of its backends itself. On a GPU it hands the choice to backward in the last output, whose
+// format is torch's own.
+void check_backend_is_ours(const Tensor& x) { FASTNORM_SUPPORTED(x.is_cpu(), "torch picks the backend of a GPU"); }
+
+OutputsAndReserve batch_norm_with_update(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                         Tensor& running_mean, Tensor& running_var, double momentum, double eps) {
+  check_backend_is_ours(x);
+  auto [y, mean, rstd] = batch_norm(x, weight, bias, running_mean, running_var, true, momentum, eps);
+  return {y, mean, rstd, nothing(x, at::kByte)};
+}
+
+OutputsAndReserve batch_norm_no_update(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                       const OptTensor& running_mean, const OptTensor& running_var, double momentum,
+                                       double eps) {
+  check_backend_is_ours(x);
+  auto [y, mean, rstd] = batch_norm(x, weight, bias, running_mean, running_var, false, momentum, eps);
   return {y, mean, rstd, nothing(x, at::kByte)};
 }
 
@@ -156,6 +175,14 @@ Outputs batch_norm_backward(const Tensor& dy, const Tensor& x, const OptTensor& 
   return backward(dy, x, weight, {}, stats, batch_config(eps), !training, wanted);
 }
 
+Outputs batch_norm_backward_of_backend(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                       const OptTensor& running_mean, const OptTensor& running_var,
+                                       const OptTensor& save_mean, const OptTensor& save_rstd, bool update, double eps,
+                                       OutputMask wanted, const Tensor& /*reserve*/) {
+  check_backend_is_ours(x);
+  return batch_norm_backward(dy, x, weight, running_mean, running_var, save_mean, save_rstd, update, eps, wanted);
+}
+
 Outputs cudnn_batch_norm_backward(const Tensor& x, const Tensor& dy, const Tensor& weight,
                                   const OptTensor& running_mean, const OptTensor& running_var,
                                   const OptTensor& save_mean, const OptTensor& save_rstd, double eps,
@@ -191,6 +218,9 @@ void add_aten_norms(torch::Library& library) {
   AtenOp<kBatch, "_native_batch_norm_legit", &batch_norm_no_stats, "no_stats">{library};
   AtenOp<kBatch, "_native_batch_norm_legit_no_training", &batch_norm_no_training>{library};
   AtenOp<kBatch, "native_batch_norm_backward", &batch_norm_backward>{library};
+  AtenOp<kBatch, "_batch_norm_with_update", &batch_norm_with_update>{library};
+  AtenOp<kBatch, "_batch_norm_no_update", &batch_norm_no_update>{library};
+  AtenOp<kBatch, "batch_norm_backward", &batch_norm_backward_of_backend>{library};
   AtenOp<kBatch, "cudnn_batch_norm", &cudnn_batch_norm>{library};
   AtenOp<kBatch, "cudnn_batch_norm_backward", &cudnn_batch_norm_backward, "", Asks::kKernel>{library};
   AtenOp<kGroup, "native_group_norm", &group_norm>{library};
