@@ -4,7 +4,7 @@
 # make test-models  fastnorm in real models (torchvision, timm, diffusers, transformers) and under tools for them
 # make bench    the full benchmark table; ARGS='--filter GroupNorm' is passed on to benchmarks/bench.py
 # make bench-models  images a second and memory of whole models; ARGS is passed on to benchmarks/end_to_end.py
-# make report   README's figures and pictures, from the runs in benchmarks/results; ARGS=--check only compares
+# make report   the figures of README and docs, and the pictures, from the runs in benchmarks/results; ARGS=--check only compares
 # make studies  the studies of examples/studies, and their pages in docs/studies; QUICK=1: a short form, into build/studies
 # make docs     the pages of docs/ and the API reference, into build/docs
 # make lint     formatting, lint and types          make format   puts formatting right

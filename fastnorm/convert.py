@@ -31,7 +31,7 @@ def convert(model: Model) -> Model:
     LayerNorm2d, and torchvision's and detectron2's FrozenBatchNorm2d.
 
     Only modules whose class is exactly one of these: a subclass may have a forward of its own. `fastnorm.report` tells
-    why a norm is left as it is.
+    why a norm is left as it is: that is no error. AttributeError if `model` is no nn.Module; nothing else is raised.
     """
     for module in model.modules():
         if why_not_converted(module) is None:
@@ -55,7 +55,7 @@ def revert(model: Model) -> Model:
     not, that of fastnorm.plain. One with an activation becomes a subclass of torch.nn's or fastnorm.plain's class that
     runs the norm, then adds the residual, then applies the activation. Subclasses of fastnorm's are left alone. What
     `fastnorm.fuse` has fused is taken apart again. ImportError, and nothing is changed, where the package of such a
-    class is gone.
+    class is gone. AttributeError if `model` is no nn.Module.
     """
     for module in model.modules():
         if is_public(module):

@@ -37,8 +37,8 @@ def enable(*norms: str, device: str | torch.device | None = None) -> None:
     """Let the kernels answer torch's own norms from now on, in all threads.
 
     norms: of "batch_norm" (instance_norm too: torch computes it by batch_norm), "group_norm", "layer_norm"; none: all.
-    device: "cpu" or "cuda"; None: every device that this build has kernels for. ValueError for other names, before
-    anything is changed. Calling it again changes nothing.
+    device: "cpu" or "cuda", without an index; None: every device that this build has kernels for. ValueError for other
+    names and for a device without kernels, before anything is changed. Calling it again changes nothing.
     """
     switches = _named(norms, device)
     with _lock:
@@ -47,8 +47,8 @@ def enable(*norms: str, device: str | torch.device | None = None) -> None:
 
 
 def disable(*norms: str, device: str | torch.device | None = None) -> None:
-    """Undo `enable`, for the same arguments: torch's kernels answer again. What a `with enabled()` block asks for stays
-    until the block ends."""
+    """Undo `enable`, for the same arguments and with the same ValueError: torch's kernels answer again. What a
+    `with enabled()` block asks for stays until the block ends. A norm that is off already stays off."""
     switches = _named(norms, device)
     with _lock:
         _enabled.difference_update(switches)
@@ -58,7 +58,7 @@ def disable(*norms: str, device: str | torch.device | None = None) -> None:
 @contextlib.contextmanager
 def enabled(*norms: str, device: str | torch.device | None = None) -> Iterator[None]:
     """`enable` for the length of a `with` block, or of a decorated function; in all threads, as `enable` is. Blocks may
-    overlap: a norm is enabled while one of them is open."""
+    overlap: a norm is enabled while one of them is open. ValueError as of `enable`, on entering the block."""
     switches = _named(norms, device)
     with _lock:
         _in_blocks.update(switches)

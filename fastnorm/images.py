@@ -35,7 +35,9 @@ class ImageNormalize(nn.Module):
     Arithmetic is in float32, or float64 where the input or the output is.
 
     ValueError: mean and std of different lengths, a std below 1e-30 or that is not finite, images of another number of
-    channels or dimensions. TypeError: another dtype. More than 32 channels are left to torch's operators.
+    channels or dimensions, another memory_format. TypeError: another dtype. More than 32 channels are left to torch's
+    operators.
+    Source: torchvision.transforms.v2.ToDtype and Normalize.
     """
 
     def __init__(

@@ -21,7 +21,8 @@ class LayerNorm2d(Norm, plain.LayerNorm2d):
     """Layer norm over the channels of every position of x (N, C, H, W), without a permute; weight and bias (C,).
 
     The state_dict is that of torchvision's and timm's LayerNorm2d, which `convert` turns into this class. Their result
-    lies channels_last in memory whatever x does; this one's as x does, where the kernels serve the call.
+    lies channels_last in memory whatever x does; this one's as x does, where the kernels serve the call. RuntimeError
+    where x is not 4-dimensional or has another number of channels.
     Ba et al. 2016, https://arxiv.org/abs/1607.06450; over channels alone: Liu et al. 2022 (ConvNeXt),
     https://arxiv.org/abs/2201.03545."""
 
@@ -36,8 +37,9 @@ class FrozenBatchNorm2d(Norm, plain.FrozenBatchNorm2d):
 
     weight, bias, running_mean and running_var (C,) are buffers: only x and the residual get gradients. The state_dict
     is that of torchvision's and detectron2's FrozenBatchNorm2d; BatchNorm2d's is taken too, and its num_batches_tracked
-    ignored. ValueError where x is not 4-dimensional. Returns x's dtype, where torchvision's returns the dtype that x
-    and the buffers promote to."""
+    ignored. ValueError where x is not 4-dimensional, RuntimeError for another number of channels. Returns x's dtype,
+    where torchvision's returns the dtype that x and the buffers promote to. Ioffe & Szegedy 2015,
+    https://arxiv.org/abs/1502.03167, with the statistics fixed: torchvision.ops.FrozenBatchNorm2d."""
 
     def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         if x.dim() != 4:

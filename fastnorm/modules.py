@@ -52,6 +52,8 @@ _OPTIONS = """
     forward(input, residual=None) returns act(norm(input) + residual) of input's shape and dtype; residual has them too.
     Dtypes: float64, float32, bfloat16 and float16; parameters of input's dtype, or float32.
     What the kernels do not serve, the forward of {base} computes; `fastnorm.explain` tells why.
+    Raises ValueError for an unknown activation, TypeError for an activation_param that is no number; else, made and
+    called, what {base} raises, in its words, and for a residual what `+` raises.
 """
 
 
@@ -259,7 +261,7 @@ class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
             running_mean = running_var = num_batches_tracked = None
         elif momentum is None and num_batches_tracked is None:
             momentum = 0.0
-        # The fields of a Config: to make one takes 0.2 us, and this is the call whose host time counts most.
+        # As in dispatch.py, without a frame between: the call whose host time counts most.
         return entry(
             x, weight, bias, residual, running_mean, running_var, num_batches_tracked,
             0, 0, self.eps, code, param, training, momentum,
@@ -295,37 +297,62 @@ class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
 
 @_public
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """torch.nn.BatchNorm1d with a fused epilogue: x (N, C) or (N, C, L)."""
+    """torch.nn.BatchNorm1d with a fused epilogue: x (N, C) or (N, C, L).
+
+    ValueError for another number of dimensions, and in training for a single value per channel or an eps that is not
+    positive; RuntimeError for another number of channels. Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167."""
 
 
 @_public
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """torch.nn.BatchNorm2d with a fused epilogue: x (N, C, H, W)."""
+    """torch.nn.BatchNorm2d with a fused epilogue: x (N, C, H, W).
+
+    ValueError for another number of dimensions, and in training for a single value per channel or an eps that is not
+    positive; RuntimeError for another number of channels. Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167."""
 
 
 @_public
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """torch.nn.BatchNorm3d with a fused epilogue: x (N, C, D, H, W)."""
+    """torch.nn.BatchNorm3d with a fused epilogue: x (N, C, D, H, W).
+
+    ValueError for another number of dimensions, and in training for a single value per channel or an eps that is not
+    positive; RuntimeError for another number of channels. Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167."""
 
 
 @_public
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    """torch.nn.InstanceNorm1d with a fused epilogue: x (N, C, L) or (C, L)."""
+    """torch.nn.InstanceNorm1d with a fused epilogue: x (N, C, L) or (C, L).
+
+    ValueError for another number of dimensions, for another number of channels than affine parameters have, and for a
+    single value per channel and sample unless running statistics are used. Ulyanov et al. 2016,
+    https://arxiv.org/abs/1607.08022."""
 
 
 @_public
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
-    """torch.nn.InstanceNorm2d with a fused epilogue: x (N, C, H, W) or (C, H, W). Keeps channels_last."""
+    """torch.nn.InstanceNorm2d with a fused epilogue: x (N, C, H, W) or (C, H, W). Keeps channels_last.
+
+    ValueError for another number of dimensions, for another number of channels than affine parameters have, and for a
+    single value per channel and sample unless running statistics are used. Ulyanov et al. 2016,
+    https://arxiv.org/abs/1607.08022."""
 
 
 @_public
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
-    """torch.nn.InstanceNorm3d with a fused epilogue: x (N, C, D, H, W) or (C, D, H, W). Keeps channels_last_3d."""
+    """torch.nn.InstanceNorm3d with a fused epilogue: x (N, C, D, H, W) or (C, D, H, W). Keeps channels_last_3d.
+
+    ValueError for another number of dimensions, for another number of channels than affine parameters have, and for a
+    single value per channel and sample unless running statistics are used. Ulyanov et al. 2016,
+    https://arxiv.org/abs/1607.08022."""
 
 
 @_public
 class GroupNorm(Norm, nn.GroupNorm):
-    """torch.nn.GroupNorm with a fused epilogue: x (N, C, *)."""
+    """torch.nn.GroupNorm with a fused epilogue: x (N, C, *).
+
+    ValueError, when made, for channels that the groups do not divide; when called, where x has no more values than
+    there are groups. RuntimeError for less than two dimensions or another number of channels. Wu & He 2018,
+    https://arxiv.org/abs/1803.08494."""
 
     def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         return fused_group_norm(entry, x, self.num_groups, *self._affine(), self.eps, residual, code, param)
@@ -333,7 +360,10 @@ class GroupNorm(Norm, nn.GroupNorm):
 
 @_public
 class LayerNorm(Norm, nn.LayerNorm):
-    """torch.nn.LayerNorm with a fused epilogue: x (*, *normalized_shape)."""
+    """torch.nn.LayerNorm with a fused epilogue: x (*, *normalized_shape).
+
+    RuntimeError where x does not end in normalized_shape, or that is empty. Ba et al. 2016,
+    https://arxiv.org/abs/1607.06450."""
 
     def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         shape: Any = self.normalized_shape

@@ -81,7 +81,8 @@ class Report:
 
 def report(model: nn.Module | None = None) -> Report:
     """Which norm layers of `model` fastnorm can serve, by which kernels, and why the others are left as they are; and
-    which of their calls so far were served. (Calls under torch.compile are not counted.)
+    which of their calls so far were served. (Calls under torch.compile are not counted.) AttributeError if `model` is
+    neither None nor an nn.Module.
 
     Without a model: which of torch's own norms `fastnorm.enable` has turned on, and their calls in this process."""
     if model is None:
@@ -120,7 +121,9 @@ def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str
     """Whether the kernels serve `module(x, residual)`, and which; or why torch's operators do.
 
     Makes the call, without gradients, on a copy of the running statistics: the answer is what happens. A SyncBatchNorm
-    makes it alone, so that one rank may ask.
+    makes it alone, so that one rank may ask. Arguments that no norm takes are an answer too ("torch: ..."): what torch
+    would raise of them is not raised. What is no refusal is: a kernel's RuntimeError, or what a mode or a property of
+    the module's own raises.
     """
     if not isinstance(module, modules.Norm):
         reason = why_not_converted(module) or "fastnorm.convert would serve it"

@@ -21,7 +21,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def reverted(model: Model) -> Iterator[Model]:
     """`model` with torch.nn's norms for the length of a `with` block: for tools that look a class up exactly
     (quantization, FLOP counters, privacy validators). Afterwards the norms that were fastnorm's are so again, but for
-    those that the tool has replaced or changed; and a model that was fused is fused again."""
+    those that the tool has replaced or changed; and a model that was fused is fused again, also where the block raises.
+
+    On entering, AttributeError if `model` is no nn.Module, and ImportError as of `revert`."""
     ours = [module for module in model.modules() if is_public(module)]
     was_fused = any(fusion_of(module) is not None for module in model.modules())
     revert(model)

@@ -29,7 +29,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @_public
 class BatchNorm(_BatchNorm, unfused.BatchNorm):
-    """A batch norm of any number of dimensions with a fused epilogue: x (N, C, *)."""
+    """A batch norm of any number of dimensions with a fused epilogue, as torch.nn.SyncBatchNorm alone: x (N, C, *).
+
+    ValueError for less than two dimensions, and in training for a single value per channel or an eps that is not
+    positive; RuntimeError for another number of channels. Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167."""
 
 
 @_public
@@ -40,6 +43,10 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     all ranks' elements; the running ones move by them, alike on every rank. N and * may differ from rank to rank, and N
     may be 0. Else it is an ordinary batch norm. Every rank has to call it equally often, in the same order.
     torch.nn's DistributedDataParallel refuses it on the CPU: wrap the model first, then call convert_sync_batchnorm.
+
+    ValueError for less than two dimensions; TypeError for a process_group that is none, where torch.distributed is
+    initialized; RuntimeError for what the kernels refuse of a CPU tensor while ranks synchronize. Ioffe & Szegedy 2015,
+    https://arxiv.org/abs/1502.03167; Chan et al. 1979 (merging).
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -83,7 +90,9 @@ def convert_sync_batchnorm(model: Model, process_group: Any = None) -> Model:
 
     torch.nn's BatchNorm1d/2d/3d and SyncBatchNorm and fastnorm's, by their exact class; all of them then synchronize in
     `process_group` (None: all processes). A subclass may compute something else: it is left as it is, with a warning
-    that names it, as is a module whose forward was replaced.
+    that names it, as is a module whose forward was replaced. AttributeError if `model` is no nn.Module. process_group
+    is not looked at here: TypeError for anything but a group comes from the first call that synchronizes.
+    Source: torch.nn.SyncBatchNorm.convert_sync_batchnorm.
     """
     for name, module in model.named_modules():
         why = None
@@ -110,7 +119,8 @@ def revert_sync_batchnorm(model: Model) -> Model:
     `model`.
 
     One that convert_sync_batchnorm has made gets the class it had. Of any other, and of those that torch.nn's own
-    conversion has made, nobody knows the number of dimensions: it becomes a fastnorm.BatchNorm, which takes any.
+    conversion has made, nobody knows the number of dimensions: it becomes a fastnorm.BatchNorm, which takes any. A
+    subclass of either stays. AttributeError if `model` is no nn.Module; nothing else is raised.
     """
     for module in model.modules():
         if type(module) in (SyncBatchNorm, nn.SyncBatchNorm, UNFUSED[nn.SyncBatchNorm]):

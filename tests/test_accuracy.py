@@ -14,7 +14,7 @@ from tests.conftest import Backend
 
 # Two correct roundings of a mean of 1e6 to float32 differ in their last digits, and both errors are large.
 NOISE = 1.02
-# In epsilons; what README says of the kernels for CUDA, which sum in float32.
+# In epsilons; what docs/numerics.md says of the kernels for CUDA, which sum in float32.
 SLACK = {"cpu": 1.0, "cuda": 3.0, "emulated": 3.0, "ptx": 3.0}
 # Large enough that sums are long, small enough that torch.nn in float64 is quick.
 SIZES = (

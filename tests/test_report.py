@@ -1,4 +1,4 @@
-"""README's figures are those of the committed runs; and benchmarks/report.py on runs that are made up."""
+"""The figures of README and docs are those of the committed runs; and benchmarks/report.py on runs that are made up."""
 
 from __future__ import annotations
 
@@ -12,30 +12,37 @@ from typing import Any
 import pytest
 
 from benchmarks import report
+from benchmarks import report_sections as sections
 from benchmarks.end_to_end import Outcome, Setup
 from benchmarks.results import Result, json_text
 from benchmarks.timing import Timing
 
 Edit = Callable[[dict[str, Any]], None]
-RUNS = (report.RUN, report.SYSTEM_MALLOC_RUN, report.AVX2_RUN, report.GPU_RUN)  # of bench.py
+RUNS = (sections.RUN, sections.SYSTEM_MALLOC_RUN, sections.AVX2_RUN, sections.GPU_RUN)  # of bench.py
+OTHERS = (sections.COMPILE_RUN, sections.INSTRUCTIONS)
+# Names of hardware, and where links lead: no figures.
+NAMES = re.compile(r"AVX-512|H200|\]\(\S+\)|^\[\w+\]: \S+$", re.MULTILINE)
 
 
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """README and the runs in a folder of their own, which the test may change."""
+    """The pages and the runs in a folder of their own, which the test may change. There is no run of whole models."""
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    for name in (*RUNS, *report.PICTURES.values()):
-        shutil.copy(report.RESULTS / name, results / name)
-    shutil.copy(report.README, tmp_path / "README.md")
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
-    monkeypatch.setattr(report, "RESULTS", results)
+    for name in (*RUNS, *OTHERS, *sections.PICTURES.values()):
+        shutil.copy(sections.RESULTS / name, results / name)
+    for page in report.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        shutil.copy(report.ROOT / page, tmp_path / page)
+    monkeypatch.setattr(sections, "RESULTS", results)
+    monkeypatch.setattr(sections, "ROOT", tmp_path)
     monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.main([]) == 0  # the section of whole models says that there is none
     return tmp_path
 
 
 def edit(name: str, change: Edit) -> None:
-    path = report.RESULTS / name
+    path = sections.RESULTS / name
     run = json.loads(path.read_text())
     change(run)
     path.write_text(json_text(run))
@@ -53,21 +60,31 @@ def slower(factor: float) -> Edit:
     return change
 
 
-def test_readme_says_what_the_committed_runs_say() -> None:
+def read(page: str) -> str:
+    return (report.ROOT / page).read_text()
+
+
+def words(text: str) -> str:
+    """On one line."""
+    return " ".join(text.split())
+
+
+def test_pages_say_what_the_committed_runs_say() -> None:
     assert report.main(["--check"]) == 0
 
 
-def test_readmes_speed_section_has_no_figure_outside_of_the_marks() -> None:
-    section = re.search(r"^## Speed\n(.*?)^## ", report.README.read_text(), re.MULTILINE | re.DOTALL)
+def test_pages_have_no_figure_of_speed_outside_of_the_marks() -> None:
+    section = re.search(r"^## Speed\n(.*?)^## ", read(report.README), re.MULTILINE | re.DOTALL)
     assert section is not None
-    outside = report.MARKED.sub("", section[1])
-    assert outside != section[1] and not re.search(r"\d", outside), outside
+    for text in (section[1], read(report.SPEED)):
+        outside = NAMES.sub("", report.MARKED.sub("", text))
+        assert outside != text and not re.search(r"\d", outside), outside
 
 
 @pytest.mark.parametrize("path", RUNS)
 def test_a_row_comes_back_from_json(path: str) -> None:
-    for row in report.load(path)["rows"]:
-        result = Result.from_json(row, "cuda" if path == report.GPU_RUN else "cpu")
+    for row in sections.load(path)["rows"]:
+        result = Result.from_json(row, "cuda" if path == sections.GPU_RUN else "cpu")
         again = result.to_json()
         assert {k: v for k, v in again.items() if k != "modes"} == {k: v for k, v in row.items() if k != "modes"}
         for mode, measured in row["modes"].items():
@@ -76,56 +93,62 @@ def test_a_row_comes_back_from_json(path: str) -> None:
             assert again["modes"][mode]["us"] == measured["us"]  # type: ignore[index]
 
 
-def test_a_typed_figure_fails_the_check_and_is_put_right(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    right = report.README.read_text()
-    wrong = re.sub(r"Over all (\d+) rows: \d", r"Over all \1 rows: 9", right)
+@pytest.mark.parametrize("page", report.PAGES)
+def test_a_typed_figure_fails_the_check_and_is_put_right(
+    page: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = read(page)
+    wrong = re.sub(r"(<!-- report: [^|]*?\d)(?=[ .x])", r"\g<1>9", right, count=1)
     assert wrong != right
-    report.README.write_text(wrong)
-    assert report.main(["--check"]) == 1 and "README.md is not what the committed runs say" in capsys.readouterr().out
-    assert report.README.read_text() == wrong
-    assert report.main([]) == 0 and report.README.read_text() == right
+    (copied / page).write_text(wrong)
+    assert report.main(["--check"]) == 1 and f"{page} is not what the committed runs say" in capsys.readouterr().out
+    assert read(page) == wrong
+    assert report.main([]) == 0 and read(page) == right
 
 
 def test_another_run_makes_another_text_and_picture(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def few(run: dict[str, Any]) -> None:  # a picture of few rows is drawn sooner
         run["rows"] = [row for row in run["rows"] if row["epilogue"] == "plain" and row["layout"] == "planar"]
 
-    edit(report.RUN, few)
-    edit(report.RUN, slower(4))
-    picture = report.RESULTS / report.PICTURES[report.RUN]
+    edit(sections.RUN, few)
+    edit(sections.RUN, slower(4))
+    picture = sections.RESULTS / sections.PICTURES[sections.RUN]
     old = picture.read_bytes()
     assert report.main(["--check"]) == 1 and picture.name in capsys.readouterr().out
     assert report.main([]) == 0 and picture.read_bytes() != old
     assert report.main(["--check"]) == 0
-    text = " ".join(report.README.read_text().split())
-    assert "geometric mean over float32 and bfloat16, planar, plain" in text and "do not reach yet" in text
+    for page in (report.README, report.SPEED):
+        assert "geometric mean over float32 and bfloat16, planar, plain" in words(read(page))
+    assert "do not reach yet" in words(read(report.SPEED)) and "torch.nn is the faster one" in words(
+        read(report.README)
+    )
 
 
 def test_goals_that_are_reached_are_said_to_be(copied: Path) -> None:
-    edit(report.RUN, slower(0.1))
-    text = report.speed()
+    edit(sections.RUN, slower(0.1))
+    text = sections.speed()
     assert "What we aimed for is reached: 2.6 times torch.nn forward" in text and "do not reach" not in text
     assert "it is the faster one" not in text
 
 
 def test_a_run_without_avx512_says_where_torch_is_faster(copied: Path) -> None:
-    figures = 3 * sum(row["model"] != "tiny" for row in report.load(report.AVX2_RUN)["rows"])
-    edit(report.AVX2_RUN, slower(100))
-    assert f"torch.nn is the faster one in {figures} of {figures} figures" in " ".join(report.avx2().split())
-    edit(report.AVX2_RUN, slower(1e-4))
-    assert "torch.nn is the faster one" not in report.avx2()
+    figures = 3 * sum(row["model"] != "tiny" for row in sections.load(sections.AVX2_RUN)["rows"])
+    edit(sections.AVX2_RUN, slower(100))
+    assert f"torch.nn is the faster one in {figures} of {figures} figures" in " ".join(sections.avx2().split())
+    edit(sections.AVX2_RUN, slower(1e-4))
+    assert "torch.nn is the faster one" not in sections.avx2()
 
 
 def test_a_gpus_table_says_where_torch_is_faster_and_what_was_left_out(copied: Path) -> None:
     def no_float32_plain(run: dict[str, Any]) -> None:
         run["rows"] = [row for row in run["rows"] if row["dtype"] != "float32" or row["epilogue"] != "plain"]
 
-    edit(report.GPU_RUN, no_float32_plain)
-    edit(report.GPU_RUN, slower(0.01))
-    text = " ".join(report.gpu().split())
+    edit(sections.GPU_RUN, no_float32_plain)
+    edit(sections.GPU_RUN, slower(0.01))
+    text = " ".join(sections.gpu().split())
     assert "NVIDIA H200" in text and "torch.nn is the faster one" not in text and "Of float32: " in text
-    edit(report.GPU_RUN, slower(1e4))
-    figures = re.search(r"torch\.nn is the faster one in (\d+) of (\d+) figures: ", " ".join(report.gpu().split()))
+    edit(sections.GPU_RUN, slower(1e4))
+    figures = re.search(r"torch\.nn is the faster one in (\d+) of (\d+) figures: ", " ".join(sections.gpu().split()))
     assert figures is not None and figures[1] == figures[2] != "0"
 
 
@@ -136,8 +159,8 @@ def test_a_busy_machine_and_no_onednn_are_said(copied: Path) -> None:
             for mode in row["modes"].values():
                 mode["us"].pop("onednn", None)
 
-    edit(report.RUN, change)
-    text = report.speed()
+    edit(sections.RUN, change)
+    text = sections.speed()
     assert "a busy (0.7 cores by other processes) machine" in text.replace("\n", " ") and "oneDNN" not in text
 
 
@@ -146,28 +169,67 @@ def test_models_have_a_section(copied: Path) -> None:
     for name, ms in (("torch.nn", 400.0), ("fuse", 200.0)):
         outcome.times[name] = Timing(ms * 1e-3, ms * 1e-3, ms * 1e-3, 3)
         outcome.memory[name] = 500_000_000
-    run = {k: v for k, v in report.load(report.RUN).items() if k in ("machine", "versions", "commit", "date")}
-    with pytest.raises(report.ReportError, match=r"models-.*\.json does not exist"):
-        report.models()
-    (report.RESULTS / report.MODELS_RUN).write_text(json_text({**run, "rows": [outcome.to_json()]}))
-    report.README.write_text("<!-- report: models -->\n<!-- end -->\n")
-    assert report.main([]) == 0
+    run = {k: v for k, v in sections.load(sections.RUN).items() if k in ("machine", "versions", "commit", "date")}
+    assert "No run of whole models is saved yet" in read(report.SPEED)
+    (sections.RESULTS / sections.MODELS_RUN).write_text(json_text({**run, "rows": [outcome.to_json()]}))
+    assert report.main(["--check"]) == 1 and report.main([]) == 0
     row = "| resnet18 | 8x3x224x224 | float32 | planar | train | 20.0, 500 MB | 2.00x, 100% |"
-    assert row in report.README.read_text().splitlines()
+    assert row in read(report.SPEED).splitlines() and "No run of whole models" not in read(report.SPEED)
+
+
+def test_a_run_that_is_absent_is_named(copied: Path) -> None:
+    (sections.RESULTS / sections.AVX2_RUN).unlink()
+    with pytest.raises(sections.ReportError, match=r"cpu-epyc-avx2-2core\.json does not exist: save a run there first"):
+        sections.avx2()
+
+
+def test_torch_compile_says_who_is_ahead(copied: Path) -> None:
+    count = len(sections.load(sections.COMPILE_RUN)["rows"])
+
+    def kernels(factor: float) -> Edit:
+        """Those of bfloat16 take so many times the time of inductor's code, others half of it."""
+
+        def change(run: dict[str, Any]) -> None:
+            for row in run["rows"]:
+                row["kernel_us"] = row["torch compiled_us"] * (factor if row["dtype"] == "bfloat16" else 0.5)
+                row["fastnorm_us"] = row["kernel_us"] / 2
+
+        return change
+
+    edit(sections.COMPILE_RUN, kernels(1.25))
+    text = words(sections.under_compile())
+    assert f"in {count // 2} of the {count} rows; in the others, of bfloat16, they take 25% longer." in text
+    edit(sections.COMPILE_RUN, kernels(0.5))
+    text = words(sections.under_compile())
+    assert f"in {count} of the {count} rows. Eager calls of the kernels are faster still in {count} rows." in text
+
+
+def test_what_is_farthest_from_a_copy_is_counted(copied: Path) -> None:
+    def change(run: dict[str, Any]) -> None:
+        for row in run["rows"]:
+            row["instructions"] = 1234.0 if row["direction"] == "backward" else 12.0
+
+    edit(sections.INSTRUCTIONS, change)
+    edit(sections.GPU_RUN, slower(100))
+    text = words(sections.gpu_limits())
+    assert text.startswith("- On an NVIDIA H200 the kernels take") and text.count("12 forward and 1234 backward") == 4
+    assert all(float(figure) > 50 for figure in re.findall(r"\((\d[\d.]*) to", text))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- report: sped -->\n<!-- end -->", "sped -->: expected one of speed, avx2, gpu, models"),
-        ("<!-- report: speed -->\n", "has no `<!-- end -->`"),
+        ("<!-- report: sped -->\n<!-- end -->", "docs/limits.md has the sections sped, expected gpu-limits"),
+        ("<!-- report: speed -->\n<!-- end -->", "docs/limits.md has the sections speed, expected gpu-limits"),
+        ("", "docs/limits.md has the sections none, expected gpu-limits"),
+        ("<!-- report: gpu-limits -->\n", "has no `<!-- end -->`"),
     ],
 )
 def test_marks_that_cannot_be_filled_are_named(text: str, message: str) -> None:
-    with pytest.raises(report.ReportError, match=re.escape(message)):
-        report.rewritten(text)
+    with pytest.raises(sections.ReportError, match=re.escape(message)):
+        report.rewritten(text, report.LIMITS)
 
 
 def test_a_span_of_one_value_is_one_value() -> None:
-    assert report.between([1.04, 0.96]) == "1.0" and report.between([1.0, 2.04]) == "1.0 to 2.0"
-    assert report.listed(["a"]) == "a" and report.listed(["a", "b", "c"]) == "a, b and c"
+    assert sections.between([1.04, 0.96]) == "1.0" and sections.between([1.0, 2.04]) == "1.0 to 2.0"
+    assert sections.listed(["a"]) == "a" and sections.listed(["a", "b", "c"]) == "a, b and c"

@@ -109,7 +109,7 @@ class Case:
         return f"{self.layer.id}-{self.layout}-{precision}-{epilogue}-{self.mode}"
 
 
-# What benchmarks/ measures and README reports: the layers of real models.
+# What benchmarks/ measures and docs/speed.md reports: the layers of real models.
 TINY = Layer("tiny", "BatchNorm2d", (2, 8, 4, 4), (8,))
 _RESNET = [(64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7)]
 _UNET = [(320, 64), (640, 32), (1280, 16)]

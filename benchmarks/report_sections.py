@@ -1,0 +1,407 @@
+"""What the sections of README and docs say of the committed runs: a function for each, of which report.py writes the
+text into its page. No figure of a saved run is typed by hand: the sentences are templates here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks import compile_modes, end_to_end
+from benchmarks.contestants import MODES
+from benchmarks.machine import ROOT
+from benchmarks.results import Result, geometric_mean, means
+from benchmarks.tables import make_markdown
+
+RESULTS = ROOT / "benchmarks" / "results"
+RUN = "cpu-epyc-2core.json"  # of bench.py, with memory kept
+SYSTEM_MALLOC_RUN = "cpu-epyc-2core-system-malloc.json"  # the same with --malloc system
+AVX2_RUN = "cpu-epyc-avx2-2core.json"  # the same on a processor without AVX-512
+GPU_RUN = "h200.json"  # of bench.py --device cuda
+MODELS_RUN = "models-cpu-epyc-2core.json"  # of end_to_end.py; it may be absent
+COMPILE_RUN = "compile-modes.json"  # of compile_modes.py
+INSTRUCTIONS = "instructions.json"  # of count_instructions.py
+PICTURES = {RUN: "cpu-epyc-2core.png", GPU_RUN: "h200.png"}
+
+WIDTH = 120
+MODE_PHRASES = {"forward": "forward", "step": "forward + backward", "eval": "in evaluation"}
+GOALS = {"forward": 2.6, "step": 2.4, "eval": 2.2}  # times torch.nn, over all rows
+LEAST = 1.05  # times torch.nn, of every figure
+LARGE = (32, 64, 112, 112)  # the layer that tells what --malloc does: its outputs are large
+BUSY_CORES = 0.1  # from here on a machine is not idle
+SMALL_BYTES = 8e6  # a GPU takes less time for so many than for the launch and what blocks wait for
+REGISTER_ROW = 8192  # elements of a LayerNorm's row that fit a GPU's registers in backward
+
+
+class ReportError(Exception):
+    """A page has markers that cannot be filled."""
+
+
+def load(name: str) -> dict[str, Any]:
+    path = RESULTS / name
+    if not path.exists():
+        raise ReportError(f"{path.relative_to(ROOT)} does not exist: save a run there first")
+    return dict(json.loads(path.read_text()))
+
+
+def paragraph(*sentences: str) -> str:
+    return textwrap.fill(" ".join(filter(None, sentences)), WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def listed(words: Iterable[str]) -> str:
+    """a, b and c."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def between(values: Iterable[float], digits: int = 1) -> str:
+    """The least and the most, or the one where both are the same."""
+    given = list(values)
+    low, high = (f"{v:.{digits}f}" for v in (min(given), max(given)))
+    return low if low == high else f"{low} to {high}"
+
+
+def by_mode(values: dict[str, float], unit: str = "", digits: int = 1) -> str:
+    """2.1 times torch.nn forward, 1.9 forward + backward and 1.9 in evaluation."""
+    parts = [f"{v:.{digits}f}{unit if i == 0 else ''} {MODE_PHRASES[m]}" for i, (m, v) in enumerate(values.items())]
+    return listed(parts)
+
+
+def conditions(run: dict[str, Any]) -> str:
+    """Where and how a run was made."""
+    machine, versions = run["machine"], run["versions"]
+    place = machine.get("gpu") or (
+        f"{machine['threads']} cores of an {machine['cpu']} ({machine['fastnorm_capability'].upper()}, "
+        f"{machine['cache_bytes'] >> 20} MiB of last cache)"
+    )
+    idle = machine["busy_cores"] < BUSY_CORES
+    load = "an otherwise idle" if idle else f"a busy ({machine['busy_cores']} cores by other processes)"
+    torch_version = versions["torch"].split("+")[0]
+    return f"{place}, torch {torch_version}, medians of interleaved runs, on {load} machine, {run['date'][:10]}"
+
+
+def conditions_and_rows(run: dict[str, Any], file: str) -> str:
+    """The same with a link to the run, from a page of docs."""
+    return f"{conditions(run)}; every row: {link(file)}."
+
+
+def link(file: str) -> str:
+    """To a run, from a page of docs."""
+    return f"[JSON](../benchmarks/results/{file})"
+
+
+def results_of(run: dict[str, Any]) -> tuple[list[Result], tuple[str, ...]]:
+    """A run's rows and modes."""
+    device = "cuda" if run["machine"].get("gpu") else "cpu"
+    return [Result.from_json(row, device) for row in run["rows"]], tuple(
+        m for m in MODES if m in run["options"]["modes"]
+    )
+
+
+def members(shapes: Sequence[Result]) -> str:
+    """What a cell of a table is of."""
+    dtypes, layouts = (listed(dict.fromkeys(getattr(r.row, what) for r in shapes)) for what in ("dtype", "layout"))
+    return (
+        f"Each cell is the geometric mean over {dtypes}, {layouts}, plain, +activation and +add+ReLU, and in "
+        "brackets the worst and the best of these."
+    )
+
+
+def cells(shapes: Sequence[Result]) -> str:
+    """What a cell of the whole table is."""
+    return (
+        f'{members(shapes)} "torch.nn": how many times longer torch.nn takes (with its activation and add in place); '
+        '"copies": our time, where copying the least bytes that must move takes 1.'
+    )
+
+
+def short_table(shapes: Sequence[Result], modes: Sequence[str]) -> str:
+    """A row for each layer: times torch.nn, with the worst and the best."""
+    lines = [
+        "| layer | " + " | ".join(MODE_PHRASES[m].removeprefix("in ") for m in modes) + " |",
+        "|---" * (1 + len(modes)) + "|",
+    ]
+    for title, group in itertools.groupby(shapes, key=lambda r: r.row.title):
+        rows, row = list(group), [title]
+        for mode in modes:
+            values = [r.speedup(mode) for r in rows]
+            row.append(f"{geometric_mean(values):.1f}x ({min(values):.1f} to {max(values):.1f})")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def speed_in_short() -> str:
+    """README's table: times torch.nn by layer, and over all rows."""
+    run = load(RUN)
+    results, modes = results_of(run)
+    shapes = [r for r in results if not r.is_tiny]
+    mean = {mode: means(results, mode)["times_torch"] for mode in modes}
+    return "\n\n".join(
+        (
+            paragraph(
+                f"How many times longer torch.nn takes, with its activation and add in place: {conditions(run)}. "
+                f"{members(shapes)}"
+            ),
+            short_table(shapes, modes),
+            paragraph(
+                f"Over all {len(shapes)} rows ([JSON](benchmarks/results/{RUN})): {by_mode(mean, ' times torch.nn')}.",
+                torch_is_faster(shapes, modes),
+            ),
+        )
+    )
+
+
+def gpu_in_short() -> str:
+    """README's sentences about a GPU."""
+    run = load(GPU_RUN)
+    results, modes = results_of(run)
+    shapes = [r for r in results if not r.is_tiny]
+    mean = {mode: means(results, mode)["times_torch"] for mode in modes}
+    return paragraph(
+        f"On an {conditions(run)}: {by_mode(mean, ' times torch.nn')}, over {len(shapes)} rows "
+        f"([JSON](benchmarks/results/{GPU_RUN}), [picture](benchmarks/results/{PICTURES[GPU_RUN]})).",
+        torch_is_faster(shapes, modes),
+    )
+
+
+def speed() -> str:
+    """The table of layers, what it says over all rows, and how far it is from the goals."""
+    run = load(RUN)
+    results, modes = results_of(run)
+    shapes, tiny = [r for r in results if not r.is_tiny], [r for r in results if r.is_tiny]
+    mean = {mode: means(results, mode) for mode in modes}
+    figures = [(r.speedup(mode), r, mode) for r in shapes for mode in modes]
+    parts = [
+        paragraph(conditions_and_rows(run, RUN), cells(shapes)),
+        make_markdown(results, modes).rstrip(),
+        paragraph(
+            f"Over all {len(shapes)} rows: "
+            f"{by_mode({m: v['times_torch'] for m, v in mean.items()}, ' times torch.nn')}; above the size of the "
+            f"cache {by_mode({m: v['copies_above_cache'] for m, v in mean.items()}, ' copies')}.",
+            against_onednn(shapes, modes),
+            host_time(tiny, modes),
+        ),
+        kept_memory(),
+        goals({mode: v["times_torch"] for mode, v in mean.items()}, figures),
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+TORCH_PARAMETERS = (
+    "torch.nn's group and layer norms of bfloat16 have bfloat16 parameters, because on a GPU they take no others; ours "
+    "have float32 ones."
+)
+
+
+def left_out(shapes: Sequence[Result]) -> str:
+    """The dtypes that were measured with some epilogues alone."""
+    measured: dict[str, set[str]] = {}
+    for r in shapes:
+        measured.setdefault(r.row.dtype, set()).add(r.row.epilogue)
+    every = set().union(*measured.values())
+    phrases = {"plain": "plain", "act": "+activation", "add_act": "+add+ReLU"}
+    return " ".join(
+        f"Of {dtype}: {listed(phrases[e] for e in phrases if e in epilogues)} alone."
+        for dtype, epilogues in measured.items()
+        if epilogues != every
+    )
+
+
+def torch_is_faster(shapes: Sequence[Result], modes: Sequence[str]) -> str:
+    """The layers in which it is, the worst first."""
+    slower: dict[str, list[float]] = {}
+    for r in shapes:
+        for mode in modes:
+            if r.speedup(mode) < 1:
+                slower.setdefault(r.row.title, []).append(r.speedup(mode))
+    figures = sum(map(len, slower.values()))
+    layers = [f"{title} ({between(v, 2)})" for title, v in sorted(slower.items(), key=lambda item: min(item[1]))]
+    if not figures:
+        return ""
+    return f"torch.nn is the faster one in {figures} of {len(shapes) * len(modes)} figures: {listed(layers)}."
+
+
+def avx2() -> str:
+    """What a run without AVX-512 says over all rows."""
+    run = load(AVX2_RUN)
+    results, modes = results_of(run)
+    shapes = [r for r in results if not r.is_tiny]
+    mean = {mode: means(results, mode)["times_torch"] for mode in modes}
+    return paragraph(
+        f"The same rows on {conditions_and_rows(run, AVX2_RUN)}",
+        f"{by_mode(mean, ' times torch.nn')}.",
+        against_onednn(shapes, modes),
+        torch_is_faster(shapes, modes),
+    )
+
+
+def gpu() -> str:
+    """The table of layers on a GPU, what it says over all rows, and where torch.nn is faster."""
+    run = load(GPU_RUN)
+    results, modes = results_of(run)
+    shapes = [r for r in results if not r.is_tiny]
+    mean = {mode: means(results, mode) for mode in modes}
+    return "\n\n".join(
+        (
+            paragraph(conditions_and_rows(run, GPU_RUN), cells(shapes), left_out(shapes), TORCH_PARAMETERS),
+            make_markdown(results, modes).rstrip(),
+            paragraph(
+                f"Over all {len(shapes)} rows: "
+                f"{by_mode({m: v['times_torch'] for m, v in mean.items()}, ' times torch.nn')}; "
+                f"{by_mode({m: geometric_mean(r.copies(m) for r in shapes) for m in modes}, ' copies')}.",
+                torch_is_faster(shapes, modes),
+            ),
+        )
+    )
+
+
+def gpu_limits() -> str:
+    """What the CUDA kernels are farthest from a copy in, as an entry of a list."""
+    run = load(GPU_RUN)
+    shapes = [r for r in results_of(run)[0] if not r.is_tiny]
+    counted = {(r["family"], r["layout"], r["dtype"], r["direction"]): r for r in load(INSTRUCTIONS)["rows"]}
+
+    def copies(rows: Iterable[Result], *modes: str) -> str:
+        return f"{between(r.copies(mode) for r in rows for mode in modes)} times"
+
+    def executed(family: str, layout: str, dtype: str) -> str:
+        both = (counted[family, layout, dtype, way]["instructions"] for way in ("forward", "backward"))
+        return "{:.0f} forward and {:.0f} backward".format(*both)
+
+    odd = [r for r in shapes if r.row.layer.shape[-1] == 7 and r.row.layout == "planar" and r.row.epilogue == "add_act"]
+    small = [r for r in shapes if r.row.nbytes < SMALL_BYTES and r not in odd]
+    rows = [r for r in shapes if r.row.layer.norm == "LayerNorm" and r.row.layer.shape[-1] > REGISTER_ROW]
+    mean = {mode: geometric_mean(r.copies(mode) for r in shapes) for mode in ("forward", "step")}
+    text = paragraph(
+        f"On an {run['machine']['gpu']} the kernels take {mean['forward']:.1f} times what a copy of the least bytes "
+        f"takes in forward, and {mean['step']:.1f} with backward (geometric means, {link(GPU_RUN)}). Farthest from it:",
+        "planar 7x7 maps with add and ReLU, which go by single elements because masks have a row for each run",
+        f"({copies(odd, 'forward', 'step')});",
+        f"tensors of less than {SMALL_BYTES / 1e6:.0f} MB, whose time is launch, latency and the meeting of blocks",
+        f"({copies(small, 'forward', 'step')});",
+        f"LayerNorm over {listed(dict.fromkeys(str(r.row.layer.shape[-1]) for r in rows))} with backward, whose rows "
+        f"exceed the registers ({copies(rows, 'step')}, and",
+        f"{between((r.speedup('step') for r in rows), 2)} times torch.nn's speed);",
+        "GELU in backward, SiLU and GELU of float32, tanh and sigmoid, which execute more instructions than memory "
+        f"leaves room for. Instructions an element ({link(INSTRUCTIONS)}) of what goes by single elements:",
+        "channels_last with an odd number of channels",
+        f"{executed('BatchNorm, odd channels', 'channels_last', 'bfloat16')} in bfloat16,",
+        f"{executed('BatchNorm, odd channels', 'channels_last', 'float32')} in float32;",
+        f"LayerNorm2d of planar 7x7 maps {executed('LayerNorm2d 7x7', 'planar', 'bfloat16')} in bfloat16,",
+        f"of 14x14 ones {executed('LayerNorm2d 14x14', 'planar', 'bfloat16')}.",
+        "[LOG.md](../benchmarks/results/LOG.md) has the parts of every row's time.",
+    )
+    return textwrap.indent(text, "  ").replace("  ", "- ", 1)
+
+
+def against_onednn(shapes: Sequence[Result], modes: Sequence[str]) -> str:
+    """Over the rows that oneDNN serves, and the layers in which it is the faster one."""
+    served = [r for r in shapes if all("onednn" in r.times[m] for m in modes)]
+    if not served:
+        return ""
+    ratios = {mode: geometric_mean(r.speedup(mode, "onednn") for r in served) for mode in modes}
+    text = f"Against oneDNN alone, without autograd, in the {len(served)} rows that it serves: "
+    text += by_mode(ratios, " times")
+    by_title: dict[str, list[float]] = {}
+    for r in served:
+        by_title.setdefault(r.row.title, []).extend(r.speedup(mode, "onednn") for mode in modes)
+    slower = [f"{title} ({between(v)})" for title, v in by_title.items() if geometric_mean(v) < 1]
+    return f"{text}; it is the faster one in {listed(slower)}." if slower else f"{text}."
+
+
+def host_time(tiny: Sequence[Result], modes: Sequence[str]) -> str:
+    if not tiny:
+        return ""
+    ratios = [r.speedup(mode) for r in tiny for mode in modes]
+    layers = listed(dict.fromkeys(r.row.title.removeprefix("tiny ") for r in tiny))
+    within = sum(ratio >= 1 for ratio in ratios)
+    return (
+        f"A call on a tiny tensor ({layers}) takes no longer than torch.nn's in {within} of {len(ratios)} figures "
+        f"({between(ratios)} times)."
+    )
+
+
+def kept_memory() -> str:
+    """What malloc has to do with it."""
+    run = load(SYSTEM_MALLOC_RUN)
+    large = [r for r in results_of(run)[0] if r.row.layer.shape == LARGE and r.row.dtype == "float32"]
+    earlier = f", of earlier kernels, {run['date'][:10]}" if run["commit"] != load(RUN)["commit"] else ""
+    return paragraph(
+        "The table keeps freed memory in the process (`--malloc keep`), which shows the kernels. With malloc as it "
+        "comes, large outputs are fresh pages each time; ours ask for huge ones. There "
+        f"({link(SYSTEM_MALLOC_RUN)}{earlier}) forward + backward of "
+        f"{large[0].row.layer.norm} {'x'.join(map(str, LARGE))} float32 takes "
+        f"{between(r.speedup('step') for r in large)} times less than torch.nn's, and "
+        f"{between((r.copies('step') for r in large), 2)} times what `x.clone()` of the same bytes takes."
+    )
+
+
+def goals(reached: dict[str, float], figures: Sequence[tuple[float, Result, str]]) -> str:
+    """What is aimed for, and the figures that miss it by kind."""
+    below = sorted(((ratio, r) for ratio, r, _ in figures if ratio < LEAST), key=lambda pair: pair[0])
+    missed = below or any(reached[mode] < goal for mode, goal in GOALS.items() if mode in reached)
+    wanted = (
+        f"{by_mode({m: g for m, g in GOALS.items() if m in reached}, ' times torch.nn')}, and no figure below {LEAST}"
+    )
+    if not missed:
+        return paragraph(f"What we aimed for is reached: {wanted}.")
+    text = f"What we aim for and do not reach yet: {wanted}."
+    if below:
+        kinds = Counter(r.row.layer.norm for _, r in below)
+        plain = sum(r.row.epilogue == "plain" for _, r in below)
+        text += (
+            f" {len(below)} of {len(figures)} figures are below, the worst at {below[0][0]:.2f}: "
+            f"{listed(f'{n} of {norm}' for norm, n in kinds.most_common())}; {plain} of them are plain "
+            "norms, with nothing fused."
+        )
+    return paragraph(text)
+
+
+def models() -> str:
+    """The table of whole models."""
+    if not (RESULTS / MODELS_RUN).exists():
+        return paragraph("No run of whole models is saved yet. `make bench-models` measures them on your machine.")
+    run = load(MODELS_RUN)
+    outcomes = [end_to_end.Outcome.from_json(row) for row in run["rows"]]
+    return "\n\n".join(
+        (
+            paragraph(
+                conditions_and_rows(run, MODELS_RUN),
+                "Each cell: how many times as fast as torch.nn, and the share of its peak memory.",
+            ),
+            end_to_end.make_markdown(outcomes).rstrip(),
+        )
+    )
+
+
+def under_compile() -> str:
+    """The table of torch.compile, and who is ahead in it."""
+    run = load(COMPILE_RUN)
+    rows, names = run["rows"], compile_modes.CONTESTANTS[1:]
+    behind = [r for r in rows if r["kernel_us"] > r["torch compiled_us"]]
+    eager = sum(r["fastnorm_us"] < r["kernel_us"] for r in rows)
+    text = f"The kernels are ahead of inductor's code in {len(rows) - len(behind)} of the {len(rows)} rows"
+    if behind:
+        percent = between((100 * (r["kernel_us"] / r["torch compiled_us"] - 1) for r in behind), 0)
+        text += f"; in the others, of {listed(dict.fromkeys(r['dtype'] for r in behind))}, they take {percent}% longer"
+    return "\n\n".join(
+        (
+            paragraph(
+                f"How many times longer torch.nn takes without torch.compile: {conditions_and_rows(run, COMPILE_RUN)}",
+                '"torch compiled" is torch.nn under torch.compile, "fastnorm" is eager, "kernel" and "decompose" are '
+                "fastnorm under torch.compile.",
+            ),
+            "\n".join(
+                (
+                    f"| case | dtype | mode | {' | '.join(names)} |",
+                    "|---" * (3 + len(names)) + "|",
+                    *map(compile_modes.line, rows),
+                )
+            ),
+            paragraph(f"{text}. Eager calls of the kernels are faster still in {eager} rows."),
+        )
+    )
