@@ -75,6 +75,7 @@ class Norm(nn.Module):
     #: Every public class names itself: a subclass of the user's may redefine anything.
     _public_class: ClassVar[type[nn.Module]]
     _fuses: bool = False
+    _counts_batches: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -192,7 +193,8 @@ class Norm(nn.Module):
             except KeyError:  # one of them is something else
                 pass
         m: Any = self
-        batches = m.num_batches_tracked if self.training else None  # evaluation does without
+        # torch's instance norm never asks for it, and its batch norm in training alone.
+        batches = m.num_batches_tracked if self.training and self._counts_batches else None
         return m.weight, m.bias, m.running_mean, m.running_var, batches
 
     def __getstate__(self) -> dict[str, Any]:
@@ -279,6 +281,8 @@ class _BatchNorm(Norm, nn.modules.batchnorm._BatchNorm):
 
 
 class _InstanceNorm(Norm, nn.modules.instancenorm._InstanceNorm):
+    _counts_batches = False
+
     def _fused(self, entry: Entry, x: Tensor, residual: OptTensor, code: int, param: float) -> Tensor:
         self._check_input_dim(x)
         if x.dim() == self._get_no_batch_dim():

@@ -144,6 +144,7 @@ Tensor counting_batches(const Call& call, Body body) {
           c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
       at::AutoDispatchBelowADInplaceOrView guard;
       batches->add_(1);
+      count_version(batches);
     }
     throw;
   }

@@ -219,7 +219,10 @@ Forward norm_forward(const Inputs& inputs, const OptTensor& mean, const OptTenso
 }
 
 Forward batch_norm_forward_(const Inputs& inputs, const Running& running, const Config& config, bool save_mask) {
-  return run_forward(inputs, {{}, {}}, config, save_mask, &running);
+  Forward result = run_forward(inputs, {{}, {}}, config, save_mask, &running);
+  // running_mean and running_var keep their versions, as torch's batch norm leaves them.
+  count_version(running.num_batches_tracked);
+  return result;
 }
 
 Backward norm_backward(const Tensor& dy, const Inputs& inputs, const Tensor& stats, const Tensor& mask,
@@ -260,6 +263,7 @@ void update_running_stats_(const OptTensor& running_mean, const OptTensor& runni
   args.dtype = dtype_of(stats, "stats");
   args.stats = stats.const_data_ptr();
   backend.update_running_stats(args, stats.device());
+  for (const OptTensor* t : {&running_mean, &running_var, &num_batches_tracked}) count_version(*t);
 }
 
 Tensor channel_stats(const Tensor& x, double eps) {
@@ -327,6 +331,7 @@ std::tuple<Tensor, Tensor> batch_norm_fold_(const Tensor& partials, const Runnin
     moved.stats = args.stats;
     moved.given_count = args.count;
     backend.update_running_stats(moved, partials.device());
+    count_version(running.num_batches_tracked);
   }
   return {stats, count};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/MemoryOverlap.h>
+#include <c10/core/InferenceMode.h>
 
 #include "tensor_args.h"
 
@@ -10,6 +11,11 @@ namespace fastnorm::ops {
 inline bool overlap(const Tensor& a, const Tensor& b) {
   const at::MemOverlapStatus status = at::get_overlap_status(a, b);
   return status == at::MemOverlapStatus::Full || status == at::MemOverlapStatus::Partial;
+}
+
+// t has been written to: autograd is to find that what it saved of it is gone.
+inline void count_version(const OptTensor& t) {
+  if (present(t)) t->unsafeGetTensorImpl()->bump_version();
 }
 
 struct Running {
@@ -21,6 +27,11 @@ struct Running {
 
   // That update_running_stats_ can take them, on `device`.
   void check(at::Device device) const {
+    for (const auto& [t, name] : {std::pair(&mean, "running_mean"), std::pair(&var, "running_var"),
+                                  std::pair(&num_batches_tracked, "num_batches_tracked")}) {
+      FASTNORM_SUPPORTED(!ops::present(*t) || !(*t)->is_inference() || c10::InferenceMode::is_enabled(), name,
+                         " is an inference tensor, which moves in inference mode only");
+    }
     for (const auto& [t, name] : {std::pair(&mean, "running_mean"), std::pair(&var, "running_var")}) {
       if (!ops::present(*t)) continue;
       check_place(**t, name, device);
