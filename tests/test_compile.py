@@ -1,4 +1,6 @@
-"""torch.library.opcheck, torch.compile(fullgraph=True) and torch.export. Few inductor cases: each compiles C++."""
+"""torch.library.opcheck, torch.compile(fullgraph=True) and torch.export. Few inductor cases: each compiles C++.
+
+test_compile_frames.py counts the graphs; test_fuse_life.py compiles a fused model."""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import fastnorm
 from tests.common.cases import PRECISIONS, TYPICAL, Case, Layer, modes
-from tests.common.numerics import build, make_inputs, run
+from tests.common.numerics import as_fastnorm_lays_out, assert_alike, build, make_inputs, run
 
 ops = torch.ops.fastnorm
 
@@ -128,16 +130,24 @@ def test_fake_strides_are_the_real_ones(layer: Layer) -> None:
 
 # torch.compile.
 
+CUMULATIVE = Layer("cumulative", "BatchNorm2d", (3, 6, 5, 4), (6,), (("momentum", None),))
+
+
+def strides(results: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: t.stride() for name, t in results.items()}
+
 
 def assert_compiles(case: Case, backend: str, device: torch.device, **options: Any) -> None:
-    """Values, gradients and running statistics of three steps equal those without compilation."""
+    """Values, gradients and running statistics of three steps equal those without compilation, strides torch.nn's."""
     eager, inputs = build(case, fastnorm, device), make_inputs(case, device)
+    native = run(case, build(case, torch.nn, device), inputs)
+    expected_strides = strides(as_fastnorm_lays_out(case, native, inputs))
     compiled = copy.deepcopy(eager)
     compiled.forward = torch.compile(compiled.forward, backend=backend, fullgraph=True, **options)
     for _ in range(3):
         expected, actual = run(case, eager, inputs), run(case, compiled, inputs)
         torch.testing.assert_close(actual, expected)
-        assert {k: v.stride() for k, v in actual.items()} == {k: v.stride() for k, v in expected.items()}
+        assert strides(actual) == strides(expected) == expected_strides
 
 
 AOT_CASES = [
@@ -157,7 +167,7 @@ def test_compiles_ahead_of_time(case: Case, device: torch.device) -> None:
 @pytest.mark.parametrize(
     "layer",
     [
-        Layer("cumulative", "BatchNorm2d", (3, 6, 5, 4), (6,), (("momentum", None),)),
+        CUMULATIVE,
         Layer("untracked", "BatchNorm2d", (3, 6, 5, 4), (6,), (("track_running_stats", False),)),
         Layer("not affine", "BatchNorm1d", (3, 6, 5), (6,), (("affine", False),)),
         Layer("tracked", "InstanceNorm2d", (3, 6, 5, 4), (6,), (("track_running_stats", True),)),
@@ -175,12 +185,32 @@ def test_variants_compile(layer: Layer, device: torch.device) -> None:
     [
         Case(TYPICAL[0], "channels_last", activation="relu", residual=True),
         Case(TYPICAL[1], "planar", PRECISIONS[2], "silu"),
+        Case(TYPICAL[2], "channels_last", activation="leaky_relu"),
         Case(TYPICAL[3], "planar", activation="gelu"),
+        Case(CUMULATIVE),
+        Case(CUMULATIVE, "channels_last", mode="eval"),
     ],
     ids=lambda case: case.id,
 )
 def test_compiles_with_inductor(case: Case, device: torch.device) -> None:
     assert_compiles(case, "inductor", device)
+
+
+def test_dynamic_shapes_with_inductor(device: torch.device) -> None:
+    """A graph whose sizes are symbols, run at several: it calls the kernels between operators that inductor makes."""
+    batch, instance = fastnorm.BatchNorm2d(4, momentum=None, activation="relu"), fastnorm.InstanceNorm2d(4, affine=True)
+    model = nn.Sequential(batch, nn.Softsign(), instance).to(device)
+    compiled = torch.compile(copy.deepcopy(model), backend="inductor", fullgraph=True, dynamic=True)
+    for samples, size in ((2, 6), (3, 5), (5, 9)):
+        x = torch.randn(samples, 4, size, size, device=device, requires_grad=True)
+        results = []
+        for m in (compiled, model):
+            y = m(x)
+            gradients = torch.autograd.grad(y.pow(3).sum(), [x, *m.parameters()])
+            results.append([y, *gradients, *m.buffers()])
+        assert_alike(*results)
+        assert [t.stride() for t in results[0]] == [t.stride() for t in results[1]]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_dynamic_shapes_compile_once(device: torch.device) -> None:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastnorm
-from tests.test_enable import row_of, switched_off  # noqa: F401
+from tests.common.aten_calls import row_of
+from tests.test_enable import switched_off  # noqa: F401
 
 NORMS = ("batch_norm", "group_norm", "layer_norm")
 

@@ -324,19 +324,48 @@ def test_private_names(cls: type[nn.Module]) -> None:
     assert list(fused(compare(cls(), X))) == ["bn"]
 
 
-@pytest.mark.parametrize("norm", [fastnorm.LayerNorm2d(4), fastnorm.FrozenBatchNorm2d(4)])
-def test_norms_that_torch_nn_lacks(norm: nn.Module) -> None:
+def layer_norm_2d(norm: nn.Module, x: Tensor) -> Tensor:
+    """From the definition: of the channels at each position."""
+    centred = x - x.mean(1, keepdim=True)
+    xhat = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    return xhat * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+
+
+def frozen_batch_norm_2d(norm: nn.Module, x: Tensor) -> Tensor:
+    mean, var, weight, bias = (t.view(-1, 1, 1) for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    return (x - mean) / (var + norm.eps).sqrt() * weight + bias
+
+
+@pytest.mark.parametrize(
+    ("cls", "formula"),
+    [(fastnorm.LayerNorm2d, layer_norm_2d), (fastnorm.FrozenBatchNorm2d, frozen_batch_norm_2d)],
+)
+def test_norms_that_torch_nn_lacks(cls: type[nn.Module], formula: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Output and gradients against the definition; what `revert` leaves computes the same."""
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem = nn.Sequential(nn.Conv2d(4, 4, 1), copy.deepcopy(norm), nn.GELU())
-            self.norm, self.act = copy.deepcopy(norm), nn.ReLU()
+            self.stem = nn.Sequential(nn.Conv2d(4, 4, 1), cls(4), nn.GELU())
+            self.norm, self.act = cls(4), nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.act(self.norm(self.stem(x)) + x)
 
-    ours = fastnorm.fuse(Block())
+    def by_definition(block: nn.Module, x: Tensor) -> Tensor:
+        return F.relu(formula(block.norm, F.gelu(formula(block.stem[1], block.stem[0](x)))) + x)
+
+    ours = Block().double()
+    for norm in (ours.norm, ours.stem[1]):
+        for name, t in norm.state_dict().items():
+            nn.init.uniform_(t, 0.5, 1.5) if name in ("weight", "running_var") else nn.init.normal_(t)
+    fastnorm.fuse(ours)
     assert fused(ours) == {"stem.1": "gelu", "norm": "add + relu"}
-    x = X.clone().requires_grad_()
-    y = ours(x)
-    torch.testing.assert_close(fastnorm.revert(ours)(X), y, rtol=1e-4, atol=1e-5)
+    results = []
+    for call in (ours, lambda x: by_definition(ours, x), lambda x: fastnorm.revert(ours)(x)):
+        x = X.double().requires_grad_()
+        y = call(x)
+        results.append([y, *torch.autograd.grad((y * torch.sin(7 * y)).sum(), [x, *ours.parameters()])])
+    assert not fused(ours) and len(results[0]) == 4 + 4 * (cls is fastnorm.LayerNorm2d)
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[2], results[1])

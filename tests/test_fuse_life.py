@@ -122,9 +122,10 @@ def test_double_backward() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torch_compile() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_torch_compile(compiler: str) -> None:
     native, ours = pair()
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(ours, backend=compiler, fullgraph=True)
     for _ in range(2):
         x = X.clone().requires_grad_()
         y = compiled(x)

@@ -85,6 +85,18 @@ def run(case: Case, module: torch.nn.Module, inputs: Inputs) -> dict[str, Tensor
         return run_on_cpu(case, module, inputs)
 
 
+def as_fastnorm_lays_out(case: Case, native: dict[str, Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """torch.nn's results, to compare memory formats with. InstanceNorm, of which torch.nn makes planar tensors, keeps
+    channels_last; so do on a GPU GroupNorm and the gradient of a frozen BatchNorm: in their place stands x."""
+    on_gpu = inputs.x.device.type == "cuda"
+    kept: tuple[str, ...] = ()
+    if case.layer.norm.startswith("Instance") or (case.layer.norm == "GroupNorm" and on_gpu):
+        kept = ("y", "dx", "dresidual")
+    elif case.mode == "frozen" and on_gpu:
+        kept = ("dx",)
+    return native | {name: inputs.x for name in kept if name in native}
+
+
 def run_on_cpu(case: Case, module: torch.nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """`run` by a copy of the module on the CPU; the results are where the inputs are."""
     cpu = torch.device("cpu")

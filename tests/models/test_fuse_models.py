@@ -213,6 +213,27 @@ def test_norms_of_other_libraries(norm: str) -> None:
     assert compare(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), cls(4), nn.SiLU()), IMAGE) == {"silu": 1}
 
 
+#: timm's norms that have an activation of their own, in front of another one, and what is fused.
+TIMM_NORMS: dict[str, tuple[Callable[[Any], nn.Module], dict[str, int]]] = {
+    "GroupNormAct": (lambda layers: layers.GroupNormAct(4, num_groups=2), {"relu": 1}),
+    "GroupNormAct, SiLU": (lambda layers: layers.GroupNormAct(4, num_groups=2, act_layer=nn.SiLU), {"silu": 1}),
+    "GroupNormAct, none": (lambda layers: layers.GroupNormAct(4, num_groups=2, apply_act=False), {"sigmoid": 1}),
+    "LayerNormAct": (lambda layers: layers.LayerNormAct(64), {"relu": 1}),
+    "LayerNormAct, GELU": (lambda layers: layers.LayerNormAct(64, act_layer=nn.GELU), {"gelu": 1}),
+    "LayerNormAct2d": (lambda layers: layers.LayerNormAct2d(4), {}),
+    "LayerNormAct2d, SiLU": (lambda layers: layers.LayerNormAct2d(4, act_layer=nn.SiLU), {}),
+}
+
+
+@pytest.mark.parametrize("name", TIMM_NORMS)
+def test_norms_with_activations_of_timms(name: str) -> None:
+    make, expected = TIMM_NORMS[name]
+    norm = make(library("timm").layers)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, 1, 0.5)
+    assert compare(lambda: nn.Sequential(nn.Conv2d(3, 4, 1), copy.deepcopy(norm), nn.Sigmoid()), IMAGE) == expected
+
+
 EDITS: dict[str, Callable[[Any], Any]] = {
     "setattr": lambda m: setattr(m, "act", nn.Tanh()),
     "_modules": lambda m: m._modules.__setitem__("act", nn.Tanh()),
