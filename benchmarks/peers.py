@@ -97,6 +97,17 @@ PEERS = {
 }
 
 
+def why_not_imported(module: str, package: str) -> str | None:
+    """Why `module`, which `package` has, cannot be imported, or None."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return f"not installed (pip install {package})"
+    except Exception as error:  # an extension built for another torch
+        return f"cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
 def why_absent(name: str, device: str) -> str | None:
     """Why `name` cannot take part on `device`, or None."""
     if name in ("eager", "compile"):
@@ -110,13 +121,7 @@ def why_absent(name: str, device: str) -> str | None:
         return f"its norms run on {' and '.join(peer.devices)}"
     if name == "cudnn":
         return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
-    try:
-        importlib.import_module(peer.module)
-    except ModuleNotFoundError:
-        return f"not installed (pip install {peer.package})"
-    except Exception as error:  # an extension built for another torch
-        return f"cannot be imported: {type(error).__name__}: {error}"
-    return None
+    return why_not_imported(peer.module, peer.package)
 
 
 def built(name: str, row: Row) -> Contestant | None:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import bench, compare, peers, validation
+from benchmarks import bench, compare, images, peers, validation
 from benchmarks.contestants import Arena, Row, table, torch_parameters
 from benchmarks.presets import CUDA_LAYERS, PRESETS
 from benchmarks.results import NAMES
@@ -280,6 +280,40 @@ def test_a_wrong_row_of_ours_is_left_out_and_fails_the_run(
         bench.main([*arguments, "--budget", "0.01", "--malloc", "system", "--json", str(tmp_path / "a.json")])
     assert "float32 planar plain, eval: fastnorm differs from torch.nn" in capsys.readouterr().out.replace("\n", " ")
     assert [row["epilogue"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]] == ["+relu"]
+
+
+# ---- images ----
+
+TINY_IMAGES = ["--batch", "1", "--size", "5", "--budget", "0.01", "--dtype", "bfloat16"]
+
+
+def test_a_run_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out, table = tmp_path / "new" / "a.json", tmp_path / "a.md"
+    monkeypatch.setattr(images, "why_absent", lambda: "not installed (pip install torchvision)")
+    images.main([*TINY_IMAGES, "--json", str(out), "--markdown", str(table)])
+    assert "torchvision: no contestant, not installed (pip install torchvision)" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["dtype"], row["layout"]) for row in rows] == [("uint8 to bfloat16", name) for name in cases.LAYOUTS]
+    assert all(row["modes"]["forward"]["us"].keys() == {"fastnorm", "torch", "clone"} for row in rows)
+    assert table.read_text().count("| bfloat16 |") == 2
+    assert compare.main([str(out), str(out)]) == 0
+    assert "2 figures in both runs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_images_with_other_values_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = images.contestants
+
+    def brighter(dtype: torch.dtype, _: bool) -> dict[str, Any]:
+        calls = good(dtype, False)
+        return calls | {"fastnorm": lambda x: calls["fastnorm"](x) + 1, "torchvision": lambda x: calls["torch"](x) + 5}
+
+    monkeypatch.setattr(images, "contestants", brighter)
+    with pytest.raises(SystemExit, match="computes something else"):
+        images.main([*TINY_IMAGES, "--layout", "planar"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "to bfloat16 planar: fastnorm differs" in said and "to bfloat16 planar: torchvision differs" in said
 
 
 # ---- compare ----

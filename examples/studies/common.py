@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -161,6 +162,11 @@ def median(values: Sequence[float | None], missing: float = math.inf) -> float |
     ordered = sorted(missing if value is None else value for value in values)
     middle = ordered[len(ordered) // 2]
     return None if middle == missing else middle
+
+
+def estimate(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of at least two runs, and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 # Writing it down.

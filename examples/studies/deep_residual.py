@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +23,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import fastnorm
 from examples.studies import common
 from examples.studies.common import Claim, Measured, Report, Table
+from examples.studies.paths import (
+    BLOCKS,
+    LONGEST,
+    SHORT,
+    mean_length,
+    path_shares,
+    poisson_shares,
+    short,
+    simulated,
+    walked,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 64
 WIDE = 256  # units, and samples, where nothing is trained: in narrow nets variances stray from their expectations
-NARROW = 128  # units of the net that carries every path length by itself
-BLOCKS = 10_000  # of the analysis of paths
-SHORT = 15  # residual branches
-LONGEST = 30  # path lengths that are told apart; longer ones count as the last
 VARIANTS = ("batch norm", "no norm", "SkipInit 1", "SkipInit 1/sqrt(d)", "SkipInit 0")
 RATES = (0.1, 0.01, 0.001)
+SEEDS = 3  # where no rate trains with the first
+TRAINED, CHANCE = 0.8, 0.2  # accuracies: at least, and at most where nothing was learned, which is 10% on average
+FAILS_FROM = 100  # blocks, from which De & Smith have no net train without norms or with alpha = 1
+PATHS = 40_000
+#: Of the nets that carry all lengths: units, and nets. They are narrow, so that they are many.
+NORMED, ONE_VARIANCE = ((32, 4), (64, 4), (128, 2)), (64, 4)
+QUICK_NORMED, QUICK_ONE_VARIANCE = ((8, 2), (16, 2)), (32, 3)
 
 
 class Block(nn.Module):
@@ -89,88 +102,41 @@ def variances(variant: str, depth: int) -> dict[str, list[float]]:
     return {"skip": skip, "branch": branches, "branch_of_data": of_data}
 
 
-def path_shares(blocks: int) -> list[float]:
-    """The share of the output's variance that comes from paths through k residual branches, k = 0 to LONGEST.
-
-    In front of block l the variance is l, and its branch, normalized, has variance 1: so the branch passes each part of
-    x on with 1/l of its variance. A path through the branches of a set S has variance prod(1/l for l in S); all of them
-    have prod(1 + 1/l) = blocks + 1. Their shares are the probabilities of a sum of independent yes-or-no choices, of
-    probability (1/l) / (1 + 1/l) = 1 / (l + 1): block by block, the sum's distribution moves on by one.
-    """
-    return shares_of(1 / (block + 1) for block in range(1, blocks + 1))
-
-
-def shares_of(probabilities: Iterable[float]) -> list[float]:
-    """How a sum of independent yes-or-no choices is distributed; the last entry has all the rest."""
-    shares = [1.0] + [0.0] * LONGEST
-    for p in probabilities:
-        moved = [share * p for share in shares]
-        shares = [share * (1 - p) for share in shares]
-        shares[-1] += moved[-1]
-        for k in range(LONGEST):
-            shares[k + 1] += moved[k]
-    return shares
-
-
-def poisson_shares(blocks: int) -> list[float]:
-    """The same by the Poisson distribution of mean ln(blocks), which is its limit."""
-    mean = math.log(blocks)
-    return [math.exp(-mean + k * math.log(mean) - math.lgamma(k + 1)) for k in range(LONGEST + 1)]
-
-
-@torch.no_grad()
-def carried_shares(blocks: int, samples: int = 96, width: int = NARROW) -> list[float]:
-    """The same of a linear residual net with random weights and normalized branches, which carries the part of every
-    path length by itself: parts (LONGEST + 1, samples, width)."""
-    torch.manual_seed(0)
-    parts = torch.zeros(LONGEST + 1, samples, width)
-    parts[0] = torch.randn(samples, width)
-    for _ in range(blocks):
-        var = fastnorm.moments(parts.sum(0))[1]
-        # The norm is an affine map of the sum; so it normalizes each part by the sum's deviation.
-        centred = parts - parts.mean(1, keepdim=True)
-        branch = centred * (var + 1e-5).rsqrt() @ (torch.randn(width, width) / math.sqrt(width))
-        parts[-1] += branch[-1]
-        parts[1:] += branch[:-1]
-    powers = parts.square().mean((1, 2)).double()
-    return (powers / powers.sum()).tolist()  # type: ignore[no-any-return]
-
-
 # Training.
 
 
-def train(variant: str, depth: int, lr: float, steps: int, data: common.Digits) -> dict[str, Any]:
-    torch.manual_seed(0)
+def train(variant: str, depth: int, lr: float, seed: int, steps: int, data: common.Digits) -> dict[str, Any]:
+    """accuracy: 0 where the loss was not finite."""
+    torch.manual_seed(seed)
     model = network(variant, depth)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    run = common.train(model, data, optimizer, steps, batch=64, seed=0)
-    trained = not run.diverged
+    run = common.train(model, data, optimizer, steps, batch=64, seed=seed)
     last = run.losses[-10:]
     return {
         "variant": variant,
         "depth": depth,
         "lr": lr,
-        "accuracy": run.best if trained else 0.0,
-        "loss": sum(last) / len(last) if trained else None,
-        "losses": [round(loss, 5) for loss in run.losses],
+        "accuracy": 0.0 if run.diverged else run.best,
+        "loss": None if run.diverged else sum(last) / len(last),
         "diverged": run.diverged,
     }
 
 
-def mean_length(shares: list[float]) -> float:
-    """Residual branches on a path, by shares of the variance."""
-    return sum(k * share for k, share in enumerate(shares))
+def best_of(variant: str, depth: int, steps: int, data: common.Digits) -> dict[str, Any]:
+    """The run at the best of RATES; where none trains, the best of SEEDS more tries. tried: how many they were, and
+    diverged_of_tried how many of them had a loss that was not finite."""
+    tried = [train(variant, depth, lr, 0, steps, data) for lr in RATES]
+    if not any(map(trains, tried)):
+        tried += [train(variant, depth, lr, seed, steps, data) for seed in range(1, SEEDS) for lr in RATES]
+    best = max(tried, key=lambda run: run["accuracy"])
+    return best | {"tried": len(tried), "diverged_of_tried": sum(run["diverged"] for run in tried)}
 
 
 def measure(quick: bool) -> Measured:
-    depths, steps = ((4, 64), 30) if quick else ((4, 16, 100, 1000), 60)
+    depths, steps = ((4, FAILS_FROM), 30) if quick else ((4, 16, 100, 1000), 60)
     growth = 200 if quick else 1000
     data = common.load()
-    runs = []
-    for depth in depths:
-        for variant in VARIANTS:
-            tried = [train(variant, depth, lr, steps, data) for lr in RATES]
-            runs.append(max(tried, key=lambda run: run["accuracy"]))
+    runs = [best_of(variant, depth, steps, data) for depth in depths for variant in VARIANTS]
     blocks = BLOCKS // 50 if quick else BLOCKS
     variance = {"batch norm": variances("batch norm", blocks), "no norm": variances("no norm", growth)}
     normed = zip(variance["batch norm"]["skip"], variance["batch norm"]["branch"], strict=True)
@@ -180,26 +146,34 @@ def measure(quick: bool) -> Measured:
         "exact": path_shares(BLOCKS),
         "poisson": poisson_shares(BLOCKS),
         "exact_simulated_blocks": path_shares(blocks),
-        "simulated": shares_of(branch / (skip + branch) for skip, branch in normed),
-        "carried": carried_shares(blocks),
-        "widths": {
-            "blocks": blocks // 10,
-            "formula": mean_length(path_shares(blocks // 10)),
-            "carried": {width: mean_length(carried_shares(blocks // 10, width=width)) for width in (32, 64, NARROW)},
-        },
+        "walked": walked([branch / (skip + branch) for skip, branch in normed], PATHS),
+        "one_variance": simulated(BLOCKS, False, *(QUICK_ONE_VARIANCE if quick else ONE_VARIANCE)),
+        "normed": [simulated(BLOCKS, True, *nets) for nets in (QUICK_NORMED if quick else NORMED)],
         "steps": steps,
         "runs": runs,
     }
 
 
-def short(shares: list[float]) -> float:
-    """The share of paths through SHORT branches at most."""
-    return sum(shares[: SHORT + 1])
-
-
 def trains(run: dict[str, Any]) -> bool:
     """Far better than chance, 10%."""
-    return bool(run["accuracy"] >= 0.8)
+    return bool(run["accuracy"] >= TRAINED)
+
+
+def fails(run: dict[str, Any]) -> bool:
+    """Every rate and seed diverges or learns nothing."""
+    return bool(run["accuracy"] <= CHANCE and run["tried"] == SEEDS * len(RATES))
+
+
+def plus_minus(estimated: list[float], digits: str = ".1%") -> str:
+    """A mean and its standard error."""
+    return " ± ".join(format(value, digits) for value in estimated)
+
+
+def at_infinite_width(nets: list[dict[str, Any]]) -> tuple[float, float]:
+    """The mean path length and its standard error, by a line through the two widest in 1 / width: the last is twice as
+    wide."""
+    (narrow, narrow_error), (wide, wide_error) = (net["mean_length"] for net in nets[-2:])
+    return 2 * wide - narrow, math.hypot(2 * wide_error, narrow_error)
 
 
 def report(measured: Measured) -> Report:
@@ -215,14 +189,25 @@ def report(measured: Measured) -> Report:
     depths = sorted({run["depth"] for run in measured["runs"]})
     shallow = depths[0]
 
-    def of(variant: str, which: list[int]) -> str:
-        return ", ".join(
+    def of(variant: str) -> str:
+        reached = (
             f"{d}: {'not finite' if runs[variant, d]['diverged'] else format(runs[variant, d]['accuracy'], '.1%')}"
-            for d in which
+            for d in depths
+        )
+        return f"accuracy at depth {', '.join(reached)}"
+
+    def failures(variant: str) -> str:
+        diverged, tried = (sum(runs[variant, d][key] for d in failing) for key in ("diverged_of_tried", "tried"))
+        return (
+            f"{of(variant)}. From {FAILS_FROM} blocks {diverged} of {tried} tries, all rates and seeds, have a loss "
+            "that is not finite"
         )
 
     exact, formula = short(measured["exact"]), short(measured["exact_simulated_blocks"])
-    simulated, carried, blocks = short(measured["simulated"]), short(measured["carried"]), measured["blocks"]
+    walks, one_variance, blocks = measured["walked"], measured["one_variance"], measured["blocks"]
+    normed = measured["normed"]
+    widest = normed[-1]
+    failing = [d for d in depths if d >= FAILS_FROM]
     claims = [
         Claim(
             "With normalized branches the variance on the skip path grows like depth.",
@@ -249,42 +234,52 @@ def report(measured: Measured) -> Report:
             exact >= 0.97,
         ),
         Claim(
-            "The same, simulated.",
-            f"{simulated:.1%}, with the variances of the skip path and branches of a random net of {blocks:,} blocks, "
-            f"{WIDE} units wide (the formula: {formula:.1%})",
-            simulated >= 0.97,
+            "The same, simulated: random paths.",
+            f"{short(walks['shares']):.2%} ± {walks['error']:.2%} of {walks['paths']:,} paths, which take each branch "
+            "with its share of the variance, as measured in a random ReLU net with batch norm of "
+            f"{blocks:,} blocks, {WIDE} units wide (the formula: {formula:.2%})",
+            short(walks["shares"]) >= 0.97,
         ),
         Claim(
-            "The same, in a linear net that carries the sum over all paths of each length by itself.",
-            f"{carried:.1%} in one of {blocks:,} blocks, {NARROW} units wide; the mean path has "
-            f"{mean_length(measured['carried']):.2f} branches, by the formula "
-            f"{mean_length(measured['exact_simulated_blocks']):.2f}. The formula is that of infinitely wide nets: "
-            "narrow ones have longer paths",
-            carried >= 0.97,
+            "The same, simulated: a linear net that carries the sum over all paths of each length by itself.",
+            f"{plus_minus(one_variance['short'], '.2%')} in {one_variance['nets']} nets of {BLOCKS:,} blocks, "
+            f"{one_variance['width']} units wide, where one variance normalizes all units, as it does in nets of "
+            "infinite width, which the formula is of",
+            one_variance["short"][0] >= 0.97,
+        ),
+        Claim(
+            "The same in narrow nets, where batch norm divides each unit by its own variance.",
+            f"{plus_minus(widest['short'])} in {widest['nets']} nets {widest['width']} units wide. Their paths are "
+            "longer, and cancel in part: the variances of the parts add up to "
+            f"{widest['excess']:.2f} times the output's. It is an effect of width: the mean path has "
+            + ", ".join(f"{net['mean_length'][0]:.2f} branches at {net['width']}" for net in normed)
+            + f", so {plus_minus(at_infinite_width(normed), '.2f')} at infinite width; by the formula "
+            f"{mean_length(measured['exact']):.2f}",
+            widest["short"][0] >= 0.97,
         ),
         Claim(
             "With batch norm very deep nets train.",
-            f"accuracy at depth {of('batch norm', depths)}",
+            of("batch norm"),
             all(trains(runs["batch norm", d]) for d in depths),
         ),
         Claim(
             "Without norms deep ones do not.",
-            f"accuracy at depth {of('no norm', depths)}",
-            not any(trains(runs["no norm", d]) for d in depths[1:]),
+            failures("no norm"),
+            all(fails(runs["no norm", d]) for d in failing),
         ),
         Claim(
-            "SkipInit with alpha = 1 fails like no norm.",
-            f"accuracy at depth {of('SkipInit 1', depths)}",
-            not any(trains(runs["SkipInit 1", d]) for d in depths[1:]),
+            f"SkipInit with alpha = 1 fails like no norm, from {FAILS_FROM} blocks (of 16 the source does not say so).",
+            failures("SkipInit 1"),
+            all(fails(runs["SkipInit 1", d]) for d in failing),
         ),
         Claim(
             "SkipInit with alpha = 1/sqrt(d) trains at any depth.",
-            f"accuracy at depth {of('SkipInit 1/sqrt(d)', depths)}",
+            of("SkipInit 1/sqrt(d)"),
             all(trains(runs["SkipInit 1/sqrt(d)", d]) for d in depths),
         ),
         Claim(
             "SkipInit with alpha = 0 trains at any depth.",
-            f"accuracy at depth {of('SkipInit 0', depths)}",
+            of("SkipInit 0"),
             all(trains(runs["SkipInit 0", d]) for d in depths),
         ),
         Claim(
@@ -294,7 +289,14 @@ def report(measured: Measured) -> Report:
         ),
     ]
     rows = [
-        (run["depth"], run["variant"], run["lr"], f"{run['accuracy']:.1%}", run["loss"] or "not finite")
+        (
+            run["depth"],
+            run["variant"],
+            run["lr"],
+            f"{run['accuracy']:.1%}",
+            run["loss"] or "not finite",
+            f"{run['diverged_of_tried']} of {run['tried']}",
+        )
         for run in measured["runs"]
     ]
     lengths = (0, 5, 10, SHORT, 20)
@@ -317,14 +319,26 @@ def report(measured: Measured) -> Report:
         [
             Table(
                 f"Digits after {measured['steps']} steps of 64, SGD with momentum 0.9, the better of the rates "
-                f"{' and '.join(map(str, RATES))} (loss: of the last ten steps)",
-                ("blocks", "variant", "learning rate", "held-out accuracy", "loss"),
+                f"{' and '.join(map(str, RATES))} (loss: of the last ten steps); where none of them reaches "
+                f"{TRAINED:.0%}, the best of {SEEDS} seeds of each",
+                ("blocks", "variant", "learning rate", "held-out accuracy", "loss", "tries that diverged"),
                 rows,
             ),
             Table(
-                f"Branches on the mean path of {measured['widths']['blocks']:,} blocks, carried by themselves",
-                ("units", "branches"),
-                [*measured["widths"]["carried"].items(), ("formula", measured["widths"]["formula"])],
+                f"Linear nets of {BLOCKS:,} blocks that carry the part of every path length, with standard errors",
+                ("normalized by", "units", "nets", "branches on the mean path", f"of at most {SHORT}", "sum of parts"),
+                [
+                    (
+                        "each unit's variance" if net["each_unit"] else "one variance",
+                        net["width"],
+                        net["nets"],
+                        plus_minus(net["mean_length"], ".2f"),
+                        plus_minus(net["short"], ".2%"),
+                        f"{net['excess']:.2f}",
+                    )
+                    for net in (*normed, one_variance)
+                ]
+                + [("formula", "", "", f"{mean_length(measured['exact']):.2f}", f"{exact:.2%}", 1)],
             ),
             Table(
                 f"Share of the variance of {BLOCKS:,} blocks by path length",
@@ -334,7 +348,9 @@ def report(measured: Measured) -> Report:
         ],
         "The formula: in front of block l the variance is l and the branch has 1, so a path through the set S of "
         "branches has variance prod 1/l over S, all paths have prod (1 + 1/l) = d + 1, and the number of branches on a "
-        "path is distributed as a sum of independent choices of probability 1/(l + 1).",
+        "path is distributed as a sum of independent choices of probability 1/(l + 1). Sum of parts: of their "
+        "variances, over the variance of the output; it is 1 where parts of different lengths are independent. Batch "
+        "norm of each unit makes it more, the narrower the net: it enlarges units in which parts happen to cancel.",
     )
 
 
@@ -348,13 +364,15 @@ def draw(figure: Figure, measured: Measured) -> None:
     axes[0].set(xscale="log", yscale="log", ylim=(0.3, 1e6), xlabel="block", title="variance before training")
     axes[0].legend(frameon=False)
     lengths = range(LONGEST + 1)
-    blocks = f"{measured['blocks']:,} blocks"
-    axes[1].bar(lengths, measured["exact_simulated_blocks"], color="#9fc5e8", label=f"formula, {blocks}")
-    axes[1].plot(lengths, measured["simulated"], ".-", color="#0b3d6b", label=f"simulated, {WIDE} units")
-    axes[1].plot(lengths, measured["carried"], ".-", color="#edae49", label=f"carried, {NARROW} units")
+    axes[1].bar(lengths, measured["exact"], color="#9fc5e8", label=f"formula, {BLOCKS:,} blocks")
+    walks = f"random paths, {measured['blocks']:,} blocks"
+    axes[1].plot(lengths, measured["walked"]["shares"], ".", color="#0b3d6b", label=walks)
+    axes[1].plot(lengths, measured["one_variance"]["shares"], color="#2e8b57", label="carried, one variance")
+    for net, style in zip(measured["normed"], ("--", "-", ":"), strict=False):
+        axes[1].plot(lengths, net["shares"], style, color="#edae49", label=f"carried, {net['width']} units")
     axes[1].axvline(SHORT + 0.5, color="grey", ls=":")
     axes[1].set(xlim=(-0.5, 25), xlabel="residual branches on the path", title="share of the variance")
-    axes[1].legend(frameon=False)
+    axes[1].legend(frameon=False, fontsize=7)
     colours = dict(zip(VARIANTS, ("#0b3d6b", "#7f7f7f", "#d1495b", "#edae49", "#2e8b57"), strict=True))
     depths = sorted({run["depth"] for run in measured["runs"]})
     for variant in VARIANTS:

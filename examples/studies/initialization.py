@@ -25,6 +25,7 @@ from examples.studies import common
 from examples.studies.common import Claim, Measured, Report, Table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH = 256
@@ -40,6 +41,8 @@ RULES = {
 }
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 BINS = 41
+#: Exponents of ten between which histograms of gradients lie, of their absolute values: they differ by so much.
+LEAST, MOST = -11.0, 10.0
 #: Of tanh: beyond it the slope is below 0.02.
 SATURATED = 0.99
 
@@ -69,22 +72,23 @@ def run(std: float, activation: str, batch_norm: bool) -> dict[str, Any]:
         y = layer(y)
         outputs.append(y)
     gradients = torch.autograd.grad(y, outputs, torch.randn_like(y))
-    reach = max(1e-12, float(outputs[-1].detach().abs().max()))
-    last = outputs[-1].detach()
-    limit = 1.0 if activation == "tanh" else reach
+    activations = [output.detach() for output in outputs]
+    last = activations[-1]
+    # Of tanh all there is; of ReLU from 0 to the largest of the last layer.
+    low, high = (-1.0, 1.0) if activation == "tanh" else (0.0, max(1e-12, float(last.max())))
     return {
-        "activations": [float(o.detach().square().mean().sqrt()) for o in outputs],
-        "gradients": [float(g.square().mean().sqrt()) for g in gradients],
+        "activations": [float(values.square().mean().sqrt()) for values in activations],
+        "gradients": [float(values.square().mean().sqrt()) for values in gradients],
         "saturated": float((last.abs() > SATURATED).float().mean()) if activation == "tanh" else None,
-        "histograms": [histogram(o.detach(), limit, activation) for o in (outputs[0], outputs[DEPTH // 2], last)],
+        "activation_histograms": [histogram(values, low, high) for values in activations],
+        "gradient_histograms": [histogram(values.abs().log10(), LEAST, MOST) for values in gradients],
     }
 
 
-def histogram(values: Tensor, limit: float, activation: str) -> list[float]:
-    """Shares of the values in BINS bins, -1 to 1 for tanh, 0 to the largest of the last layer for ReLU."""
-    low = -limit if activation == "tanh" else 0.0
-    counts = torch.histc(values.clamp(low, limit), BINS, low, limit)
-    return [round(share, 5) for share in (counts / counts.sum()).tolist()]
+def histogram(values: Tensor, low: float, high: float) -> list[float]:
+    """Shares of the values in BINS bins from low to high; those beyond count for the first and the last."""
+    counts = torch.histc(values.clamp(low, high), BINS, low, high)
+    return [round(share, 4) for share in (counts / counts.sum()).tolist()]
 
 
 def measure(quick: bool) -> Measured:
@@ -239,25 +243,35 @@ def report(measured: Measured) -> Report:
                 rows,
             )
         ],
-        f"Histograms of the activations of layers 1, {middle_layer} and {DEPTH} (light to dark), tanh from -1 to 1, "
-        "ReLU from 0 to the largest of the last layer; below, root mean squares of all layers.",
+        f"Histograms of the activations and of the gradients of all layers, 1 above and {DEPTH} below; the darker, the "
+        "more of the layer's values, by the root (the bin with most of them is black). Activations: tanh from -1 to 1, "
+        "ReLU from 0 to the largest of the last layer. Gradients: absolute values, from "
+        f"10^{LEAST:g} to 10^{MOST:g}, those beyond at the edges; the dotted line is 1. At the bottom, root mean "
+        "squares of all layers.",
     )
 
 
+def draw_histograms(axes: Axes, of_layers: list[list[float]]) -> None:
+    """A line of pixels for each layer. Half of ReLU's values are 0: by roots of the shares the others are seen too."""
+    shares = torch.tensor(of_layers)
+    darkness = (shares / shares.amax(1, keepdim=True)).sqrt().numpy()
+    axes.imshow(darkness, cmap="Greys", aspect="auto", interpolation="nearest")
+
+
 def draw(figure: Figure, measured: Measured) -> None:
-    panels = list(itertools.product(ACTIVATIONS, (False, True)))
-    grid = figure.add_gridspec(len(panels) + 1, len(RULES) * 4, height_ratios=[1] * len(panels) + [1.7])
-    shades = ("#c9ddf0", "#6ba3d6", "#0b3d6b")
-    for row, (activation, batch_norm) in enumerate(panels):
+    panels = list(itertools.product(("activation", "gradient"), ACTIVATIONS, (False, True)))
+    grid = figure.add_gridspec(len(panels) + 1, len(RULES) * 4, height_ratios=[1] * len(panels) + [2.4])
+    one = -LEAST / (MOST - LEAST) * BINS - 0.5  # where gradients are 1
+    for row, (what, activation, batch_norm) in enumerate(panels):
         for column, rule in enumerate(RULES):
             axes = figure.add_subplot(grid[row, 4 * column : 4 * column + 4], xticks=[], yticks=[])
-            for shares, shade in zip(pick(measured, activation, rule, batch_norm)["histograms"], shades, strict=True):
-                axes.stairs(shares, fill=False, color=shade, lw=1.4)
-            axes.set_ylim(0, 0.4)
+            draw_histograms(axes, pick(measured, activation, rule, batch_norm)[f"{what}_histograms"])
+            if what == "gradient":
+                axes.axvline(one, color="#d1495b", ls=":", lw=1)
             if row == 0:
                 axes.set_title(f"std {RULES[rule]:.3g}" + ("" if rule[0].isdigit() else f" ({rule})"))
             if column == 0:
-                axes.set_ylabel(f"{activation}\n{'with' if batch_norm else 'without'} BN", size=8)
+                axes.set_ylabel(f"{what}s\n{activation}\n{'with' if batch_norm else 'without'} BN", size=7)
     colours = dict(zip(RULES, ("#7f7f7f", "#d1495b", "#edae49", "#3d85c6", "#2e8b57"), strict=True))
     width = len(RULES) * 4 // 4
     places = itertools.product(("activations", "gradients"), ACTIVATIONS)
@@ -275,4 +289,4 @@ def draw(figure: Figure, measured: Measured) -> None:
 
 
 if __name__ == "__main__":
-    common.main(sys.modules[__name__], (12, 8))
+    common.main(sys.modules[__name__], (12, 11))
