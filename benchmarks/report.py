@@ -46,6 +46,7 @@ SECTIONS = {
     "avx2": Section(SPEED, sections.avx2),
     "gpu": Section(SPEED, sections.gpu),
     "models": Section(SPEED, sections.models),
+    "images": Section(SPEED, sections.images),
     "gpu-limits": Section(LIMITS, sections.gpu_limits),
     "compile": Section(CHOOSING, sections.under_compile),
 }

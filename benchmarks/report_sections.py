@@ -23,6 +23,7 @@ SYSTEM_MALLOC_RUN = "cpu-epyc-2core-system-malloc.json"  # the same with --mallo
 AVX2_RUN = "cpu-epyc-avx2-2core.json"  # the same on a processor without AVX-512
 GPU_RUN = "h200.json"  # of bench.py --device cuda
 MODELS_RUN = "models-cpu-epyc-2core.json"  # of end_to_end.py; it may be absent
+IMAGES_RUN = "images-cpu-epyc-2core.json"  # of images.py
 COMPILE_RUN = "compile-modes.json"  # of compile_modes.py
 INSTRUCTIONS = "instructions.json"  # of count_instructions.py
 PICTURES = {RUN: "cpu-epyc-2core.png", GPU_RUN: "h200.png"}
@@ -223,6 +224,22 @@ def torch_is_faster(shapes: Sequence[Result], modes: Sequence[str]) -> str:
     if not figures:
         return ""
     return f"torch.nn is the faster one in {figures} of {len(shapes) * len(modes)} figures: {listed(layers)}."
+
+
+def images() -> str:
+    """What ImageNormalize takes beside three passes."""
+    run = load(IMAGES_RUN)
+    rows = run["rows"]
+
+    def times(contestant: str) -> str:
+        pairs = (row["modes"]["forward"]["us"] for row in rows)
+        return between(us[contestant]["median"] / us["fastnorm"]["median"] for us in pairs)
+
+    return paragraph(
+        f"ImageNormalize of {'x'.join(map(str, rows[0]['shape']))} uint8 images, planar and channels_last, to float32 and "
+        f"bfloat16: plain torch's three passes take {times('torch')} times as long, torchvision's `ToDtype` and "
+        f"`Normalize` {times('torchvision')} times. {conditions_and_rows(run, IMAGES_RUN)}"
+    )
 
 
 def avx2() -> str:

@@ -19,7 +19,7 @@ from benchmarks.timing import Timing
 
 Edit = Callable[[dict[str, Any]], None]
 RUNS = (sections.RUN, sections.SYSTEM_MALLOC_RUN, sections.AVX2_RUN, sections.GPU_RUN)  # of bench.py
-OTHERS = (sections.COMPILE_RUN, sections.INSTRUCTIONS)
+OTHERS = (sections.COMPILE_RUN, sections.INSTRUCTIONS, sections.IMAGES_RUN)
 # Names of hardware, and where links lead: no figures.
 NAMES = re.compile(r"AVX-512|H200|\]\(\S+\)|^\[\w+\]: \S+$", re.MULTILINE)
 
