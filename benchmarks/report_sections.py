@@ -236,8 +236,8 @@ def images() -> str:
         return between(us[contestant]["median"] / us["fastnorm"]["median"] for us in pairs)
 
     return paragraph(
-        f"ImageNormalize of {'x'.join(map(str, rows[0]['shape']))} uint8 images, planar and channels_last, to float32 and "
-        f"bfloat16: plain torch's three passes take {times('torch')} times as long, torchvision's `ToDtype` and "
+        f"ImageNormalize of {'x'.join(map(str, rows[0]['shape']))} uint8 images, planar and channels_last, to float32 "
+        f"and bfloat16: plain torch's three passes take {times('torch')} times as long, torchvision's `ToDtype` and "
         f"`Normalize` {times('torchvision')} times. {conditions_and_rows(run, IMAGES_RUN)}"
     )
 
