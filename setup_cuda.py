@@ -62,9 +62,13 @@ def gencode_flags(codes: Sequence[str]) -> list[str]:
     return [f"-gencode=arch=compute_{g},code=[{','.join(those)}]" for g, those in by_generation(codes).items()]
 
 
+HOST_FILES = ("platform.cu",)
+"""What the host asks of CUDA: no kernels."""
+
+
 def kernel_files(csrc: Path) -> list[tuple[str, str]]:
-    """The name and the storage type of every compilation of a .cu file; "" where a file is of no storage type."""
-    sources = sorted((csrc / "cuda").glob("*.cu"))
+    """The name and the storage type of every compilation of kernels; "" where a file is of no storage type."""
+    sources = sorted(path for path in (csrc / "cuda").glob("*.cu") if path.name not in HOST_FILES)
     typed = {source.stem: "FASTNORM_DTYPE" in source.read_text() for source in sources}
     return [(name, dtype) for name in typed for dtype in (STORAGE_TYPES if typed[name] else [""])]
 
@@ -76,6 +80,7 @@ def file_name(name: str, dtype: str) -> str:
 def cuda_objects(csrc: Path, codes: Sequence[str], lines: bool, strict: bool) -> list[Object]:
     """The CUDA kernels and what launches them. lines: with the lines of the source; strict: warnings are errors."""
     place = "-".join(["cuda", *codes, *["lines"] * lines])
+    host = [path for name in HOST_FILES if (path := csrc / "cuda" / name).exists()]
     own = [*NVCC_FLAGS, *["-lineinfo"] * lines, *["--Werror=all-warnings"] * strict, *gencode_flags(codes), f"-I{csrc}"]
     return [
         Object(
@@ -84,7 +89,7 @@ def cuda_objects(csrc: Path, codes: Sequence[str], lines: bool, strict: bool) ->
             [*own, *[f"-DFASTNORM_DTYPE={dtype}"] * bool(dtype), "-c"],
             "nvcc",
         )
-        for name, dtype in kernel_files(csrc)
+        for name, dtype in [*kernel_files(csrc), *((path.stem, "") for path in host)]
     ]
 
 

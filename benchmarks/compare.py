@@ -33,6 +33,7 @@ from rich.markup import escape
 from benchmarks.options import positive
 from benchmarks.results import geometric_mean
 from benchmarks.tables import make_console
+from tests.common.plan_model import words
 
 LEAST = 0.03  # of a median: less is within what another order of the same code changes
 NOT_THE_NAME = ("modes", "us", "bytes", "above_cache", "disagreement_eps", "memory_mb", "images_per_s", "compared")
@@ -108,7 +109,7 @@ def _plans(run: Mapping[str, Any], unit: str) -> Iterator[tuple[tuple[str, str],
         for candidate in job["candidates"]:
             if candidate.get("refused_launches"):  # its time is another plan's
                 continue
-            plan = candidate["plan"].split("; estimate ")[0]
+            plan = words(candidate["plan"])
             kind, time = plan.split(",")[0].replace(":", ""), Figure.of(candidate["us"])
             yield (f"{job['row']} {job['direction']}: {plan}", kind), time if unit == "us" else time.over(copy)
 

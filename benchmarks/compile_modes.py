@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import fastnorm
 from benchmarks import machine, results, timing
+from benchmarks.tables import markdown_line, markdown_table
 
 BUDGET_S = 4.0
 
@@ -46,6 +47,7 @@ CASES = (
     Case("InstanceNorm3d + LeakyReLU", "InstanceNorm3d", (32,), "leaky_relu", False, (2, 32, 32, 32, 32)),
 )
 CONTESTANTS = ("torch", "torch compiled", "fastnorm", "kernel", "decompose")
+HEADS = ("case", "dtype", "mode", *CONTESTANTS[1:])
 
 
 class Unfused(nn.Module):
@@ -109,16 +111,14 @@ def measure(device: str, budget_s: float) -> list[dict[str, object]]:
                 row |= {"mode": "step" if training else "eval"}
                 row |= {f"{name}_us": round(times[name].median * 1e6, 1) for name in CONTESTANTS}
                 rows.append(row)
-                print(line(row), flush=True)
+                print(markdown_line(cells(row)), end="", flush=True)
     return rows
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row of the table in Markdown."""
+def cells(row: dict[str, Any]) -> list[str]:
+    """Of HEADS."""
     ratios = [f"{row['torch_us'] / row[f'{name}_us']:.2f}" for name in CONTESTANTS[1:]]
-    return (
-        f"| {row['case']} {'x'.join(map(str, row['shape']))} | {row['dtype']} | {row['mode']} | {' | '.join(ratios)} |"
-    )
+    return [f"{row['case']} {'x'.join(map(str, row['shape']))}", row["dtype"], row["mode"], *ratios]
 
 
 def main() -> None:
@@ -129,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     timing.keep_memory()
     facts = machine.describe(options.device)
-    print("| case | dtype | mode | " + " | ".join(CONTESTANTS[1:]) + " |\n|" + "---|" * (2 + len(CONTESTANTS)))
+    print(markdown_table(HEADS, []), end="")
     rows = measure(options.device, options.budget)
     if options.json:
         options.json.write_text(results.json_text({**facts, "rows": rows}))

@@ -40,7 +40,7 @@ from benchmarks.memory import in_child, peak
 from benchmarks.models import MODELS, why_absent
 from benchmarks.options import choices, memory_format, positive
 from benchmarks.results import geometric_mean, json_text, timing_from_json, timing_json
-from benchmarks.tables import make_console
+from benchmarks.tables import make_console, markdown_table
 from benchmarks.timing import Timing, keep_memory, race
 from benchmarks.validation import Fault, relative_error
 from tests.common.cases import DTYPES, LAYOUTS, to_layout
@@ -271,7 +271,7 @@ def make_markdown(outcomes: Sequence[Outcome]) -> str:
     fast it is and its share of torch.nn's memory."""
     names = list(dict.fromkeys(name for outcome in outcomes for name in outcome.times if name != "torch.nn"))
     heads = ["model", "batch", "dtype", "layout", "mode", "torch.nn: images/s, memory", *names]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for outcome in outcomes:
         setup = outcome.setup
         cells = [setup.model, "x".join(map(str, setup.shape)), setup.dtype, setup.layout, setup.mode]
@@ -283,8 +283,8 @@ def make_markdown(outcomes: Sequence[Outcome]) -> str:
                 continue
             share = f", {outcome.memory[name] / base:.0%}" if base and name in outcome.memory else ""
             cells.append(f"{outcome.speedup(name):.2f}x{share}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return markdown_table(heads, rows)
 
 
 def line_of(outcome: Outcome) -> str:

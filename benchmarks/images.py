@@ -41,7 +41,7 @@ from benchmarks.contestants import DTYPES, Call, copies_for, in_turn
 from benchmarks.machine import cache_bytes, describe, where
 from benchmarks.options import memory_format, positive
 from benchmarks.results import CLONE_PASSES, json_text, timing_json
-from benchmarks.tables import make_console, microseconds, times
+from benchmarks.tables import make_console, markdown_table, microseconds, times
 from benchmarks.timing import Timing, keep_memory, race
 from benchmarks.validation import OURS, REFERENCE, Fault, faults
 from tests.common import cases
@@ -172,8 +172,7 @@ def print_table(console: Console, title: str, results: Sequence[tuple[Row, dict[
 
 
 def markdown(results: Sequence[tuple[Row, dict[str, Timing]]]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(*result) for result in results)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return markdown_table(COLUMNS, (cells(*result) for result in results))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

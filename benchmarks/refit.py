@@ -55,7 +55,7 @@ def outcome_of(saved: dict[str, Any], facts: _C.DeviceInfo) -> Outcome | None:
     for each in saved["candidates"]:
         if each.get("refused_launches"):  # its time is another plan's
             continue
-        if plan := planned(job, facts, each["plan"].split("; estimate ")[0], each["forced"]):
+        if plan := planned(job, facts, words(each["plan"]), each["forced"]):
             candidate = Candidate(plan, each["forced"], parts_of(plan.estimate))
             found.append((candidate, timing_from_json(each["us"])))
     if not found:

@@ -4,7 +4,6 @@ text into its page. No figure of a saved run is typed by hand: the sentences are
 
 from __future__ import annotations
 
-import itertools
 import json
 import textwrap
 from collections import Counter
@@ -15,7 +14,7 @@ from benchmarks import compile_modes, end_to_end
 from benchmarks.contestants import MODES
 from benchmarks.machine import ROOT
 from benchmarks.results import Result, geometric_mean, means
-from benchmarks.tables import make_markdown
+from benchmarks.tables import make_markdown, markdown_table
 
 RESULTS = ROOT / "benchmarks" / "results"
 RUN = "cpu-epyc-2core.json"  # of bench.py, with memory kept
@@ -95,6 +94,11 @@ def link(file: str) -> str:
     return f"[JSON](../benchmarks/results/{file})"
 
 
+def speedups(results: Sequence[Result], modes: Sequence[str]) -> str:
+    """4.2 times torch.nn forward, and so on: geometric means over all layers."""
+    return by_mode({mode: means(list(results), mode)["times_torch"] for mode in modes}, " times torch.nn")
+
+
 def results_of(run: dict[str, Any]) -> tuple[list[Result], tuple[str, ...]]:
     """A run's rows and modes."""
     device = "cuda" if run["machine"].get("gpu") else "cpu"
@@ -120,36 +124,20 @@ def cells(shapes: Sequence[Result]) -> str:
     )
 
 
-def short_table(shapes: Sequence[Result], modes: Sequence[str]) -> str:
-    """A row for each layer: times torch.nn, with the worst and the best."""
-    lines = [
-        "| layer | " + " | ".join(MODE_PHRASES[m].removeprefix("in ") for m in modes) + " |",
-        "|---" * (1 + len(modes)) + "|",
-    ]
-    for title, group in itertools.groupby(shapes, key=lambda r: r.row.title):
-        rows, row = list(group), [title]
-        for mode in modes:
-            values = [r.speedup(mode) for r in rows]
-            row.append(f"{geometric_mean(values):.1f}x ({min(values):.1f} to {max(values):.1f})")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
 def speed_in_short() -> str:
     """README's table: times torch.nn by layer, and over all rows."""
     run = load(RUN)
     results, modes = results_of(run)
     shapes = [r for r in results if not r.is_tiny]
-    mean = {mode: means(results, mode)["times_torch"] for mode in modes}
     return "\n\n".join(
         (
             paragraph(
                 f"How many times longer torch.nn takes, with its activation and add in place: {conditions(run)}. "
                 f"{members(shapes)}"
             ),
-            short_table(shapes, modes),
+            make_markdown(results, modes, copies=False).rstrip(),
             paragraph(
-                f"Over all {len(shapes)} rows ([JSON](benchmarks/results/{RUN})): {by_mode(mean, ' times torch.nn')}.",
+                f"Over all {len(shapes)} rows ([JSON](benchmarks/results/{RUN})): {speedups(results, modes)}.",
                 torch_is_faster(shapes, modes),
             ),
         )
@@ -161,9 +149,8 @@ def gpu_in_short() -> str:
     run = load(GPU_RUN)
     results, modes = results_of(run)
     shapes = [r for r in results if not r.is_tiny]
-    mean = {mode: means(results, mode)["times_torch"] for mode in modes}
     return paragraph(
-        f"On an {conditions(run)}: {by_mode(mean, ' times torch.nn')}, over {len(shapes)} rows "
+        f"On an {conditions(run)}: {speedups(results, modes)}, over {len(shapes)} rows "
         f"([JSON](benchmarks/results/{GPU_RUN}), [picture](benchmarks/results/{PICTURES[GPU_RUN]})).",
         torch_is_faster(shapes, modes),
     )
@@ -181,7 +168,7 @@ def speed() -> str:
         make_markdown(results, modes).rstrip(),
         paragraph(
             f"Over all {len(shapes)} rows: "
-            f"{by_mode({m: v['times_torch'] for m, v in mean.items()}, ' times torch.nn')}; above the size of the "
+            f"{speedups(results, modes)}; above the size of the "
             f"cache {by_mode({m: v['copies_above_cache'] for m, v in mean.items()}, ' copies')}.",
             against_onednn(shapes, modes),
             host_time(tiny, modes),
@@ -247,10 +234,9 @@ def avx2() -> str:
     run = load(AVX2_RUN)
     results, modes = results_of(run)
     shapes = [r for r in results if not r.is_tiny]
-    mean = {mode: means(results, mode)["times_torch"] for mode in modes}
     return paragraph(
         f"The same rows on {conditions_and_rows(run, AVX2_RUN)}",
-        f"{by_mode(mean, ' times torch.nn')}.",
+        f"{speedups(results, modes)}.",
         against_onednn(shapes, modes),
         torch_is_faster(shapes, modes),
     )
@@ -261,14 +247,13 @@ def gpu() -> str:
     run = load(GPU_RUN)
     results, modes = results_of(run)
     shapes = [r for r in results if not r.is_tiny]
-    mean = {mode: means(results, mode) for mode in modes}
     return "\n\n".join(
         (
             paragraph(conditions_and_rows(run, GPU_RUN), cells(shapes), left_out(shapes), TORCH_PARAMETERS),
             make_markdown(results, modes).rstrip(),
             paragraph(
                 f"Over all {len(shapes)} rows: "
-                f"{by_mode({m: v['times_torch'] for m, v in mean.items()}, ' times torch.nn')}; "
+                f"{speedups(results, modes)}; "
                 f"{by_mode({m: geometric_mean(r.copies(m) for r in shapes) for m in modes}, ' copies')}.",
                 torch_is_faster(shapes, modes),
             ),
@@ -398,7 +383,7 @@ def models() -> str:
 def under_compile() -> str:
     """The table of torch.compile, and who is ahead in it."""
     run = load(COMPILE_RUN)
-    rows, names = run["rows"], compile_modes.CONTESTANTS[1:]
+    rows = run["rows"]
     behind = [r for r in rows if r["kernel_us"] > r["torch compiled_us"]]
     eager = sum(r["fastnorm_us"] < r["kernel_us"] for r in rows)
     text = f"The kernels are ahead of inductor's code in {len(rows) - len(behind)} of the {len(rows)} rows"
@@ -412,13 +397,7 @@ def under_compile() -> str:
                 '"torch compiled" is torch.nn under torch.compile, "fastnorm" is eager, "kernel" and "decompose" are '
                 "fastnorm under torch.compile.",
             ),
-            "\n".join(
-                (
-                    f"| case | dtype | mode | {' | '.join(names)} |",
-                    "|---" * (3 + len(names)) + "|",
-                    *map(compile_modes.line, rows),
-                )
-            ),
+            markdown_table(compile_modes.HEADS, map(compile_modes.cells, rows)).rstrip(),
             paragraph(f"{text}. Eager calls of the kernels are faster still in {eager} rows."),
         )
     )

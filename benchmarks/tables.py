@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -126,8 +126,16 @@ def print_results(console: Console, results: Sequence[Result], modes: Sequence[s
     console.print("; ".join(f"{c}: {meaning[c]}" for c in columns) + ".", style="dim")
 
 
-def make_markdown(results: Sequence[Result], modes: Sequence[str] = MODES) -> str:
-    """A row per shape for a README: times torch.nn and copies, as geometric means over dtypes, layouts and epilogues,
+def markdown_line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return markdown_line(heads) + "|---" * len(heads) + "|\n" + "".join(map(markdown_line, rows))
+
+
+def make_markdown(results: Sequence[Result], modes: Sequence[str] = MODES, copies: bool = True) -> str:
+    """A row per shape: times torch.nn and, if wanted, copies, as geometric means over dtypes, layouts and epilogues,
     with the least and the most.
     """
 
@@ -135,14 +143,16 @@ def make_markdown(results: Sequence[Result], modes: Sequence[str] = MODES) -> st
         mean, low, high = geometric_mean(values), min(values), max(values)
         return f"{mean:.1f}{unit}" + (f" ({low:.1f} to {high:.1f})" if len(values) > 1 else "")
 
-    heads = [f"{MODE_NAMES[m]}: {what}" for m in modes for what in ("torch.nn", "copies")]
-    lines = ["| layer | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    heads = [f"{MODE_NAMES[m]}: {what}" for m in modes for what in ("torch.nn", *["copies"] * copies)]
+    rows = []
     for title, group in itertools.groupby((r for r in results if not r.is_tiny), key=lambda r: r.row.title):
         members, cells = list(group), [title]
         for mode in modes:
-            cells += [cell([r.speedup(mode) for r in members], "x"), cell([r.copies(mode) for r in members], "")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            cells.append(cell([r.speedup(mode) for r in members], "x"))
+            if copies:
+                cells.append(cell([r.copies(mode) for r in members], ""))
+        rows.append(cells)
+    return markdown_table(["layer", *heads], rows)
 
 
 def print_moved(console: Console, ratios: Sequence[float], name: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from setup_cuda import CUDA_ARCHS, cuda_objects
+from setup_cuda import CUDA_ARCHS, cuda_objects, file_name, kernel_files
 from setup_ninja import Object
 from tests import check_cuda
 from tests.check_cuda import differences, digest, faults_of, merged, rows_of
@@ -167,5 +167,5 @@ def test_the_record_is_of_this_code() -> None:
     assert record["digest"] == digest()
     archs = {row["arch"] for row in record["rows"]}
     assert "sm_90" in archs and archs <= set(CODES)
-    with_kernels = [file for file in FILES if file != "platform"]
+    with_kernels = [file_name(*kernel) for kernel in kernel_files(CSRC)]
     assert {(row["file"], row["arch"]) for row in record["rows"]} == {(f, code) for f in with_kernels for code in archs}

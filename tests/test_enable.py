@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastnorm
 from fastnorm import _C
-from tests.common.aten_calls import CALLS, LAYOUTS, Counted, make_x, row_of
+from tests.common.aten_calls import CALLS, LAYOUTS, Counted, described, make_x, outcome, row_of
 from tests.common.numerics import assert_alike
 from tests.test_torch_suites import dtype_name
 
@@ -38,17 +37,6 @@ def served(norm: str, device: str = "cpu") -> int:
 
 
 # ---- outputs are aten's: dtypes, shapes, strides, and values near enough ----
-
-
-def described(t: Any) -> Any:
-    return (t.dtype, tuple(t.shape), t.stride()) if isinstance(t, Tensor) else t
-
-
-def outcome(function: Callable[[], Any]) -> Any:
-    try:
-        return function()
-    except Exception as error:
-        return type(error), str(error)
 
 
 OPERATORS = {norm: {f"native_{norm}", f"native_{norm}_backward"} for norm in CALLS}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import fastnorm
+from tests.common.aten_calls import described, row_of
+from tests.test_enable import switched_off  # noqa: F401
 
 aten = torch.ops.aten
 
@@ -20,19 +22,15 @@ def arguments(dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, 
     return (x, *(torch.rand(6, dtype=dtype) + 0.5 for _ in range(4)))
 
 
-def served() -> int:
-    return sum(row.served_calls for row in fastnorm.report() if "batch" in row.name)
-
-
 def both(call: Any) -> None:
     """What the call gives by our kernels, which serve it, and by torch's; and what it leaves in its arguments."""
-    before = served()
+    before = row_of("batch_norm").served_calls
     with fastnorm.enabled():
         ours = call()
-    assert served() > before
+    assert row_of("batch_norm").served_calls > before
     theirs = call()
+    assert list(map(described, ours)) == list(map(described, theirs))
     for our, their in zip(ours, theirs, strict=True):
-        assert (our.dtype, our.shape, our.stride()) == (their.dtype, their.shape, their.stride())
         torch.testing.assert_close(our, their)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnorm
-from tests.common.aten_calls import Counted
+from tests.common.aten_calls import Counted, described
 from tests.common.numerics import assert_alike
-from tests.test_enable import Net, described, switched_off  # noqa: F401
+from tests.test_enable import Net, switched_off  # noqa: F401
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import fastnorm
-from tests.common.aten_calls import Counted
-from tests.test_enable import described, switched_off  # noqa: F401
+from tests.common.aten_calls import Counted, described
+from tests.test_enable import switched_off  # noqa: F401
 
 EPS = 1e-5
 

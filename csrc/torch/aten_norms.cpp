@@ -95,13 +95,17 @@ Outputs batch_norm_no_training(const Tensor& x, const OptTensor& weight, const O
   return batch_norm(x, weight, bias, running_mean, running_var, false, momentum, eps);
 }
 
-// The last output is what cuDNN's backward wants. An empty one tells that ours has to follow, whatever the switch then
-// is.
+// The last output is what the backward of torch's backend wants, as cuDNN's. An empty one tells cuDNN's operator that
+// ours has to follow, whatever the switch then is.
+OutputsAndReserve with_reserve(const Tensor& x, const Outputs& outputs) {
+  const auto& [y, mean, rstd] = outputs;
+  return {y, mean, rstd, nothing(x, at::kByte)};
+}
+
 OutputsAndReserve cudnn_batch_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                                    const OptTensor& running_mean, const OptTensor& running_var, bool training,
                                    double momentum, double eps) {
-  auto [y, mean, rstd] = batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps);
-  return {y, mean, rstd, nothing(x, at::kByte)};
+  return with_reserve(x, batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps));
 }
 
 // Where torch picks one of its backends itself. On a GPU it hands the choice to backward in the last output, whose
@@ -111,16 +115,14 @@ void check_backend_is_ours(const Tensor& x) { FASTNORM_SUPPORTED(x.is_cpu(), "to
 OutputsAndReserve batch_norm_with_update(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                          Tensor& running_mean, Tensor& running_var, double momentum, double eps) {
   check_backend_is_ours(x);
-  auto [y, mean, rstd] = batch_norm(x, weight, bias, running_mean, running_var, true, momentum, eps);
-  return {y, mean, rstd, nothing(x, at::kByte)};
+  return with_reserve(x, batch_norm(x, weight, bias, running_mean, running_var, true, momentum, eps));
 }
 
 OutputsAndReserve batch_norm_no_update(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                        const OptTensor& running_mean, const OptTensor& running_var, double momentum,
                                        double eps) {
   check_backend_is_ours(x);
-  auto [y, mean, rstd] = batch_norm(x, weight, bias, running_mean, running_var, false, momentum, eps);
-  return {y, mean, rstd, nothing(x, at::kByte)};
+  return with_reserve(x, batch_norm(x, weight, bias, running_mean, running_var, false, momentum, eps));
 }
 
 Outputs group_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bias, c10::SymInt N, c10::SymInt C,

@@ -158,6 +158,3 @@ def layer_calls(x: Tensor, p: torch.dtype) -> dict[str, Callable[[], Any]]:
 
 
 CALLS = {"batch_norm": batch_calls, "group_norm": group_calls, "layer_norm": layer_calls}
-
-
-CALLS = {"batch_norm": batch_calls, "group_norm": group_calls, "layer_norm": layer_calls}

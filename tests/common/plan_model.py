@@ -245,8 +245,8 @@ class Call:
         return _C.compare_backward(self.shape.geometry, self.dtype, facts, **self.backward_needs, **options)
 
 
-def words(plan: _C.ForwardPlan | _C.BackwardPlan) -> str:
-    """The plan without its estimate."""
+def words(plan: _C.ForwardPlan | _C.BackwardPlan | str) -> str:
+    """The plan, or its text, without its estimate."""
     return str(plan).split("; estimate ")[0]
 
 

@@ -102,8 +102,7 @@ def emulator_objects(variant: str) -> list[Object]:
 
 @functools.cache
 def kernel_files() -> tuple[tuple[str, str], ...]:
-    """All but platform.cu: emulator.h is in its place."""
-    return tuple(kernel for kernel in setup_cuda.kernel_files(CSRC) if kernel[0] != "platform")
+    return tuple(setup_cuda.kernel_files(CSRC))
 
 
 def kernel_objects(variant: str) -> list[Object]:
