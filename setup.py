@@ -52,15 +52,7 @@ except ImportError:
 
 ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # pip removes it when it builds
-from setup_cuda import (  # noqa: E402
-    Cuda,
-    cuda_mode,
-    cuda_objects,
-    find_cuda,
-    stop,
-    with_lines,
-    with_threads_of_nvcc,
-)
+from setup_cuda import Cuda, cuda_mode, cuda_objects, find_cuda, stop, with_lines  # noqa: E402
 from setup_ninja import Object, ninja_file, torch_include_flags, torch_link_flags  # noqa: E402
 
 MIN_PYTHON = (3, 10)
@@ -325,8 +317,7 @@ class BuildWithNinja(build_ext):
         ninja = [*tools.ninja, "-C", str(build), "-f", f"{place}.ninja"]
         if self.force:
             subprocess.run([*ninja, "-t", "clean"], check=False)
-        env = with_threads_of_nvcc(tools.cuda, tools.jobs)
-        if subprocess.run([*ninja, "-j", str(tools.jobs)], env=env).returncode:
+        if subprocess.run([*ninja, "-j", str(tools.jobs)]).returncode:
             stop("the build failed: the compiler's own message is above.")
 
         # copyfile sets the time to now: setuptools then copies the library to its place only where it is newer than the

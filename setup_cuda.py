@@ -93,15 +93,6 @@ def cuda_objects(csrc: Path, codes: Sequence[str], lines: bool, strict: bool) ->
     ]
 
 
-def with_threads_of_nvcc(cuda: Cuda | None, jobs: int, env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment in which nvcc optimizes a file in several threads, where it knows how: the machine code is the
-    same, and a machine with a core for every file does not wait for the longest, a tenth of the whole."""
-    option = "--split-compile"
-    if cuda is None or option not in output_of(cuda.nvcc, "--help"):
-        return dict(env)
-    return {**env, "NVCC_APPEND_FLAGS": f"{env.get('NVCC_APPEND_FLAGS', '')} {option}={jobs}".strip()}
-
-
 def cuda_mode(env: Mapping[str, str] = os.environ) -> str:
     mode = env.get("FASTNORM_CUDA") or "auto"
     if mode not in ("auto", "0", "1"):

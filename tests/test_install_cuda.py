@@ -163,20 +163,6 @@ def test_objects_with_cuda(cuda_toy: Path, toolkit: Path, monkeypatch: pytest.Mo
     assert '-DFASTNORM_CUDA_BUILD="13.0 sm_80 sm_90 compute_90"' in module
 
 
-def test_nvcc_optimizes_a_file_in_several_threads(toolkit: Path) -> None:
-    """Where it knows how. What the user appends stays."""
-    found = cuda.find_cuda("1", env={"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "9.0"})
-    assert cuda.with_threads_of_nvcc(found, 16, {"A": "b"}) == {"A": "b"}  # the toy's has no help
-    nvcc = Path(found.nvcc)
-    nvcc.write_text(
-        nvcc.read_text().replace("*--version*", '*--help*) echo "--split-compile <number>"; exit ;;\n    *--version*')
-    )
-    assert cuda.with_threads_of_nvcc(found, 16, {}) == {"NVCC_APPEND_FLAGS": "--split-compile=16"}
-    appended = cuda.with_threads_of_nvcc(found, 2, {"NVCC_APPEND_FLAGS": "-v"})
-    assert appended == {"NVCC_APPEND_FLAGS": "-v --split-compile=2"}
-    assert cuda.with_threads_of_nvcc(None, 2, {"A": "b"}) == {"A": "b"}
-
-
 def test_lines_are_for_development(cuda_toy: Path) -> None:
     """What is installed has no line numbers, which more than double it."""
     assert not cuda.with_lines({}) and cuda.with_lines({"FASTNORM_LINEINFO": "1"})
