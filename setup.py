@@ -19,6 +19,7 @@ with one sentence that says what to do. Sources are compiled in five groups:
     csrc/cpu/kernels*.cpp        once per instruction set; FASTNORM_CPU_CAPABILITY names it
     csrc/cuda/*.cu               by nvcc; files with FASTNORM_DTYPE in them, once per storage type
     csrc/torch/module.cpp        with pybind11, without torch: seconds instead of twenty
+    csrc/torch/eager_norm.cpp    with both
     csrc/torch/*.cpp             with torch, without pybind11
     csrc/*/*.cpp                 plain C++; those of csrc/cuda only where CUDA kernels are built
 
@@ -280,6 +281,8 @@ def plan_objects(csrc: Path, tools: Tools, version: str) -> list[Object]:
             kernels.append((name, source))
         elif name == "torch_module":
             objects.append(Object(f"{own_place}/{name}.o", source, common + with_pybind11 + with_cuda))
+        elif name == "torch_eager_norm":  # the one place that knows Python's tensors
+            objects.append(Object(f"{own_place}/{name}.o", source, common + with_pybind11 + with_torch))
         elif name.startswith("torch_"):
             own = [*with_torch, *(with_cuda if name.startswith("torch_backend") else [])]
             objects.append(Object(f"{own_place}/{name}.o", source, common + own))
@@ -308,7 +311,7 @@ class BuildWithNinja(build_ext):
 
         build, place = ROOT / "build", place_of(tools.torch)
         (build / place).mkdir(parents=True, exist_ok=True)
-        link, nvcc = torch_link_flags(tools.torch.root), "nvcc"
+        link, nvcc = [*torch_link_flags(tools.torch.root), "-ltorch_python"], "nvcc"
         if tools.cuda:
             link, nvcc = [*link, *tools.cuda.link], tools.cuda.nvcc
         built = f"{place}/{library.name}"

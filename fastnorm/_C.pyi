@@ -24,6 +24,10 @@ def activations() -> list[str]:
 def two_sided_activations() -> list[str]:
     """Those whose derivative is one of two constants, so that one bit an element tells it: the mask."""
 
+def make_eager_norm(op: object) -> object:
+    """`op`, the `_op` of the operator `norm`, with plain tensors and numbers passed on as they are. They come in order,
+    none is left out."""
+
 def set_aten_switch(norm: str, device: str, on: bool) -> None:
     """Whether our kernels answer aten's own operators of a norm ("batch_norm", "group_norm", "layer_norm") on a device
     ("cpu", "cuda")."""

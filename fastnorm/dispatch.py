@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from torch.compiler import is_compiling
 
 from . import autograd as autograd  # registers the derivatives
 from . import ops, settings
+from .extension import _C
 from .ops import OptTensor
 
 __all__ = ["Config", "Unsupported", "entry_for", "fall_back"]
@@ -76,8 +77,8 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_mode = torch._C._get_dispatch_mode
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, FakeTensor))
-#: An eager call: one operator, which checks its arguments. (What OpOverload.__call__ calls: a Python frame less.)
-run_norm: Entry = ops.norm._op
+#: An eager call: one operator, which checks its arguments.
+run_norm = cast(Entry, _C.make_eager_norm(ops.norm._op))
 
 
 # ---- calling the kernels ----

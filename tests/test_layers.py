@@ -28,6 +28,7 @@ FOREIGN = {
     "cpu/pack.h": r"immintrin\.h",
     "cuda/platform.cuh": r"cooperative_groups\.h|cuda_\w+\.h",
     "torch/module.cpp": r"pybind11/.*",  # without torch's headers it compiles in seconds
+    "torch/eager_norm.h": r"Python\.h",
     "torch/": r"(ATen|c10)/(?!cuda).*|torch/.*|sys/mman\.h",
 }
 EMULATED = {"cuda/platform.cuh": "emulator.h"}  # platform.cuh includes it instead of CUDA's headers

@@ -4,27 +4,19 @@
 //
 // Why in C++: a layer on a small tensor costs its host time. A BatchNorm2d module on 2x8x4x4, one thread, forward and
 // forward + backward: torch.nn 11.6 and 29.6 us; three ops under a Python Function 13.5 and 37.4; this op 7.7 and 25.8.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include "find_op.h"
+#include "norm_backward.h"
 #include "ops.h"
 #include "running.h"
-#include "saved_call.h"
+#include "tensor_args.h"
 
 namespace fastnorm::ops {
 
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-// A functional op, called through the dispatcher: modes and other devices see it.
-template <class F>
-c10::TypedOperatorHandle<F> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
-}
 
 // The arguments of the op.
 struct Arguments {
@@ -150,55 +142,17 @@ Tensor counting_batches(const Call& call, Body body) {
   }
 }
 
-class NormBackward : public torch::autograd::Function<NormBackward> {
- public:
-  // The tensors are arguments of their own for the edges of the graph.
-  static Tensor forward(AutogradContext* ctx, const Tensor& /*x*/, const OptTensor& /*weight*/,
-                        const OptTensor& /*bias*/, const OptTensor& /*residual*/, const Call& call) {
+// forward(), with a node for its gradients.
+Tensor forward_with_grad(const Call& call) {
+  const auto node = NormBackward::make(call.inputs, call.config, call.frozen());
+  const auto [y, stats, mask] = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    SavedCall saved(ctx, call.inputs, call.config, call.frozen());
-    const auto [y, stats, mask] = ops::forward(call, true);
-    saved.finish(stats, mask);
-    ctx->set_materialize_grads(false);
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    const Tensor& dy = gradients[0];
-    variable_list result(5);
-    if (!dy.defined()) return result;
-    const UnpackedCall saved(ctx);
-    const Config& c = saved.config;
-    const bool linear = c.activation == 0;
-
-    size_t edge = 0;  // absent tensors have none
-    const auto needed = [&](bool is_present) { return is_present && ctx->needs_input_grad(edge++); };
-    const bool needs_x = needed(true), needs_weight = needed(present(saved.weight)),
-               needs_bias = needed(present(saved.bias)), needs_residual = needed(saved.has_residual);
-    const std::array<bool, 3> output_mask{needs_x, needs_weight || needs_bias, needs_residual && !linear};
-
-    const auto call_op = [&](const c10::TypedOperatorHandle<BackwardSignature>& op) {
-      return op.call(dy, saved.x, saved.weight, saved.bias, saved.residual, saved.stats, saved.mask, c.groups,
-                     c.normalized_dims, c.eps, c.activation, c.activation_param, saved.frozen, output_mask);
-    };
-    const auto [dx, dweight, dbias, dresidual] = [&] {
-      if (at::GradMode::is_enabled() || dy._fw_grad(0).defined() ||
-          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
-        // For whatever differentiates through it again; implemented in fastnorm/autograd.py.
-        static const auto op = find_op<BackwardSignature>("fastnorm::norm_backward_differentiable");
-        return call_op(op);
-      }
-      static const auto op = find_op<BackwardSignature>("fastnorm::norm_backward");
-      at::AutoDispatchBelowADInplaceOrView guard;
-      return call_op(op);
-    }();
-    if (needs_x) result[0] = dx;
-    if (needs_weight) result[1] = dweight;
-    if (needs_bias) result[2] = dbias;
-    if (needs_residual) result[3] = linear ? dy : dresidual;
-    return result;
-  }
-};
+    return forward(call, true);
+  }();
+  torch::autograd::set_history(y, node);
+  node->save_results(stats, mask);
+  return y;
+}
 
 Tensor norm(const Call& call) {
   check(call);
@@ -207,11 +161,13 @@ Tensor norm(const Call& call) {
 
 Tensor norm_autograd(const Call& call) {
   const auto& [x, weight, bias, residual] = call.inputs;
-  const auto wants_grad = [](const OptTensor& t) { return present(t) && t->requires_grad(); };
-  if (at::GradMode::is_enabled() &&
-      (x.requires_grad() || wants_grad(weight) || wants_grad(bias) || wants_grad(residual))) {
+  using torch::autograd::isFwGradDefined;
+  FASTNORM_SUPPORTED(
+      !x._fw_grad(0).defined() && !isFwGradDefined(weight) && !isFwGradDefined(bias) && !isFwGradDefined(residual),
+      "an input has a forward-mode gradient");
+  if (torch::autograd::compute_requires_grad(x, weight, bias, residual)) {
     check(call);
-    return counting_batches(call, [&] { return NormBackward::apply(x, weight, bias, residual, call); });
+    return counting_batches(call, [&] { return forward_with_grad(call); });
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return norm(call);

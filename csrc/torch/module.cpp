@@ -14,6 +14,7 @@
 #include "cpu/api.h"
 #include "cuda/api.h"
 #include "cuda_stream.h"
+#include "eager_norm.h"
 #include "gang_refusals.h"
 #include "plan/cuda.h"
 #include "plan_cache.h"
@@ -325,5 +326,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("norm"), py::arg("device"), py::arg("on"));
   m.def("aten_switches", &aten_switches,
         "For each norm and device: the names, whether the switch is on, calls served, calls left to torch by reason.");
+  m.def(
+      "make_eager_norm",
+      [](const py::object& op) { return py::reinterpret_steal<py::object>(ops::make_eager_norm(op.ptr())); },
+      "The operator `norm`, for eager calls.", py::arg("op"));
   add_planner(m);
 }

@@ -102,6 +102,9 @@ using BatchForwardSignature = Forward(const Tensor&, const OptTensor&, const Opt
 using BackwardSignature = Backward(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
                                    const Tensor&, const Tensor&, int64_t, int64_t, double, int64_t, double, bool,
                                    std::array<bool, 3>);
+using NormSignature = Tensor(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
+                             const OptTensor&, const OptTensor&, int64_t, int64_t, double, int64_t, double, bool,
+                             std::optional<double>);
 using UpdateSignature = void(const OptTensor&, const OptTensor&, const OptTensor&, const Tensor&, c10::SymInt,
                              std::optional<double>);
 
