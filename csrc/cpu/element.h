@@ -20,13 +20,17 @@ struct Affine {
 };
 
 // Coefficients that every element of a run shares. Where a channel has one mean, the part of it that rounding cut off
-// goes into the bias.
+// goes into the bias. Here and in SharedTerms they are numbers, and who loops keeps a copy of its own: packs of several
+// equal registers, or numbers that a store might change, would be loaded from memory again and again.
 template <class A>
 struct SharedCoefs {
-  Affine<A> all;
+  A mean, rstd, scale, bias;
+  SharedCoefs() = default;
   SharedCoefs(A mean, A mean_low, A rstd, A weight, A bias)
-      : all{Pack<A>(mean), Pack<A>(rstd), Pack<A>(rstd * weight), Pack<A>(bias - mean_low * (rstd * weight))} {}
-  FASTNORM_INLINE Affine<A> at(int64_t, int) const { return all; }
+      : mean(mean), rstd(rstd), scale(rstd * weight), bias(bias - mean_low * scale) {}
+  FASTNORM_INLINE Affine<A> at(int64_t, int) const {
+    return {Pack<A>(mean), Pack<A>(rstd), Pack<A>(scale), Pack<A>(bias)};
+  }
 };
 
 // Coefficients of neighbouring channels, as arrays in the order of lanes, of whole packs.
@@ -74,11 +78,11 @@ struct PositionCoefs {
 
 template <class A>
 struct SharedTerms {
-  Pack<A> offset, slope;
+  A offset, slope;
   SharedTerms() = default;
   SharedTerms(SetTerms<A> terms) : offset(terms.offset), slope(terms.slope) {}
   FASTNORM_INLINE Pack<A> dx(int64_t, int, const Affine<A>& c, Pack<A> d, Pack<A> centered) const {
-    return c.scale * d - fma(centered * c.rstd, slope, offset);
+    return c.scale * d - fma(centered * c.rstd, Pack<A>(slope), Pack<A>(offset));
   }
 };
 template <class A, int P>
@@ -276,6 +280,10 @@ struct SharedGradSums {
 
   template <int P, class Access, class Layout>
   FASTNORM_INLINE void packs(int64_t i, Access access, Layout layout) const {
+    if constexpr (P > 1 && kParts > 2) {  // d and x - mean of a group would not fit the registers
+      for (int p = 0; p < P; ++p) packs<1>(i, access, Single<Layout>{layout, p});
+      return;
+    }
     Pack<A> d[P], centered[P];
     load_grad(s, i, coefs, epilogue, access, layout, d, centered);
     for (int p = 0; p < P && ahead != 0; ++p) {
@@ -322,16 +330,7 @@ struct BackwardPacks {
   }
 };
 
-template <class T, class D, class Coefs, class Terms>
-FASTNORM_INLINE void backward_span(const BackwardSpan<T, D>& s, int64_t n, const Coefs& coefs, const Terms& terms,
-                                   const Epilogue<Accum<T>>& epilogue) {
-  with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
-    using Packs = BackwardPacks<T, D, Coefs, Terms, std::decay_t<decltype(e)>>;
-    store_packs<Accum<T>>(n, Packs{s, coefs, terms, e}, s.stores(n));
-  });
-}
-
-// The same over rows of n elements, as forward_rows. Rows of a cached d are d_row apart.
+// The same over rows of n elements, as forward_rows: of each a span. Rows of a cached d are d_row apart.
 template <class T, class D, class Coefs, class Terms>
 FASTNORM_INLINE void backward_rows(const BackwardSpan<T, D>& s, int64_t rows, int64_t n, int64_t stride, int64_t d_row,
                                    int64_t mask_row, const Coefs& coefs, const Terms& terms,

@@ -165,7 +165,8 @@ class RowsBackward : Call<T, BackwardCall> {
   }
   template <class E, class Terms, class F>
   __attribute__((noinline)) void apply_cells_with(const E& e, int64_t set, int64_t begin, int64_t end,
-                                                  const Terms& terms, F&& with_d) const {
+                                                  const Terms& of_set, F&& with_d) const {
+    const Terms terms = of_set;
     Base::for_cells(set, begin, end, [&](int64_t i, const SharedCoefs<A>& coefs) FASTNORM_LAMBDA {
       const auto s = with_d(span(set * cells_per_set_ + i, 0, 0), i);
       using D = std::remove_cvref_t<decltype(*s.dy)>;
@@ -174,51 +175,60 @@ class RowsBackward : Call<T, BackwardCall> {
     });
   }
 
-  int64_t channel(int64_t cell) const { return cell % g.C; }
-  int64_t cell_set(int64_t cell) const { return cell / cells_per_set_; }
-  SharedCoefs<A> coefs(int64_t cell) const { return Base::shared_coefs(cell_set(cell), channel(cell)); }
+  // Divisions only where they are needed: a run of 64 elements takes no longer than two.
+  int64_t channel(int64_t cell) const { return batch_ ? cell : cell % g.C; }
+  int64_t cell_set(int64_t cell) const { return batch_ ? cell : cell / cells_per_set_; }
 
   BackwardSpan<T> span(int64_t cell, int64_t run, int64_t offset) const {
     const int64_t base = cell * g.S + run * cell_runs_.stride, at = base + offset;
-    return whole.moved(at, at, base / g.S * mask_row_ + offset / 8);
+    return whole.moved(at, at, whole.mask ? base / g.S * mask_row_ + offset / 8 : 0);
   }
 
   // Reduces one chunk of `cells` cells side by side. Writes d to `cached`, if that is not null.
   void reduce(int64_t cell, int64_t cells, int64_t chunk, Sums* out, A* cached = nullptr) const {
+    bool any_wide = false;
+    for (int64_t s = 0; s < cells; ++s) any_wide |= is_wide(cell + s);
+    with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
+      if (!any_wide) return reduce_with<false>(e, cell, cells, chunk, out, cached);
+      for (int64_t s = 0; s < cells; ++s) {
+        A* const own = cached ? cached + s * cached_cell_ : nullptr;
+        if (is_wide(cell + s)) {
+          reduce_with<true>(e, cell + s, 1, chunk, out + s, own);
+        } else {
+          reduce_with<false>(e, cell + s, 1, chunk, out + s, own);
+        }
+      }
+    });
+  }
+  bool is_wide(int64_t cell) const { return stats.var[cell_set(cell)] < kSmallVariance; }
+
+  template <bool kWide, class E>
+  __attribute__((noinline)) void reduce_with(const E& e, int64_t cell, int64_t cells, int64_t chunk, Sums* out,
+                                             A* cached) const {
     const int64_t ahead = Base::distance_ahead(cell_runs_);
+    SharedCoefs<A> coefs[kMaxBatch];
+    coefs_of(cell, cells, coefs);
     for (int64_t s = 0; s < cells; ++s) out[s] = {0, 0};
     for (int64_t b = chunk * kChunkBlocks; b < std::min((chunk + 1) * kChunkBlocks, blocks_.count()); ++b) {
       GradSums<PackD> lanes[kMaxBatch];
       for (int64_t s = 0; s < cells; ++s) lanes[s] = {PackD(0), PackD(0)};
-      for_runs(cell, cells, b, b + 1,
-               [&](const BackwardSpan<T>& span, int64_t length, int64_t s, int64_t run, int64_t offset) {
-                 A* const kept = cached ? cached_at(cached, s, run, offset) : nullptr;
-                 reduce_run(span, length, cell + s, kept, ahead, lanes[s]);
-               });
+      for_runs(
+          cell, cells, b, b + 1,
+          [&](const BackwardSpan<T>& span, int64_t length, int64_t s, int64_t run, int64_t offset) FASTNORM_LAMBDA {
+            A* const kept = cached ? cached_at(cached, s, run, offset) : nullptr;
+            const SharedCoefs<A> own = coefs[s];
+            for (int64_t i = 0; i < length; i += kSummedInA) {
+              const BackwardSpan<T> part = span.moved(i, i, i / 8);
+              HalfSum<A> sum, sum_centered;
+              PackD wide(0);
+              for_packs<A>(
+                  std::min(kSummedInA, length - i),
+                  SharedGradSums<T, kWide, E>{part, own, e, kept ? kept + i : nullptr, sum, sum_centered, wide, ahead});
+              lanes[s].d = lanes[s].d + widen(sum);
+              lanes[s].d_centered = lanes[s].d_centered + (wide + widen(sum_centered));
+            }
+          });
       for (int64_t s = 0; s < cells; ++s) out[s].merge({sum_lanes(lanes[s].d), sum_lanes(lanes[s].d_centered)});
-    }
-  }
-
-  FASTNORM_INLINE void reduce_run(const BackwardSpan<T>& span, int64_t length, int64_t cell, A* cached, int64_t ahead,
-                                  GradSums<PackD>& lanes) const {
-    const SharedCoefs<A> c = coefs(cell);
-    const bool wide = stats.var[cell_set(cell)] < kSmallVariance;
-    for (int64_t i = 0; i < length; i += kSummedInA) {
-      const BackwardSpan<T> part = span.moved(i, i, i / 8);
-      const int64_t n = std::min(kSummedInA, length - i);
-      A* const kept = cached ? cached + i : nullptr;
-      HalfSum<A> sum, sum_centered;
-      PackD wide_sum(0);
-      with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
-        using E = std::decay_t<decltype(e)>;
-        if (wide) {
-          for_packs<A>(n, SharedGradSums<T, true, E>{part, c, e, kept, sum, sum_centered, wide_sum, ahead});
-        } else {
-          for_packs<A>(n, SharedGradSums<T, false, E>{part, c, e, kept, sum, sum_centered, wide_sum, ahead});
-        }
-      });
-      lanes.d = lanes.d + widen(sum);
-      lanes.d_centered = lanes.d_centered + (wide_sum + widen(sum_centered));
     }
   }
 
@@ -254,21 +264,44 @@ class RowsBackward : Call<T, BackwardCall> {
   }
 
   void apply(int64_t cell, int64_t cells, int64_t first, int64_t end, const SharedTerms<A>* terms) const {
-    for_runs(cell, cells, first, end, [&](const BackwardSpan<T>& span, int64_t length, int64_t s, int64_t, int64_t) {
+    const auto as_it_is = [](const BackwardSpan<T>& span, int64_t, int64_t, int64_t)
+                              FASTNORM_LAMBDA -> const BackwardSpan<T>& { return span; };
+    with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
       if (args.frozen) {
-        backward_span(span, length, coefs(cell + s), FrozenTerms<A>{}, epilogue);
+        constexpr FrozenTerms<A> none[kMaxBatch]{};
+        apply_with(e, cell, cells, first, end, none, as_it_is);
       } else {
-        backward_span(span, length, coefs(cell + s), terms[s], epilogue);
+        apply_with(e, cell, cells, first, end, terms, as_it_is);
       }
     });
   }
 
   void apply_cached(int64_t cell, int64_t cells, A* cached, const SharedTerms<A>* terms) const {
-    const Epilogue<A> none{Activation::kNone, Pack<A>(0), false};
-    const auto each = [&](const BackwardSpan<T>& s, int64_t length, int64_t k, int64_t run, int64_t offset) {
-      backward_span(s.with_d(cached_at(cached, k, run, offset)), length, coefs(cell + k), terms[k], none);
-    };
-    for_runs(cell, cells, 0, blocks_.count(), each);
+    const auto with_d = [&](const BackwardSpan<T>& span, int64_t s, int64_t run, int64_t offset)
+                            FASTNORM_LAMBDA { return span.with_d(cached_at(cached, s, run, offset)); };
+    const FixedEpilogue<Activation::kNone, A> none{Pack<A>(0)};
+    apply_with(none, cell, cells, 0, blocks_.count(), terms, with_d);
+  }
+
+  // terms: of each cell. with_d: the span that d is in.
+  template <class E, class Terms, class F>
+  __attribute__((noinline)) void apply_with(const E& e, int64_t cell, int64_t cells, int64_t first, int64_t end,
+                                            const Terms* terms, F&& with_d) const {
+    SharedCoefs<A> coefs[kMaxBatch];
+    coefs_of(cell, cells, coefs);
+    for_runs(
+        cell, cells, first, end,
+        [&](const BackwardSpan<T>& whole_run, int64_t length, int64_t k, int64_t run, int64_t offset) FASTNORM_LAMBDA {
+          const auto s = with_d(whole_run, k, run, offset);
+          using D = std::remove_cvref_t<decltype(*s.dy)>;
+          const SharedCoefs<A> own = coefs[k];
+          const Terms own_terms = terms[k];
+          store_packs<A>(length, BackwardPacks<T, D, SharedCoefs<A>, Terms, E>{s, own, own_terms, e}, s.stores(length));
+        });
+  }
+
+  void coefs_of(int64_t cell, int64_t cells, SharedCoefs<A>* out) const {
+    for (int64_t s = 0; s < cells; ++s) out[s] = Base::shared_coefs(cell_set(cell + s), channel(cell + s));
   }
 };
 

@@ -174,7 +174,7 @@ class RowsForward : Call<T, ForwardCall> {
   }
 
   ForwardSpan<T> span(int64_t run, int64_t offset) const {
-    return whole.moved(run + offset, run / g.mask_run() * mask_row_ + offset / 8);
+    return whole.moved(run + offset, whole.mask ? run / g.mask_run() * mask_row_ + offset / 8 : 0);
   }
 };
 

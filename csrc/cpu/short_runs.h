@@ -83,8 +83,8 @@ void expand_coefs(const Call<T, Args>& call, const ColumnMap<T>& map, int64_t fi
                   const Arrays<Accum<T>, 4>& arrays, Accum<T>* line) {
   const Arrays<Accum<T>, 4> own(channels);
   for (int64_t c = 0; c < channels; ++c) {
-    const Affine<Accum<T>> coefs = call.shared_coefs(first + c, first + c).all;
-    own[0][c] = coefs.mean[0], own[1][c] = coefs.rstd[0], own[2][c] = coefs.scale[0], own[3][c] = coefs.bias[0];
+    const SharedCoefs<Accum<T>> coefs = call.shared_coefs(first + c, first + c);
+    own[0][c] = coefs.mean, own[1][c] = coefs.rstd, own[2][c] = coefs.scale, own[3][c] = coefs.bias;
   }
   for (int k = 0; k < 4; ++k) map.expand(channels, own[k], line, arrays[k]);
 }

@@ -94,6 +94,7 @@ struct Single {
   FASTNORM_INLINE int row(int) const { return group.row(p); }
   FASTNORM_INLINE int64_t mask(int) const { return group.mask(p); }
   FASTNORM_INLINE int64_t dy(int) const { return group.dy(p); }
+  FASTNORM_INLINE int64_t kept(int) const { return group.kept(p); }
 };
 
 // So many packs are worked on at a time. The portable build, where a pack is eight registers already, takes single
