@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 
 from benchmarks import report_sections as sections
+from benchmarks import report_text
 from benchmarks.figures import save_figure
 from benchmarks.machine import ROOT, where
-from benchmarks.report_sections import ReportError
+from benchmarks.report_text import ReportError
 
-README, SPEED, LIMITS, CHOOSING = "README.md", "docs/speed.md", "docs/limits.md", "docs/choosing.md"  # the pages
+README, SPEED, LIMITS = "README.md", "docs/speed.md", "docs/limits.md"  # the pages
+CHOOSING, CPU = "docs/choosing.md", "docs/cpu.md"
 SOURCE = "Source"  # the text of a PNG that has the digest of its run
 MARKED = re.compile(r"(?P<start><!-- report: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
@@ -46,9 +48,11 @@ SECTIONS = {
     "avx2": Section(SPEED, sections.avx2),
     "gpu": Section(SPEED, sections.gpu),
     "models": Section(SPEED, sections.models),
+    "host-time": Section(SPEED, sections.host_time_of_calls),
     "images": Section(SPEED, sections.images),
     "gpu-limits": Section(LIMITS, sections.gpu_limits),
     "compile": Section(CHOOSING, sections.under_compile),
+    "cpu-instructions": Section(CPU, sections.cpu_instructions),
 }
 PAGES = tuple(dict.fromkeys(section.page for section in SECTIONS.values()))
 
@@ -65,7 +69,7 @@ def rewritten(text: str, page: str) -> str:
 
 
 def digest(run: str) -> str:
-    return hashlib.sha256((sections.RESULTS / run).read_bytes()).hexdigest()
+    return hashlib.sha256((report_text.RESULTS / run).read_bytes()).hexdigest()
 
 
 def is_drawn(run: str, picture: Path) -> bool:
@@ -74,7 +78,7 @@ def is_drawn(run: str, picture: Path) -> bool:
 
 
 def draw(name: str, picture: Path) -> None:
-    run = sections.load(name)
+    run = report_text.load(name)
     results, _ = sections.results_of(run)
     title = f"{where(run['machine'])}, torch {run['versions']['torch']}"
     save_figure(results, picture, title, {SOURCE: digest(name)})
@@ -88,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         texts = {page: (ROOT / page).read_text() for page in PAGES}
         stale = {page: new for page, old in texts.items() if (new := rewritten(old, page)) != old}
         undrawn = {
-            run: picture for run, picture in sections.PICTURES.items() if not is_drawn(run, sections.RESULTS / picture)
+            run: picture
+            for run, picture in sections.PICTURES.items()
+            if not is_drawn(run, report_text.RESULTS / picture)
         }
     except ReportError as error:
         sys.exit(str(error))
@@ -100,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (ROOT / page).write_text(text)
         print(f"wrote {page}")
     for run, picture in undrawn.items():
-        draw(run, sections.RESULTS / picture)
+        draw(run, report_text.RESULTS / picture)
         print(f"wrote {picture}")
     return 0
 

@@ -4,94 +4,44 @@ text into its page. No figure of a saved run is typed by hand: the sentences are
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import compile_modes, end_to_end
+from benchmarks import compile_modes, end_to_end, host_time, report_text
 from benchmarks.contestants import MODES
-from benchmarks.machine import ROOT
+from benchmarks.report_text import between, conditions, conditions_and_rows, link, listed, load, paragraph
 from benchmarks.results import Result, geometric_mean, means
 from benchmarks.tables import make_markdown, markdown_table
 
-RESULTS = ROOT / "benchmarks" / "results"
 RUN = "cpu-epyc-2core.json"  # of bench.py, with memory kept
 SYSTEM_MALLOC_RUN = "cpu-epyc-2core-system-malloc.json"  # the same with --malloc system
 AVX2_RUN = "cpu-epyc-avx2-2core.json"  # the same on a processor without AVX-512
 GPU_RUN = "h200.json"  # of bench.py --device cuda
 MODELS_RUN = "models-cpu-epyc-2core.json"  # of end_to_end.py; it may be absent
+HOST_TIME_RUN = "host-time-cpu-epyc.json"  # of host_time.py
 IMAGES_RUN = "images-cpu-epyc-2core.json"  # of images.py
 COMPILE_RUN = "compile-modes.json"  # of compile_modes.py
 INSTRUCTIONS = "instructions.json"  # of count_instructions.py
+CPU_INSTRUCTIONS = "cpu_instructions.json"  # of count_cpu_instructions.py
 PICTURES = {RUN: "cpu-epyc-2core.png", GPU_RUN: "h200.png"}
 
-WIDTH = 120
 MODE_PHRASES = {"forward": "forward", "step": "forward + backward", "eval": "in evaluation"}
 GOALS = {"forward": 2.6, "step": 2.4, "eval": 2.2}  # times torch.nn, over all rows
 LEAST = 1.05  # times torch.nn, of every figure
 LARGE = (32, 64, 112, 112)  # the layer that tells what --malloc does: its outputs are large
-BUSY_CORES = 0.1  # from here on a machine is not idle
 SMALL_BYTES = 8e6  # a GPU takes less time for so many than for the launch and what blocks wait for
+COUNTED = ("float32", "bfloat16")  # dtypes of the table of instructions
+# Cycles that a pack takes at least, by what the ports of a Zen 4 core issue with everything in L1; each for COUNTED.
+PORT_LIMITS = {"forward": (8, 9), "backward": (11, 11), "eval": (4, 5)}
 REGISTER_ROW = 8192  # elements of a LayerNorm's row that fit a GPU's registers in backward
-
-
-class ReportError(Exception):
-    """A page has markers that cannot be filled."""
-
-
-def load(name: str) -> dict[str, Any]:
-    path = RESULTS / name
-    if not path.exists():
-        raise ReportError(f"{path.relative_to(ROOT)} does not exist: save a run there first")
-    return dict(json.loads(path.read_text()))
-
-
-def paragraph(*sentences: str) -> str:
-    return textwrap.fill(" ".join(filter(None, sentences)), WIDTH, break_long_words=False, break_on_hyphens=False)
-
-
-def listed(words: Iterable[str]) -> str:
-    """a, b and c."""
-    *first, last = words
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def between(values: Iterable[float], digits: int = 1) -> str:
-    """The least and the most, or the one where both are the same."""
-    given = list(values)
-    low, high = (f"{v:.{digits}f}" for v in (min(given), max(given)))
-    return low if low == high else f"{low} to {high}"
 
 
 def by_mode(values: dict[str, float], unit: str = "", digits: int = 1) -> str:
     """2.1 times torch.nn forward, 1.9 forward + backward and 1.9 in evaluation."""
     parts = [f"{v:.{digits}f}{unit if i == 0 else ''} {MODE_PHRASES[m]}" for i, (m, v) in enumerate(values.items())]
     return listed(parts)
-
-
-def conditions(run: dict[str, Any]) -> str:
-    """Where and how a run was made."""
-    machine, versions = run["machine"], run["versions"]
-    place = machine.get("gpu") or (
-        f"{machine['threads']} cores of an {machine['cpu']} ({machine['fastnorm_capability'].upper()}, "
-        f"{machine['cache_bytes'] >> 20} MiB of last cache)"
-    )
-    idle = machine["busy_cores"] < BUSY_CORES
-    load = "an otherwise idle" if idle else f"a busy ({machine['busy_cores']} cores by other processes)"
-    torch_version = versions["torch"].split("+")[0]
-    return f"{place}, torch {torch_version}, medians of interleaved runs, on {load} machine, {run['date'][:10]}"
-
-
-def conditions_and_rows(run: dict[str, Any], file: str) -> str:
-    """The same with a link to the run, from a page of docs."""
-    return f"{conditions(run)}; every row: {link(file)}."
-
-
-def link(file: str) -> str:
-    """To a run, from a page of docs."""
-    return f"[JSON](../benchmarks/results/{file})"
 
 
 def speedups(results: Sequence[Result], modes: Sequence[str]) -> str:
@@ -171,7 +121,7 @@ def speed() -> str:
             f"{speedups(results, modes)}; above the size of the "
             f"cache {by_mode({m: v['copies_above_cache'] for m, v in mean.items()}, ' copies')}.",
             against_onednn(shapes, modes),
-            host_time(tiny, modes),
+            tiny_calls(tiny, modes),
         ),
         kept_memory(),
         goals({mode: v["times_torch"] for mode, v in mean.items()}, figures),
@@ -211,6 +161,26 @@ def torch_is_faster(shapes: Sequence[Result], modes: Sequence[str]) -> str:
     if not figures:
         return ""
     return f"torch.nn is the faster one in {figures} of {len(shapes) * len(modes)} figures: {listed(layers)}."
+
+
+def host_time_of_calls() -> str:
+    """The table of layers on tensors so small that only the host's time counts."""
+    run = load(HOST_TIME_RUN)
+    rows = run["rows"]
+
+    def ratios(name: str) -> str:
+        return between((row["torch_us"] / us for row in rows if (us := row.get(f"{name}_us"))), 2)
+
+    return "\n\n".join(
+        (
+            paragraph(
+                "How many times longer torch.nn takes on tensors so small that a call is all host time, on one thread: "
+                f"{ratios('convert')} beside converted layers, {ratios('fuse')} beside fused ones, {ratios('enabled')} "
+                f"beside its own with `enable`. {conditions_and_rows(run, HOST_TIME_RUN)}"
+            ),
+            markdown_table(host_time.HEADS, map(host_time.cells, rows)).rstrip(),
+        )
+    )
 
 
 def images() -> str:
@@ -315,7 +285,7 @@ def against_onednn(shapes: Sequence[Result], modes: Sequence[str]) -> str:
     return f"{text}; it is the faster one in {listed(slower)}." if slower else f"{text}."
 
 
-def host_time(tiny: Sequence[Result], modes: Sequence[str]) -> str:
+def tiny_calls(tiny: Sequence[Result], modes: Sequence[str]) -> str:
     if not tiny:
         return ""
     ratios = [r.speedup(mode) for r in tiny for mode in modes]
@@ -365,7 +335,7 @@ def goals(reached: dict[str, float], figures: Sequence[tuple[float, Result, str]
 
 def models() -> str:
     """The table of whole models."""
-    if not (RESULTS / MODELS_RUN).exists():
+    if not (report_text.RESULTS / MODELS_RUN).exists():
         return paragraph("No run of whole models is saved yet. `make bench-models` measures them on your machine.")
     run = load(MODELS_RUN)
     outcomes = [end_to_end.Outcome.from_json(row) for row in run["rows"]]
@@ -401,3 +371,20 @@ def under_compile() -> str:
             paragraph(f"{text}. Eager calls of the kernels are faster still in {eager} rows."),
         )
     )
+
+
+def cpu_instructions() -> str:
+    """The table of what the CPU kernels execute for a pack, without an activation, by AVX-512."""
+    shown = [r for r in load(CPU_INSTRUCTIONS)["rows"] if r["epilogue"] == "plain" and r["capability"] == "avx512"]
+    counted: dict[str, dict[tuple[str, str], float]] = {}
+    for row in shown:
+        counted.setdefault(row["walk"], {})[row["direction"], row["dtype"]] = row["instructions"]
+    columns = [(direction, dtype) for direction in PORT_LIMITS for dtype in COUNTED]
+    heads = [f"{direction}, {dtype}" for direction, dtype in columns]
+    rows = [[walk, *(f"{of[c]:.0f}" if c in of else "" for c in columns)] for walk, of in counted.items()]
+    limits = ["limit, cycles", *(str(limit) for pair in PORT_LIMITS.values() for limit in pair)]
+    stale = sum(row.get("stale", False) for row in shown)
+    text = (
+        f"AVX-512 without an activation; {stale} of the {len(shown)} counts were made before the kernels last changed:"
+    )
+    return f"{paragraph(text)}\n\n{markdown_table(('walk', *heads), [*rows, limits]).rstrip()}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, report_text
 from benchmarks import report_sections as sections
 from benchmarks.end_to_end import Outcome, Setup
 from benchmarks.results import Result, json_text
@@ -19,7 +19,8 @@ from benchmarks.timing import Timing
 
 Edit = Callable[[dict[str, Any]], None]
 RUNS = (sections.RUN, sections.SYSTEM_MALLOC_RUN, sections.AVX2_RUN, sections.GPU_RUN)  # of bench.py
-OTHERS = (sections.COMPILE_RUN, sections.INSTRUCTIONS, sections.IMAGES_RUN)
+OTHERS = (sections.COMPILE_RUN, sections.INSTRUCTIONS, sections.CPU_INSTRUCTIONS, sections.IMAGES_RUN)
+OTHERS += (sections.HOST_TIME_RUN,)
 # Names of hardware, and where links lead: no figures.
 NAMES = re.compile(r"AVX-512|H200|\]\(\S+\)|^\[\w+\]: \S+$", re.MULTILINE)
 
@@ -30,19 +31,19 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     for name in (*RUNS, *OTHERS, *sections.PICTURES.values()):
-        shutil.copy(sections.RESULTS / name, results / name)
+        shutil.copy(report_text.RESULTS / name, results / name)
     for page in report.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(report.ROOT / page, tmp_path / page)
-    monkeypatch.setattr(sections, "RESULTS", results)
-    monkeypatch.setattr(sections, "ROOT", tmp_path)
+    monkeypatch.setattr(report_text, "RESULTS", results)
+    monkeypatch.setattr(report_text, "ROOT", tmp_path)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.main([]) == 0  # the section of whole models says that there is none
     return tmp_path
 
 
 def edit(name: str, change: Edit) -> None:
-    path = sections.RESULTS / name
+    path = report_text.RESULTS / name
     run = json.loads(path.read_text())
     change(run)
     path.write_text(json_text(run))
@@ -83,7 +84,7 @@ def test_pages_have_no_figure_of_speed_outside_of_the_marks() -> None:
 
 @pytest.mark.parametrize("path", RUNS)
 def test_a_row_comes_back_from_json(path: str) -> None:
-    for row in sections.load(path)["rows"]:
+    for row in report_text.load(path)["rows"]:
         result = Result.from_json(row, "cuda" if path == sections.GPU_RUN else "cpu")
         again = result.to_json()
         assert {k: v for k, v in again.items() if k != "modes"} == {k: v for k, v in row.items() if k != "modes"}
@@ -112,7 +113,7 @@ def test_another_run_makes_another_text_and_picture(copied: Path, capsys: pytest
 
     edit(sections.RUN, few)
     edit(sections.RUN, slower(4))
-    picture = sections.RESULTS / sections.PICTURES[sections.RUN]
+    picture = report_text.RESULTS / sections.PICTURES[sections.RUN]
     old = picture.read_bytes()
     assert report.main(["--check"]) == 1 and picture.name in capsys.readouterr().out
     assert report.main([]) == 0 and picture.read_bytes() != old
@@ -132,7 +133,7 @@ def test_goals_that_are_reached_are_said_to_be(copied: Path) -> None:
 
 
 def test_a_run_without_avx512_says_where_torch_is_faster(copied: Path) -> None:
-    figures = 3 * sum(row["model"] != "tiny" for row in sections.load(sections.AVX2_RUN)["rows"])
+    figures = 3 * sum(row["model"] != "tiny" for row in report_text.load(sections.AVX2_RUN)["rows"])
     edit(sections.AVX2_RUN, slower(100))
     assert f"torch.nn is the faster one in {figures} of {figures} figures" in " ".join(sections.avx2().split())
     edit(sections.AVX2_RUN, slower(1e-4))
@@ -169,22 +170,24 @@ def test_models_have_a_section(copied: Path) -> None:
     for name, ms in (("torch.nn", 400.0), ("fuse", 200.0)):
         outcome.times[name] = Timing(ms * 1e-3, ms * 1e-3, ms * 1e-3, 3)
         outcome.memory[name] = 500_000_000
-    run = {k: v for k, v in sections.load(sections.RUN).items() if k in ("machine", "versions", "commit", "date")}
+    run = {k: v for k, v in report_text.load(sections.RUN).items() if k in ("machine", "versions", "commit", "date")}
     assert "No run of whole models is saved yet" in read(report.SPEED)
-    (sections.RESULTS / sections.MODELS_RUN).write_text(json_text({**run, "rows": [outcome.to_json()]}))
+    (report_text.RESULTS / sections.MODELS_RUN).write_text(json_text({**run, "rows": [outcome.to_json()]}))
     assert report.main(["--check"]) == 1 and report.main([]) == 0
     row = "| resnet18 | 8x3x224x224 | float32 | planar | train | 20.0, 500 MB | 2.00x, 100% |"
     assert row in read(report.SPEED).splitlines() and "No run of whole models" not in read(report.SPEED)
 
 
 def test_a_run_that_is_absent_is_named(copied: Path) -> None:
-    (sections.RESULTS / sections.AVX2_RUN).unlink()
-    with pytest.raises(sections.ReportError, match=r"cpu-epyc-avx2-2core\.json does not exist: save a run there first"):
+    (report_text.RESULTS / sections.AVX2_RUN).unlink()
+    with pytest.raises(
+        report_text.ReportError, match=r"cpu-epyc-avx2-2core\.json does not exist: save a run there first"
+    ):
         sections.avx2()
 
 
 def test_torch_compile_says_who_is_ahead(copied: Path) -> None:
-    count = len(sections.load(sections.COMPILE_RUN)["rows"])
+    count = len(report_text.load(sections.COMPILE_RUN)["rows"])
 
     def kernels(factor: float) -> Edit:
         """Those of bfloat16 take so many times the time of inductor's code, others half of it."""
@@ -226,7 +229,7 @@ def test_what_is_farthest_from_a_copy_is_counted(copied: Path) -> None:
     ],
 )
 def test_marks_that_cannot_be_filled_are_named(text: str, message: str) -> None:
-    with pytest.raises(sections.ReportError, match=re.escape(message)):
+    with pytest.raises(report_text.ReportError, match=re.escape(message)):
         report.rewritten(text, report.LIMITS)
 
 
