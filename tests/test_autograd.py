@@ -76,6 +76,21 @@ def test_weight_and_residual_may_not_be_changed_in_place(device: torch.device) -
         y.sum().backward()
 
 
+@pytest.mark.parametrize("norm", ["batch_norm", "group_norm"])
+def test_a_bias_changed_in_place_keeps_no_graph(norm: str, device: torch.device) -> None:
+    """Without an activation the bias's values are not kept, so what the bias becomes must not keep the node."""
+    for is_variable in (False, True):
+        bias = torch.zeros(6, device=device, requires_grad=is_variable) * 1
+        x = torch.randn(4, 6, 3, device=device).requires_grad_()
+        arguments = (3,) if norm == "group_norm" else (None, None)
+        settings = {"bias": bias} if norm == "group_norm" else {"bias": bias, "training": True}
+        y = getattr(fastnorm.functional, norm)(x, *arguments, **settings)
+        bias.add_(y.square().sum())
+        alive = weakref.ref(x)
+        del x, y, bias, settings
+        assert alive() is None
+
+
 def test_running_statistics_may_move_before_backward(device: torch.device) -> None:
     """Two forwards, then two backwards, in training and in frozen mode after training: no error, right values."""
     for namespace_results in zip(*(two_forwards(n, device) for n in (fastnorm, nn)), strict=True):

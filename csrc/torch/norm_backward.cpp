@@ -94,7 +94,8 @@ NormBackward::NormBackward(const Inputs& inputs, const Config& config, bool froz
   const bool masked = present(residual) && is_two_sided(check_activation(config.activation));
   saved_[kX] = pack(x);
   if (present(weight)) saved_[kWeight] = pack(*weight);
-  if (present(bias) && linear) linear_bias_ = *bias;
+  // Not the variable itself: changed in place by what follows, it would lead back to this node, which holds it.
+  if (present(bias) && linear) linear_bias_ = bias->variable_data();
   if (present(bias) && !linear) saved_[kBias] = pack(*bias);
   if (present(residual) && !linear && !masked) saved_[kResidual] = pack(*residual);
 }
