@@ -14,7 +14,7 @@ Environment variables:
     FASTNORM_WERROR     1: warnings are errors
 
 One `find_*` function finds each fact about this machine; where something is missing, it ends the build
-with one sentence that says what to do. Sources are compiled in five groups:
+with one sentence that says what to do. Sources are compiled in six groups:
 
     csrc/cpu/kernels*.cpp        once per instruction set; FASTNORM_CPU_CAPABILITY names it
     csrc/cuda/*.cu               by nvcc; files with FASTNORM_DTYPE in them, once per storage type

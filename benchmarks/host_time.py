@@ -1,6 +1,6 @@
 """The host time of a call: layers on tensors so small that nothing else counts, by torch.nn, enabled, converted, fused.
 
-    python benchmarks/host_time.py --json benchmarks/results/host-time.json
+    python benchmarks/host_time.py --json benchmarks/results/host-time-cpu-epyc.json
 
 Each row is a norm, or a norm with what follows it, in a mode of bench.py. Medians of interleaved runs on one thread;
 the table gives how many times longer torch.nn takes.
@@ -12,6 +12,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +133,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=lambda s: positive(float, s), default=BUDGET_S, help="seconds for each row")
+    parser.add_argument("--budget", type=partial(positive, float), default=BUDGET_S, help="seconds for each row")
     parser.add_argument("--json", type=Path, help="write the measurement there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

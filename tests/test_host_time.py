@@ -6,18 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 from benchmarks import host_time
 from benchmarks.contestants import MODES
-
-
-@pytest.fixture(autouse=True)
-def keep_threads() -> object:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

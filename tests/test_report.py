@@ -19,8 +19,8 @@ from benchmarks.timing import Timing
 
 Edit = Callable[[dict[str, Any]], None]
 RUNS = (sections.RUN, sections.SYSTEM_MALLOC_RUN, sections.AVX2_RUN, sections.GPU_RUN)  # of bench.py
-OTHERS = (sections.COMPILE_RUN, sections.INSTRUCTIONS, sections.CPU_INSTRUCTIONS, sections.IMAGES_RUN)
-OTHERS += (sections.HOST_TIME_RUN,)
+COUNTS = (sections.INSTRUCTIONS, sections.CPU_INSTRUCTIONS)
+OTHERS = (*COUNTS, sections.COMPILE_RUN, sections.IMAGES_RUN, sections.HOST_TIME_RUN)
 # Names of hardware, and where links lead: no figures.
 NAMES = re.compile(r"AVX-512|H200|\]\(\S+\)|^\[\w+\]: \S+$", re.MULTILINE)
 

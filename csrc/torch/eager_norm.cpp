@@ -15,9 +15,9 @@ namespace fastnorm::ops {
 namespace {
 
 // Takes the arguments one by one; none is plain any more once one was not.
-class Arguments {
+class PlainArguments {
  public:
-  Arguments(PyObject* const* values, Py_ssize_t count)
+  PlainArguments(PyObject* const* values, Py_ssize_t count)
       : next_(values), are_plain_(count == kCount && !at::impl::torch_function_mode_enabled()) {}
 
   bool are_plain() const { return are_plain_; }
@@ -70,7 +70,7 @@ class Arguments {
 
 PyObject* eager_norm(PyObject* op, PyObject* const* values, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  Arguments take(values, count);
+  PlainArguments take(values, count);
   const OptTensor x = take.tensor(), weight = take.tensor(), bias = take.tensor(), residual = take.tensor(),
                   running_mean = take.tensor(), running_var = take.tensor(), batches = take.tensor();
   const int64_t groups = take.integer(), normalized_dims = take.integer();

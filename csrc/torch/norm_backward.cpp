@@ -12,6 +12,12 @@ namespace {
 using torch::autograd::SavedVariable;
 using Saved = NormBackward::Saved;
 
+// What is no tensor, one by one: packed, unpacked and compared by this list alone.
+template <class Settings>
+auto numbers(Settings& settings) {
+  return std::tuple_cat(fields(settings.config), std::tie(settings.frozen, settings.format));
+}
+
 SavedVariable pack(const Tensor& input) {
   FASTNORM_SUPPORTED(!input.defined() || !input.is_inference(), "an inference tensor cannot be saved for backward");
   return {input, false};
@@ -22,7 +28,8 @@ OptTensor optional(const Tensor& t) { return t.defined() ? OptTensor(t) : OptTen
 variable_list gradients_of(const Tensor& dy, const Saved& saved, const NeededGrads& needs) {
   variable_list result(needs.size());
   if (!dy.defined()) return result;
-  const auto& [saved_x, weight, bias, residual, stats, mask, c, frozen, format] = saved;
+  const auto& [saved_x, weight, bias, residual, stats, mask] = saved.tensors;
+  const auto& [c, frozen, format] = saved.settings;
   // In the layout it had when the mask was made: whoever packed the tensors may have changed it.
   const bool as_packed = mask.sym_numel() == 0 || saved_x.suggest_memory_format() == format;
   const Tensor x = as_packed ? saved_x : saved_x.clone(format);
@@ -58,26 +65,16 @@ variable_list packed_gradients_of(const variable_list& gradients, const std::vec
   NeededGrads needs;
   for (bool& flag : needs) flag = args.unpack<bool>();
   Saved saved{};
-  for (Tensor* t : {&saved.x, &saved.weight, &saved.bias, &saved.residual, &saved.stats, &saved.mask}) {
-    *t = args.unpack<Tensor>();
-  }
-  auto& [groups, normalized_dims, eps, activation, activation_param] = saved.config;
-  for (int64_t* number : {&groups, &normalized_dims, &activation}) *number = args.unpack<int64_t>();
-  for (double* number : {&eps, &activation_param}) *number = args.unpack<double>();
-  saved.frozen = args.unpack<bool>();
-  saved.format = static_cast<at::MemoryFormat>(args.unpack<int64_t>());
+  for (Tensor& t : saved.tensors) t = args.unpack<Tensor>();
+  std::apply([&](auto&... n) { ((n = args.unpack<std::decay_t<decltype(n)>>()), ...); }, numbers(saved.settings));
   return gradients_of(gradients[0], saved, needs);
 }
 
 std::vector<c10::IValue> packed(const NeededGrads& needs, const Saved& saved) {
   torch::dynamo::autograd::PackedArgs args;
   for (const bool flag : needs) args.pack(flag);
-  for (const Tensor& t : {saved.x, saved.weight, saved.bias, saved.residual, saved.stats, saved.mask}) args.pack(t);
-  const Config& c = saved.config;
-  for (const int64_t number : {c.groups, c.normalized_dims, c.activation}) args.pack(number);
-  for (const double number : {c.eps, c.activation_param}) args.pack(number);
-  args.pack(saved.frozen);
-  args.pack(static_cast<int64_t>(saved.format));
+  for (const Tensor& t : saved.tensors) args.pack(t);
+  std::apply([&](const auto&... n) { (args.pack(n), ...); }, numbers(saved.settings));
   return std::move(args).vec();
 }
 
@@ -85,9 +82,7 @@ std::vector<c10::IValue> packed(const NeededGrads& needs, const Saved& saved) {
 
 NormBackward::NormBackward(const Inputs& inputs, const Config& config, bool frozen)
     : Node(torch::autograd::collect_next_edges(inputs.x, inputs.weight, inputs.bias, inputs.residual)),
-      config_(config),
-      frozen_(frozen),
-      format_(inputs.x.suggest_memory_format()) {
+      settings_{config, frozen, inputs.x.suggest_memory_format()} {
   const auto& [x, weight, bias, residual] = inputs;
   // Without an activation, backward wants the bias's shape and of the residual nothing: both may change until then.
   const bool linear = config.activation == 0;
@@ -112,17 +107,9 @@ void NormBackward::release_variables() {
 }
 
 Saved NormBackward::unpack() const {
-  const auto& s = saved_;
-  Saved saved{s[kX].unpack(),
-              s[kWeight].unpack(),
-              s[kBias].unpack(),
-              s[kResidual].unpack(),
-              s[kStats].unpack(),
-              s[kMask].unpack(),
-              config_,
-              frozen_,
-              format_};
-  if (linear_bias_.defined()) saved.bias = linear_bias_;
+  Saved saved{{}, settings_};
+  for (size_t i = 0; i < saved_.size(); ++i) saved.tensors[i] = saved_[i].unpack();
+  if (linear_bias_.defined()) saved.tensors[kBias] = linear_bias_;
   return saved;
 }
 
@@ -140,11 +127,7 @@ variable_list NormBackward::apply(variable_list&& gradients) {
 void NormBackward::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
   for (const SavedVariable& t : saved_) args.collect(t, false);
   args.collect(linear_bias_);
-  const Config& c = config_;
-  for (const int64_t number : {c.groups, c.normalized_dims, c.activation}) args.collect(number);
-  for (const double number : {c.eps, c.activation_param}) args.collect(number);
-  args.collect(frozen_);
-  args.collect(static_cast<int64_t>(format_));
+  std::apply([&](const auto&... n) { (args.collect(n), ...); }, numbers(settings_));
 }
 
 variable_list NormBackward::apply_with_saved(const variable_list& gradients,

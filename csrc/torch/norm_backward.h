@@ -33,12 +33,16 @@ class NormBackward : public torch::autograd::Node {
   variable_list apply_with_saved(const variable_list& gradients,
                                  torch::dynamo::autograd::SwapSavedVariables& saved) override;
 
-  // What is kept, unpacked.
-  struct Saved {
-    Tensor x, weight, bias, residual, stats, mask;  // undefined where absent
+  enum { kX, kWeight, kBias, kResidual, kStats, kMask, kTensors };
+  struct Settings {
     Config config;
     bool frozen;
     at::MemoryFormat format;  // of x when the mask was made
+  };
+  // What is kept, unpacked.
+  struct Saved {
+    std::array<Tensor, kTensors> tensors;  // undefined where absent
+    Settings settings;
   };
 
  private:
@@ -46,12 +50,9 @@ class NormBackward : public torch::autograd::Node {
   Saved unpack() const;
   NeededGrads needed() const;
 
-  enum { kX, kWeight, kBias, kResidual, kStats, kMask, kTensors };
   std::array<torch::autograd::SavedVariable, kTensors> saved_;
   Tensor linear_bias_;  // without an activation: of its values nothing is wanted, and they may change
-  Config config_;
-  bool frozen_;
-  at::MemoryFormat format_;
+  Settings settings_;
 };
 
 // torch 2.11 and older count the references of a node by std::shared_ptr.

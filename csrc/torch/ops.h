@@ -7,6 +7,8 @@
 #include <optional>
 #include <tuple>
 
+#include "core/fields.h"
+
 namespace fastnorm::ops {
 
 using at::Tensor;
@@ -32,6 +34,7 @@ struct Config {
 
   bool is_batch() const { return groups == 0 && normalized_dims == 0; }
 };
+FASTNORM_FIELDS(Config, groups, normalized_dims, eps, activation, activation_param)
 
 using Forward = std::tuple<Tensor, Tensor, Tensor>;           // y, stats, mask
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // dx, dweight, dbias, dresidual
