@@ -240,6 +240,9 @@ LEFT = {
     "get = lambda: y\ny = self.norm(x)\nr = r + get()\ny = F.relu(y)\nreturn y + r": "that other code of",
     "try:\n    y = self.norm(x)\n    y = F.relu(y)\nexcept ValueError:\n    r = y\nreturn r": "that other code of",
     "y = self.norm.__call__(x)\nreturn F.relu(y) + self.norm(r)": "is used as more than a module",
+    "y = self.norm(x)\nself.relu.inplace = False\ny = self.relu(y)\nreturn y + r": "which may change what it does",
+    "y = self.norm(x)\nself.relu = nn.SiLU()\ny = self.relu(y)\nreturn y + r": "which may change what it does",
+    "y = self.norm(x)\ntorch.set_grad_enabled(True)\ny = F.relu(y)\nreturn y + r": "which may change what it does",
     "y = self.norm(x)\nlocals()\nreturn F.relu(y) + r": "reaches its own variables",
     "y = self.norm(x)\ndef f():\n    return self.norm(r)\nreturn F.relu(y) + f()": "in a function inside",
 }

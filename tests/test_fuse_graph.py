@@ -90,6 +90,98 @@ def test_what_is_left_in_graphs(text: str) -> None:
     assert len(LEFT) > len(LEFT_IN_GRAPHS)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("text", "fused_there"),
+    [
+        ("z = x * 1\ny = self.norm(z)\na = self.relu(z)\nreturn F.silu(y) + a", ["silu"]),
+        ("z = x * 1\ny = self.norm(z)\nz.relu_()\nreturn F.silu(y) + z", ["silu"]),
+        ("z = x * 2\ny = self.norm(x) + z\nw = z.mul_(3)\nreturn F.relu(y) + w + r", ["add + relu"]),
+        ("z = x * 1\ny = self.norm(z)\ntorch.mul(z, 2, out=z)\nreturn F.relu(y + z)", []),
+        ("z = x * 1\ny = self.norm(z)\nz = z.__imul__(2)\nreturn F.relu(y + z)", []),
+        ("z = x * 1\ny = self.norm(z)\nF.relu(z, True)\nreturn F.relu(y + z)", []),
+        ("z = x * 1\ny = self.norm(z)\nF.threshold_(z, 0.1, 20)\nreturn F.relu(y + z)", []),
+        ("z = x * 1\ny = self.norm(z)\nw = torch.mul(z, 2)\nreturn F.relu(y + w)", ["add + relu"]),
+        ("z = x * 1\ny = self.norm(z)\nw = F.relu(z, False)\nreturn F.relu(y + w)", ["add + relu"]),
+    ],
+)
+def test_writes_around_a_norm_in_a_graph(text: str, fused_there: list[str], training: bool) -> None:
+    """What writes into what the norm or the sum reads stays behind it or keeps it from being moved."""
+    native = form(text).double().train(training)
+    x, r = torch.randn(2, 2, 4, 5, 5, dtype=torch.float64)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(native))
+    fastnorm.fuse(traced)
+    assert list(fused(traced).values()) == fused_there, refusals(traced)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x, r), native(x, r))
+
+
+def fuse_in_dynamo(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+    return fastnorm.fuse(graph)
+
+
+@pytest.mark.parametrize("write", ["z[0] = 5.0", "z **= 2", "z -= 1", "z.data.mul_(2)", "z = z * 2"])
+def test_writes_by_operators_in_dynamo(write: str) -> None:
+    native = form(f"z = x * 1\ny = self.norm(z)\n{write}\nreturn F.relu(y + z) + r").eval()
+    x, r = torch.randn(2, 2, 4, 5, 5)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        ours = torch.compile(copy.deepcopy(native), backend=fuse_in_dynamo)
+        torch.testing.assert_close(ours(x, r), native(x, r))
+
+
+@pytest.mark.parametrize("fused_sum", [False, True])
+def test_a_norm_stays_under_no_grad(fused_sum: bool) -> None:
+    """torch.compile's graphs turn gradients on and off by nodes of their own."""
+    norm = nn.GroupNorm(1, 3)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = norm(x)
+        return torch.nn.functional.silu(y + x) if fused_sum else torch.nn.functional.silu(y) + x
+
+    torch._dynamo.reset()
+    results = []
+    for f in (call, torch.compile(call, backend=fuse_in_dynamo)):
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        f(x).sum().backward()
+        assert norm.weight.grad is None
+        results.append(x.grad)
+    torch.testing.assert_close(*results)
+
+
+def double(x: Tensor) -> Tensor:
+    return x.mul_(2)
+
+
+torch.fx.wrap("double")
+
+
+def test_an_unknown_function_may_write() -> None:
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(6)
+
+        def forward(self, x):  # type: ignore[no-untyped-def]
+            y = self.norm(x)
+            return torch.relu(y + double(x))
+
+    native = Unknown().eval()
+    traced = fastnorm.fuse(torch.fx.symbolic_trace(copy.deepcopy(native)))
+    assert not fused(traced) and "after double" in refusals(traced)["norm"]
+    torch.testing.assert_close(traced(X.clone()), native(X.clone()))
+
+
+def test_an_attribute_of_a_users_own_is_kept() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())
+    model[0].activation = "mine"
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    for fused_model in (fastnorm.fuse(model), fastnorm.fuse(traced)):
+        fastnorm.revert(fused_model)
+        assert fused_model.get_submodule("0").activation == "mine"
+
+
 def test_hooks_in_graphs() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -18,8 +18,8 @@ from torch import nn
 from torch.fx import Node
 
 from .. import functional
-from ..modules import Norm
 from .containers import mark, why_unfit
+from .effects import between, changes_mode, reads_statistics, writes
 from .patterns import (
     Act,
     activation_of_call,
@@ -27,7 +27,6 @@ from .patterns import (
     activation_of_module,
     has_hooks,
     is_add,
-    is_torchs_own,
 )
 from .record import GRAPH, Fusion, fusion_of, is_norm
 from .ungraph import NODE, NOTES, Replaced, Step
@@ -73,10 +72,12 @@ _FIRST_EXTRA = {
 
 @dataclass
 class _Found:
-    """What follows a norm's node. last: the node whose value is the result; nodes: what goes."""
+    """What follows a norm's node. last: the node whose value is the result; nodes: what goes; place: the norm or the
+    sum, where all of it will run."""
 
     last: Node
     nodes: list[Node]
+    place: Node
     act: Act | None = None
     residual: Node | None = None
     in_place: bool = False
@@ -127,12 +128,14 @@ def _why_unfit(graph: torch.fx.GraphModule, node: Node, norm: nn.Module | None) 
         return "is called with more than one argument"
     if sum(_module(graph, other) is norm for other in graph.graph.nodes) > 1:
         return "is called in several places"
+    if not vars(norm).keys().isdisjoint(("activation", "activation_param")):
+        return "has an attribute of the name that the activation would get"
     return None
 
 
 def _follow(graph: torch.fx.GraphModule, norm: Node) -> _Found | str:
     """What can become part of a norm's node; else the reason why nothing can."""
-    found = _Found(norm, [])
+    found = _Found(norm, [], norm)
     end = "is not followed by an activation or a sum"
     while len(found.last.users) == 1:
         node = found.last
@@ -151,6 +154,9 @@ def _follow(graph: torch.fx.GraphModule, norm: Node) -> _Found | str:
         if act is not None:
             if module is not None and has_hooks(module):
                 end = f"is followed by a {type(module).__name__} with hooks"
+                break
+            if (mode := next(filter(changes_mode, between(found.place, user)), None)) is not None:
+                end = f"is followed by {act.name} behind {mode.name}, which changes a mode"
                 break
             found.nodes.append(user)
             found.act, found.last = act, user
@@ -199,31 +205,27 @@ def _sum(norm: Node, user: Node, node: Node, found: _Found) -> str | None:
     if (reason := _why_not_moved(norm, user)) is not None:
         return reason
     found.nodes.append(user)
-    found.residual, found.last, found.in_place = other, user, in_place
+    found.residual, found.last, found.place, found.in_place = other, user, user, in_place
     return None
 
 
 def _why_not_moved(norm: Node, last: Node) -> str | None:
-    """Why the norm may not run later, where the sum is: something between may write into what it reads."""
+    """Why the norm may not run later, where the sum is: something between may write into what it reads, or read what it
+    writes."""
     source = norm.args[0]
     graph = norm.graph.owning_module
     assert graph is not None
+    fresh = False  # made by a convolution, for the norm alone
     if isinstance(source, Node) and len(source.users) == 1:
         convolution = isinstance(_module(graph, source), (nn.modules.conv._ConvNd, nn.Linear))
-        if convolution or source.target in (aten.conv2d.default, F.conv2d):
-            return None
-    node = norm.next
-    while node is not last:
-        module = _module(graph, node)
-        name = str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-        writes = node.kwargs.get("inplace") is True or name.endswith("_") or node.target is operator.iadd
-        if module is not None:
-            writes = any(
-                getattr(m, "inplace", False) or not (is_torchs_own(m) or isinstance(m, Norm)) for m in module.modules()
-            )
-        if writes and node.op != "placeholder":
+        fresh = convolution or source.target in (aten.conv2d.default, F.conv2d)
+    for node in between(norm, last):
+        if changes_mode(node):
+            return f"is added to behind {node.name}, which changes a mode"
+        if reads_statistics(node, norm):
+            return f"is added to after {node.name}, which may read what it changes"
+        if not fresh and writes(node, _module(graph, node)):
             return f"is added to after {node.name}, which may change what it reads"
-        node = node.next
     return None
 
 
@@ -241,7 +243,7 @@ def _own_copy(graph: torch.fx.GraphModule, target: str, norm: nn.Module) -> nn.M
 def _replace(graph: torch.fx.GraphModule, norm: Node, module: nn.Module | None, found: _Found) -> None:
     """One node in place of the norm's, the sum's and the activation's."""
     act = found.act
-    with graph.graph.inserting_before(found.last):
+    with graph.graph.inserting_before(found.place):
         if module is not None:
             args = norm.args if found.residual is None else (*norm.args, found.residual)
             new = graph.graph.call_module(str(norm.target), args)

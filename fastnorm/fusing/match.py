@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .effects import MODES
 from .flow import Flow, NotProved, is_name, mentions_of, where
 from .fresh import is_fresh, is_pure, takes_one
 from .patterns import (
@@ -141,8 +142,28 @@ class _Follow(Flow):
         # `self.relu(y)`, in place, changes the value under all of its names.
         if not alone and not self.dead_afterwards(names, statement):
             return False
+        if not self._may_act_earlier(call, statement):
+            return False
         self.site.act, self.site.act_node = act, call
         self.site.act_is_module = isinstance(resolve(call.func, self.method), nn.Module)
+        return True
+
+    def _may_act_earlier(self, call: ast.Call, statement: ast.stmt) -> bool:
+        """Whether the activation may run where the norm or the sum does: what stands between sets none of its settings,
+        and does not turn gradients or autocast on or off."""
+        first, function = self.statement(self.site.sum_node or self.site.call), ast.unparse(call.func)
+        rest = self.rest(first)
+        place = next((i for i, item in enumerate(rest) if item is statement), 0)
+        for node in (node for between in rest[:place] for node in ast.walk(between)):
+            changes = False
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                changes = called == "setattr" or any(mode in called for mode in MODES)
+            elif isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
+                changes = f"{ast.unparse(node)}.".startswith(f"{function}.")
+            if changes:
+                self.end = f"is followed by `{function}` after `{ast.unparse(node)}`, which may change what it does"
+                return False
         return True
 
     def _activation_call(self, call: ast.Call) -> Act | None:

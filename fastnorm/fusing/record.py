@@ -223,7 +223,8 @@ def _free(module: nn.Module) -> None:
     """Take from a norm, or from a module that hands a residual on, what `fuse` has left there."""
     for name in (KEY, "_adds_in_place"):
         vars(module).pop(name, None)
-    if is_norm(module):
+    reverted = isinstance(module, TorchNormActivation)  # without what follows it
+    if reverted or vars(module).get("_fuses"):
         forget_activation(module)
-    if isinstance(module, TorchNormActivation):  # it was reverted without what follows it
+    if reverted:
         module.__class__ = module.torch_class  # type: ignore[assignment]
