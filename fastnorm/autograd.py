@@ -188,7 +188,8 @@ def _reference_backward(
 ) -> Gradients:
     """`norm_backward` in torch's operators: differentiable again, and right under every transform."""
     *settings, frozen, _ = rest
-    return reference_gradients(dy, x, weight, bias, residual, stats, mask, (*settings,), frozen)
+    saved = mask if mask.numel() != 0 else None
+    return reference_gradients(dy, x, weight, bias, residual, stats, saved, (*settings,), frozen)
 
 
 def reference_gradients(
@@ -198,13 +199,13 @@ def reference_gradients(
     bias: OptTensor,
     residual: OptTensor,
     stats: Tensor,
-    mask: Tensor,
+    mask: OptTensor,
     settings: Settings,
     frozen: bool = False,
     ranks: reference.Ranks | None = None,
 ) -> Gradients:
-    """`reference.norm_backward` of a call whose operator has saved a mask, or none; what has no parameter is empty."""
-    if mask.numel() != 0:
+    """`reference.norm_backward` of a call whose operator has saved a mask, or None; what has no parameter is empty."""
+    if mask is not None:
         dy, settings = _apply_mask(dy, x, stats, mask, settings)
         residual = None
     mean, var = (stats[0], stats[2]) if frozen else (None, None)

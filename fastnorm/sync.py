@@ -141,13 +141,15 @@ class SynchronizedApply(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, bias, residual, stats, count, eps, activation, param, _, group = inputs
+        x, weight, bias, residual, stats, count, eps, activation, param, save_mask, group = inputs
         _, mask = output
-        if activation == 0 or mask.numel() != 0:
+        # Of an empty batch the mask is empty, too: its rank joins in the collectives of the others.
+        masked = save_mask and residual is not None and activation in ops.TWO_SIDED
+        if activation == 0 or masked:
             residual = None  # backward can do without
         ctx.mark_non_differentiable(mask)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, residual, stats, mask, count)
+        ctx.save_for_backward(x, weight, bias, residual, stats, mask if masked else None, count)
         ctx.config = (eps, activation, param, group)
 
     @staticmethod
@@ -180,7 +182,7 @@ def synchronized_backward(
     bias: OptTensor,
     residual: OptTensor,
     stats: Tensor,
-    mask: Tensor,
+    mask: OptTensor,
     count: Tensor,
     eps: float,
     activation: int,
@@ -190,8 +192,8 @@ def synchronized_backward(
 ) -> Gradients:
     """dx, dweight, dbias and dresidual; what is not wanted is empty."""
     wants_dx, wants_params, wants_dresidual = output_mask
-    call = (dy, x, weight, bias, residual, stats, mask)
     none = x.new_empty(0)
+    call = (dy, x, weight, bias, residual, stats, none.to(torch.uint8) if mask is None else mask)
     dx = dweight = dbias = dresidual = none
     sums = ops.batch_norm_backward_sums(*call, activation, param) if wants_dx or wants_params else stats[:2]
     if wants_params and weight is not None:
@@ -231,7 +233,7 @@ def _reference_backward(
     bias: OptTensor,
     residual: OptTensor,
     stats: Tensor,
-    mask: Tensor,
+    mask: OptTensor,
     count: Tensor,
     eps: float,
     activation: int,

@@ -132,6 +132,7 @@ def test_compiled_with_other_batch_sizes() -> None:
         SyncCase((3, 2), dtype=F64),
         SyncCase((3, 2), dtype=F64, activation="silu", residual=True),
         SyncCase((4, 0), dtype=F64, activation="relu", residual=True),
+        SyncCase((4, 0), dtype=F64, activation="relu", residual=True, affine=False),
         SyncCase((2, 0, 3, 1), rest=(3, 4), dtype=F64, activation="leaky_relu", residual=True),
         SyncCase((3, 2), activation="silu"),
     ],

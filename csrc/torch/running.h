@@ -45,7 +45,7 @@ struct Running {
                          " and ", var->sizes(), ", expected one");
       FASTNORM_SUPPORTED(!overlap(*mean, *var), "running_mean and running_var overlap, expected memory of their own");
     }
-    FASTNORM_SUPPORTED(momentum.has_value() || ops::present(num_batches_tracked),
+    FASTNORM_SUPPORTED(!present() || momentum.has_value() || ops::present(num_batches_tracked),
                        "momentum is absent, expected num_batches_tracked to average by");
     if (!ops::present(num_batches_tracked)) return;
     check_place(*num_batches_tracked, "num_batches_tracked", device);

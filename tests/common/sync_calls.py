@@ -213,7 +213,9 @@ def penalty(module: nn.Module, case: SyncCase, batch: Batch) -> dict[str, Tensor
     leaves = {"dx": x} if residual is None else {"dx": x, "dresidual": residual}
     inner = torch.autograd.grad(y, list(leaves.values()), grad, create_graph=True)
     loss = sum((t.square().sum() for t in inner), torch.zeros((), dtype=x.dtype))
-    wanted = {**leaves, "dgrad": grad, "dweight": module.weight}
+    wanted = {**leaves, "dgrad": grad}
+    if case.affine:
+        wanted["dweight"] = module.weight
     if case.activation == "silu":  # of the others, z plays no part in the slope
         wanted["dbias"] = module.bias
     # Of a two-sided activation the slope depends on no residual.

@@ -86,6 +86,10 @@ def tracking_switched_off() -> None:
     compare(plain, *modules)
 
 
+def no_statistics_and_no_momentum() -> None:
+    compare(plain, *pair(momentum=None, track_running_stats=False))
+
+
 def tensors_saved_elsewhere() -> None:
     def use(module: nn.Module, x: Tensor) -> Tensor:
         with torch.autograd.graph.save_on_cpu():
