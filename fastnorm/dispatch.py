@@ -148,9 +148,20 @@ def entry_for(x: Tensor) -> Entry:
         raise Unsupported("forward-mode differentiation is active")
     if _jit_tracing():
         raise Unsupported("torch.jit.trace records torch's operators")
-    if type(x) is FakeTensor and _dispatch_mode(_PROXY) is not None:  # the operator asks where tensors are real
-        raise Unsupported("make_fx records torch's operators")
+    if type(x) is FakeTensor:  # `norm` asks where tensors are real
+        _refuse_make_fx()
     return run_norm
+
+
+def check_recorded(x: Tensor) -> None:
+    """What entry_for(x) refuses, for a call of another operator than `norm`."""
+    if entry_for(x) is run_norm:
+        _refuse_make_fx()
+
+
+def _refuse_make_fx() -> None:
+    if _dispatch_mode(_PROXY) is not None:
+        raise Unsupported("make_fx records torch's operators")
 
 
 # ---- autocast ----

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import torch.fx
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-from .dispatch import Unsupported, entry_for, fall_back
+from .dispatch import Unsupported, check_recorded, fall_back
 from .extension import _C
 
 __all__ = ["ImageNormalize"]
@@ -64,29 +64,54 @@ class ImageNormalize(nn.Module):
             raise ValueError(f"memory_format is {memory_format}, expected one of {', '.join(map(str, FORMATS))}")
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 and images.dtype not in FLOATS:
-            raise TypeError(f"images have dtype {images.dtype}, expected uint8 or one of {', '.join(map(str, FLOATS))}")
-        if images.dim() not in (3, 4) or images.shape[-3] != len(self.mean):
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, expected (N, C, H, W) or (C, H, W) with C = {len(self.mean)}"
-            )
-        if images.dim() == 3:
-            return self.forward(images[None])[0]
-        most = 255.0 if images.dtype == torch.uint8 else 1.0
-        offset, scale = [most * m for m in self.mean], [1 / (most * s) for s in self.std]
-        dtype = self.dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
-        arguments = (offset, scale, dtype, self.memory_format)
-        try:
-            entry_for(images)  # refuses where torch has to see its own operators
-            if len(self.mean) > _C.MAX_IMAGE_CHANNELS:  # torch.compile cannot catch the operator's own refusal
-                raise Unsupported(f"x has {len(self.mean)} channels, expected at most {_C.MAX_IMAGE_CHANNELS}")
-            return normalize_images(images, *arguments)  # type: ignore[no-any-return]
-        except RuntimeError as error:
-            return fall_back("ImageNormalize", error, lambda: reference(images, *arguments))  # type: ignore[no-any-return]
+        return image_normalize(images, self.mean, self.std, self.dtype, self.memory_format)
+
+    def why_unserved(self) -> str | None:
+        """Why the kernel serves no call of this module."""
+        return why_unserved(len(self.mean))
 
     def extra_repr(self) -> str:
         own = f"mean={self.mean}, std={self.std}, dtype={self.dtype}, memory_format={self.memory_format}"
         return own.replace("torch.", "")
+
+
+def image_normalize(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """ImageNormalize's forward."""
+    if images.dtype != torch.uint8 and images.dtype not in FLOATS:
+        raise TypeError(f"images have dtype {images.dtype}, expected uint8 or one of {', '.join(map(str, FLOATS))}")
+    if images.dim() not in (3, 4) or images.shape[-3] != len(mean):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}, expected (N, C, H, W) or (C, H, W) with C = {len(mean)}"
+        )
+    if images.dim() == 3:
+        return image_normalize(images[None], mean, std, dtype, memory_format)[0]
+    most = 255.0 if images.dtype == torch.uint8 else 1.0
+    offset, scale = [most * m for m in mean], [1 / (most * s) for s in std]
+    to = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
+    try:
+        check_recorded(images)
+        if (refusal := why_unserved(len(mean))) is not None:  # torch.compile cannot catch the operator's own
+            raise Unsupported(refusal)
+        return normalize_images(images, offset, scale, to, memory_format)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        return fall_back(  # type: ignore[no-any-return]
+            "ImageNormalize", error, lambda: reference(images, offset, scale, to, memory_format)
+        )
+
+
+torch.fx.wrap("image_normalize")  # one node of a traced graph
+
+
+def why_unserved(channels: int) -> str | None:
+    """Why the kernel serves no images of so many channels."""
+    most = _C.MAX_IMAGE_CHANNELS
+    return f"x has {channels} channels, expected at most {most}" if channels > most else None
 
 
 def reference(
@@ -100,7 +125,11 @@ def reference(
 
 
 def _format_of(x: Tensor, memory_format: torch.memory_format) -> torch.memory_format:
-    return suggest_memory_format(x) if memory_format == torch.preserve_format else memory_format
+    if memory_format != torch.preserve_format:
+        return memory_format
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last  # of a single image, too
+    return suggest_memory_format(x)
 
 
 def _fake(x: Tensor, offset: Any, scale: Any, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
@@ -109,7 +138,7 @@ def _fake(x: Tensor, offset: Any, scale: Any, dtype: torch.dtype, memory_format:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, _, ctx.scale, *_ = inputs
-    ctx.dtype, ctx.format = x.dtype, suggest_memory_format(x)
+    ctx.dtype, ctx.format = x.dtype, _format_of(x, torch.preserve_format)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:

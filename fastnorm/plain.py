@@ -7,7 +7,7 @@ which therefore are no strings here.
 
 from typing import Any
 
-import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,10 +41,18 @@ class LayerNorm2d(nn.LayerNorm):
         return layer_norm2d(input, self.normalized_shape, self.weight, self.bias, self.eps)  # type: ignore[arg-type]
 
 
+def rounded_to(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's dtype; integers get the floating-point results that they have."""
+    return y.to(x.dtype) if x.is_floating_point() else y
+
+
+torch.fx.wrap("rounded_to")  # a traced tensor does not say what it is
+
+
 class FrozenBatchNorm2d(nn.Module):
     """BatchNorm2d of x (N, C, H, W) whose weight, bias and statistics are buffers (C,), and stay what they are:
-    torchvision's and detectron2's class of this name. Returns x's dtype; torchvision's returns the dtype that x and the
-    buffers promote to."""
+    torchvision's and detectron2's class of this name. Returns x's dtype where it is a floating-point one; torchvision's
+    returns the dtype that x and the buffers promote to."""
 
     weight: Tensor
     bias: Tensor
@@ -69,7 +77,7 @@ class FrozenBatchNorm2d(nn.Module):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         y = input * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
-        return y.to(input.dtype)
+        return rounded_to(input, y)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

@@ -139,10 +139,10 @@ def norm_backward(
     return dx, dweight, dbias, d.to(x.dtype)
 
 
-def moments(x: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over `dims` (None: all but the second), in the accumulation dtype."""
+def moments(x: Tensor, dims: tuple[int, ...] | None = None, correction: float = 0) -> tuple[Tensor, Tensor]:
+    """Mean and variance over `dims` (None: all but the second), in the accumulation dtype."""
     x = x.to(accumulation_dtype(x))
     if dims == ():  # torch takes an empty tuple for all
-        return x.clone(), x - x
-    var, mean = torch.var_mean(x, (0, *range(2, x.dim())) if dims is None else dims, correction=0)
+        return x.clone(), (x - x) / max(1 - correction, 0)
+    var, mean = torch.var_mean(x, (0, *range(2, x.dim())) if dims is None else dims, correction=correction)
     return mean, var

@@ -16,6 +16,7 @@ from .dispatch import carries_metadata, entry_for, is_refusal, reason_of
 from .extension import _C
 from .fusing.record import REFUSAL, fusion_of, is_norm
 from .fusing.ungraph import NOTES
+from .images import ImageNormalize
 
 __all__ = ["Report", "Row", "explain", "report"]
 
@@ -97,6 +98,9 @@ def report(model: nn.Module | None = None) -> Report:
             refusal = _why_unserved(module)
             status: Literal["served", "left"] = "left" if refusal else "served"
             reason = refusal or _kernels(module, _device(module, model))
+        elif isinstance(module, ImageNormalize):
+            refusal = module.why_unserved()
+            status, reason = "left" if refusal else "served", refusal or _device_kernels(_device(module, model))
         elif _is_norm(module) and "parametrizations" not in name.split("."):
             status, reason = "left", why_not_converted(module) or "fastnorm.convert(model) would serve it"
         else:
@@ -125,6 +129,9 @@ def explain(x: Tensor, module: nn.Module, residual: Tensor | None = None) -> str
     would raise of them is not raised. What is no refusal is: a kernel's RuntimeError, or what a mode or a property of
     the module's own raises.
     """
+    if isinstance(module, ImageNormalize):
+        refusal = module.why_unserved()
+        return f"torch: {refusal}" if refusal else f"fastnorm: {_device_kernels(x.device)}"
     if not isinstance(module, modules.Norm):
         reason = why_not_converted(module) or "fastnorm.convert would serve it"
         return f"torch: {reason}"

@@ -8,10 +8,12 @@ import operator
 from collections.abc import Sequence
 from functools import partial
 
+import torch.fx
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import ops, reference
-from .dispatch import Config, check_call, entry_for, fall_back, serve, trace_norm
+from .dispatch import Config, check_call, check_recorded, fall_back, serve
 
 __all__ = ["moments", "normalize"]
 
@@ -25,7 +27,8 @@ def moments(
     dim: the dimensions to reduce; None: all but the second, so that every channel of (N, C, *) has its own; (): every
         element is a set of its own.
     keepdim: whether the reduced dimensions stay, with size 1, so that the results broadcast against x.
-    correction: the variance is the sum of squares over n - correction; 0 is the biased variance, 1 Bessel's.
+    correction: the variance is the sum of squares over n - correction; 0 is the biased variance, 1 Bessel's. Where n
+        is no larger it is infinite or NaN, as torch.var_mean's.
     Returns (mean, var), float32 (float64 for float64 x), NaN where x is empty.
 
     The kernels serve every `dim` whose kept dimensions adjoin, such as the channels, leading dims (what LayerNorm and
@@ -34,6 +37,10 @@ def moments(
     x does not have; TypeError for dims that are not integers, for a correction that is no number, and for complex x.
     Source: tf.nn.moments; torch.var_mean, which rounds half precision.
     """
+    return _moments(x, dim, keepdim, correction)
+
+
+def _moments(x: Tensor, dim: int | Sequence[int] | None, keepdim: bool, correction: float) -> tuple[Tensor, Tensor]:
     if not isinstance(correction, numbers.Real):
         raise TypeError(f"correction must be a number, but got {type(correction).__name__}")
     if not abs(correction) < math.inf:  # and no math.isfinite: torch.compile may make it a symbol
@@ -43,9 +50,10 @@ def moments(
     if dim is None and x.dim() < 2:
         raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
     reduced = _reduced_dims(x, dim)
-    view = _as_channels(x, reduced)
+    count = math.prod([x.shape[d] for d in reduced])  # torch.compile does not trace a generator here
+    view = _as_channels(x, reduced) if count > correction else None
     if view is None:
-        mean, var = reference.moments(x, reduced)
+        mean, var = reference.moments(x, reduced, correction)
     else:
         try:
             mean, var = _by_kernel(view)
@@ -53,10 +61,8 @@ def moments(
             mean, var = fall_back("moments", error, partial(reference.moments, view))
         shape = [size for d, size in enumerate(x.shape) if d not in reduced]
         mean, var = mean.reshape(shape), var.reshape(shape)
-    if correction != 0:
-        count = math.prod([x.shape[d] for d in reduced])  # torch.compile does not trace a generator here
-        freedom = max(count - correction, 0)
-        var = var * (count / freedom if freedom > 0 else math.inf)
+        if correction != 0:
+            var = var * (count / (count - correction))
     if keepdim:
         shape = [1 if d in reduced else size for d, size in enumerate(x.shape)]
         mean, var = mean.reshape(shape), var.reshape(shape)
@@ -72,13 +78,14 @@ def _reduced_dims(x: Tensor, dim: int | Sequence[int] | None) -> tuple[int, ...]
         given = [operator.index(dim)] if not isinstance(dim, Sequence) else [operator.index(d) for d in dim]
     except TypeError:
         raise TypeError(f"dim is {dim!r}, expected an integer, integers or None") from None
+    named = max(dims, 1)  # torch takes dimension 0 of a number for the number
     for d in given:
-        if not -dims <= d < dims:
-            raise IndexError(f"dim has {d}, expected {-dims} to {dims - 1}: x has {dims} dimensions")
-    found = sorted(d % dims for d in given)
+        if not -named <= d < named:
+            raise IndexError(f"dim has {d}, expected {-named} to {named - 1}: x has {dims} dimensions")
+    found = sorted(d % named for d in given)
     if len(set(found)) < len(found):
         raise ValueError(f"dim is {dim!r}, which names a dimension of x twice")
-    return tuple(found)
+    return tuple(found) if dims else ()
 
 
 def _as_channels(x: Tensor, reduced: tuple[int, ...]) -> Tensor | None:
@@ -95,7 +102,8 @@ def _as_channels(x: Tensor, reduced: tuple[int, ...]) -> Tensor | None:
 
 def _by_kernel(x: Tensor) -> tuple[Tensor, Tensor]:
     """Biased moments of every channel by the operator; Unsupported where it does not serve x."""
-    if entry_for(x) is trace_norm:
+    check_recorded(x)
+    if is_compiling():
         check_call(x, None, None, None, None, None, (0, 0, 0.0, 0, 0.0))
     return ops.moments(x)  # type: ignore[no-any-return]
 
@@ -121,6 +129,10 @@ def normalize(
     TypeError for x of another dtype; ValueError for shapes that do not go with x's, and for a negative eps.
     Source: tf.nn.batch_normalization. (torch.nn.functional.normalize is another function: it divides by a p-norm.)
     """
+    return _normalize(x, mean, var, weight, bias, eps)
+
+
+def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     if x.dtype not in ops.PARAMETER_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
     if not eps >= 0:
@@ -143,6 +155,11 @@ def normalize(
         x,
         None,
     )
+
+
+# One node each of a graph that torch.fx traces, wherever they are called from.
+torch.fx.wrap("_moments")
+torch.fx.wrap("_normalize")
 
 
 def _shaped(name: str, t: Tensor, x: Tensor) -> Tensor:
@@ -180,11 +197,13 @@ def _moved_to_affine(
     eps: float, mean: Tensor, var: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> dict[str, Tensor]:
     """The same map of x, by constant statistics and an affine that depends on them: the operator differentiates by
-    weight and bias. Neither changes in value, since mean - constant is 0 and rstd / constant is 1."""
+    weight and bias. Neither changes in value, since mean - constant is 0 and rstd / constant is 1: constants, too,
+    where the statistics are not finite, or rstd is not."""
     rstd, fixed_mean, fixed_var = (var + eps).rsqrt(), mean.detach(), var.detach()
-    ratio = rstd / rstd.detach()
-    slope = rstd if weight is None else weight * rstd
-    shift = (fixed_mean - mean) * slope
+    regular = (rstd > 0) & rstd.isfinite()
+    ratio = rstd.where(regular, 1) / rstd.detach().where(regular, 1)
+    slope = rstd.where(rstd.isfinite(), 0) * (1 if weight is None else weight)
+    shift = (fixed_mean - mean).where(mean.isfinite(), 0) * slope
     return {
         "mean": fixed_mean,
         "var": fixed_var,

@@ -91,6 +91,14 @@ def test_other_dtypes_of_buffers(dtype: torch.dtype, buffers: torch.dtype) -> No
     torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.fallback("dtype")
+def test_integers_become_floats() -> None:
+    norm, x = frozen(), torch.randint(-9, 9, (2, 6, 4, 4), dtype=torch.int32)
+    y = norm(x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), formula(norm, x.double()), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (6, 4, 4), (2, 6, 4, 4, 4)])
 def test_other_ranks_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=rf"expected 4D input \(got {len(shape)}D input\)"):

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastnorm
 from fastnorm import images
@@ -64,6 +65,8 @@ def test_strides_and_single_images(device: torch.device) -> None:
     assert norm(interleaved).is_contiguous(memory_format=torch.channels_last), "the input's format is preserved"
     one = norm(interleaved[0])
     assert torch.equal(one, norm(interleaved)[0])
+    assert one.stride() == (interleaved[0] * 1.0).stride()
+    assert norm(interleaved[:1]).stride() == norm(interleaved[0][None]).stride() == (144, 1, 24, 3)
     every_other = batch(torch.float32, (2, 3, 12, 16)).to(device)[:, :, ::2, ::2]
     torch.testing.assert_close(norm(every_other).double(), exact(every_other), rtol=0, atol=2e-6)
     assert norm(torch.empty(0, 3, 4, 4, dtype=torch.uint8, device=device)).shape == (0, 3, 4, 4)
@@ -149,6 +152,28 @@ def test_values_far_from_zero(device: torch.device) -> None:
     x = 30000 + torch.randn(2, 1, 9, 8, device=device) * 7
     y = fastnorm.ImageNormalize((30000.0,), (7.0,))(x)
     torch.testing.assert_close(y.double(), exact(x, (30000.0,), (7.0,)), rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.fallback(r"make_fx")
+def test_graphs(backend: Backend) -> None:
+    """torch.fx takes it for a node; make_fx records torch's operators."""
+    if backend.name != "cpu":
+        pytest.skip("graphs are made above the kernels")
+    norm, x = fastnorm.ImageNormalize(MEAN, STD), torch.rand(2, 3, 4, 5)
+    traced = torch.fx.symbolic_trace(norm)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_function", "output"]
+    made = make_fx(norm)(x)
+    assert "fastnorm" not in made.code
+    for graph in (traced, made):
+        torch.testing.assert_close(graph(x), norm(x))
+
+
+def test_report_and_explain() -> None:
+    model = torch.nn.Sequential(fastnorm.ImageNormalize(MEAN, STD), fastnorm.ImageNormalize((0.5,) * 33, (0.25,) * 33))
+    served, left = fastnorm.report(model)
+    assert (served.status, left.status) == ("served", "left") and "33 channels" in left.why
+    assert fastnorm.explain(torch.rand(2, 3, 4, 4), model[0]).startswith("fastnorm: ")
+    assert "33 channels" in fastnorm.explain(torch.rand(2, 33, 4, 4), model[1])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastnorm import functional
 from tests.common.cases import DTYPES, to_layout
@@ -15,6 +16,7 @@ from tests.common.cases import DTYPES, to_layout
 pytestmark = pytest.mark.emulated
 
 SHAPE = (3, 5, 4, 6)
+INF = float("inf")
 DIMS: tuple[Any, ...] = (
     None,
     0,
@@ -73,6 +75,10 @@ def test_correction_as_in_torch(correction: int, recwarn: pytest.WarningsRecorde
     expected, mean = torch.var_mean(x, 1, correction=correction)
     ours = functional.moments(x, 1, correction=correction)
     torch.testing.assert_close(ours, (mean, expected), equal_nan=True)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.var_mean(x, 1, correction=correction)[0].sum(), x)
+    (of_ours,) = torch.autograd.grad(functional.moments(x, 1, correction=correction)[1].sum(), x)
+    torch.testing.assert_close(of_ours, gradient, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0)])
@@ -82,7 +88,44 @@ def test_empty_is_nan(shape: tuple[int, ...], recwarn: pytest.WarningsRecorder) 
 
 
 def test_moments_of_a_scalar() -> None:
-    assert [v.item() for v in functional.moments(torch.tensor(3.0), ())] == [3.0, 0.0]
+    for dim in ((), 0, -1):
+        assert [v.item() for v in functional.moments(torch.tensor(3.0), dim)] == [3.0, 0.0]
+    with pytest.raises(IndexError, match="dim has 1, expected -1 to 0"):
+        functional.moments(torch.tensor(3.0), 1)
+
+
+@pytest.mark.fallback(r"make_fx|transform")
+@pytest.mark.not_emulated("graphs are made above the kernels")
+def test_graphs_of_moments_and_normalize() -> None:
+    """torch.fx takes each for a node; make_fx records torch's operators."""
+
+    def centered(x: Tensor) -> Tensor:
+        mean, var = functional.moments(x)
+        return functional.normalize(x, mean, var)
+
+    x = torch.randn(SHAPE)
+    traced = torch.fx.symbolic_trace(centered)
+    assert [node.op for node in traced.graph.nodes].count("call_function") == 4  # and two of the pair's items
+    torch.testing.assert_close(traced(x), centered(x))
+    made = make_fx(centered)(x)
+    assert "fastnorm" not in made.code
+    torch.testing.assert_close(made(x), centered(x))
+
+
+@pytest.mark.parametrize("wants_grad", [False, True])
+def test_normalize_by_infinite_statistics(wants_grad: bool, device: torch.device) -> None:
+    """Values are those of the formula, whether mean and var want gradients or not."""
+    mean = torch.tensor([0.0, 0.0, INF, -INF, 1.0], device=device)
+    var = torch.tensor([INF, 1.0, 1.0, 1.0, 4.0], device=device)
+    x = torch.full((2, 5, 3), 2.0, device=device)
+    expected = (x - mean[:, None]) * var.rsqrt()[:, None]
+    mean.requires_grad_(wants_grad), var.requires_grad_(wants_grad)
+    y = functional.normalize(x, mean, var, eps=0.0)
+    torch.testing.assert_close(y.detach(), expected)
+    if wants_grad:
+        finite = [0, 1, 4]
+        for gradient in torch.autograd.grad(y[:, finite].sum(), (mean, var)):
+            assert gradient[finite].isfinite().all()
 
 
 @pytest.mark.fallback(r"dtype Long")

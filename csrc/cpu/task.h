@@ -152,13 +152,15 @@ struct Call {
 
   // What a kernel subtracts from x: the mean in a form that leaves no rounding errors, and what it lacks. Differences
   // from a number of T are exact for half precision; the rounding of others would be the same for all x of one binade.
+  // A mean that no number of T is near, such as a running one of 7e4 for float16, is subtracted as it is.
   struct Center {
     A value;
     double low;
   };
   Center center(int64_t set) const {
-    const A value = round_to<T>(Pack<A>(stats.mean[set]))[0];
-    return {value, (static_cast<double>(stats.mean[set]) - value) + stats.mean_low[set]};
+    const A mean = stats.mean[set], rounded = round_to<T>(Pack<A>(mean))[0];
+    if (!std::isfinite(rounded)) return {mean, stats.mean_low[set]};
+    return {rounded, (static_cast<double>(mean) - rounded) + stats.mean_low[set]};
   }
 
   // The sum of d xhat from that of d (x - center), for a set or a part of it.

@@ -7,6 +7,16 @@
 
 namespace fastnorm::ops {
 
+namespace {
+
+// As torch's pointwise operators see x, where suggest_memory_format() takes a single interleaved image for planar.
+at::MemoryFormat format_of(const Tensor& x) {
+  const bool interleaved = !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return interleaved ? at::MemoryFormat::ChannelsLast : x.suggest_memory_format();
+}
+
+}  // namespace
+
 Tensor normalize_images(const Tensor& x, at::ArrayRef<double> offset, at::ArrayRef<double> scale, at::ScalarType dtype,
                         at::MemoryFormat format) {
   const Backend& backend = backend_of(x, "x");
@@ -23,7 +33,7 @@ Tensor normalize_images(const Tensor& x, at::ArrayRef<double> offset, at::ArrayR
   args.x_is_uint8 = x.scalar_type() == at::kByte;
   if (!args.x_is_uint8) args.x_dtype = dtype_of(x, "x");
 
-  const at::MemoryFormat x_format = x.suggest_memory_format();
+  const at::MemoryFormat x_format = format_of(x);
   const at::MemoryFormat y_format = format == at::MemoryFormat::Preserve ? x_format : format;
   FASTNORM_SUPPORTED(y_format == at::MemoryFormat::Contiguous || y_format == at::MemoryFormat::ChannelsLast,
                      "memory_format is ", format, ", expected contiguous, channels_last or preserve");
