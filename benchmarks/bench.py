@@ -185,8 +185,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compile-budget", type=partial(positive, float), metavar="SECONDS", default=math.inf,
         help="for the compiling, beyond --budget; later rows go without; default: no limit")  # fmt: skip
     add("--budget", type=partial(positive, float), metavar="SECONDS",
-        help=f"in all; default {FULL_BUDGET_S:.0f}, quick {QUICK_BUDGET_S:.0f}, "
-        f"{ROW_BUDGET_S:.0f} a row of a preset")  # fmt: skip
+        help=f"of timing, in all, but a few rounds of each row; default {FULL_BUDGET_S:.0f}, "
+        f"quick {QUICK_BUDGET_S:.0f}, {ROW_BUDGET_S:.0f} a row of a preset")  # fmt: skip
     add("--malloc", choices=("keep", "system"), default="keep",
         help="keep: freed memory stays with the process (see timing.py); system: as malloc comes")  # fmt: skip
     add("--json", type=Path, metavar="PATH", help="save everything measured")

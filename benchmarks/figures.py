@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from benchmarks.contestants import MODE_NAMES, SHORT
-from benchmarks.results import Result, geometric_mean
+from benchmarks.results import Result, geometric_mean, without_tiny
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def style() -> None:
 
 def _bars(results: list[Result]) -> list[tuple[Label, list[Result]]]:
     """The bars from top to bottom, each with its label and the rows whose geometric mean it is."""
-    shapes = [r for r in results if not r.is_tiny]
+    shapes = without_tiny(results)
     few = len(shapes) <= FEW
 
     def label(r: Result) -> Label:

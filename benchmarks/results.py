@@ -221,12 +221,18 @@ def moved(results: Iterable[Result], saved: Mapping[str, Any]) -> list[float]:
     return ratios
 
 
+def without_tiny(results: Iterable[Result]) -> list[Result]:
+    """The results that tell of kernels; the tiny ones, which tell of the host, where there are no others."""
+    every = list(results)
+    return [r for r in every if not r.is_tiny] or every
+
+
 def means(results: list[Result], mode: str) -> dict[str, float]:
-    """Geometric means of `mode` over the rows that are not tiny."""
-    shapes = [r for r in results if not r.is_tiny]
+    """Geometric means of `mode` over the rows that are not tiny; over these where there are no others, NaN copies."""
+    shapes = without_tiny(results)
     found = {
         "times_torch": geometric_mean(r.speedup(mode) for r in shapes),
-        "copies": geometric_mean(r.copies(mode) for r in shapes),
+        "copies": geometric_mean(r.copies(mode) for r in shapes if not r.is_tiny),
         "copies_above_cache": geometric_mean(r.copies(mode) for r in shapes if r.above_cache),
     }
     for other in OTHERS[1:]:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from benchmarks.contestants import MODE_NAMES, MODES
-from benchmarks.results import NAMES, OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines
+from benchmarks.results import NAMES, OTHERS, SPEEDUP_GOAL, Result, geometric_mean, means, summary_lines, without_tiny
 
 PLAIN_WIDTH = 140  # of a file or a pipe
 LABEL = 26
@@ -136,16 +136,17 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def make_markdown(results: Sequence[Result], modes: Sequence[str] = MODES, copies: bool = True) -> str:
     """A row per shape: times torch.nn and, if wanted, copies, as geometric means over dtypes, layouts and epilogues,
-    with the least and the most.
+    with the least and the most. Tiny rows, where there are no others, have no copies.
     """
 
     def cell(values: list[float], unit: str) -> str:
         mean, low, high = geometric_mean(values), min(values), max(values)
         return f"{mean:.1f}{unit}" + (f" ({low:.1f} to {high:.1f})" if len(values) > 1 else "")
 
+    copies = copies and not all(r.is_tiny for r in results)
     heads = [f"{MODE_NAMES[m]}: {what}" for m in modes for what in ("torch.nn", *["copies"] * copies)]
     rows = []
-    for title, group in itertools.groupby((r for r in results if not r.is_tiny), key=lambda r: r.row.title):
+    for title, group in itertools.groupby(without_tiny(results), key=lambda r: r.row.title):
         members, cells = list(group), [title]
         for mode in modes:
             cells.append(cell([r.speedup(mode) for r in members], "x"))
@@ -177,7 +178,8 @@ def print_summary(console: Console, results: list[Result], modes: tuple[str, ...
         for other in OTHERS[1:]:
             if f"times_{other}" in mean:
                 text += f", {times(mean[f'times_{other}'])} {NAMES[other]}"
-        text += f"; {mean['copies']:.2f} copies"
+        if not math.isnan(mean["copies"]):
+            text += f"; {mean['copies']:.2f} copies"
         if not math.isnan(mean["copies_above_cache"]):
             text += f", {mean['copies_above_cache']:.2f} above cache size"
         console.print(text)

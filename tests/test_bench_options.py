@@ -118,6 +118,16 @@ def test_a_run_of_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str], f
     assert "0 slower, 0 faster" in capsys.readouterr().out
 
 
+def test_a_run_of_tiny_rows_has_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    markdown = tmp_path / "tiny.md"
+    words = ["--preset", "tiny", "--filter", "LayerNorm.* float32", "--budget", "0.1", "--vs", "eager"]
+    bench.main([*words, "--markdown", str(markdown), "--plot", str(tmp_path / "tiny.png")])
+    heads, _, *rows = markdown.read_text().splitlines()
+    assert rows and "copies" not in heads
+    text = capsys.readouterr().out
+    assert "torch.nn" in text.partition("Geometric means")[2].partition("Lines to reach")[0]
+
+
 def test_the_others_are_named_where_they_are_absent_or_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> Any:
         raise OSError("undefined symbol") if name == "inplace_abn" else ModuleNotFoundError(name)
