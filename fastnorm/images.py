@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.fx
@@ -34,9 +35,9 @@ class ImageNormalize(nn.Module):
     memory, are given as `images.permute(0, 3, 1, 2)`, which copies nothing. Floating-point images get a gradient.
     Arithmetic is in float32, or float64 where the input or the output is.
 
-    ValueError: mean and std of different lengths, a std below 1e-30 or that is not finite, images of another number of
-    channels or dimensions, another memory_format. TypeError: another dtype. More than 32 channels are left to torch's
-    operators.
+    ValueError: mean and std of different lengths, one that is not finite, a std below 1e-30, images of another number
+    of channels or dimensions, another memory_format. TypeError: another dtype, what is no Tensor. More than 32 channels
+    are left to torch's operators.
     Source: torchvision.transforms.v2.ToDtype and Normalize.
     """
 
@@ -49,12 +50,18 @@ class ImageNormalize(nn.Module):
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         super().__init__()
+        for name, given in (("mean", mean), ("std", std)):
+            if not isinstance(given, Iterable):
+                raise TypeError(f"{name} must be a number for each channel, but got {type(given).__name__}")
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.dtype, self.memory_format = dtype, memory_format
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(
                 f"mean and std have {len(self.mean)} and {len(self.std)} numbers, expected one per channel"
             )
+        for m in self.mean:
+            if not math.isfinite(m):
+                raise ValueError(f"mean has {m}, expected finite numbers")
         for s in self.std:
             if not LEAST_STD <= abs(s) < float("inf"):
                 raise ValueError(f"std has {s}, expected finite numbers of at least {LEAST_STD}")
@@ -83,6 +90,8 @@ def image_normalize(
     memory_format: torch.memory_format,
 ) -> Tensor:
     """ImageNormalize's forward."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a Tensor, but got {type(images).__name__}")
     if images.dtype != torch.uint8 and images.dtype not in FLOATS:
         raise TypeError(f"images have dtype {images.dtype}, expected uint8 or one of {', '.join(map(str, FLOATS))}")
     if images.dim() not in (3, 4) or images.shape[-3] != len(mean):

@@ -16,6 +16,9 @@ __all__ = ["SkipInit"]
 
 def skip_init(residual: Tensor, branch: Tensor, alpha: Tensor) -> Tensor:
     """residual + alpha * branch; alpha has one element."""
+    for name, t in (("residual", residual), ("branch", branch)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, but got {type(t).__name__}")
 
     def fused(entry: Entry, branch: Tensor, residual: Tensor | None) -> Tensor:
         assert residual is not None

@@ -126,19 +126,25 @@ def normalize(
     Returns x's shape and dtype; computed in float32 (float64 for float64 x) and rounded once.
 
     The kernels serve values per channel, in either of the two shapes; torch's operators compute the others.
-    TypeError for x of another dtype; ValueError for shapes that do not go with x's, and for a negative eps.
+    TypeError for x of another dtype, complex values and what is no Tensor; ValueError for shapes that do not go with
+    x's, and for a negative eps.
     Source: tf.nn.batch_normalization. (torch.nn.functional.normalize is another function: it divides by a p-norm.)
     """
     return _normalize(x, mean, var, weight, bias, eps)
 
 
 def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    named = {"mean": mean, "var": var, "weight": weight, "bias": bias}
+    for name, t in {"x": x, **named}.items():
+        if not isinstance(t, Tensor) and not (t is None and name in ("weight", "bias")):
+            raise TypeError(f"{name} must be a Tensor, but got {type(t).__name__}")
+        if t is not None and t.is_complex() and t is not x:
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a real one")
     if x.dtype not in ops.PARAMETER_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}, expected 0 or more")
     dtype = ops.accumulation_dtype(x)
-    named = {"mean": mean, "var": var, "weight": weight, "bias": bias}
     tensors = {name: _shaped(name, t, x).to(dtype) for name, t in named.items() if t is not None}
     if x.dim() < 2 or not all(_is_per_channel(t, x) for t in tensors.values()):
         return _normalize_broadcast(x, eps, **tensors)

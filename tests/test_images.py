@@ -109,7 +109,13 @@ def test_bad_arguments() -> None:
         fastnorm.ImageNormalize(MEAN, STD, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"memory_format is torch\.channels_last_3d"):
         fastnorm.ImageNormalize(MEAN, STD, memory_format=torch.channels_last_3d)
+    with pytest.raises(TypeError, match="mean must be a number for each channel, but got float"):
+        fastnorm.ImageNormalize(0.5, STD)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mean has nan"):
+        fastnorm.ImageNormalize((0.5, float("nan"), 0.5), STD)
     norm = fastnorm.ImageNormalize(MEAN, STD)
+    with pytest.raises(TypeError, match="images must be a Tensor, but got list"):
+        norm([1, 2])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"images have dtype torch\.int64, expected uint8"):
         norm(torch.zeros(3, 4, 4, dtype=torch.int64))
     for shape in ((4, 4), (2, 4, 5, 5), (1, 2, 3, 4, 5)):

@@ -153,5 +153,12 @@ def test_refuses(init: Any, error: type[Exception], message: str) -> None:
         SkipInit(init)
 
 
+@pytest.mark.parametrize("missing", ["residual", "branch"])
+def test_refuses_what_is_no_tensor(missing: str) -> None:
+    tensors = {"residual": torch.ones(2, 3), "branch": torch.ones(2, 3), missing: None}
+    with pytest.raises(TypeError, match=f"{missing} must be a Tensor, but got NoneType"):
+        SkipInit()(**tensors)
+
+
 def test_any_real_number_is_a_start() -> None:
     assert fastnorm.SkipInit(np.float32(0.5)).alpha.item() == 0.5

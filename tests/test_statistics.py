@@ -293,6 +293,10 @@ def test_gradients_of_normalize(shapes: tuple[tuple[int, ...] | None, ...]) -> N
     ("change", "error", "message"),
     [
         ({"x": torch.arange(6).view(2, 3)}, TypeError, "x has dtype torch.int64"),
+        ({"x": None}, TypeError, "x must be a Tensor, but got NoneType"),
+        ({"mean": 0.5}, TypeError, "mean must be a Tensor, but got float"),
+        ({"var": None}, TypeError, "var must be a Tensor, but got NoneType"),
+        ({"bias": torch.zeros(5, dtype=torch.complex64)}, TypeError, "bias has dtype torch.complex64"),
         ({"eps": -1e-5}, ValueError, "eps is -1e-05, expected 0 or more"),
         ({"mean": torch.zeros(6)}, ValueError, r"\(6,\), expected \(5,\) or one that .* dimension 1$"),
         ({"var": torch.ones(3, 1, 1)}, ValueError, r"var has shape \(3, 1, 1\)"),

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "approx.cuh"
+#include "activation_value.cuh"
 #include "core/accum.h"
 #include "core/activation.h"
 #include "core/formulas.h"
@@ -125,7 +125,7 @@ FASTNORM_DEVICE void activate_pack(A param, A (&z)[W]) {
     } else if constexpr (is_two_sided(kAct)) {
       z[w] = activate<kAct>(z[w], param);
     } else if constexpr (kAct != Activation::kNone) {
-      using V = ActivationValue<T>;
+      using V = ActivationValue<kAct, T>;
       z[w] = value_of(activate<kAct>(V(z[w]), V(param)));
     }
   }
@@ -150,7 +150,7 @@ FASTNORM_DEVICE void multiply_slope(A param, const A (&z)[W], A (&d)[W]) {
     if constexpr (is_two_sided(kAct)) {
       d[w] = times_slope<kAct>(d[w], is_upper<kAct>(z[w]), param);
     } else if constexpr (kAct != Activation::kNone) {
-      using V = ActivationValue<T>;
+      using V = ActivationValue<kAct, T>;
       d[w] *= value_of(activation_slope<kAct>(V(z[w]), V(param)));
     }
   }

@@ -63,7 +63,8 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     const ColumnsPiece<W> piece(shape, valid ? item : 0, valid);
     const Staged<T, W> staged = memory_of(stage);
     const LaneCoefs<A, W> coefs = load_lane_coefs(t, piece);
-    const Range kept = piece.template staged<kRereads>(), beyond{kept.end, piece.positions};
+    const Range kept = piece.template staged<kRereads>();
+    const auto beyond = [&] { return Range{piece.template staged<kRereads>().end, piece.positions}; };  // not kept
     const auto from_shared = [&](auto& mask) {
       return [&](const auto& tensors, const PackPlace& place) {
         return staged_gradient(tensors, piece, staged, place, [&] { return mask(place.position); });
@@ -83,8 +84,9 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
         add_sums<act.value>(tensors, places, coefs, from_shared(mask), keep, mine);
       });
       if constexpr (kRereads) {
-        piece.template walk<kTogether>(
-            beyond, [&](const auto& places) { add_sums<act.value>(tensors, places, coefs, from_memory, keep, mine); });
+        piece.template walk<kTogether>(beyond(), [&](const auto& places) {
+          add_sums<act.value>(tensors, places, coefs, from_memory, keep, mine);
+        });
       }
     });
     const auto take = [&](int c, const GradSums<A>& total) {  // `total` is over all positions
@@ -107,7 +109,7 @@ fused_backward_columns(BackwardTensors<T> t, FusedBackward<Accum<T>> f, ColumnsS
     piece.values_of_sets(terms_of, terms.lane);
     const BackwardTensors<T> rest = kRereads ? t : second_half<kSmooth>(t);
     if constexpr (kRereads) {
-      apply_gradient_columns<kSmooth, 1, true>(rest, piece, beyond, coefs, terms, from_memory);
+      apply_gradient_columns<kSmooth, 1, true>(rest, piece, beyond(), coefs, terms, from_memory);
     }
     auto mask = mask_reader(rest.mask, piece, kept);
     apply_gradient_columns<kSmooth, 1, false>(rest, piece, kept, coefs, terms, from_shared(mask));

@@ -29,9 +29,10 @@ FASTNORM_DEVICE void forward_rows_in_registers(const ForwardTensors<T>& t, const
                                                const Team& team, unsigned char* memory) {
   using A = Accum<T>;
   constexpr int W = Team::W, kPacks = Team::kPacks;
-  constexpr bool kSharesBytes = kLanesPerByte<W> > 1;           // of the mask
-  constexpr int kAhead = sizeof(T) == 4 ? kPacks / 2 : kPacks;  // packs of the residual: all of float32's would spill
-  const int step = team.row_step * shape.length;                // elements
+  constexpr bool kSharesBytes = kLanesPerByte<W> > 1;  // of the mask
+  // Packs of the residual: more of float32's would spill.
+  constexpr int kAhead = sizeof(T) == 4 ? kPacks / (is_smooth(kAct) ? 4 : 2) : kPacks;
+  const int step = team.row_step * shape.length;  // elements
   const int64_t begin = team.first_row * shape.length;
   const SharedNumbers<Team> weights(team, t.weight, A(1), memory + shape.ring_bytes);
   const SharedNumbers<Team> biases(team, t.bias, A(0),

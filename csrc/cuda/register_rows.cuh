@@ -211,7 +211,7 @@ class RowRing {
   FASTNORM_DEVICE RowRing(const RegisterRowsShape& shape, void* memory, int tensors)
       : place_(own_place<Pack<T, W>>(memory, shape.stages * tensors * kPacks)),
         two_(shape.stages == 2),
-        step_(two_ ? tensors * kPacks * kWarp : 0) {}
+        step_(tensors * kPacks * kWarp) {}
 
   // Begins to copy this thread's packs of a row of one tensor to the stage that take() reads next. `row`: where the row
   // begins.
@@ -224,8 +224,8 @@ class RowRing {
   // Ends the copies of a row, and goes on to the next stage.
   FASTNORM_DEVICE void advance() {
     commit_copies();
-    place_ += step_;
-    step_ = -step_;
+    if (two_) place_ += at_second_ ? -step_ : step_;
+    at_second_ = !at_second_;
   }
   // Waits for the oldest row.
   FASTNORM_DEVICE void wait() const {
@@ -242,7 +242,8 @@ class RowRing {
  private:
   Pack<T, W>* place_;
   const bool two_;
-  int step_;
+  const int step_;
+  bool at_second_ = false;
 };
 
 }  // namespace fastnorm::cuda
