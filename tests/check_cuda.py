@@ -4,7 +4,7 @@
     python tests/check_cuda.py --update    the same, and saves what it counts in tests/sass.json
     python tests/check_cuda.py --sample    sm_90, and one file for each of the others: what CI has the time for
 
-tests/check_sass.py says what is checked. All architectures take an hour on two cores. The record has the kernels,
+tests/check_sass.py says what is checked. All architectures take half an hour on two cores. The record has the kernels,
 registers and instructions of every object and architecture, and a digest of the code that they were compiled from:
 while the code is the same, so is all that the same nvcc makes of it. --sample therefore fails where the digest differs,
 or what it counts; it names the architectures that are not in the record, and tells their faults without failing. What

@@ -64,11 +64,11 @@ def test_nvcc(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("listed", "gpus", "codes"),
     [
-        ("", (), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120"),
+        ("", (), "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_90"),
         ("", ("9.0", "8.0", "9.0"), "sm_80 sm_90"),
         ("9.0", ("8.0",), "sm_90"),
         ("7.5;9.0a+PTX", (), "sm_75 sm_90 compute_90"),
-        (" 8.6 12.0+PTX ", (), "sm_86 sm_120 compute_120"),
+        (" 8.6 12.0+PTX ", (), "sm_86 sm_120 compute_90"),
         ("8.6+PTX;8.0+PTX", (), "sm_86 sm_80 compute_80"),
     ],
 )
@@ -125,12 +125,11 @@ def cuda_toy(toy: Path, tmp_path: Path) -> Path:
 
 
 def test_machine_code_is_made_from_the_ptx_of_its_generation() -> None:
-    codes = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120"]
+    codes = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_90"]
     assert cuda.gencode_flags(codes) == [
         "-gencode=arch=compute_75,code=[sm_75]",
         "-gencode=arch=compute_80,code=[sm_80,sm_86]",
-        "-gencode=arch=compute_90,code=[sm_90]",
-        "-gencode=arch=compute_120,code=[sm_120,compute_120]",
+        "-gencode=arch=compute_90,code=[sm_90,sm_100,sm_120,compute_90]",
     ]
     assert cuda.gencode_flags(["sm_86"]) == ["-gencode=arch=compute_80,code=[sm_86]"]
     assert cuda.gencode_flags(["sm_70"]) == ["-gencode=arch=compute_70,code=[sm_70]"]

@@ -1,7 +1,7 @@
 // Activations and their derivatives, written once for any value type V: a float in a CUDA thread, a pack of lanes on
 // the CPU. V needs + - * /, comparisons that give a mask, and, found by argument-dependent lookup, select(mask, a, b),
-// exp or exp_of_minus, tanh, fma, and erf, or gelu with gelu_slope, or normal_cdf with normal_density. At a kink the
-// values are those of torch.nn.
+// exp or exp_of_minus, or sigmoid with silu; tanh, fma; and erf, or gelu with gelu_slope, or normal_cdf with
+// normal_density. At a kink the values are those of torch.nn.
 #pragma once
 
 #include <cmath>
@@ -81,6 +81,10 @@ template <class V>
 FASTNORM_FORMULA V sigmoid(V z) {
   return V(1) / (V(1) + exp_of_minus(z));
 }
+template <class V>
+FASTNORM_FORMULA V silu(V z) {
+  return z / (V(1) + exp_of_minus(z));
+}
 
 // The standard normal distribution: P(Z <= z), and its density at z.
 template <class V>
@@ -116,7 +120,7 @@ FASTNORM_FORMULA V activate(V z, V param) {
   else if constexpr (kAct == Activation::kLeakyRelu)
     return select(z > V(0), z, z * param);
   else if constexpr (kAct == Activation::kSilu)
-    return z / (V(1) + exp_of_minus(z));
+    return silu(z);
   else if constexpr (kAct == Activation::kGelu)
     return gelu(z);
   else if constexpr (kAct == Activation::kGeluTanh) {
