@@ -59,6 +59,7 @@ MODULES = (
     "fusing.calls",
     "fusing.record",
     "fusing.ungraph",
+    "fusing.effects",
     "convert",
     "freeze",
     "enable",
