@@ -159,13 +159,13 @@ def difference(worse: dict[str, Any], better: dict[str, Any]) -> tuple[float, fl
 
 
 def is_beyond_noise(found: tuple[float, float]) -> bool:
-    """By two standard errors."""
+    """By two standard errors, in the direction that is claimed."""
     return found[0] > 2 * found[1]
 
 
 def in_words(found: tuple[float, float]) -> str:
-    sign = "beyond" if is_beyond_noise(found) else "not beyond"
-    return f"{found[0]:+.1%} with a standard error of {found[1]:.1%}, {sign} two of these"
+    size = "beyond" if abs(found[0]) > 2 * found[1] else "within"
+    return f"{found[0]:+.1%} with a standard error of {found[1]:.1%}, {size} two of these"
 
 
 def report(measured: Measured) -> Report:
