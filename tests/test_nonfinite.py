@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastnorm
 from fastnorm import _C
-from tests.common.cases import ACTIVATIONS, GROUP, INSTANCE, LAYER, PRECISIONS, Case, Layer, modes
+from tests.common.cases import ACTIVATIONS, GROUP, INSTANCE, LAYER, LAYOUTS, PRECISIONS, Case, Layer, modes, to_layout
 from tests.common.numerics import ACTIVATION_FUNCTIONS, Inputs, build, make_inputs, run, run_on_cpu
 from tests.conftest import Backend
 
@@ -139,6 +139,23 @@ def with_spoiled(inputs: Inputs, field: str, layer: Layer, set_index: int, value
     t = getattr(inputs, field).clone()
     spoil(t, layer, set_index, values)
     return dataclasses.replace(inputs, **{field: t})
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (2, 3, 33, 40)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_running_means_that_the_dtype_does_not_have(shape: tuple[int, ...], layout: str, device: torch.device) -> None:
+    """Of float16 beyond 65,504, and infinite ones of any dtype: in evaluation, values and dx."""
+    mean, var = torch.tensor([7e4, INF, -INF]), torch.tensor([1e8, 1.0, 1.0])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x = to_layout(torch.full(shape, 6e4).to(dtype), layout)
+        results = []
+        for function, place in ((torch.nn.functional.batch_norm, "cpu"), (fastnorm.functional.batch_norm, device)):
+            leaf = x.to(place).requires_grad_()
+            y = function(leaf, mean.to(place), var.to(place), eps=0.0)
+            y[:, 0].float().sum().backward()
+            assert leaf.grad is not None
+            results.append((y.detach().cpu(), leaf.grad.cpu()))
+        torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
