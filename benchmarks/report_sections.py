@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import compile_modes, end_to_end, host_time, report_text
 from benchmarks.contestants import MODES
 from benchmarks.report_text import between, conditions, conditions_and_rows, link, listed, load, paragraph
-from benchmarks.results import Result, geometric_mean, means
+from benchmarks.results import Result, geometric_mean, means, without_tiny
 from benchmarks.tables import make_markdown, markdown_table
 
 RUN = "cpu-epyc-2core.json"  # of bench.py, with memory kept
@@ -78,7 +78,7 @@ def speed_in_short() -> str:
     """README's table: times torch.nn by layer, and over all rows."""
     run = load(RUN)
     results, modes = results_of(run)
-    shapes = [r for r in results if not r.is_tiny]
+    shapes = without_tiny(results)
     return "\n\n".join(
         (
             paragraph(
@@ -98,7 +98,7 @@ def gpu_in_short() -> str:
     """README's sentences about a GPU."""
     run = load(GPU_RUN)
     results, modes = results_of(run)
-    shapes = [r for r in results if not r.is_tiny]
+    shapes = without_tiny(results)
     return paragraph(
         f"On an {conditions(run)}: {speedups(results, modes)}, over {len(shapes)} rows "
         f"([JSON](benchmarks/results/{GPU_RUN}), [picture](benchmarks/results/{PICTURES[GPU_RUN]})).",
@@ -110,7 +110,7 @@ def speed() -> str:
     """The table of layers, what it says over all rows, and how far it is from the goals."""
     run = load(RUN)
     results, modes = results_of(run)
-    shapes, tiny = [r for r in results if not r.is_tiny], [r for r in results if r.is_tiny]
+    shapes, tiny = without_tiny(results), [r for r in results if r.is_tiny]
     mean = {mode: means(results, mode) for mode in modes}
     figures = [(r.speedup(mode), r, mode) for r in shapes for mode in modes]
     parts = [
@@ -203,7 +203,7 @@ def avx2() -> str:
     """What a run without AVX-512 says over all rows."""
     run = load(AVX2_RUN)
     results, modes = results_of(run)
-    shapes = [r for r in results if not r.is_tiny]
+    shapes = without_tiny(results)
     return paragraph(
         f"The same rows on {conditions_and_rows(run, AVX2_RUN)}",
         f"{speedups(results, modes)}.",
@@ -216,7 +216,7 @@ def gpu() -> str:
     """The table of layers on a GPU, what it says over all rows, and where torch.nn is faster."""
     run = load(GPU_RUN)
     results, modes = results_of(run)
-    shapes = [r for r in results if not r.is_tiny]
+    shapes = without_tiny(results)
     return "\n\n".join(
         (
             paragraph(conditions_and_rows(run, GPU_RUN), cells(shapes), left_out(shapes), TORCH_PARAMETERS),
@@ -234,7 +234,7 @@ def gpu() -> str:
 def gpu_limits() -> str:
     """What the CUDA kernels are farthest from a copy in, as an entry of a list."""
     run = load(GPU_RUN)
-    shapes = [r for r in results_of(run)[0] if not r.is_tiny]
+    shapes = without_tiny(results_of(run)[0])
     counted = {(r["family"], r["layout"], r["dtype"], r["direction"]): r for r in load(INSTRUCTIONS)["rows"]}
 
     def copies(rows: Iterable[Result], *modes: str) -> str:

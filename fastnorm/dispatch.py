@@ -131,6 +131,12 @@ def check_call(
         raise Unsupported("running statistics require grad")
 
 
+def check_tensor(name: str, t: object) -> None:
+    """TypeError unless the argument of this name is a Tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a Tensor, but got {type(t).__name__}")
+
+
 def entry_for(x: Tensor) -> Entry:
     """How the kernels are called on x. Unsupported unless x is an ordinary tensor, outside of everything that has to
     see torch's own operators."""

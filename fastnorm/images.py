@@ -10,7 +10,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
-from .dispatch import Unsupported, check_recorded, fall_back
+from .dispatch import Unsupported, check_recorded, check_tensor, fall_back
 from .extension import _C
 
 __all__ = ["ImageNormalize"]
@@ -90,8 +90,7 @@ def image_normalize(
     memory_format: torch.memory_format,
 ) -> Tensor:
     """ImageNormalize's forward."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a Tensor, but got {type(images).__name__}")
+    check_tensor("images", images)
     if images.dtype != torch.uint8 and images.dtype not in FLOATS:
         raise TypeError(f"images have dtype {images.dtype}, expected uint8 or one of {', '.join(map(str, FLOATS))}")
     if images.dim() not in (3, 4) or images.shape[-3] != len(mean):

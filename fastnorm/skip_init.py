@@ -9,16 +9,15 @@ import torch.fx
 from torch import Tensor, nn
 
 from . import ops
-from .dispatch import Config, Entry, Unsupported, serve
+from .dispatch import Config, Entry, Unsupported, check_tensor, serve
 
 __all__ = ["SkipInit"]
 
 
 def skip_init(residual: Tensor, branch: Tensor, alpha: Tensor) -> Tensor:
     """residual + alpha * branch; alpha has one element."""
-    for name, t in (("residual", residual), ("branch", branch)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor, but got {type(t).__name__}")
+    check_tensor("residual", residual)
+    check_tensor("branch", branch)
 
     def fused(entry: Entry, branch: Tensor, residual: Tensor | None) -> Tensor:
         assert residual is not None

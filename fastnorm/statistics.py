@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import ops, reference
-from .dispatch import Config, check_call, check_recorded, fall_back, serve
+from .dispatch import Config, check_call, check_recorded, check_tensor, fall_back, serve
 
 __all__ = ["moments", "normalize"]
 
@@ -134,18 +134,19 @@ def normalize(
 
 
 def _normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    named = {"mean": mean, "var": var, "weight": weight, "bias": bias}
+    affine = {"weight": weight, "bias": bias}
+    named = {"mean": mean, "var": var, **{name: t for name, t in affine.items() if t is not None}}
     for name, t in {"x": x, **named}.items():
-        if not isinstance(t, Tensor) and not (t is None and name in ("weight", "bias")):
-            raise TypeError(f"{name} must be a Tensor, but got {type(t).__name__}")
-        if t is not None and t.is_complex() and t is not x:
-            raise TypeError(f"{name} has dtype {t.dtype}, expected a real one")
+        check_tensor(name, t)
     if x.dtype not in ops.PARAMETER_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}, expected float64, float32, bfloat16 or float16")
     if not eps >= 0:
         raise ValueError(f"eps is {eps}, expected 0 or more")
+    for name, t in named.items():
+        if t.is_complex():
+            raise TypeError(f"{name} has dtype {t.dtype}, expected a real one")
     dtype = ops.accumulation_dtype(x)
-    tensors = {name: _shaped(name, t, x).to(dtype) for name, t in named.items() if t is not None}
+    tensors = {name: _shaped(name, t, x).to(dtype) for name, t in named.items()}
     if x.dim() < 2 or not all(_is_per_channel(t, x) for t in tensors.values()):
         return _normalize_broadcast(x, eps, **tensors)
     vectors = {name: t.reshape(-1) for name, t in tensors.items()}

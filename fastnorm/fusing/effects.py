@@ -12,18 +12,16 @@ from torch import nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
-from ..modules import Norm
-from .patterns import is_torchs_own
+from .fresh import never_in_place
 
-__all__ = ["MODES", "between", "changes_mode", "reads_statistics", "writes"]
+__all__ = ["between", "changes_mode", "names_a_mode", "reads_statistics", "writes"]
 
 _IN_PLACE = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _OPERATORS = {getattr(operator, f"i{name}") for name in (*_IN_PLACE, "concat")} | {operator.setitem, operator.delitem}
 _METHODS = {f"__i{name}__" for name in _IN_PLACE} | {"__setitem__", "__delitem__"}
 #: Whose functions end in "_" where they work in place.
 _KNOWN = ("torch", "fastnorm", "_operator", "builtins", "math")
-#: In the names of what turns something on or off for all that comes behind it.
-MODES = ("grad_enabled", "inference_mode", "autocast", "nesting", "dual_level")
+_MODES = ("grad_enabled", "inference_mode", "autocast", "nesting", "dual_level")
 
 
 def between(first: Node, last: Node) -> Iterator[Node]:
@@ -38,9 +36,7 @@ def writes(node: Node, module: nn.Module | None) -> bool:
     """Whether a node may write into a tensor that is there already: unknown functions and modules may. module: that
     which it calls."""
     if module is not None:
-        return any(
-            getattr(m, "inplace", False) or not (is_torchs_own(m) or isinstance(m, Norm)) for m in module.modules()
-        )
+        return not never_in_place(module)
     target: Any = node.target
     if node.op == "call_method":
         name = str(target)
@@ -71,5 +67,9 @@ def reads_statistics(node: Node, norm: Node) -> bool:
 
 def changes_mode(node: Node) -> bool:
     """Whether gradients, autocast or a level of torch.func are on behind a node as they were not before."""
-    name = str(getattr(node.target, "__name__", ""))
-    return node.op == "call_function" and any(mode in name for mode in MODES)
+    return node.op == "call_function" and names_a_mode(str(getattr(node.target, "__name__", "")))
+
+
+def names_a_mode(name: str) -> bool:
+    """Whether a function of this name turns something on or off for all that comes behind it."""
+    return any(mode in name for mode in _MODES)

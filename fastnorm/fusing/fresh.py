@@ -55,9 +55,14 @@ def is_pure(callee: object) -> bool:
     """Whether a call of `callee` changes none of its arguments: one of torch.nn's modules, not working in place."""
     if not isinstance(callee, nn.Module) or any(has_hooks(module) for module in callee.modules()):
         return False
-    return is_fresh(callee) or all(
-        (is_torchs_own(module) or isinstance(module, Norm)) and not getattr(module, "inplace", False)
-        for module in callee.modules()
+    return is_fresh(callee) or never_in_place(callee)
+
+
+def never_in_place(module: nn.Module) -> bool:
+    """Whether everything inside a module is torch.nn's or ours, and told to work out of place."""
+    return all(
+        (is_torchs_own(inner) or isinstance(inner, Norm)) and not getattr(inner, "inplace", False)
+        for inner in module.modules()
     )
 
 

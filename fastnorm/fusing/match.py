@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .effects import MODES
+from .effects import names_a_mode
 from .flow import Flow, NotProved, is_name, mentions_of, where
 from .fresh import is_fresh, is_pure, takes_one
 from .patterns import (
@@ -158,7 +158,7 @@ class _Follow(Flow):
             changes = False
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                changes = called == "setattr" or any(mode in called for mode in MODES)
+                changes = called == "setattr" or names_a_mode(called)
             elif isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
                 changes = f"{ast.unparse(node)}.".startswith(f"{function}.")
             if changes:
