@@ -22,7 +22,6 @@ struct ColumnGradSums {
   const E& epilogue;
   A* cached;  // receives d for the second pass; or null
   A *sum, *sum_centered;
-  int64_t ahead;  // the distance of what will be read after these rows
 
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access, Strided layout) const {
@@ -33,8 +32,8 @@ struct ColumnGradSums {
       if (cached) store(cached + i + layout.kept(p), d[0]);
       total = total + d[0];
       total_centered = fma(d[0], centered[0], total_centered);
-      prefetch(s.x + i + layout.element(p) + ahead);
-      prefetch(s.dy + i + layout.element(p) + ahead);
+      prefetch(s.x + i + layout.later_element(p));
+      prefetch(s.dy + i + layout.later_dy(p));
     }
     store(sum + i, total);
     store(sum_centered + i, total_centered);
@@ -50,6 +49,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
   const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
+  const Strided layout_ = position_rows<T>(g, args.plan, mask_row_);
   const bool sums_ = Base::takes_sums();
   const bool applies_ = args.dx || args.dresidual;
   const bool caches_d_ = sums_ && applies_ && Base::caches_slopes(outer_ * positions_ * lanes_, kCachedInL3);
@@ -119,8 +119,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
     const Arrays<A, 2> block(lanes_);
     std::fill_n(out.d, lanes_, 0.0);
     std::fill_n(out.d_centered, lanes_, 0.0);
-    const bool together = args.plan.rows_together;
-    const int64_t end = chunk_end(chunk), ahead = (together ? kRowGroup : 1) * g.C;
+    const int64_t end = chunk_end(chunk);
     for (int64_t p = chunk * chunk_; p < end; p += kBlockPositions) {
       std::fill_n(block[0], lanes_, A(0));
       std::fill_n(block[1], lanes_, A(0));
@@ -130,9 +129,9 @@ class ColumnsBackward : Call<T, BackwardCall> {
         const auto at_row = [&](int64_t r) {
           A* const cached = caches_d_ ? cached_ + (row + r) * lanes_ : nullptr;
           return ColumnGradSums<T, std::decay_t<decltype(e)>>{
-              s.moved(r * g.C, r * g.C, r * mask_row_), coefs, e, cached, block[0], block[1], ahead};
+              s.moved(r * g.C, r * g.C, r * mask_row_), coefs, e, cached, block[0], block[1]};
         };
-        for_rows<A>(std::min(kBlockPositions, end - p), g.C, together, Strided{g.C, mask_row_, g.C, lanes_}, at_row);
+        for_rows<A>(std::min(kBlockPositions, end - p), g.C, layout_, at_row);
       });
       for (int64_t i = 0; i < lanes_; ++i) out.d[i] += block[0][i];
       for (int64_t i = 0; i < lanes_; ++i) out.d_centered[i] += block[1][i];
@@ -142,17 +141,17 @@ class ColumnsBackward : Call<T, BackwardCall> {
   // Writes dx and dresidual at the positions of a chunk.
   void apply(int64_t n, int64_t chunk) const {
     const int64_t begin = chunk * chunk_, rows = chunk_end(chunk) - begin, row = n * positions_ + begin;
-    const bool together = args.plan.rows_together;
     const ChannelCoefs<A> coefs = coefs_.at(n);
     const ChannelTerms<A> terms{terms_[0] + n * lanes_, terms_[1] + n * lanes_};
     const BackwardSpan<T> s = span(row);
     if (caches_d_) {
       const Epilogue<A> none{Activation::kNone, Pack<A>(0), false};
-      backward_rows(s.with_d(cached_ + row * lanes_), rows, g.C, g.C, lanes_, mask_row_, coefs, terms, none, together);
+      const Strided layout{g.C, 0, lanes_, 0, layout_.together};
+      backward_rows(s.with_d(cached_ + row * lanes_), rows, g.C, layout, coefs, terms, none);
     } else if (args.frozen) {
-      backward_rows(s, rows, g.C, g.C, g.C, mask_row_, coefs, FrozenTerms<A>{}, epilogue, together);
+      backward_rows(s, rows, g.C, layout_, coefs, FrozenTerms<A>{}, epilogue);
     } else {
-      backward_rows(s, rows, g.C, g.C, g.C, mask_row_, coefs, terms, epilogue, together);
+      backward_rows(s, rows, g.C, layout_, coefs, terms, epilogue);
     }
   }
 

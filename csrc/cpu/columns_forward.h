@@ -29,7 +29,6 @@ struct ColumnDeviations {
   const T* x;
   const A* pivot;
   A *delta, *square;
-  int64_t ahead;  // the distance of what will be read after these rows
 
   template <int P, class Access>
   FASTNORM_INLINE void packs(int64_t i, Access access, Strided layout) const {
@@ -40,7 +39,7 @@ struct ColumnDeviations {
       const Pack<A> d = access.get(at) - about;
       sum = sum + d;
       squares = fma(d, d, squares);
-      prefetch(at + ahead);
+      prefetch(x + i + layout.later_element(p));
     }
     store(delta + i, sum);
     store(square + i, squares);
@@ -67,19 +66,18 @@ void choose_column_pivots(const T* x, int64_t rows, int64_t n, int64_t stride, A
 
 // Sets delta and square, in the order of lanes, to the sums of x - pivot and of its square over the rows of n columns.
 template <class T>
-void reduce_columns(const T* x, int64_t rows, int64_t n, int64_t stride, bool together, const Accum<T>* pivots,
-                    double* delta, double* square) {
+void reduce_columns(const T* x, int64_t rows, int64_t n, Strided layout, const Accum<T>* pivots, double* delta,
+                    double* square) {
   using A = Accum<T>;
-  const int64_t lanes = lane_pitch<A>(n), ahead = (together ? kRowGroup : 1) * stride;
+  const int64_t lanes = lane_pitch<A>(n);
   const Arrays<A, 2> block(lanes);
   std::fill_n(delta, lanes, 0.0);
   std::fill_n(square, lanes, 0.0);
   for (int64_t p = 0; p < rows; p += kBlockPositions) {
     std::fill_n(block[0], lanes, A(0));
     std::fill_n(block[1], lanes, A(0));
-    for_rows<A>(std::min(kBlockPositions, rows - p), n, together, Strided{stride, 0, 0, 0}, [&](int64_t r) {
-      return ColumnDeviations<T>{x + (p + r) * stride, pivots, block[0], block[1], ahead};
-    });
+    for_rows<A>(std::min(kBlockPositions, rows - p), n, layout,
+                [&](int64_t r) { return ColumnDeviations<T>{x + layout.element(p + r), pivots, block[0], block[1]}; });
     for (int64_t i = 0; i < lanes; ++i) delta[i] += block[0][i];
     for (int64_t i = 0; i < lanes; ++i) square[i] += block[1][i];
   }
@@ -94,6 +92,7 @@ class ColumnsForward : Call<T, ForwardCall> {
   const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
+  const Strided layout_ = position_rows<T>(g, args.plan, mask_row_);
   const Buffer<A> pivots_{outer_ * lanes_};
   const ChannelArrays<T> coefs_{g};
 
@@ -173,8 +172,8 @@ class ColumnsForward : Call<T, ForwardCall> {
 
   void reduce(int64_t n, int64_t chunk, Sums out) const {
     const int64_t begin = chunk * chunk_;
-    reduce_columns(whole.x + (n * positions_ + begin) * g.C, chunk_end(chunk) - begin, g.C, g.C,
-                   args.plan.rows_together, pivots_ + n * lanes_, out.delta, out.square);
+    reduce_columns(whole.x + (n * positions_ + begin) * g.C, chunk_end(chunk) - begin, g.C, layout_,
+                   pivots_ + n * lanes_, out.delta, out.square);
   }
 
   // Merges chunks into channels and channels into sets, and writes the statistics and coefficients of the sets. True
@@ -214,8 +213,8 @@ class ColumnsForward : Call<T, ForwardCall> {
   void apply(int64_t n, int64_t chunk) const {
     if (!whole.y) return;  // the caller wants only the statistics
     const int64_t begin = chunk * chunk_;
-    forward_rows(span(n * positions_ + begin), chunk_end(chunk) - begin, g.C, g.C, mask_row_, coefs_.at(n), epilogue,
-                 args.plan.rows_together);
+    const ForwardSpan<T> s = span(n * positions_ + begin).fetching(layout_.ahead);
+    forward_rows(s, chunk_end(chunk) - begin, g.C, layout_, coefs_.at(n), epilogue);
   }
 
   ForwardSpan<T> span(int64_t row) const { return whole.moved(row * g.C, row * mask_row_); }

@@ -112,7 +112,8 @@ struct ForwardSpan {
   const T* residual;
   T* y;
   uint8_t* mask;
-  bool stream;  // y is too large to stay in the cache
+  bool stream;                 // y is too large to stay in the cache
+  int64_t residual_ahead = 0;  // what lies so far behind a residual is fetched, unless that is 0
 
   // Whether all packs from the first element on are stored past the cache.
   FASTNORM_INLINE bool streams() const { return stream && can_stream(y); }
@@ -124,8 +125,10 @@ struct ForwardSpan {
   }
   // The span `at` elements further on; mask_at bytes of the mask.
   ForwardSpan moved(int64_t at, int64_t mask_at) const {
-    return {x + at, residual ? residual + at : nullptr, y + at, mask ? mask + mask_at : nullptr, stream};
+    return {x + at,        residual ? residual + at : nullptr, y + at, mask ? mask + mask_at : nullptr, stream,
+            residual_ahead};
   }
+  ForwardSpan fetching(int64_t ahead) const { return {x, residual, y, mask, stream, ahead}; }
 };
 
 template <class T, class Coefs, class E>
@@ -142,8 +145,12 @@ struct ForwardPacks {
       const Affine<A> c = coefs.at(i + layout.coef(p), layout.row(p));
       z[p] = fma(access.get(s.x + i + layout.element(p)) - c.mean, c.scale, c.bias);
     }
+    for (int p = 0; p < P && layout.fetches(); ++p) prefetch(s.x + i + layout.later_element(p));
     if (s.residual) {
       for (int p = 0; p < P; ++p) z[p] = z[p] + access.get(s.residual + i + layout.element(p));
+      for (int p = 0; p < P && s.residual_ahead != 0; ++p) {
+        prefetch(s.residual + i + layout.element(p) + s.residual_ahead);
+      }
     }
     if (kActivates<E> && epilogue.masked) {
       for (int p = 0; p < P; ++p) {
@@ -165,15 +172,15 @@ FASTNORM_INLINE void forward_span(const ForwardSpan<T>& s, int64_t n, const Coef
   });
 }
 
-// The same over rows of n elements that lie `stride` apart, like their masks mask_row.
+// The same over rows of n elements.
 template <class T, class Coefs>
-FASTNORM_INLINE void forward_rows(const ForwardSpan<T>& s, int64_t rows, int64_t n, int64_t stride, int64_t mask_row,
-                                  const Coefs& coefs, const Epilogue<Accum<T>>& epilogue, bool together) {
+FASTNORM_INLINE void forward_rows(const ForwardSpan<T>& s, int64_t rows, int64_t n, Strided layout, const Coefs& coefs,
+                                  const Epilogue<Accum<T>>& epilogue) {
   with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
     const auto at_row = [&](int64_t r) {
-      return ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s.moved(r * stride, r * mask_row), coefs, e};
+      return ForwardPacks<T, Coefs, std::decay_t<decltype(e)>>{s.moved(layout.element(r), layout.mask(r)), coefs, e};
     };
-    for_rows<Accum<T>>(rows, n, together, Strided{stride, mask_row, 0, 0}, at_row, s.streams());
+    for_rows<Accum<T>>(rows, n, layout, at_row, s.streams());
   });
 }
 
@@ -322,6 +329,10 @@ struct BackwardPacks {
       Pack<A> d[1], centered[1];
       load_grad(s, i, coefs, epilogue, access, Single<Layout>{layout, p}, d, centered);
       if (s.dresidual) access.put(s.dresidual + i + layout.element(p), d[0]);
+      if (layout.fetches()) {
+        prefetch(s.x + i + layout.later_element(p));
+        prefetch(s.dy + i + layout.later_dy(p));
+      }
       const int64_t at = i + layout.coef(p);
       dx[p] = terms.dx(at, layout.row(p), coefs.at(at, layout.row(p)), d[0], centered[0]);
     }
@@ -330,17 +341,17 @@ struct BackwardPacks {
   }
 };
 
-// The same over rows of n elements, as forward_rows: of each a span. Rows of a cached d are d_row apart.
+// The same over rows of n elements, as forward_rows.
 template <class T, class D, class Coefs, class Terms>
-FASTNORM_INLINE void backward_rows(const BackwardSpan<T, D>& s, int64_t rows, int64_t n, int64_t stride, int64_t d_row,
-                                   int64_t mask_row, const Coefs& coefs, const Terms& terms,
-                                   const Epilogue<Accum<T>>& epilogue, bool together) {
+FASTNORM_INLINE void backward_rows(const BackwardSpan<T, D>& s, int64_t rows, int64_t n, Strided layout,
+                                   const Coefs& coefs, const Terms& terms, const Epilogue<Accum<T>>& epilogue) {
   const bool stream = s.streams();
   with_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
     using Packs = BackwardPacks<T, D, Coefs, Terms, std::decay_t<decltype(e)>>;
-    for_rows<Accum<T>>(
-        rows, n, together, Strided{stride, mask_row, d_row, 0},
-        [&](int64_t r) { return Packs{s.moved(r * stride, r * d_row, r * mask_row), coefs, terms, e}; }, stream);
+    const auto at_row = [&](int64_t r) {
+      return Packs{s.moved(layout.element(r), layout.dy(r), layout.mask(r)), coefs, terms, e};
+    };
+    for_rows<Accum<T>>(rows, n, layout, at_row, stream);
   });
 }
 

@@ -20,7 +20,6 @@ class EvalForward : Call<T, ForwardCall> {
   // 7x7 bfloat16 took 18 cycles a pack run by run and 7 as columns, 7x7 float32 17 and 20. A mask is in the order that
   // backward reads it in.
   static constexpr int64_t kTinyRunBytes = 128;
-  static constexpr int64_t kLongRowBytes = 4096;
   static constexpr int64_t kTaskElements = kBlock * kChunkBlocks;
 
   const int64_t mask_row_ = mask_row_bytes(g.mask_run(), args.dtype);
@@ -56,14 +55,11 @@ class EvalForward : Call<T, ForwardCall> {
     const ChannelArrays<T> arrays(g);
     arrays.fill_all(*this);
     const ChannelCoefs<A> coefs = arrays.at(0);
-    // No pass before this one has read x: from the last cache, short rows are faster one by one (8x512x28x28 float32
-    // took 1.6 times as long four by four, 32x2048x7x7 0.77 times).
-    const bool together =
-        args.plan.rows_together && (g.C * static_cast<int64_t>(sizeof(T)) >= kLongRowBytes || g.numel() <= kCachedInL2);
+    const Strided layout = position_rows<T>(g, args.plan, mask_row_);
     const int64_t positions = g.positions(), per_task = std::max<int64_t>(1, kTaskElements / g.C);
     for_each_task(args.parallel, div_up(positions, per_task), [&](int64_t t) {
       const int64_t end = std::min((t + 1) * per_task, positions);
-      forward_rows(span(t * per_task, 0), end - t * per_task, g.C, g.C, mask_row_, coefs, epilogue, together);
+      forward_rows(span(t * per_task, 0).fetching(layout.ahead), end - t * per_task, g.C, layout, coefs, epilogue);
     });
   }
 

@@ -37,8 +37,7 @@ class LayerBackward : Call<T, BackwardCall> {
   const int64_t set_lanes_ = lane_pitch<A>(g.D());
   const bool caches_d_ = applies_ && Base::caches_slopes((together_ ? kRowGroup : 1) * set_lanes_);
 
-  // Adds w d and w d (x - mean) of each set to its sums, and the sets' part of dweight and dbias to those. Asks for the
-  // sets after these.
+  // Adds w d and w d (x - mean) of each set to its sums, and the sets' part of dweight and dbias to those.
   template <int kRows, class E>
   struct SumPacks {
     const BackwardSpan<T> s;
@@ -57,8 +56,8 @@ class LayerBackward : Call<T, BackwardCall> {
         Pack<A> d[1], centered[1];
         load_grad(s, i, coefs, epilogue, access, Single<Strided>{layout, p}, d, centered);
         if (cached) store(cached + i + layout.kept(p), d[0]);
-        prefetch(s.x + i + layout.element(p) + P * layout.stride);
-        prefetch(s.dy + i + layout.element(p) + P * layout.stride);
+        prefetch(s.x + i + layout.later_element(p));
+        prefetch(s.dy + i + layout.later_dy(p));
         // Past the end d or x - mean can be NaN, which would spoil the sums.
         d[0] = access.template zero_past_end<T>(d[0]);
         centered[0] = access.template zero_past_end<T>(centered[0]);
@@ -173,7 +172,8 @@ class LayerBackward : Call<T, BackwardCall> {
     const BackwardSpan<T> s = span(set);
     const ElementCoefs<A, kRows> coefs(stats.mean + set, stats.rstd + set, weights_.of_group(group),
                                        biases_.of_group(group));
-    const Strided layout{g.D(), mask_row_, g.D(), set_lanes_};
+    const Strided layout = Strided{g.D(), mask_row_, g.D(), set_lanes_}.fetching(
+        rows_to_fetch(kRows, g.D() * static_cast<int64_t>(sizeof(T))));
     for (int64_t offset = begin; offset < end; offset += kBlock) {
       HalfSum<A> sum[kRows], sum_centered[kRows];
       const int64_t first = group * set_lanes_ + offset;

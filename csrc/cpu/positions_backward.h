@@ -54,8 +54,8 @@ class PositionsBackward : Call<T, BackwardCall> {
         Pack<A> d[1], centered[1];
         load_grad(s, i, coefs, epilogue, access, Single<Strided>{layout, p}, d, centered);
         if (cached) store(cached + i + layout.kept(p), d[0]);
-        prefetch(s.x + i + layout.element(p) + P * layout.stride);
-        prefetch(s.dy + i + layout.element(p) + P * layout.stride);
+        prefetch(s.x + i + layout.later_element(p));
+        prefetch(s.dy + i + layout.later_dy(p));
         const Pack<A> wd = d[0] * Pack<A>(coefs.weight[p]);
         total = total + wd;
         total_centered = fma(wd, centered[0], total_centered);
@@ -155,7 +155,9 @@ class PositionsBackward : Call<T, BackwardCall> {
                                                                  block[1],
                                                                  row_d,
                                                                  row_d_xhat};
-          across_rows<kRows, A>(positions, packs, Strided{g.S, mask_row_, g.S, lanes_}, false);
+          const Strided layout = Strided{g.S, mask_row_, g.S, lanes_}.fetching(
+              rows_to_fetch(kRows, positions * static_cast<int64_t>(sizeof(T))));
+          across_rows<kRows, A>(positions, packs, layout, false);
           for (int p = 0; p < kRows && params_; ++p) {
             partial[c + p] += sum_lanes(row_d[p]);
             partial[g.C + c + p] += sum_lanes(row_d_xhat[p]);

@@ -73,9 +73,11 @@ class PositionsForward : Call<T, ForwardCall> {
     const Buffer<A> pivots(lanes);
     const Arrays<double, 2> sums(lanes);
     const double count = static_cast<double>(g.C), share = 1 / count;
+    const Strided layout =
+        Strided{g.S, 0, 0, 0}.fetching(rows_to_fetch(kRowGroup, positions * static_cast<int64_t>(sizeof(T))));
     choose_column_pivots(x, g.C, positions, g.S, pivots);
     for (bool again : {false, true}) {
-      reduce_columns(x, g.C, positions, g.S, true, pivots, sums[0], sums[1]);
+      reduce_columns(x, g.C, positions, layout, pivots, sums[0], sums[1]);
       int far_off = 0;
       for (int64_t i = 0; i < lanes; ++i) {
         const PivotSums total{sums[0][i], sums[1][i]};

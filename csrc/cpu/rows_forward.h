@@ -24,6 +24,7 @@ class RowsForward : Call<T, ForwardCall> {
   const ElementParams<T> weights_{g, Base::weight}, biases_{g, Base::bias};
   const Runs stat_runs_ = stat_runs(g), weight_runs_ = weight_runs(g);
   const CacheBlocks stat_blocks_{stat_runs_}, weight_blocks_{weight_runs_};
+  const int64_t ahead_ = Base::distance_ahead(stat_runs_);
   const int64_t mask_row_ = mask_row_bytes(g.mask_run(), args.dtype);
   const bool cells_are_short_ = Base::has_short_cells();
 
@@ -86,7 +87,6 @@ class RowsForward : Call<T, ForwardCall> {
   void reduce(int64_t set, int64_t sets, int64_t chunk, const A* pivots, PivotSums* out) const {
     for (int64_t s = 0; s < sets; ++s) out[s] = {0, 0};
     const int64_t begin = chunk * kChunkBlocks, end = std::min(begin + kChunkBlocks, stat_blocks_.count());
-    const int64_t ahead = Base::distance_ahead(stat_runs_);
     for (int64_t b = begin; b < end; ++b) {
       const Block k = stat_blocks_[b];
       Pack<A> delta[kMaxBatch], square[kMaxBatch];
@@ -95,7 +95,7 @@ class RowsForward : Call<T, ForwardCall> {
         for (int64_t s = 0; s < sets; ++s) {
           const T* x = whole.x + set_base(g, set + s) + r * stat_runs_.stride + k.offset;
           Pack<A> d = delta[s], q = square[s];
-          for_packs<A>(k.length, DeviationPacks<T>{x, Pack<A>(pivots[s]), d, q, ahead});
+          for_packs<A>(k.length, DeviationPacks<T>{x, Pack<A>(pivots[s]), d, q, ahead_});
           delta[s] = d, square[s] = q;
         }
       }
@@ -162,7 +162,7 @@ class RowsForward : Call<T, ForwardCall> {
   }
 
   FASTNORM_INLINE void apply_run(int64_t set, int64_t r, int64_t offset, int64_t length) const {
-    const ForwardSpan<T> s = span(set_base(g, set) + r * weight_runs_.stride, offset);
+    const ForwardSpan<T> s = span(set_base(g, set) + r * weight_runs_.stride, offset).fetching(ahead_);
     if (g.per_element()) {
       const int64_t group = set % g.G;
       const A *w = weights_.of_group(group) + offset, *b = biases_.of_group(group) + offset;

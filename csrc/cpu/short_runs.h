@@ -117,9 +117,9 @@ class ShortRunsForward : Call<T, ForwardCall> {
     if (!args.has_statistics()) take_statistics(first, channels, arrays, line);
     if (!whole.y) return;  // the caller wants only the statistics
     expand_coefs(*this, map_, first, channels, arrays, line);
-    const int64_t at = first * g.S;
-    forward_rows(whole.moved(at, map_.mask_at(first, g.N)), g.N, channels * g.S, row_, map_.mask_row(channels),
-                 ChannelCoefs<A>{arrays[0], arrays[1], arrays[2], arrays[3]}, epilogue, true);
+    const ForwardSpan<T> s = whole.moved(first * g.S, map_.mask_at(first, g.N)).fetching(kRowGroup * row_);
+    forward_rows(s, g.N, channels * g.S, Strided{row_, map_.mask_row(channels), 0, 0},
+                 ChannelCoefs<A>{arrays[0], arrays[1], arrays[2], arrays[3]}, epilogue);
   }
 
   void take_statistics(int64_t first, int64_t channels, const Arrays<A, 4>& arrays, A* line) const {
@@ -158,9 +158,9 @@ class ShortRunsForward : Call<T, ForwardCall> {
       std::fill_n(delta, lanes_, A(0));
       std::fill_n(square, lanes_, A(0));
       const T* x = whole.x + n * row_ + first * g.S;
-      for_rows<A>(std::min(kBlockPositions, g.N - n), channels * g.S, true, Strided{row_, 0, 0, 0}, [&](int64_t r) {
-        return ColumnDeviations<T>{x + r * row_, pivots, delta, square, kRowGroup * row_};
-      });
+      const Strided layout = Strided{row_, 0, 0, 0}.fetching(kRowGroup);
+      for_rows<A>(std::min(kBlockPositions, g.N - n), channels * g.S, layout,
+                  [&](int64_t r) { return ColumnDeviations<T>{x + r * row_, pivots, delta, square}; });
       map_.fold(channels, delta, line, deltas);
       map_.fold(channels, square, line, squares);
     }
@@ -195,13 +195,13 @@ class ShortRunsBackward : Call<T, BackwardCall> {
     const ChannelCoefs<A> coefs{arrays[0], arrays[1], arrays[2], arrays[3]};
     const int64_t at = first * g.S, columns = channels * g.S;
     const BackwardSpan<T> s = whole.moved(at, at, map_.mask_at(first, g.N));
-    const int64_t mask_row = map_.mask_row(channels);
+    const Strided layout = Strided{row_, map_.mask_row(channels), row_, lanes_}.fetching(kRowGroup);
     const Arrays<A, 2> terms(channels);
     if (sums_) {
       const Arrays<double, 2> totals(channels);
       std::fill_n(totals[0], channels, 0.0);
       std::fill_n(totals[1], channels, 0.0);
-      reduce(s, coefs, columns, channels, mask_row, caches_d_ ? static_cast<A*>(cached) : nullptr, sums, line, totals);
+      reduce(s, coefs, columns, channels, layout, caches_d_ ? static_cast<A*>(cached) : nullptr, sums, line, totals);
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t set = first + c;
         const double w = weight[set], low = Base::center(set).low, d = totals[0][c];
@@ -225,31 +225,31 @@ class ShortRunsBackward : Call<T, BackwardCall> {
     const ChannelTerms<A> column_terms{sums[0], sums[1]};
     if (caches_d_) {
       const Epilogue<A> none{Activation::kNone, Pack<A>(0), false};
-      backward_rows(s.with_d(cached), g.N, columns, row_, lanes_, 0, coefs, column_terms, none, true);
+      backward_rows(s.with_d(cached), g.N, columns, Strided{row_, 0, lanes_, 0}, coefs, column_terms, none);
     } else if (args.frozen) {
-      backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, FrozenTerms<A>{}, epilogue, true);
-    } else {
-      backward_rows(s, g.N, columns, row_, row_, mask_row, coefs, column_terms, epilogue, true);
+      backward_rows(s, g.N, columns, layout, coefs, FrozenTerms<A>{}, epilogue);
+    } else {  // x and dy are in L2
+      const Strided near{row_, layout.mask_stride, row_, 0};
+      backward_rows(s, g.N, columns, near, coefs, column_terms, epilogue);
     }
   }
 
-  void reduce(const BackwardSpan<T>& s, const ChannelCoefs<A>& coefs, int64_t columns, int64_t channels,
-              int64_t mask_row, A* cached, const Arrays<A, 2>& sums, A* line, const Arrays<double, 2>& totals) const {
+  void reduce(const BackwardSpan<T>& s, const ChannelCoefs<A>& coefs, int64_t columns, int64_t channels, Strided layout,
+              A* cached, const Arrays<A, 2>& sums, A* line, const Arrays<double, 2>& totals) const {
     for (int64_t n = 0; n < g.N; n += kBlockPositions) {
       std::fill_n(sums[0], lanes_, A(0));
       std::fill_n(sums[1], lanes_, A(0));
       with_smooth_activation(epilogue, [&](const auto& e) FASTNORM_LAMBDA {
         const auto at_row = [&](int64_t r) {
           return ColumnGradSums<T, std::decay_t<decltype(e)>>{
-              s.moved((n + r) * row_, (n + r) * row_, (n + r) * mask_row),
+              s.moved(layout.element(n + r), layout.dy(n + r), layout.mask(n + r)),
               coefs,
               e,
               cached ? cached + (n + r) * lanes_ : nullptr,
               sums[0],
-              sums[1],
-              kRowGroup * row_};
+              sums[1]};
         };
-        for_rows<A>(std::min(kBlockPositions, g.N - n), columns, true, Strided{row_, mask_row, row_, lanes_}, at_row);
+        for_rows<A>(std::min(kBlockPositions, g.N - n), columns, layout, at_row);
       });
       map_.fold(channels, sums[0], line, totals[0]);
       map_.fold(channels, sums[1], line, totals[1]);

@@ -18,8 +18,9 @@ constexpr int64_t kSetsTogether = 4;
 // idle.
 constexpr int64_t kMinChunkPositions = 128, kLeastChunkPositions = 16;
 // Rows share coefficients and sums in registers while the tensor stays in the cache. Memory itself wants one stream, so
-// that beyond it only rows that are a line or two go together: four rows of 512 bytes at a time took 1.3 times as long.
-constexpr int64_t kTogetherBytes = 512;
+// that beyond it only rows that are a line or two go together (four rows of 512 bytes at a time took 1.3 times as
+// long), and those of so many channels that what they share leaves L1 (2048 float32, backward: 0.75 times).
+constexpr int64_t kTogetherBytes = 512, kManyChannels = 2048;
 constexpr int64_t kChunkElements = 65536;
 
 // Whether equal tasks, some of which each thread takes whole, would leave threads idle for more than a ninth of the
@@ -29,8 +30,18 @@ bool are_uneven(int64_t tasks, int threads) {
 }
 
 // tensors: of x's size, that the call goes through.
+int64_t bytes_of(int tensors, const Geometry& g, DType dtype) { return g.numel() * size_of(dtype) * tensors; }
+
 bool stay_in_cache(int tensors, const Geometry& g, DType dtype, const CpuInfo& cpu) {
-  return g.numel() * size_of(dtype) * tensors < cpu.l3_bytes / 2;
+  return bytes_of(tensors, g, dtype) < cpu.l3_bytes / 2;
+}
+
+// Where the tensors of a call together exceed three quarters of the last cache, its outputs push out what it still
+// needs, or leave before anyone reads them. Backward from 29 MB on took 0.66 to 0.84 times as long past a cache of 32
+// MiB, with a sum of dx after it 0.5 to 1.07 times; forward from 26 MB on 0.72 to 1.0; forward of 21 MB 1.1 (1.2
+// to 1.4).
+bool exceed_cache(int tensors, const Geometry& g, DType dtype, const CpuInfo& cpu) {
+  return bytes_of(tensors, g, dtype) > cpu.l3_bytes / 4 * 3;
 }
 
 // Layer norm: from memory, four float32 rows of 768 bytes at a time took 1.7 times as long as one by one forward, 1.3
@@ -59,12 +70,13 @@ bool can_stream(const Geometry& g, DType dtype) {
 }
 
 CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, const CpuInfo& cpu) {
-  const int64_t C = std::max<int64_t>(1, g.C), row_bytes = C * size_of(dtype);
+  const int64_t C = std::max<int64_t>(1, g.C);
   const int64_t rows = std::max<int64_t>(1, g.positions() * g.outer());
   const int64_t quarter = div_up(rows, 4 * kLeastChunkPositions) * kLeastChunkPositions;
   plan.chunk_positions = std::max(std::min(quarter, kMinChunkPositions), kChunkElements / C);
   plan.split = are_uneven(g.outer(), cpu.threads) && g.positions() > plan.chunk_positions;
-  plan.rows_together = 4 * row_bytes <= kTogetherBytes || stay_in_cache(streams, g, dtype, cpu);
+  plan.rows_together =
+      C >= kManyChannels || 4 * C * size_of(dtype) <= kTogetherBytes || stay_in_cache(streams, g, dtype, cpu);
   return plan;
 }
 
@@ -83,8 +95,7 @@ CpuPlan plan_positions(const Geometry& g, CpuPlan plan) {
 }  // namespace
 
 CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, int outputs, const CpuInfo& cpu) {
-  // Outputs larger than half the last cache have left it before anyone reads them.
-  const bool stream = g.numel() * size_of(dtype) * outputs > cpu.l3_bytes / 2 && can_stream(g, dtype);
+  const bool stream = exceed_cache(streams + outputs, g, dtype, cpu) && can_stream(g, dtype);
   const CpuPlan plan{g.traversal(), false, stream, 1, g.positions(), false, false};
   if (g.sets_are_positions()) return plan_positions(g, plan);
   return g.traversal() == Traversal::kRows ? plan_rows(g, dtype, streams + outputs, plan, cpu)
