@@ -11,8 +11,8 @@ from torch import Tensor
 from fastnorm import functional
 from tests.common.cases import to_layout
 
-# More than half of the last cache: csrc/plan/cpu.cpp streams from there on. With a cache beyond 64 MiB it does not, and
-# the test is only one of large tensors.
+# More than half of the last cache: csrc/plan/cpu.cpp streams calls of two such tensors. With a cache beyond 64 MiB it
+# does not, and the test is only one of large tensors.
 CACHE = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
 BYTES = min(max(CACHE, 16 << 20) * 5 // 8, 40 << 20)
 
@@ -68,3 +68,33 @@ def test_batch_norm(width: int, frozen: bool) -> None:
         statistics = (None, None) if not frozen else (mean[c : c + 4], var[c : c + 4])
         y = functional.batch_norm(part, *statistics, training=not frozen, activation="relu")
         assert all(torch.equal(t[:, c : c + 4], p) for t, p in zip(whole, gradients(y, part), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(3, 5), (4, 8), (3, 11), (6, 6), (7, 7), (8, 8), (14, 14), (22, 23)], ids=str)
+@pytest.mark.parametrize("samples", [1, 3, 11])
+@pytest.mark.parametrize("activation", ["relu", "gelu", None])
+def test_evaluation_of_short_runs(
+    activation: str | None, samples: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Packs go over the ends of runs of a channel; channels_last has none of these, and the same arithmetic."""
+    shape = (samples, 5, *size)
+    x, residual = (torch.randn(shape).to(dtype) for _ in range(2))
+    weight, bias, mean, var = torch.rand(4, 5, dtype=torch.promote_types(dtype, torch.float32))
+    results = [
+        functional.batch_norm(
+            to_layout(x, layout), mean, var, weight, bias, residual=to_layout(residual, layout), activation=activation
+        )
+        for layout in ("planar", "channels_last")
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_evaluation_of_many_short_runs(dtype: torch.dtype) -> None:
+    """Their lines are stored past the cache."""
+    samples = BYTES // (64 * 14 * 14 * dtype.itemsize)
+    x, mean, var = torch.randn(samples, 64, 14, 14, dtype=dtype), torch.randn(64), torch.rand(64) + 0.5
+    whole = functional.batch_norm(x, mean, var)
+    for i in range(0, samples, 16):
+        assert torch.equal(whole[i : i + 16], functional.batch_norm(x[i : i + 16], mean, var))

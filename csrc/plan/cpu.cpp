@@ -18,8 +18,9 @@ constexpr int64_t kSetsTogether = 4;
 // idle.
 constexpr int64_t kMinChunkPositions = 128, kLeastChunkPositions = 16;
 // Rows share coefficients and sums in registers while the tensor stays in the cache. Memory itself wants one stream, so
-// that beyond it only rows that are a line or two go together (four rows of 512 bytes at a time took 1.3 times as
-// long), and those of so many channels that what they share leaves L1 (2048 float32, backward: 0.75 times).
+// that beyond it float32 rows go one by one (four rows of 512 bytes at a time took 1.3 times as long), unless they are a
+// line or two, or have so many channels that what they share leaves L1 (2048, backward: 0.75 times). Rows of half types
+// wait for instructions (from memory, 512 bytes one by one: 1.15 times).
 constexpr int64_t kTogetherBytes = 512, kManyChannels = 2048;
 constexpr int64_t kChunkElements = 65536;
 
@@ -75,8 +76,8 @@ CpuPlan plan_columns(const Geometry& g, DType dtype, int streams, CpuPlan plan, 
   const int64_t quarter = div_up(rows, 4 * kLeastChunkPositions) * kLeastChunkPositions;
   plan.chunk_positions = std::max(std::min(quarter, kMinChunkPositions), kChunkElements / C);
   plan.split = are_uneven(g.outer(), cpu.threads) && g.positions() > plan.chunk_positions;
-  plan.rows_together =
-      C >= kManyChannels || 4 * C * size_of(dtype) <= kTogetherBytes || stay_in_cache(streams, g, dtype, cpu);
+  plan.rows_together = size_of(dtype) == 2 || C >= kManyChannels || 4 * C * size_of(dtype) <= kTogetherBytes ||
+                       stay_in_cache(streams, g, dtype, cpu);
   return plan;
 }
 
@@ -95,8 +96,8 @@ CpuPlan plan_positions(const Geometry& g, CpuPlan plan) {
 }  // namespace
 
 CpuPlan plan_cpu(const Geometry& g, DType dtype, int streams, int outputs, const CpuInfo& cpu) {
-  const bool stream = exceed_cache(streams + outputs, g, dtype, cpu) && can_stream(g, dtype);
-  const CpuPlan plan{g.traversal(), false, stream, 1, g.positions(), false, false};
+  const bool exceeds = exceed_cache(streams + outputs, g, dtype, cpu);
+  const CpuPlan plan{g.traversal(), false, exceeds, exceeds && can_stream(g, dtype), 1, g.positions(), false, false};
   if (g.sets_are_positions()) return plan_positions(g, plan);
   return g.traversal() == Traversal::kRows ? plan_rows(g, dtype, streams + outputs, plan, cpu)
                                            : plan_columns(g, dtype, streams, plan, cpu);

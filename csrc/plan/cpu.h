@@ -34,7 +34,8 @@ struct CpuPlan {
   // A split call reduces, folds and applies in three parallel steps over chunks. Otherwise a task does all three for
   // its sets while they are in its cache.
   bool split;
-  bool stream;              // stores go past the cache
+  bool exceeds_cache;       // the tensors of the call together
+  bool stream;              // stores of whole runs go past the cache
   int64_t sets_per_task;    // rows, unless split
   int64_t chunk_positions;  // columns: positions of a chunk
   bool rows_together;       // several positions (columns) or sets (layer norm) are worked on at a time
