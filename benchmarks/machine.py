@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,38 @@ def busy_cores(seconds: float = 0.25) -> float:
     return round((os.cpu_count() or 1) * busy / max(busy + idle, 1), 2)
 
 
+CLOCK = r"""
+#include <stdio.h>
+#include <time.h>
+#define ADD x += i; __asm__ volatile("" : "+r"(x));
+int main(void) {
+  double best = 1e18;
+  for (int round = 0; round < 9; ++round) {
+    struct timespec a, b;
+    unsigned long x = 1;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    for (unsigned long i = 0; i < 2000000; ++i) { ADD ADD ADD ADD ADD ADD ADD ADD }
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    const double ns = (b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec);
+    if (ns < best) best = ns;
+  }
+  printf("%.2f", 16e6 / best);
+}
+"""
+
+
+def clock_ghz() -> float | None:
+    """Cycles in a nanosecond, by a chain of additions of one cycle each; None where no C compiler is found."""
+    with tempfile.TemporaryDirectory() as place:
+        source, program = Path(place) / "clock.c", Path(place) / "clock"
+        source.write_text(CLOCK)
+        try:
+            subprocess.run([os.environ.get("CC", "cc"), "-O2", source, "-o", program], check=True, capture_output=True)
+            return float(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+
 def commit() -> str:
     """The commit of this checkout, with '+' when files differ from it, or 'unknown'."""
 
@@ -78,6 +111,7 @@ def describe(device: str) -> dict[str, object]:
         "system": f"{platform.system()} {platform.machine()}",
         "cache_bytes": cache_bytes(device),
         "busy_cores": busy_cores(),
+        "clock_ghz": clock_ghz(),
         "fastnorm_capability": _C.cpu_capability(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }

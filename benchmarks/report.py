@@ -53,6 +53,7 @@ SECTIONS = {
     "gpu-limits": Section(LIMITS, sections.gpu_limits),
     "compile": Section(CHOOSING, sections.under_compile),
     "cpu-instructions": Section(CPU, sections.cpu_instructions),
+    "cpu-limits": Section(CPU, sections.cpu_limits_of_rows),
 }
 PAGES = tuple(dict.fromkeys(section.page for section in SECTIONS.values()))
 

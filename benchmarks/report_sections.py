@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks import compile_modes, end_to_end, host_time, report_text
+from benchmarks import compile_modes, cpu_limits, end_to_end, host_time, report_text
 from benchmarks.contestants import MODES
+from benchmarks.cpu_limits import LEAST, PORT_LIMITS
 from benchmarks.report_text import between, conditions, conditions_and_rows, link, listed, load, paragraph
 from benchmarks.results import Result, geometric_mean, means, without_tiny
 from benchmarks.tables import make_markdown, markdown_table
@@ -29,12 +30,9 @@ PICTURES = {RUN: "cpu-epyc-2core.png", GPU_RUN: "h200.png"}
 
 MODE_PHRASES = {"forward": "forward", "step": "forward + backward", "eval": "in evaluation"}
 GOALS = {"forward": 2.6, "step": 2.4, "eval": 2.2}  # times torch.nn, over all rows
-LEAST = 1.05  # times torch.nn, of every figure
 LARGE = (32, 64, 112, 112)  # the layer that tells what --malloc does: its outputs are large
 SMALL_BYTES = 8e6  # a GPU takes less time for so many than for the launch and what blocks wait for
 COUNTED = ("float32", "bfloat16")  # dtypes of the table of instructions
-# Cycles that a pack takes at least, by what the ports of a Zen 4 core issue with everything in L1; each for COUNTED.
-PORT_LIMITS = {"forward": (8, 9), "backward": (11, 11), "eval": (4, 5)}
 REGISTER_ROW = 8192  # elements of a LayerNorm's row that fit a GPU's registers in backward
 
 
@@ -388,3 +386,23 @@ def cpu_instructions() -> str:
         f"AVX-512 without an activation; {stale} of the {len(shown)} counts were made before the kernels last changed:"
     )
     return f"{paragraph(text)}\n\n{markdown_table(('walk', *heads), [*rows, limits]).rstrip()}"
+
+
+def cpu_limits_of_rows() -> str:
+    """The figures of the run that miss a line, with what holds them back."""
+    run = load(RUN)
+    results, modes = results_of(run)
+    counts = {
+        (r["walk"], r["epilogue"], r["direction"], r["dtype"]): r["instructions"]
+        for r in load(CPU_INSTRUCTIONS)["rows"]
+        if r["capability"] == run["machine"]["fastnorm_capability"]
+    }
+    shapes = without_tiny(results)
+    rows = list(cpu_limits.rows(shapes, run, counts))
+    text = (
+        f"{len(rows)} of {len(shapes) * len(modes)} figures miss a line. Cycles a pack at "
+        f"{run['machine']['clock_ghz']:.1f} GHz, of a step for forward and backward; instructions a pack, of which a "
+        "core issues four in a cycle at best; what the ports allow; and what copying as many bytes as a pass reads and "
+        "writes takes in the same run."
+    )
+    return f"{paragraph(text)}\n\n{markdown_table(cpu_limits.HEADS, rows).rstrip()}"
