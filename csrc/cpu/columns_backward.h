@@ -49,7 +49,7 @@ class ColumnsBackward : Call<T, BackwardCall> {
   const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
-  const Strided layout_ = position_rows<T>(g, args.plan, mask_row_);
+  const Strided layout_ = position_rows<T>(g, args.plan.rows_together, mask_row_);
   const bool sums_ = Base::takes_sums();
   const bool applies_ = args.dx || args.dresidual;
   const bool caches_d_ = sums_ && applies_ && Base::caches_slopes(outer_ * positions_ * lanes_, kCachedInL3);

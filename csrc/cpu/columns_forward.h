@@ -92,7 +92,7 @@ class ColumnsForward : Call<T, ForwardCall> {
   const int64_t positions_ = g.positions(), outer_ = g.outer(), lanes_ = lane_pitch<A>(g.C);
   const int64_t chunk_ = args.plan.chunk_positions, chunks_ = div_up(positions_, chunk_);
   const int64_t mask_row_ = mask_row_bytes(g.C, args.dtype);
-  const Strided layout_ = position_rows<T>(g, args.plan, mask_row_);
+  const Strided layout_ = position_rows<T>(g, args.plan.rows_together, mask_row_);
   const Buffer<A> pivots_{outer_ * lanes_};
   const ChannelArrays<T> coefs_{g};
 

@@ -106,9 +106,9 @@ class ElementParams {
 
 // The rows of all channels of a position, and those of a d that is kept.
 template <class T>
-Strided position_rows(const Geometry& g, const CpuPlan& plan, int64_t mask_row) {
-  const int64_t rows = rows_to_fetch(plan.rows_together ? kRowGroup : 1, g.C * static_cast<int64_t>(sizeof(T)));
-  return Strided{g.C, mask_row, g.C, lane_pitch<Accum<T>>(g.C), plan.rows_together}.fetching(rows);
+Strided position_rows(const Geometry& g, bool together, int64_t mask_row) {
+  const int64_t rows = rows_to_fetch(together ? kRowGroup : 1, g.C * static_cast<int64_t>(sizeof(T)));
+  return Strided{g.C, mask_row, g.C, lane_pitch<Accum<T>>(g.C), together}.fetching(rows);
 }
 
 // The whole tensors of a call.
