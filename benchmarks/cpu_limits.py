@@ -1,9 +1,9 @@
 """What holds back the rows of a run on a CPU that miss a line: cycles a pack of each pass, beside its limits.
 
-A pack is 32 elements. A step is a forward and a backward, and a batch norm's forward statistics and an apply, which
-evaluation is, too. A pass takes at least
+A pack is 32 elements. A step is a forward and a backward. A pass takes at least
 
-- what its instructions take to issue (count_cpu_instructions.py), ISSUED a cycle;
+- what its instructions take to issue (count_cpu_instructions.py), ISSUED a cycle; where an epilogue is not counted,
+  those without one;
 - what the ports allow for one without an activation, with everything in L1 (PORT_LIMITS);
 - what the same machine took, in the same run, to copy as many bytes as it reads and writes: a norm whose sets do not
   lie one behind the other reads its inputs twice, as far as no cache keeps them.
@@ -19,7 +19,7 @@ from benchmarks.contestants import MODES
 from benchmarks.results import CLONE_PASSES, ONEDNN_LINE, Result
 
 PACK = 32
-ISSUED = 4  # instructions that a Zen 4 core issues in a cycle through such loops, at best
+ISSUED = 2  # instructions that a Zen 4 core, whose units are 32 bytes wide, issues in a cycle of such loops
 # Cycles that a pack takes at least, by what the ports of a Zen 4 core issue with everything in L1; float32, half types.
 PORT_LIMITS = {"forward": (8, 9), "backward": (11, 11), "eval": (4, 5)}
 LEAST = 1.05  # times torch.nn, of every figure; in evaluation 1
@@ -99,13 +99,14 @@ def passes_of(result: Result, mode: str, ghz: float, threads: int, counts: Count
     seconds["backward"] = result.seconds("step") - result.seconds("forward")
     walk, half = walk_of(result), row.dtype != "float32"
     copy = result.seconds(mode, "clone") * to_cycles / CLONE_PASSES
-    for direction in {"forward": ("forward",), "eval": ("eval",), "step": ("forward", "backward")}[mode]:
-        known = direction if (walk, "plain", direction, row.dtype) in counts else "forward"
+    for which in {"forward": ("forward",), "eval": ("eval",), "step": ("forward", "backward")}[mode]:
+        # Batch norm alone evaluates by statistics that it is given.
+        direction = "forward" if which == "eval" and not row.layer.norm.startswith("BatchNorm") else which
         yield Pass(
             direction,
-            seconds[direction] * to_cycles,
-            counts.get((walk, row.fused, known, row.dtype)),
-            PORT_LIMITS[known][half] if row.fused == "plain" else None,
+            seconds[which] * to_cycles,
+            counts.get((walk, row.fused, direction, row.dtype), counts.get((walk, "plain", direction, row.dtype))),
+            PORT_LIMITS[direction][half] if row.fused == "plain" else None,
             copy * tensors(result, direction),
         )
 

@@ -157,7 +157,8 @@ constexpr int kRowGroup = kParts > 4 ? 1 : kParts > 2 ? 2 : 4;
 
 // Memory takes longer to answer than a group of short rows takes, and the processor follows the streams of several rows
 // badly: what lies some KB ahead is fetched, in whole groups. With the next group alone layer norm of 401408x96 float32
-// took 1.2 times as long, channels_last batch norm of 32x1024x14x14 bfloat16, backward, 1.25 times; with 8 KB 1.05 times.
+// took 1.2 times as long, channels_last batch norm of 32x1024x14x14 bfloat16, backward, 1.25 times; with 8 KB 1.05
+// times.
 constexpr int64_t kBytesAhead = 16384;
 inline int64_t rows_to_fetch(int64_t rows, int64_t row_bytes) {
   return std::max<int64_t>(1, kBytesAhead / (rows * row_bytes)) * rows;

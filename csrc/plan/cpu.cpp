@@ -18,9 +18,9 @@ constexpr int64_t kSetsTogether = 4;
 // idle.
 constexpr int64_t kMinChunkPositions = 128, kLeastChunkPositions = 16;
 // Rows share coefficients and sums in registers while the tensor stays in the cache. Memory itself wants one stream, so
-// that beyond it float32 rows go one by one (four rows of 512 bytes at a time took 1.3 times as long), unless they are a
-// line or two, or have so many channels that what they share leaves L1 (2048, backward: 0.75 times). Rows of half types
-// wait for instructions (from memory, 512 bytes one by one: 1.15 times).
+// that beyond it float32 rows go one by one (four rows of 512 bytes at a time took 1.3 times as long), unless they are
+// a line or two, or have so many channels that what they share leaves L1 (2048, backward: 0.75 times). Rows of half
+// types wait for instructions (from memory, 512 bytes one by one: 1.15 times).
 constexpr int64_t kTogetherBytes = 512, kManyChannels = 2048;
 constexpr int64_t kChunkElements = 65536;
 
