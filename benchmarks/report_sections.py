@@ -320,8 +320,8 @@ def goals(reached: dict[str, float], figures: Sequence[tuple[float, Result, str]
     if not missed and not below:
         return paragraph(f"What we aimed for is reached: {by_mode(aims, ' times torch.nn')}, and {least}.")
     met = {mode: goal for mode, goal in aims.items() if mode not in missed}
-    wanted = [by_mode(missed, " times torch.nn")] * bool(missed) + [least] * bool(below)
-    got = [by_mode(met, " times torch.nn")] * bool(met) + [least] * (not below)
+    wanted = ([by_mode(missed, " times torch.nn")] if missed else []) + ([least] if below else [])
+    got = ([by_mode(met, " times torch.nn")] if met else []) + ([] if below else [least])
     text = f"What we aim for and do not reach yet: {', and '.join(wanted)}."
     if got:
         text += f" Reached: {', and '.join(got)}."
