@@ -11,14 +11,15 @@ A pack is 32 elements. A step is a forward and a backward. A pass takes at least
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.contestants import MODES
+from benchmarks.count_cpu_instructions import PACK
 from benchmarks.results import CLONE_PASSES, ONEDNN_LINE, Result
 
-PACK = 32
 ISSUED = 2  # instructions that a Zen 4 core, whose units are 32 bytes wide, issues in a cycle of such loops
 # Cycles that a pack takes at least, by what the ports of a Zen 4 core issue with everything in L1; float32, half types.
 PORT_LIMITS = {"forward": (8, 9), "backward": (11, 11), "eval": (4, 5)}
@@ -51,9 +52,7 @@ def walk_of(result: Result) -> str:
     if norm == "LayerNorm":
         return "layer of 96" if shape[-1] < 256 else "layer of 768"
     if last:
-        return (
-            "columns, batch" if norm.startswith("BatchNorm") or norm.startswith("InstanceNorm") else "columns, groups"
-        )
+        return "columns, batch" if norm.startswith(("BatchNorm", "InstanceNorm")) else "columns, groups"
     size = row.nbytes // (shape[0] * shape[1])
     if norm.startswith("BatchNorm"):
         return "short runs" if size <= 2048 else "runs, batch"
@@ -93,8 +92,7 @@ class Pass:
 def passes_of(result: Result, mode: str, ghz: float, threads: int, counts: Counts) -> Iterator[Pass]:
     """The passes of a figure: a step is a forward and a backward."""
     row = result.row
-    elements = row.nbytes / (4 if row.dtype == "float32" else 2)
-    to_cycles = ghz * 1e9 * threads / (elements / PACK)
+    to_cycles = ghz * 1e9 * threads / (math.prod(row.layer.shape) / PACK)
     seconds = {"forward": result.seconds("forward"), "eval": result.seconds("eval")}
     seconds["backward"] = result.seconds("step") - result.seconds("forward")
     walk, half = walk_of(result), row.dtype != "float32"
@@ -120,12 +118,14 @@ def rows(results: list[Result], run: Mapping[str, Any], counts: Counts) -> Itera
             if not missed:
                 continue
             found = list(passes_of(result, mode, ghz, threads, counts))
-            numbers = ([p.cycles for p in found], [p.instructions for p in found], [p.ports for p in found])
             yield [
                 f"{result.row.title} {result.row.variant}",
                 mode,
                 ", ".join(missed),
-                *map(summands, (*numbers, [p.memory for p in found])),
+                *(
+                    summands(getattr(p, column) for p in found)
+                    for column in ("cycles", "instructions", "ports", "memory")
+                ),
                 "; ".join(dict.fromkeys(p.reason for p in found)),
             ]
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import compile_modes, cpu_limits, end_to_end, host_time, report_text
 from benchmarks.contestants import MODES
 from benchmarks.cpu_limits import LEAST, PORT_LIMITS
-from benchmarks.report_text import between, conditions, conditions_and_rows, link, listed, load, paragraph
+from benchmarks.report_text import ReportError, between, conditions, conditions_and_rows, link, listed, load, paragraph
 from benchmarks.results import Result, geometric_mean, means, without_tiny
 from benchmarks.tables import make_markdown, markdown_table
 
@@ -396,6 +396,8 @@ def cpu_instructions() -> str:
 def cpu_limits_of_rows() -> str:
     """The figures of the run that miss a line, with what holds them back."""
     run = load(RUN)
+    if not run["machine"].get("clock_ghz"):
+        raise ReportError(f"{RUN} does not say the processor's clock: run bench.py where a C compiler is")
     results, modes = results_of(run)
     counts = {
         (r["walk"], r["epilogue"], r["direction"], r["dtype"]): r["instructions"]
